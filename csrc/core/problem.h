@@ -1,0 +1,137 @@
+/* problem.h - one attention call as plain C data.
+ *
+ * A request is what the caller gave: tensors of any rank and layout, and options. fgqa_problem_init() checks all of it
+ * (problem.c holds every check, with its sentence) and lowers it to a problem: views of [b, h, s, d], one mask rule,
+ * no Python, no layout. From there on nothing can be wrong with the arguments; kernels read the problem only.
+ */
+#ifndef FGQA_PROBLEM_H
+#define FGQA_PROBLEM_H
+#include "semantics.h"
+#include "status.h"
+#include "tensor.h"
+
+typedef enum {
+    FGQA_PASS_FWD,      /* q k v -> out, lse */
+    FGQA_PASS_BWD,      /* dout q k v out lse (dlse) -> dq dk dv (dbias) (dsink) */
+    FGQA_PASS_ROWS,     /* q k, rows -> weights [b, hq, rows, sk] of chosen query rows */
+    FGQA_PASS_KEYSUM    /* q k -> weights summed over query rows, [b, hq, sk] */
+} fgqa_pass;
+
+/* Every tensor a call can carry: the enum FGQA_ARG_<name>, and the name users know it by. Inputs first, then results. */
+#define FGQA_INPUTS(X) \
+    X(q) X(k) X(v) X(mask) X(bias) X(alibi_slopes) X(sink) \
+    X(q_lens) X(kv_lens) X(cu_seqlens_q) X(cu_seqlens_kv) X(seed) X(rows) \
+    X(dout) X(dlse)
+/* out and lse are results of FWD and inputs of BWD; weights is the result of ROWS and KEYSUM. */
+#define FGQA_RESULTS(X) X(out) X(lse) X(dq) X(dk) X(dv) X(dbias) X(dsink) X(weights)
+
+typedef enum {
+#define FGQA_ARG_ENUM(name) FGQA_ARG_##name,
+    FGQA_INPUTS(FGQA_ARG_ENUM)
+    FGQA_RESULTS(FGQA_ARG_ENUM)
+#undef FGQA_ARG_ENUM
+    FGQA_ARG_COUNT
+} fgqa_arg;
+
+const char *fgqa_arg_name(fgqa_arg arg);
+
+typedef enum { FGQA_LAYOUT_BHSD, FGQA_LAYOUT_BSHD } fgqa_layout;
+typedef enum { FGQA_ALIGN_BOTTOM_RIGHT, FGQA_ALIGN_TOP_LEFT } fgqa_align;
+typedef enum { FGQA_PRECISION_DEFAULT, FGQA_PRECISION_BF16X3 } fgqa_precision;
+
+/* What the caller asked for, unchecked. Absent tensors are NULL. Zero-initialised, then the fields below set. */
+typedef struct {
+    fgqa_pass pass;
+    const fgqa_tensor *tensor[FGQA_ARG_COUNT];
+    int32_t causal;
+    int64_t window_left, window_right;      /* FGQA_UNBOUNDED: no bound */
+    fgqa_align align;
+    int64_t chunk;                          /* 0: off */
+    int32_t has_scale, has_softcap;
+    double scale, softcap;
+    int64_t max_q, max_kv;                  /* varlen upper bounds; -1: not given */
+    double dropout_p;
+    int32_t has_seed;                       /* seed and offset given as integers (not the tensor) */
+    uint64_t seed, offset;
+    int32_t layout_given;                   /* whether the caller named a layout (an error with cu_seqlens) */
+    fgqa_layout layout;
+    fgqa_precision precision;
+    int32_t want_lse, want_dbias, want_dsink;
+    int32_t deterministic, batch_invariant, check;
+} fgqa_request;
+
+/* A tensor seen as [b, h, s, d] whatever its rank and layout; strides in elements, 0 where broadcast.
+ * lse/dlse: stride_d unused. mask/bias/dbias: s = query row, d = key. alibi_slopes, sink: b and h only.
+ * With cu_seqlens stride_b is 0 and sequence b starts at row cu_seqlens[b]. data is NULL when absent. */
+typedef struct {
+    void *data;
+    fgqa_dtype dtype;
+    int64_t stride_b, stride_h, stride_s, stride_d;
+} fgqa_view;
+
+typedef struct {
+    fgqa_pass pass;
+    fgqa_dtype dtype;                       /* of q, k, v and their gradients */
+    fgqa_dtype lse_dtype;                   /* float32, or float64 for float64 inputs */
+    fgqa_device device;
+    int32_t b, hq, hk, g;                   /* g = hq / hk */
+    int32_t sq, sk;                         /* padded lengths; with cu_seqlens the largest ones (or max_q, max_kv) */
+    int32_t d, dv;
+    int32_t rank;                           /* 3 or 4, as the caller's */
+    fgqa_layout layout;
+    int32_t varlen;                         /* cu_seqlens given: tensors are [total, h, d] */
+    int64_t total_q, total_k;               /* rows of q and of k over the whole batch */
+    int32_t n_rows;                         /* ROWS: how many query rows */
+
+    fgqa_view view[FGQA_ARG_COUNT];         /* indexed by fgqa_arg; lengths and rows are read through the fields below */
+
+    const int32_t *q_lens, *kv_lens;        /* [b] or NULL */
+    const int32_t *cu_seqlens_q, *cu_seqlens_kv;   /* [b+1] or NULL */
+    const int64_t *rows;                    /* [n_rows], ROWS only */
+
+    int32_t left, right, chunk;             /* the mask rule; causal is already folded into right */
+    fgqa_align align;
+    double scale;                           /* the default 1/sqrt(d) already filled in */
+    double softcap;                         /* 0: off */
+    uint32_t dropout_threshold;             /* round(65536*p); 0: no dropout */
+    uint64_t seed, offset;
+    const int64_t *seed_on_device;          /* int64[2] read by the kernel instead of seed/offset; NULL on the CPU */
+    fgqa_precision precision;
+    int32_t want_lse, deterministic, batch_invariant, check;
+
+    /* dbias is reduced over the dimensions in which bias is broadcast (its extent is 1 there): */
+    int32_t bias_shape[4];                  /* extents of [b, hq, sq, sk] in bias: 1 or full */
+} fgqa_problem;
+
+/* Where one sequence of the batch lies and what it sees. q_row/k_row are offsets in rows (units of stride_s). */
+typedef struct { int64_t q_row, k_row; fgqa_mask mask; } fgqa_sequence;
+
+/* Sequence b of the batch. Host pointers only (the CPU backend); CUDA kernels do the same from device memory. */
+static inline fgqa_sequence fgqa_problem_sequence(const fgqa_problem *p, int32_t b)
+{
+    fgqa_sequence s = {0, 0, {p->sq, p->sk, 0, p->left, p->right, p->chunk}};
+    if (p->cu_seqlens_q) {
+        s.q_row = p->cu_seqlens_q[b];
+        s.k_row = p->cu_seqlens_kv[b];
+        s.mask.sq = p->cu_seqlens_q[b + 1] - p->cu_seqlens_q[b];
+        s.mask.sk = p->cu_seqlens_kv[b + 1] - p->cu_seqlens_kv[b];
+    }
+    if (p->q_lens) { s.mask.sq = p->q_lens[b]; }
+    if (p->kv_lens) { s.mask.sk = p->kv_lens[b]; }
+    s.mask.diag = p->align == FGQA_ALIGN_BOTTOM_RIGHT ? s.mask.sk - s.mask.sq : 0;
+    return s;
+}
+
+/* Checks the request and fills the problem. Results present in the request (out= and the out, lse of BWD) are checked
+ * and bound; absent ones are described by fgqa_problem_result() and bound by fgqa_problem_bind().
+ * On failure the message names argument, value, rule and fix; nothing has been written anywhere. */
+fgqa_status fgqa_problem_init(const fgqa_request *request, fgqa_problem *problem);
+
+/* Fills dtype, device, ndim, shape and contiguous strides of a result of this pass, in the caller's rank and layout.
+ * Returns 0 (spec untouched) if this pass does not produce it: no lse wanted, no bias, ... */
+int fgqa_problem_result(const fgqa_problem *problem, fgqa_arg result, fgqa_tensor *spec);
+
+/* Points the problem's view of a result at storage that matches its spec (any strides). */
+void fgqa_problem_bind(fgqa_problem *problem, fgqa_arg result, const fgqa_tensor *storage);
+
+#endif

@@ -1,0 +1,33 @@
+/* threads.h - the CPU backend's own thread pool.
+ *
+ * Started at first use, one per process, rebuilt after fork. A second caller at the same time (or a call from inside a
+ * task) runs its tasks inline on its own thread: never a deadlock, never oversubscription. Results do not depend on
+ * which worker runs which task.
+ */
+#ifndef FGQA_THREADS_H
+#define FGQA_THREADS_H
+#include "../core/plan.h"
+
+/* One worker's view of a running job. */
+typedef struct {
+    void *scratch;          /* scratch_bytes, 64-byte aligned, this worker's own; kept warm between calls */
+    int32_t worker;         /* 0 is the calling thread */
+    const void *job;        /* opaque, for fgqa_poll */
+} fgqa_worker;
+
+typedef void fgqa_task(void *context, int64_t task, const fgqa_worker *worker);
+
+/* Runs task 0 .. tasks-1, handed out in that order by an atomic counter, on at most max_threads workers, the caller among
+ * them. Returns when all are done. FGQA_ERROR_INTERRUPTED: exec->interrupted asked to stop, remaining tasks were dropped. */
+fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t max_threads, size_t scratch_bytes,
+                          const fgqa_exec *exec);
+
+/* Whether the running task should return early. Cheap (one relaxed load); on the calling thread it also asks
+ * exec->interrupted, at most every 50 ms. Kernels call it about once per 0.1-10 ms of work. */
+int fgqa_poll(const fgqa_worker *worker);
+
+/* FLASHGQA_NUM_THREADS, else OMP_NUM_THREADS, else the lower of CPU affinity and cgroup quota. set: n >= 1 overrides, 0 restores the default. */
+int32_t fgqa_get_num_threads(void);
+void fgqa_set_num_threads(int32_t n);
+
+#endif
