@@ -19,9 +19,9 @@ typedef enum {
 } fgqa_status;
 
 #if defined(__GNUC__)
-#define FGQA_PRINTF(format, first) __attribute__((format(printf, format, first)))
+#define FGQA_PRINTF(at, first) __attribute__((format(printf, at, first)))
 #else
-#define FGQA_PRINTF(format, first)
+#define FGQA_PRINTF(at, first)
 #endif
 
 /* Stores the sentence for this thread and returns `code`: `return fgqa_fail(FGQA_ERROR_VALUE, "...")`. */
