@@ -46,6 +46,7 @@ typedef struct {
     int32_t causal;
     int64_t window_left, window_right;      /* FGQA_UNBOUNDED: no bound */
     fgqa_align align;
+    int32_t has_chunk;                      /* the caller named a chunk: then 0 is an error, too */
     int64_t chunk;                          /* 0: off */
     int32_t has_scale, has_softcap;
     double scale, softcap;
@@ -61,7 +62,8 @@ typedef struct {
 } fgqa_request;
 
 /* A tensor seen as [b, h, s, d] whatever its rank and layout; strides in elements, 0 where broadcast.
- * lse/dlse: stride_d unused. mask/bias/dbias: s = query row, d = key. alibi_slopes, sink: b and h only.
+ * lse/dlse: stride_d unused. mask/bias/dbias: s = query row, d = key. alibi_slopes, sink, dsink: b and h only.
+ * weights: s = n-th chosen row (KEYSUM: unused), d = key. Strides of axes of extent 1 are 0, stride_d of q, k, v then 1.
  * With cu_seqlens stride_b is 0 and sequence b starts at row cu_seqlens[b]. data is NULL when absent. */
 typedef struct {
     void *data;
@@ -97,10 +99,11 @@ typedef struct {
     uint64_t seed, offset;
     const int64_t *seed_on_device;          /* int64[2] read by the kernel instead of seed/offset; NULL on the CPU */
     fgqa_precision precision;
-    int32_t want_lse, deterministic, batch_invariant, check;
+    int32_t want_lse, want_dbias, want_dsink, deterministic, batch_invariant, check;
 
     /* dbias is reduced over the dimensions in which bias is broadcast (its extent is 1 there): */
-    int32_t bias_shape[4];                  /* extents of [b, hq, sq, sk] in bias: 1 or full */
+    int32_t bias_shape[4];                  /* extents of [b, hq, sq, sk] in bias: 1 or full; of the axes it has, see bias_rank */
+    int32_t bias_rank;                      /* 2, 3 or 4: the caller's last axes of [b, hq, sq, sk]; 0: no bias */
 } fgqa_problem;
 
 /* Where one sequence of the batch lies and what it sees. q_row/k_row are offsets in rows (units of stride_s). */
