@@ -118,6 +118,12 @@ FGQA_FN int32_t fgqa_packed_row_head(int64_t r, int32_t kv_head, int32_t group) 
 
 /* Dropout: 16 random bits keep a weight if bits >= threshold, threshold = round(65536*p); survivors are scaled by
  * the realised rate 65536/(65536 - threshold). threshold = 65536 drops everything. */
+FGQA_FN uint32_t fgqa_dropout_threshold(double p)   /* 0 <= p <= 1; halves to even, like Python's round() */
+{
+    const double x = 65536.0 * p;
+    const uint32_t t = (uint32_t)x;
+    return t + (x - t > 0.5 || (x - t == 0.5 && (t & 1u)));
+}
 FGQA_FN int fgqa_dropout_keeps(uint32_t bits16, uint32_t threshold) { return bits16 >= threshold; }
 FGQA_FN double fgqa_dropout_scale(uint32_t threshold) { return threshold >= 65536u ? 0.0 : 65536.0 / (65536.0 - threshold); }
 
