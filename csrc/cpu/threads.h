@@ -3,6 +3,9 @@
  * Started at first use, one per process, rebuilt after fork. A second caller at the same time (or a call from inside a
  * task) runs its tasks inline on its own thread: never a deadlock, never oversubscription. Results do not depend on
  * which worker runs which task.
+ *
+ * On x86 tasks run with flush-to-zero on results (a denormal weight costs ~150 cycles an instruction and is worth
+ * nothing); denormal inputs still count. The caller's own mode is restored.
  */
 #ifndef FGQA_THREADS_H
 #define FGQA_THREADS_H
@@ -25,6 +28,9 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
 /* Whether the running task should return early. Cheap (one relaxed load); on the calling thread it also asks
  * exec->interrupted, at most every 50 ms. Kernels call it about once per 0.1-10 ms of work. */
 int fgqa_poll(const fgqa_worker *worker);
+
+/* FGQA_ERROR_VALUE if FLASHGQA_NUM_THREADS is not an integer from 1 to 1024: called once at import, by fgqa_cpu_init(). */
+fgqa_status fgqa_threads_init(void);
 
 /* FLASHGQA_NUM_THREADS, else OMP_NUM_THREADS, else the lower of CPU affinity and cgroup quota. set: n >= 1 overrides, 0 restores the default. */
 int32_t fgqa_get_num_threads(void);
