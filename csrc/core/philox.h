@@ -5,19 +5,25 @@
 #define FGQA_PHILOX_H
 #include "semantics.h"
 
+#define FGQA_PHILOX_ROUNDS 10
+#define FGQA_PHILOX_M0 0xD2511F53u   /* multipliers of words 0 and 2 */
+#define FGQA_PHILOX_M1 0xCD9E8D57u
+#define FGQA_PHILOX_W0 0x9E3779B9u   /* added to the key's words after each round */
+#define FGQA_PHILOX_W1 0xBB67AE85u
+
 typedef struct { uint32_t x[4]; } fgqa_philox_block;
 
 FGQA_FN fgqa_philox_block fgqa_philox(uint64_t key, fgqa_philox_block counter)
 {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
-    for (int round = 0; round < 10; round++) {
-        const uint64_t a = (uint64_t)0xD2511F53u * counter.x[0];
-        const uint64_t b = (uint64_t)0xCD9E8D57u * counter.x[2];
+    for (int round = 0; round < FGQA_PHILOX_ROUNDS; round++) {
+        const uint64_t a = (uint64_t)FGQA_PHILOX_M0 * counter.x[0];
+        const uint64_t b = (uint64_t)FGQA_PHILOX_M1 * counter.x[2];
         const fgqa_philox_block next = {{(uint32_t)(b >> 32) ^ counter.x[1] ^ k0, (uint32_t)b,
                                          (uint32_t)(a >> 32) ^ counter.x[3] ^ k1, (uint32_t)a}};
         counter = next;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
+        k0 += FGQA_PHILOX_W0;
+        k1 += FGQA_PHILOX_W1;
     }
     return counter;
 }

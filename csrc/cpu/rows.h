@@ -1,0 +1,113 @@
+/* rows.h - rows of any dtype and stride to and from reals.
+ *
+ * Nothing outside the n elements of a row is touched. Narrowing rounds to nearest even.
+ */
+#ifndef FGQA_ROWS_H
+#define FGQA_ROWS_H
+#include "../core/tensor.h"
+#include "simd.h"
+
+SIMD float float_from_bits(uint32_t bits) { float x; memcpy(&x, &bits, sizeof x); return x; }
+SIMD uint32_t float_bits(float x) { uint32_t bits; memcpy(&bits, &x, sizeof bits); return bits; }
+
+SIMD float float_from_bf16(uint16_t x) { return float_from_bits((uint32_t)x << 16); }
+
+SIMD uint16_t bf16_from_float(float x)
+{
+    const uint32_t bits = float_bits(x), rounded = bits + 0x7FFFu + ((bits >> 16) & 1u);
+    return (uint16_t)(x != x ? (bits >> 16) | 0x40u : rounded >> 16);
+}
+
+/* Integer arithmetic throughout, but for the subnormals' subtraction of 2^-14, which is exact. */
+SIMD float float_from_f16(uint16_t x)
+{
+    const uint32_t magnitude = (uint32_t)(x & 0x7FFFu) << 13, exponent = magnitude & 0x0F800000u;
+    const uint32_t normal = magnitude + (exponent == 0x0F800000u ? 0x70000000u : 0x38000000u);
+    const float subnormal = float_from_bits(magnitude + 0x38800000u) - float_from_bits(0x38800000u);
+    return float_from_bits((exponent ? normal : float_bits(subnormal)) | (uint32_t)(x & 0x8000u) << 16);
+}
+
+SIMD uint16_t f16_from_float(float x)
+{
+    const uint32_t bits = float_bits(x), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 16) & 0x8000u;
+    const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+    /* below 2^-14: adding 0.5 leaves the half's subnormal bits, rounded, at the bottom of the float */
+    const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 0.5f) - 0x3F000000u;
+    const uint32_t special = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
+    return (uint16_t)(sign | (magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal));
+}
+
+/* to[n] = from[0], from[stride], ... as reals. */
+FGQA_SHARED void row_load(real *restrict to, const void *from, fgqa_dtype dtype, int64_t stride, int32_t n)
+{
+#define ROW_LOAD(type, value)                                                          \
+    do {                                                                               \
+        const type *x = from;                                                          \
+        if (stride == 1) {                                                             \
+            for (int32_t i = 0; i < n; i++) { to[i] = (real)value(x[i]); }             \
+        } else {                                                                       \
+            for (int32_t i = 0; i < n; i++) { to[i] = (real)value(x[(int64_t)i * stride]); } \
+        }                                                                              \
+    } while (0)
+    switch (dtype) {
+    case FGQA_F64: ROW_LOAD(double, ); break;
+    case FGQA_F32: ROW_LOAD(float, ); break;
+    case FGQA_BF16: ROW_LOAD(uint16_t, float_from_bf16); break;
+    case FGQA_F16: {
+        int32_t done = 0;
+#if defined(__F16C__) && !FGQA_REAL_F64
+        if (stride == 1) {
+            for (; done + 8 <= n; done += 8) {
+                const __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + done));
+                _mm256_storeu_ps(to + done, _mm256_cvtph_ps(half));
+            }
+        }
+#endif
+        from = (const uint16_t *)from + (int64_t)done * stride;
+        to += done;
+        n -= done;
+        ROW_LOAD(uint16_t, float_from_f16);
+        break;
+    }
+    default: break;   /* fgqa_problem_init lets no other dtype through */
+    }
+#undef ROW_LOAD
+}
+
+FGQA_SHARED void row_store(void *to, fgqa_dtype dtype, int64_t stride, const real *restrict from, int32_t n)
+{
+#define ROW_STORE(type, value)                                                                   \
+    do {                                                                                         \
+        type *x = to;                                                                            \
+        if (stride == 1) {                                                                       \
+            for (int32_t i = 0; i < n; i++) { x[i] = (type)value(from[i]); }                     \
+        } else {                                                                                 \
+            for (int32_t i = 0; i < n; i++) { x[(int64_t)i * stride] = (type)value(from[i]); }   \
+        }                                                                                        \
+    } while (0)
+    switch (dtype) {
+    case FGQA_F64: ROW_STORE(double, ); break;
+    case FGQA_F32: ROW_STORE(float, ); break;
+    case FGQA_BF16: ROW_STORE(uint16_t, bf16_from_float); break;
+    case FGQA_F16: {
+        int32_t done = 0;
+#if defined(__F16C__) && !FGQA_REAL_F64
+        if (stride == 1) {
+            for (; done + 8 <= n; done += 8) {
+                const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + done), _MM_FROUND_TO_NEAREST_INT);
+                _mm_storeu_si128((__m128i *)((uint16_t *)to + done), half);
+            }
+        }
+#endif
+        to = (uint16_t *)to + (int64_t)done * stride;
+        from += done;
+        n -= done;
+        ROW_STORE(uint16_t, f16_from_float);
+        break;
+    }
+    default: break;
+    }
+#undef ROW_STORE
+}
+
+#endif

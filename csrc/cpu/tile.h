@@ -1,0 +1,388 @@
+/* tile.h - what forward, backward and weights share: packed rows side by side as lanes, blocks of K and V, score tiles.
+ *
+ * A panel is up to PANEL packed rows of one KV head (semantics.h: packed row r = query row r / g, head r % g of the
+ * group), one lane each. Panels start at multiples of PANEL of their sequence and key blocks at multiples of KEYS, so what
+ * a row adds up, in which order, depends on nothing but its own sequence.
+ *
+ * A tile is KEYS x lanes in scratch, key after key, w = nv*VL lanes apart: scores, then weights; additive masks; dropout.
+ * Scores are base 2: x*log2(e); -inf is a key the row does not see.
+ */
+#ifndef FGQA_TILE_H
+#define FGQA_TILE_H
+#include "../core/philox.h"
+#include "../core/problem.h"
+#include "gemm.h"
+#include "rows.h"
+
+#define PANEL (NV * VL)
+#define KEYS 128
+#define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
+
+/* ---- one sequence and KV head ---- */
+
+typedef struct {
+    const fgqa_problem *p;
+    fgqa_sequence seq;
+    int32_t b, kv_head;
+    int64_t rows;                    /* packed rows of the sequence: sq*g */
+    real score_scale, q_sign;        /* |scale|*log2(e), and the sign of scale, which the packed q carries */
+    real cap_inner, cap_outer;       /* softcap: x*log2(e) = outer*tanh(q.k * inner); outer 0: no softcap */
+    int has_add;                     /* mask or bias given: tiles need tile_additive() */
+    int needs_transform;             /* scores are more than scale*(q.k) even where every key is seen */
+} tile_sequence;
+
+SIMD void *view_at(const fgqa_view *view, int64_t b, int64_t h, int64_t s)
+{
+    return (char *)view->data + (b * view->stride_b + h * view->stride_h + s * view->stride_s) * (int64_t)fgqa_dtype_bytes(view->dtype);
+}
+
+FGQA_SHARED tile_sequence tile_sequence_init(const fgqa_problem *p, int32_t b, int32_t kv_head)
+{
+    tile_sequence t = {.p = p, .seq = fgqa_problem_sequence(p, b), .b = b, .kv_head = kv_head};
+    t.rows = (int64_t)t.seq.mask.sq * p->g;
+    const double scale = p->scale < 0 ? -p->scale : p->scale;
+    t.q_sign = p->scale < 0 ? -1 : 1;
+    t.score_scale = (real)(scale * FGQA_LOG2E);
+    if (p->softcap > 0) {
+        t.cap_inner = (real)(scale / p->softcap);
+        t.cap_outer = (real)(p->softcap * FGQA_LOG2E);
+    }
+    t.has_add = p->view[FGQA_ARG_mask].data != NULL || p->view[FGQA_ARG_bias].data != NULL;
+    t.needs_transform = p->softcap > 0 || p->view[FGQA_ARG_alibi_slopes].data != NULL;
+    return t;
+}
+
+/* Row of a [b, h, s, d] view that packed row r of this KV head owns (q, out, dout, dq). */
+SIMD void *tile_packed_row(const tile_sequence *t, const fgqa_view *view, int64_t r)
+{
+    return view_at(view, t->b, fgqa_packed_row_head(r, t->kv_head, t->p->g), t->seq.q_row + fgqa_packed_row_q(r, t->p->g));
+}
+
+/* lse and dlse: the same place in [b, hq, sq]. */
+SIMD real tile_lse_load(const tile_sequence *t, const fgqa_view *view, int64_t r)
+{
+    real x = 0;
+    row_load(&x, tile_packed_row(t, view, r), view->dtype, 1, 1);
+    return x;
+}
+
+SIMD void tile_lse_store(const tile_sequence *t, const fgqa_view *view, int64_t r, real x)
+{
+    row_store(tile_packed_row(t, view, r), view->dtype, 1, &x, 1);
+}
+
+/* A float per query head and batch (sink, alibi_slopes); row r's own. */
+SIMD real tile_head_value(const tile_sequence *t, fgqa_arg arg, int64_t r)
+{
+    const fgqa_view *view = &t->p->view[arg];
+    real x = 0;
+    row_load(&x, view_at(view, t->b, fgqa_packed_row_head(r, t->kv_head, t->p->g), 0), view->dtype, 1, 1);
+    return x;
+}
+
+/* ---- panels ---- */
+
+typedef struct {
+    _Alignas(64) ireal begin[PANEL], end[PANEL];   /* lane sees keys begin <= j < end; idle lanes see none */
+    _Alignas(64) ireal diag[PANEL];                /* diag(i) */
+    _Alignas(64) real slope[PANEL];                /* ALiBi slope * log2(e); 0 without ALiBi */
+    _Alignas(64) ureal row[PANEL], head[PANEL];    /* i and b*hq + h: dropout's counter */
+    int64_t r0;                                    /* first packed row */
+    int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
+    int32_t i0, i1;                                /* query rows [i0, i1) */
+    fgqa_range keys;                               /* keys that some row sees */
+} tile_panel;
+
+/* The panel at packed row r0 (a multiple of PANEL) of rows up to r1. */
+FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int64_t r0, int64_t r1)
+{
+    const fgqa_problem *p = t->p;
+    panel->r0 = r0;
+    panel->rows = r1 - r0 < PANEL ? (int32_t)(r1 - r0) : PANEL;
+    panel->nv = (panel->rows + VL - 1) / VL;
+    panel->w = panel->nv * VL;
+    panel->i0 = fgqa_packed_row_q(r0, p->g);
+    panel->i1 = fgqa_packed_row_q(r0 + panel->rows - 1, p->g) + 1;
+    panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
+    const int alibi = p->view[FGQA_ARG_alibi_slopes].data != NULL;
+    for (int32_t lane = 0; lane < panel->w; lane++) {
+        const int used = lane < panel->rows;
+        const int64_t r = r0 + (used ? lane : 0);
+        const int32_t i = fgqa_packed_row_q(r, p->g), h = fgqa_packed_row_head(r, t->kv_head, p->g);
+        panel->begin[lane] = used ? fgqa_kv_begin(&t->seq.mask, i) : 0;
+        panel->end[lane] = used ? fgqa_kv_end(&t->seq.mask, i) : 0;
+        panel->diag[lane] = i + t->seq.mask.diag;
+        panel->slope[lane] = alibi ? tile_head_value(t, FGQA_ARG_alibi_slopes, r) * (real)FGQA_LOG2E : 0;
+        panel->row[lane] = (ureal)i;
+        panel->head[lane] = (ureal)(uint32_t)(t->b * p->hq + h);
+    }
+}
+
+/* Rows of a panel as [lane][cols] (ld reals apart, a multiple of VL; columns up to ld are 0), lanes beyond the rows 0. */
+FGQA_SHARED void tile_pack_rows(real *to, int32_t ld, const tile_sequence *t, const tile_panel *panel, const fgqa_view *view, int32_t cols, real factor)
+{
+    for (int32_t lane = 0; lane < panel->w; lane++, to += ld) {
+        int32_t done = 0;
+        if (lane < panel->rows) {
+            row_load(to, tile_packed_row(t, view, panel->r0 + lane), view->dtype, view->stride_d, cols);
+            if (factor != 1) {
+                for (int32_t c = 0; c < cols; c++) { to[c] *= factor; }
+            }
+            done = cols;
+        }
+        memset(to + done, 0, (size_t)(ld - done) * sizeof(real));
+    }
+}
+
+/* [lane][cols] to [col][lane]: the B operand of scores. ld as above; `to` has room for ROUND_UP(cols, VL) columns. */
+FGQA_SHARED void tile_transpose_rows(real *to, const real *from, int32_t ld, int32_t w, int32_t cols)
+{
+    for (int32_t lane = 0; lane < w; lane += VL) {
+        for (int32_t c = 0; c < cols; c += VL) { v_transpose(to + (ptrdiff_t)c * w + lane, w, from + (ptrdiff_t)lane * ld + c, ld); }
+    }
+}
+
+/* And back: [col][lane] to [lane][cols]. */
+FGQA_SHARED void tile_transpose_panel(real *to, int32_t ld, const real *from, int32_t w, int32_t cols)
+{
+    for (int32_t lane = 0; lane < w; lane += VL) {
+        for (int32_t c = 0; c < cols; c += VL) { v_transpose(to + (ptrdiff_t)lane * ld + c, ld, from + (ptrdiff_t)c * w + lane, w); }
+    }
+}
+
+/* ---- blocks of K and V ---- */
+
+/* Rows [j0, j1) of a K or V view as reals with unit stride, `stride` apart: the caller's own memory when it is that
+ * already, else a copy in scratch (KEYS x ROUND_UP(cols, VL)). */
+typedef struct { const real *data; ptrdiff_t stride; } tile_block;
+
+FGQA_SHARED tile_block tile_block_load(const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols, real *scratch)
+{
+    const fgqa_dtype own = FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32;
+    if (view->dtype == own && (view->stride_d == 1 || cols <= 1)) {
+        const tile_block in_place = {view_at(view, t->b, t->kv_head, t->seq.k_row + j0), (ptrdiff_t)view->stride_s};
+        return in_place;
+    }
+    const int32_t ld = ROUND_UP(cols, VL);
+    for (int32_t j = j0; j < j1; j++) {
+        row_load(scratch + (ptrdiff_t)(j - j0) * ld, view_at(view, t->b, t->kv_head, t->seq.k_row + j), view->dtype, view->stride_d, cols);
+    }
+    const tile_block copy = {scratch, ld};
+    return copy;
+}
+
+/* ---- rows that hold a NaN or an infinity ----
+ * 0 * NaN is NaN, so a product over a tile that some lanes do not see in full must leave such rows out: they are zeroed in
+ * a copy, and added back for the lanes that see them. */
+
+typedef struct { int32_t count; int16_t row[KEYS]; } tile_bad_rows;
+
+SIMD int row_is_finite(const real *x, int32_t n)
+{
+    vreal sum = v_zero();
+    real tail = 0;
+    int32_t i = 0;
+    for (; i + VL <= n; i += VL) { sum += v_load(x + i) * v_zero(); }
+    for (; i < n; i++) { tail += x[i] * 0; }
+    return !m_any(m_not(m_eq(sum, sum))) && tail == tail;
+}
+
+FGQA_SHARED void tile_find_bad_rows(tile_bad_rows *bad, const tile_block *block, int32_t rows, int32_t cols)
+{
+    bad->count = 0;
+    for (int32_t r = 0; r < rows; r++) {
+        if (!row_is_finite(block->data + r * block->stride, cols)) { bad->row[bad->count++] = (int16_t)r; }
+    }
+}
+
+/* The block with its bad rows zeroed, in scratch (KEYS x ROUND_UP(cols, VL)). */
+FGQA_SHARED tile_block tile_without_bad_rows(const tile_bad_rows *bad, const tile_block *block, int32_t rows, int32_t cols, real *scratch)
+{
+    const tile_block clean = {scratch, ROUND_UP(cols, VL)};
+    int32_t next = 0;
+    for (int32_t r = 0; r < rows; r++) {
+        real *to = scratch + r * clean.stride;
+        if (next < bad->count && bad->row[next] == r) {
+            memset(to, 0, (size_t)cols * sizeof(real));
+            next++;
+        } else {
+            memcpy(to, block->data + r * block->stride, (size_t)cols * sizeof(real));
+        }
+    }
+    return clean;
+}
+
+/* Whether lanes v*VL.. of the panel see key j; `add` is the additive tile's row of key j, or NULL. */
+SIMD vmask tile_sees(const tile_panel *panel, const real *add, int32_t j, int32_t v)
+{
+    const vint key = v_set1_int(j);
+    vmask sees = m_and(m_not(m_lt_int(key, v_load_int(panel->begin + v * VL))), m_lt_int(key, v_load_int(panel->end + v * VL)));
+    if (add) { sees = m_and(sees, m_not(m_eq(v_load(add + v * VL), v_set1(-REAL_INF)))); }
+    return sees;
+}
+
+/* out[col][lane] += weight[lane] * x[col] where the lane sees key j: one bad row's product. */
+FGQA_SHARED void tile_add_bad_row(const tile_panel *panel, const real *add, int32_t j, const real *weight, const real *x, int32_t cols, real *out)
+{
+    for (int32_t v = 0; v < panel->nv; v++) {
+        const vmask sees = tile_sees(panel, add, j, v);
+        if (!m_any(sees)) { continue; }
+        const vreal factor = v_load(weight + v * VL);
+        for (int32_t c = 0; c < cols; c++) {
+            real *to = out + (ptrdiff_t)c * panel->w + v * VL;
+            v_store(to, v_load(to) + v_select(sees, factor * v_set1(x[c]), v_zero()));
+        }
+    }
+}
+
+/* ---- mask and bias ---- */
+
+/* One row of keys [j0, j1): bias, or 0; -inf where the bool mask says no. */
+FGQA_SHARED void tile_additive_row(real *to, const tile_sequence *t, int32_t h, int32_t i, int32_t j0, int32_t n)
+{
+    const fgqa_view *bias = &t->p->view[FGQA_ARG_bias], *mask = &t->p->view[FGQA_ARG_mask];
+    if (bias->data) {
+        const char *from = view_at(bias, t->b, h, i);
+        row_load(to, from + j0 * bias->stride_d * (int64_t)fgqa_dtype_bytes(bias->dtype), bias->dtype, bias->stride_d, n);
+    } else {
+        memset(to, 0, (size_t)n * sizeof(real));
+    }
+    if (mask->data) {
+        const uint8_t *keep = (const uint8_t *)view_at(mask, t->b, h, i) + j0 * mask->stride_d;
+        if (mask->stride_d == 1) {
+            for (int32_t n0 = 0; n0 < n; n0++) { to[n0] = keep[n0] ? to[n0] : -REAL_INF; }
+        } else {
+            for (int32_t n0 = 0; n0 < n; n0++) { to[n0] = keep[n0 * mask->stride_d] ? to[n0] : -REAL_INF; }
+        }
+    }
+}
+
+typedef enum {
+    TILE_UNSEEN,    /* no lane sees a key: skip it */
+    TILE_FULL,      /* every row sees every key, and nothing is added */
+    TILE_PARTIAL
+} tile_kind;
+
+/* Fills add[key][lane] for keys [j0, j1) of a panel from mask and bias, -inf where masked. `scratch`: VL x KEYS reals. */
+FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, real *scratch)
+{
+    const fgqa_view *bias = &t->p->view[FGQA_ARG_bias], *mask = &t->p->view[FGQA_ARG_mask];
+    const int32_t n = j1 - j0, g = t->p->g, padded = ROUND_UP(n, VL);
+    const int by_head = (bias->data && bias->stride_h) || (mask->data && mask->stride_h);
+    const int by_row = (bias->data && bias->stride_s) || (mask->data && mask->stride_s);
+    vmask seen = m_lt(v_zero(), v_zero()), changed = seen;
+    for (int32_t v = 0; v < panel->nv; v++) {
+        for (int32_t lane = 0; lane < VL; lane++) {
+            real *to = scratch + lane * KEYS;
+            const int64_t r = panel->r0 + v * VL + lane;
+            const int32_t i = fgqa_packed_row_q(r, g), h = fgqa_packed_row_head(r, t->kv_head, g);
+            const int idle = v * VL + lane >= panel->rows;   /* lane > 0 then; its neighbour's row changes no verdict */
+            if (idle || ((v || lane) && !by_head && (!by_row || (lane && i == fgqa_packed_row_q(r - 1, g))))) {
+                if (lane) { memcpy(to, to - KEYS, (size_t)n * sizeof(real)); }   /* lane 0 finds the last vector's row in place */
+            } else {
+                tile_additive_row(to, t, h, i, j0, n);
+            }
+            for (int32_t c = n; c < padded; c++) { to[c] = 0; }
+        }
+        for (int32_t c = 0; c < padded; c += VL) { v_transpose(add + (ptrdiff_t)c * panel->w + v * VL, panel->w, scratch + c, KEYS); }
+    }
+    for (int32_t c = 0; c < n; c++) {
+        for (int32_t v = 0; v < panel->nv; v++) {
+            const vreal x = v_load(add + (ptrdiff_t)c * panel->w + v * VL);
+            seen = m_or(seen, m_not(m_eq(x, v_set1(-REAL_INF))));
+            changed = m_or(changed, m_not(m_eq(x, v_zero())));
+        }
+    }
+    return !m_any(seen) ? TILE_UNSEEN : m_any(changed) ? TILE_PARTIAL : TILE_FULL;
+}
+
+/* ---- scores ---- */
+
+/* In place, from q.k: scale, softcap, + add (NULL: none), ALiBi, mask. tanh_tile (NULL: not wanted) receives
+ * tanh(x/cap), of which the backward pass needs 1 - tanh^2. A finite score never becomes -inf, which is kept for "not seen":
+ * a row whose keys all carry the lowest float as bias is uniform, as it is in the plain formula. */
+FGQA_SHARED void tile_transform(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const real *add, real *tanh_tile)
+{
+    const int alibi = t->p->view[FGQA_ARG_alibi_slopes].data != NULL;
+    const vreal lowest = v_set1(REAL_LOWEST), unseen = v_set1(-REAL_INF);
+    for (int32_t j = j0; j < j1; j++) {
+        const vint key = v_set1_int(j);
+        for (int32_t v = 0; v < panel->nv; v++) {
+            const ptrdiff_t at = (ptrdiff_t)(j - j0) * panel->w + v * VL;
+            vreal x = v_load(s + at);
+            if (t->cap_outer > 0) {
+                x = v_tanh(x * v_set1(t->cap_inner));
+                if (tanh_tile) { v_store(tanh_tile + at, x); }
+                x *= v_set1(t->cap_outer);
+            } else {
+                x *= v_set1(t->score_scale);
+            }
+            if (add) { x += v_load(add + at) * v_set1((real)FGQA_LOG2E); }
+            if (alibi) {
+                const vreal distance = v_abs(v_from_int(v_load_int(panel->diag + v * VL) - key));
+                x += FGQA_ALIBI(v_load(panel->slope + v * VL), distance);
+            }
+            x = v_select(tile_sees(panel, add ? add + (ptrdiff_t)(j - j0) * panel->w : NULL, j, v), v_max(lowest, x), unseen);
+            v_store(s + at, x);
+        }
+    }
+}
+
+/* Scores of keys [j0, j1) (inside panel->keys and one key block) into s[key][lane].
+ * `k` is row j0 of the block, `q` the panel [d][w]. On return score = s * *scale: scale is 1 once transformed.
+ * `add`: KEYS x PANEL, `scratch`: VL x KEYS; used when the sequence has_add. *used_add is add, or NULL where it was not needed. */
+FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const tile_block *k,
+                                  const real *q, real *add, real *scratch, real *tanh_tile, const real **used_add, real *scale)
+{
+    tile_kind kind = TILE_FULL;
+    *used_add = NULL;
+    *scale = t->score_scale;
+    if (t->has_add) {
+        kind = tile_additive(add, t, panel, j0, j1, scratch);
+        if (kind == TILE_UNSEEN) { return kind; }
+        if (kind == TILE_PARTIAL) { *used_add = add; }
+    }
+    if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
+    gemm_row_set(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL);
+    if (kind == TILE_PARTIAL || t->needs_transform) {
+        tile_transform(s, t, panel, j0, j1, *used_add, tanh_tile);
+        *scale = 1;
+    }
+    return kind;
+}
+
+/* ---- dropout ---- */
+
+/* keep[key][lane]: all bits set where the weight of keys [j0, j1) survives, none where it is dropped. */
+FGQA_SHARED void tile_dropout(ireal *keep, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1)
+{
+    const fgqa_problem *p = t->p;
+    const vint threshold = v_set1_int((ireal)p->dropout_threshold);
+    for (int32_t block = j0 / 8; block <= (j1 - 1) / 8; block++) {
+        for (int32_t v = 0; v < panel->nv; v++) {
+            vword x0 = (vword)v_set1_int((ireal)(ureal)(uint32_t)block), x1 = (vword)v_load_int((const ireal *)panel->row + v * VL);
+            vword x2 = (vword)v_load_int((const ireal *)panel->head + v * VL), x3 = (vword)v_set1_int((ireal)(ureal)(uint32_t)p->offset);
+            uint32_t k0 = (uint32_t)p->seed, k1 = (uint32_t)(p->seed >> 32);
+            for (int round = 0; round < FGQA_PHILOX_ROUNDS; round++) {
+                vword high0, low0, high2, low2;
+                v_mul_words(x0, FGQA_PHILOX_M0, &high0, &low0);
+                v_mul_words(x2, FGQA_PHILOX_M1, &high2, &low2);
+                x0 = high2 ^ x1 ^ (vword)v_set1_int((ireal)(ureal)k0);
+                x2 = high0 ^ x3 ^ (vword)v_set1_int((ireal)(ureal)k1);
+                x1 = low2;
+                x3 = low0;
+                k0 += FGQA_PHILOX_W0;
+                k1 += FGQA_PHILOX_W1;
+            }
+            const vint words[4] = {(vint)x0, (vint)x1, (vint)x2, (vint)x3};
+            for (int n = 0; n < 8; n++) {
+                const int32_t j = block * 8 + n;
+                if (j < j0 || j >= j1) { continue; }
+                const vint half = (n & 1 ? (vint)((vword)words[n >> 1] >> 16) : words[n >> 1]) & v_set1_int(0xFFFF);
+                *(vint_any *)(keep + (ptrdiff_t)(j - j0) * panel->w + v * VL) = v_mask_bits(m_not(m_lt_int(half, threshold)));
+            }
+        }
+    }
+}
+
+#endif
