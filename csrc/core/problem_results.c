@@ -168,12 +168,17 @@ static fgqa_view result_view(fgqa_arg arg, const fgqa_form *form, const fgqa_ten
     return view;
 }
 
+/* Whether this pass writes the argument: out and lse are inputs of the backward pass. */
+static int is_written(const fgqa_problem *p, fgqa_arg arg)
+{
+    return arg >= FGQA_ARG_out && !(p->pass == FGQA_PASS_BWD && arg <= FGQA_ARG_lse);
+}
+
 int fgqa_problem_result(const fgqa_problem *p, fgqa_arg result, fgqa_tensor *spec)
 {
     fgqa_form form;
     const char *names[FGQA_MAX_DIMS];
-    if (result < FGQA_ARG_out || !fgqa_problem_form(p, result, &form)) { return 0; }
-    if (p->pass == FGQA_PASS_BWD && (result == FGQA_ARG_out || result == FGQA_ARG_lse)) { return 0; }
+    if (!is_written(p, result) || !fgqa_problem_form(p, result, &form)) { return 0; }
     memset(spec, 0, sizeof *spec);
     spec->dtype = form.dtype;
     spec->device = p->device;
@@ -206,19 +211,15 @@ fgqa_status fgqa_check_form(const fgqa_request *r, fgqa_problem *p, fgqa_arg arg
         return fgqa_fail(FGQA_ERROR_VALUE, "%s is not a result of this call; leave it out", name);
     }
     if (t->dtype != form.dtype) {
-        return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: it must be %s, as %s; convert or allocate it as %s", name,
-                         fgqa_dtype_name(t->dtype), fgqa_dtype_name(form.dtype),
-                         arg == FGQA_ARG_lse || arg == FGQA_ARG_dlse || arg == FGQA_ARG_weights ? "belongs to the dtype of q"
-                         : arg == FGQA_ARG_dbias ? "bias is" : arg == FGQA_ARG_dsink ? "sink is" : "q is",
-                         fgqa_dtype_name(form.dtype));
+        return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: with q of %s it must be %s; %s %s", name, fgqa_dtype_name(t->dtype),
+                         fgqa_dtype_name(p->dtype), fgqa_dtype_name(form.dtype),
+                         is_written(p, arg) ? "allocate it as" : "convert it to", fgqa_dtype_name(form.dtype));
     }
     form_shape(&form, shape, names);
     if (t->ndim != form.ndim || memcmp(shape, t->shape, (size_t)form.ndim * sizeof shape[0]) != 0) {
-        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must be %s for these inputs; %s", name, fgqa_shape_text(t).s,
-                         fgqa_form_text(&form).s,
-                         arg == FGQA_ARG_out && p->pass == FGQA_PASS_FWD ? "allocate out with that shape, or leave it out"
-                         : p->pass == FGQA_PASS_BWD && arg <= FGQA_ARG_lse ? "pass what belongs to the forward call"
-                                                                             : "allocate it with that shape");
+        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: with these inputs it must be %s; %s", name, fgqa_shape_text(t).s,
+                         fgqa_form_text(&form).s, is_written(p, arg) ? "allocate it with that shape, or leave it out"
+                                                                     : "pass the one of the same forward call");
     }
     p->view[arg] = result_view(arg, &form, t);
     return FGQA_OK;
@@ -263,12 +264,27 @@ static fgqa_status check_written(const fgqa_request *r, const fgqa_problem *p, f
                          "each result needs memory of its own; pass a copy", name, fgqa_shape_text(t).s);
     }
     for (int other = 0; other < FGQA_ARG_COUNT; other++) {
-        const int is_input = other < FGQA_ARG_out || (p->pass == FGQA_PASS_BWD && other <= FGQA_ARG_lse);
-        if (other == (int)arg || r->tensor[other] == NULL || (!is_input && other > (int)arg)) { continue; }
+        /* Of two results the later one is refused, when its turn comes. */
+        if (r->tensor[other] == NULL || other == (int)arg || (other > (int)arg && is_written(p, (fgqa_arg)other))) { continue; }
         if (fgqa_tensors_overlap(t, r->tensor[other])) {
-            return fgqa_fail(FGQA_ERROR_VALUE, "%s shares memory with %s: %s is written while %s is still in use; "
-                             "pass %s memory of its own", name, fgqa_arg_name((fgqa_arg)other), name,
+            return fgqa_fail(FGQA_ERROR_VALUE, "%s overlaps %s (their address ranges intersect): %s is written while %s is in use; "
+                             "give %s memory of its own", name, fgqa_arg_name((fgqa_arg)other), name,
                              fgqa_arg_name((fgqa_arg)other), name);
+        }
+    }
+    return FGQA_OK;
+}
+
+/* The bytes of a result in 64 bits: broadcast inputs may be small where the result is not. */
+static fgqa_status check_size(const fgqa_problem *p, fgqa_arg arg)
+{
+    fgqa_form form;
+    int64_t bytes = 8;
+    if (!fgqa_problem_form(p, arg, &form)) { return FGQA_OK; }
+    for (int n = 0; n < 4; n++) {
+        if (form.axis[n] >= 0 && form.extent[n] > 0 && __builtin_mul_overflow(bytes, form.extent[n], &bytes)) {
+            return fgqa_fail(FGQA_ERROR_VALUE, "%s would have shape %s: more bytes than 64-bit sizes can count; split the call",
+                             fgqa_arg_name(arg), fgqa_form_text(&form).s);
         }
     }
     return FGQA_OK;
@@ -278,21 +294,10 @@ fgqa_status fgqa_check_results(const fgqa_request *r, fgqa_problem *p)
 {
     for (int n = FGQA_ARG_out; n < FGQA_ARG_COUNT; n++) {
         const fgqa_arg arg = (fgqa_arg)n;
-        fgqa_tensor spec;
-        fgqa_form form;
-        int64_t bytes = (int64_t)fgqa_dtype_bytes(FGQA_F64);
-        if (fgqa_problem_form(p, arg, &form) && fgqa_problem_result(p, arg, &spec)) {
-            for (int32_t axis = 0; axis < spec.ndim; axis++) {
-                if (__builtin_mul_overflow(bytes, spec.shape[axis] > 0 ? spec.shape[axis] : 1, &bytes)) {
-                    return fgqa_fail(FGQA_ERROR_VALUE, "%s would have shape %s: more bytes than 64-bit sizes can count; "
-                                     "split the call", fgqa_arg_name(arg), fgqa_form_text(&form).s);
-                }
-            }
-        }
+        FGQA_TRY(check_size(p, arg));
         if (r->tensor[n] == NULL) { continue; }
         FGQA_TRY(fgqa_check_form(r, p, arg));
-        if (p->pass == FGQA_PASS_BWD && n <= FGQA_ARG_lse) { continue; }   /* inputs of the backward pass */
-        FGQA_TRY(check_written(r, p, arg));
+        if (is_written(p, arg)) { FGQA_TRY(check_written(r, p, arg)); }
     }
     return FGQA_OK;
 }

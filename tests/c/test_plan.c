@@ -1,0 +1,172 @@
+/* test_plan.c - which kernel a plan takes, its reasons, its count of work and its words, with kernels that do nothing. */
+#include "../../csrc/core/plan.h"
+#include "fixture.h"
+
+static const char *never(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    (void)kernel;
+    snprintf(why, 128, "head dim %d is not 64", (int)p->d);
+    return why;
+}
+
+static const char *no_mask(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    (void)kernel;
+    (void)why;
+    return p->view[FGQA_ARG_mask].data ? "no mask tensors" : NULL;
+}
+
+static const char *always(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    (void)kernel;
+    (void)p;
+    (void)why;
+    return NULL;
+}
+
+static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
+{
+    (void)kernel;
+    plan->block_q = 16;
+    plan->block_k = 64;
+    plan->tasks = (int64_t)p->b * p->hk;
+    plan->threads = plan->flops > 1e6 ? 8 : 1;     /* the count of work is there already */
+    plan->scratch_bytes = 3000;
+    plan->workspace_bytes = (size_t)5 << 20;
+}
+
+static const fgqa_kernel kernels[] = {
+    {"fwd_gpu", FGQA_PASS_FWD, FGQA_CUDA, always, tile, NULL, NULL},
+    {"fwd_narrow", FGQA_PASS_FWD, FGQA_CPU, never, tile, NULL, NULL},
+    {"fwd_fast", FGQA_PASS_FWD, FGQA_CPU, no_mask, tile, NULL, NULL},
+    {"fwd_general", FGQA_PASS_FWD, FGQA_CPU, always, tile, NULL, NULL},
+    {"bwd_narrow", FGQA_PASS_BWD, FGQA_CPU, never, tile, NULL, NULL},
+};
+enum { KERNELS = sizeof kernels / sizeof *kernels };
+
+static void says(fgqa_status status, fgqa_status code, const char *message)
+{
+    CHECK_FOR(status == code && strstr(fgqa_message(), message), "%d \"%s\" instead of %d \"%s\"", (int)status, fgqa_message(),
+              (int)code, message);
+}
+
+static void choice(void)
+{
+    fixture f;
+    fgqa_plan plan;
+    small(&f, FGQA_PASS_FWD);
+    fgqa_problem p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK);
+    CHECK(strcmp(plan.kernel->name, "fwd_fast") == 0 && strcmp(plan.refused, "fwd_narrow: head dim 8 is not 64\n") == 0);
+    CHECK(plan.block_q == 16 && plan.tasks == 6 && plan.splits == 1 && plan.threads == 1);
+    CHECK(fgqa_plan_make(&p, kernels, KERNELS, "fwd_general", &plan) == FGQA_OK && plan.kernel == &kernels[3] && !plan.refused[0]);
+    says(fgqa_plan_make(&p, kernels, KERNELS, "fwd_narrow", &plan), FGQA_ERROR_NOT_IMPLEMENTED, "fwd_narrow: head dim 8 is not 64");
+    says(fgqa_plan_make(&p, kernels, KERNELS, "fwd_gpu", &plan), FGQA_ERROR_VALUE,
+         "kernel is \"fwd_gpu\": no forward kernel for CPU has that name; choose one of fwd_narrow, fwd_fast, fwd_general, or None");
+    says(fgqa_plan_make(&p, kernels, 1, NULL, &plan), FGQA_ERROR_NOT_IMPLEMENTED, "no kernel computes the forward pass on CPU");
+
+    give(&f, FGQA_ARG_mask, FGQA_BOOL, 5, 7);
+    p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK && plan.kernel == &kernels[3]);
+    CHECK(strcmp(plan.refused, "fwd_narrow: head dim 8 is not 64\nfwd_fast: no mask tensors\n") == 0);
+
+    small(&f, FGQA_PASS_BWD);
+    p = lowered(&f);
+    says(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan), FGQA_ERROR_NOT_IMPLEMENTED,
+         "no backward kernel for CPU serves this call:\nbwd_narrow: head dim 8 is not 64\n");
+}
+
+/* By asking every element. */
+static double counted(const fgqa_problem *p)
+{
+    double n = 0;
+    for (int32_t b = 0; b < p->b; b++) {
+        const fgqa_mask m = fgqa_problem_sequence(p, b).mask;
+        for (int32_t i = 0; i < m.sq; i++) {
+            for (int32_t j = 0; j < m.sk; j++) { n += fgqa_visible(&m, i, j); }
+        }
+    }
+    return n * p->hq;
+}
+
+static void work(void)
+{
+    static const int32_t q_lens[] = {5, 2}, kv_lens[] = {3, 3};
+    fixture f;
+    fgqa_plan plan;
+    small(&f, FGQA_PASS_FWD);
+    fgqa_problem p = lowered(&f);
+    CHECK(fgqa_problem_visible_scores(&p) == 2 * 6 * 5 * 7);
+    CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK && plan.flops == 2 * (8 + 4) * 2 * 6 * 5 * 7);
+    for (int rule = 0; rule < 4 * 3 * 2; rule++) {
+        small(&f, FGQA_PASS_FWD);
+        f.r.window_left = rule % 4 == 0 ? FGQA_UNBOUNDED : rule % 4;
+        f.r.causal = rule / 4 % 3;
+        f.r.chunk = rule / 4 % 3 == 2 ? 3 : 0;
+        f.r.align = rule / 12 ? FGQA_ALIGN_TOP_LEFT : FGQA_ALIGN_BOTTOM_RIGHT;
+        p = lowered(&f);
+        CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
+        give_int32(&f, FGQA_ARG_q_lens, q_lens, 2);
+        give_int32(&f, FGQA_ARG_kv_lens, kv_lens, 2);
+        p = lowered(&f);
+        CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
+        f.r.tensor[FGQA_ARG_q_lens] = NULL;
+        p = lowered(&f);
+        CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
+        packed(&f, FGQA_PASS_FWD);
+        f.r.causal = 1;
+        f.r.align = rule / 12 ? FGQA_ALIGN_TOP_LEFT : FGQA_ALIGN_BOTTOM_RIGHT;
+        p = lowered(&f);
+        CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
+    }
+    /* 2^31 - 1 rows of no bound are counted without walking them */
+    no_options(&f, FGQA_PASS_FWD);
+    give(&f, FGQA_ARG_q, FGQA_F32, 1, 1, INT32_MAX, 1);
+    give(&f, FGQA_ARG_k, FGQA_F32, 1, 1, INT32_MAX, 1);
+    give(&f, FGQA_ARG_v, FGQA_F32, 1, 1, INT32_MAX, 1);
+    p = lowered(&f);
+    CHECK(fgqa_problem_visible_scores(&p) == (double)INT32_MAX * INT32_MAX);
+}
+
+static void words(void)
+{
+    static const int32_t kv_lens[] = {3, 3};
+    fixture f;
+    fgqa_plan plan;
+    char text[2048], part[40];
+    small(&f, FGQA_PASS_FWD);
+    f.r.causal = 1;
+    f.r.window_left = 4;
+    f.r.dropout_p = 0.5;
+    f.r.has_seed = 1;
+    give(&f, FGQA_ARG_sink, FGQA_F32, 6);
+    give_int32(&f, FGQA_ARG_kv_lens, kv_lens, 2);
+    const fgqa_problem p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK);
+    const int length = fgqa_plan_print(&plan, &p, text, sizeof text);
+    CHECK(length == (int)strlen(text));
+    static const char *const wanted[] = {
+        "problem   forward, float32, b 2, hq 6, hk 3 (2 query heads a KV head), sq 5, sk 7, d 8, dv 4\n",
+        "options   scale 0.353553, window (4, 0), sink, kv_lens, dropout 32768/65536\n",
+        "kernel    fwd_fast on CPU\n",
+        "tiles     16 query rows x 64 keys, 1 split, 6 tasks, at most 1 thread\n",
+        "memory    2.9 KiB scratch a thread, 5.0 MiB workspace\n",
+        "work      ",
+        "passed    fwd_narrow: head dim 8 is not 64\n",
+    };
+    for (size_t n = 0; n < sizeof wanted / sizeof *wanted; n++) {
+        CHECK_FOR(strstr(text, wanted[n]), "\"%s\" is missing from\n%s", wanted[n], text);
+    }
+    memset(part, 'x', sizeof part);
+    CHECK(fgqa_plan_print(&plan, &p, part, 20) == length && strlen(part) == 19 && strncmp(part, text, 19) == 0 && part[20] == 'x');
+    CHECK(fgqa_plan_print(&plan, &p, NULL, 0) == length);
+    puts(text);
+}
+
+int main(void)
+{
+    choice();
+    work();
+    words();
+    return checks_passed("test_plan");
+}

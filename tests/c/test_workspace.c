@@ -1,0 +1,37 @@
+/* test_workspace.c - measuring and carving agree, blocks are aligned and do not overlap. */
+#include "../../csrc/core/workspace.h"
+#include "check.h"
+
+enum { BLOCKS = 6 };
+static const size_t counts[BLOCKS] = {3, 0, 64, 1, 1000, 7}, bytes[BLOCKS] = {4, 8, 1, 64, 2, 8};
+
+/* What a kernel's planner and runner share. */
+static size_t carve(void *base, char *blocks[BLOCKS])
+{
+    fgqa_arena arena = fgqa_arena_begin(base);
+    for (int n = 0; n < BLOCKS; n++) { blocks[n] = fgqa_arena_take(&arena, counts[n], bytes[n]); }
+    return arena.used;
+}
+
+int main(void)
+{
+    char *blocks[BLOCKS];
+    const size_t size = carve(NULL, blocks);
+    for (int n = 0; n < BLOCKS; n++) { CHECK(blocks[n] == NULL); }
+    char *memory = aligned_alloc(FGQA_ALIGNMENT, (size + FGQA_ALIGNMENT - 1) / FGQA_ALIGNMENT * FGQA_ALIGNMENT);
+    CHECK(memory != NULL && carve(memory, blocks) == size);
+    for (int n = 0; n < BLOCKS; n++) {
+        CHECK((uintptr_t)blocks[n] % FGQA_ALIGNMENT == 0);
+        CHECK(blocks[n] + counts[n] * bytes[n] <= memory + size);
+        if (n + 1 < BLOCKS) { CHECK(blocks[n] + counts[n] * bytes[n] <= blocks[n + 1]); }
+        memset(blocks[n], n, counts[n] * bytes[n]);
+    }
+    CHECK(blocks[BLOCKS - 1] + counts[BLOCKS - 1] * bytes[BLOCKS - 1] == memory + size);
+    fgqa_arena empty = fgqa_arena_begin(memory);
+    CHECK(empty.used == 0 && fgqa_arena_take(&empty, 0, 8) == memory && empty.used == 0);
+    fgqa_arena large = fgqa_arena_begin(NULL);
+    fgqa_arena_take(&large, (size_t)3 << 31, 4);
+    CHECK(large.used == (size_t)3 << 33);
+    free(memory);
+    return checks_passed("test_workspace");
+}
