@@ -1,0 +1,34 @@
+"""Dependencies point one way: python -> core <- cpu, cuda. The core knows neither Python nor CUDA nor a backend."""
+
+import pathlib
+import re
+
+import pytest
+
+CSRC = pathlib.Path(__file__).resolve().parent.parent / "csrc"
+# Folder of csrc -> folders whose headers it may include.
+MAY_INCLUDE = {
+    "core": {"core"},
+    "cpu": {"core", "cpu"},
+    "cuda": {"core", "cuda"},
+    "python": {"core", "cpu", "cuda", "python"},
+}
+SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".c", ".h", ".cu", ".cuh", ".def"})
+INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]', re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(CSRC).as_posix())
+def test_includes_point_one_way(path):
+    folder = path.relative_to(CSRC).parts[0]
+    for quote, target in INCLUDE.findall(path.read_text(encoding="utf-8")):
+        if quote == '"':
+            found = next((at for at in (path.parent / target, CSRC / target) if at.exists()), None)
+            assert found is not None, f"{target} is not a file of the project"
+            reached = found.resolve().relative_to(CSRC).parts[0]
+            assert reached in MAY_INCLUDE[folder], f"{folder}/ must not include {reached}/ ({target})"
+        elif folder != "python":
+            assert not re.match(r"(Python\.h|numpy/)", target), f"{folder}/ must not include {target}"
+            if folder in ("core", "cpu"):
+                assert not re.match(r"cuda", target), f"{folder}/ must not include {target}"
+        if folder == "core":
+            assert quote == '"' or re.match(r"(std\w+|string|math|float|limits|stdatomic|inttypes|ctype|errno)\.h$", target), target
