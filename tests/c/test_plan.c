@@ -76,6 +76,34 @@ static void choice(void)
          "no backward kernel for CPU serves this call:\nbwd_narrow: head dim 8 is not 64\n");
 }
 
+/* Every pass has its count. */
+static void passes(void)
+{
+    static const int64_t rows[] = {0, 4};
+    static const fgqa_kernel any[] = {
+        {"bwd", FGQA_PASS_BWD, FGQA_CPU, always, tile, NULL, NULL},
+        {"rows", FGQA_PASS_ROWS, FGQA_CPU, always, tile, NULL, NULL},
+        {"keysum", FGQA_PASS_KEYSUM, FGQA_CPU, always, tile, NULL, NULL},
+        {"rows_gpu", FGQA_PASS_ROWS, FGQA_CUDA, always, tile, NULL, NULL},
+    };
+    fixture f;
+    fgqa_plan plan;
+    small(&f, FGQA_PASS_BWD);
+    fgqa_problem p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, any, 4, NULL, &plan) == FGQA_OK && plan.flops == 2 * (3 * 8 + 2 * 4) * 2 * 6 * 5 * 7);
+    small(&f, FGQA_PASS_KEYSUM);
+    p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, any, 4, NULL, &plan) == FGQA_OK && plan.flops == 2 * 2 * 8 * 2 * 6 * 5 * 7);
+    small(&f, FGQA_PASS_ROWS);
+    memcpy(give(&f, FGQA_ARG_rows, FGQA_I64, 2)->data, rows, sizeof rows);
+    f.r.causal = 1;      /* row 0 sees 3 keys, row 4 all 7 */
+    p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, any, 4, NULL, &plan) == FGQA_OK && plan.flops == 2 * 8 * 2 * 6 * (3 + 7));
+    on_gpu(&f);
+    p = lowered(&f);
+    CHECK(fgqa_plan_make(&p, any, 4, NULL, &plan) == FGQA_OK && plan.flops == 2 * 8 * 2 * 6 * (7 + 7));
+}
+
 /* By asking every element. */
 static double counted(const fgqa_problem *p)
 {
@@ -119,13 +147,36 @@ static void work(void)
         p = lowered(&f);
         CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
     }
-    /* 2^31 - 1 rows of no bound are counted without walking them */
+    static const int32_t sides[] = {FGQA_UNBOUNDED, 0, 1, 5, 40}, chunks[] = {0, 1, 4, 7, 100};
+    for (int rule = 0; rule < 5 * 5 * 5 * 2; rule++) {
+        for (int lengths = 0; lengths < 6 * 6; lengths++) {
+            static const int32_t sizes[] = {0, 1, 2, 13, 31, 50};
+            const int32_t sq = sizes[lengths % 6], sk = sizes[lengths / 6];
+            no_options(&f, FGQA_PASS_FWD);
+            give(&f, FGQA_ARG_q, FGQA_F32, 1, 1, sq, 1);
+            give(&f, FGQA_ARG_k, FGQA_F32, 1, 1, sk, 1);
+            give(&f, FGQA_ARG_v, FGQA_F32, 1, 1, sk, 1);
+            f.r.window_left = sides[rule % 5];
+            f.r.window_right = sides[rule / 5 % 5];
+            f.r.chunk = chunks[rule / 25 % 5];
+            f.r.align = rule / 125 ? FGQA_ALIGN_TOP_LEFT : FGQA_ALIGN_BOTTOM_RIGHT;
+            p = lowered(&f);
+            CHECK_FOR(fgqa_problem_visible_scores(&p) == counted(&p), "rule %d sq %d sk %d", rule, (int)sq, (int)sk);
+        }
+    }
+    /* 2^31 - 1 rows are counted without walking them, with and without a mask */
     no_options(&f, FGQA_PASS_FWD);
     give(&f, FGQA_ARG_q, FGQA_F32, 1, 1, INT32_MAX, 1);
     give(&f, FGQA_ARG_k, FGQA_F32, 1, 1, INT32_MAX, 1);
     give(&f, FGQA_ARG_v, FGQA_F32, 1, 1, INT32_MAX, 1);
     p = lowered(&f);
     CHECK(fgqa_problem_visible_scores(&p) == (double)INT32_MAX * INT32_MAX);
+    f.r.causal = 1;
+    p = lowered(&f);
+    CHECK(fgqa_problem_visible_scores(&p) == (double)((int64_t)INT32_MAX * ((int64_t)INT32_MAX + 1) / 2));
+    f.r.chunk = 1 << 20;
+    p = lowered(&f);
+    CHECK(fgqa_problem_visible_scores(&p) == 2048.0 * ((1 << 20) * (((int64_t)1 << 20) + 1) / 2) - (1 << 20));
 }
 
 static void words(void)
@@ -166,6 +217,7 @@ static void words(void)
 int main(void)
 {
     choice();
+    passes();
     work();
     words();
     return checks_passed("test_plan");
