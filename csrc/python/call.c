@@ -1,0 +1,331 @@
+/* call.c - one attention call from its Python arguments to its Python results:
+ * options, tensors, problem, plan, memory, run without the GIL, objects.
+ */
+#include "call.h"
+
+#include <stdio.h>
+#include <string.h>
+
+#include "../cpu/cpu.h"
+#include "args.h"
+#include "memory.h"
+#include "tensor_out.h"
+
+typedef struct {
+    fgqa_state *state;
+    fgqa_request request;
+    fgqa_extras extras;
+    fgqa_problem problem;
+    fgqa_plan plan;
+    uint32_t imported;                     /* bit per fgqa_arg: in[] holds something */
+    uint32_t allocated;                    /* bit per fgqa_arg: result[] holds something */
+    fgqa_import in[FGQA_ARG_COUNT];
+    fgqa_result result[FGQA_ARG_COUNT];
+    void *workspace;
+} fgqa_call;
+
+_Static_assert(FGQA_ARG_COUNT <= 32, "one bit for each argument");
+
+/* in[] and result[] are left as they are: a bit says which entries exist. */
+static void call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass)
+{
+    memset(&call->request, 0, sizeof call->request);
+    memset(&call->extras, 0, sizeof call->extras);
+    call->state = fgqa_module_state(module);
+    call->request.pass = pass;
+    call->imported = call->allocated = 0;
+    call->workspace = NULL;
+}
+
+static void call_end(fgqa_call *call)
+{
+    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
+        if (call->imported >> arg & 1) { fgqa_import_release(&call->in[arg]); }
+        if (call->allocated >> arg & 1) { fgqa_result_drop(&call->result[arg]); }
+    }
+    fgqa_block_drop(call->workspace);
+}
+
+static int import_argument(fgqa_call *call, fgqa_arg arg, PyObject *object)
+{
+    const fgqa_slot slot = fgqa_arg_slot(call->request.pass, arg);
+    if (fgqa_import_tensor(call->state, object, &slot, &call->in[arg]) < 0) { return -1; }
+    call->imported |= 1u << arg;
+    call->request.tensor[arg] = &call->in[arg].tensor;
+    return 0;
+}
+
+static int import_options(fgqa_call *call, PyObject *const *options)
+{
+    if (fgqa_read_options(options, &call->request, &call->extras) < 0) { return -1; }
+    for (int option = 0; option < FGQA_OPTION_COUNT; option++) {
+        fgqa_arg arg;
+        PyObject *object;
+        if (fgqa_option_tensor(options, (fgqa_option)option, &arg, &object) && import_argument(call, arg, object) < 0) { return -1; }
+    }
+    return 0;
+}
+
+/* device= and stream= against where q is. */
+static int check_place(const fgqa_call *call)
+{
+    const fgqa_extras *extras = &call->extras;
+    const int numpy = call->in[FGQA_ARG_q].type.kind == FGQA_KIND_NUMPY;
+    if (extras->device_given && extras->device.type == FGQA_CUDA) {
+        if (!numpy) {
+            PyErr_SetString(PyExc_ValueError, "device is \"cuda\" but q is on cpu: device moves NumPy arrays only; move q, k and v "
+                            "to the GPU with their own library");
+        } else {
+            PyErr_Format(PyExc_NotImplementedError, "device is \"cuda\", and this build has no CUDA kernels (%s); leave device out to "
+                         "compute on the CPU", fgqa_cuda_reason());
+        }
+        return -1;
+    }
+    if (extras->stream != NULL) {
+        PyErr_Format(PyExc_ValueError, "stream is %R but q is on cpu: only GPU tensors have streams; leave it out", extras->stream);
+        return -1;
+    }
+    return 0;
+}
+
+/* FLASHGQA_LOG=plan: each plan once. */
+static int log_plan(fgqa_call *call)
+{
+    char text[2048];
+    if (call->state->logged_plans == NULL) { return 0; }
+    fgqa_plan_print(&call->plan, &call->problem, text, sizeof text);
+    PyObject *line = PyUnicode_FromString(text);
+    const int seen = line ? PySet_Contains(call->state->logged_plans, line) : -1;
+    const int failed = seen < 0 || (seen == 0 && PySet_Add(call->state->logged_plans, line) < 0);
+    Py_XDECREF(line);
+    if (failed) { return -1; }
+    if (seen == 0) { PySys_FormatStderr("flashgqa plan\n%s", text); }
+    return 0;
+}
+
+static int plan_call(fgqa_call *call)
+{
+    int32_t n_kernels = 0;
+    if (check_place(call) < 0) { return -1; }
+    if (fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
+    const fgqa_kernel *kernels = fgqa_cpu_kernels(&n_kernels);
+    if (fgqa_raise(fgqa_plan_make(&call->problem, kernels, n_kernels, call->extras.kernel, &call->plan)) < 0) { return -1; }
+    return log_plan(call);
+}
+
+/* Memory of every result the caller did not bring. All have the type of q. */
+static int allocate_results(fgqa_call *call)
+{
+    for (int n = FGQA_ARG_out; n < FGQA_ARG_COUNT; n++) {
+        const fgqa_arg arg = (fgqa_arg)n;
+        fgqa_tensor spec;
+        if (call->request.tensor[arg] != NULL || !fgqa_problem_result(&call->problem, arg, &spec)) { continue; }
+        if (fgqa_result_new(&call->in[FGQA_ARG_q], &spec, &call->result[arg]) < 0) { return -1; }
+        call->allocated |= 1u << arg;
+        fgqa_problem_bind(&call->problem, arg, &call->result[arg].tensor);
+    }
+    if (call->plan.workspace_bytes > 0) {
+        call->workspace = fgqa_block_new(call->plan.workspace_bytes);
+        if (call->workspace == NULL) {
+            PyErr_Format(PyExc_MemoryError, "a workspace of %zu bytes does not fit into memory", call->plan.workspace_bytes);
+            return -1;
+        }
+    }
+    return 0;
+}
+
+int fgqa_interrupted(void *context)
+{
+    PyThreadState **thread = context;
+    PyEval_RestoreThread(*thread);
+    const int signalled = PyErr_CheckSignals() != 0;
+    *thread = PyEval_SaveThread();
+    return signalled;
+}
+
+static int run_call(fgqa_call *call)
+{
+    PyThreadState *thread = PyEval_SaveThread();
+    const fgqa_exec exec = {NULL, fgqa_interrupted, &thread};
+    const fgqa_status status = call->plan.kernel->run(&call->plan, &call->problem, call->workspace, &exec);
+    PyEval_RestoreThread(thread);
+    return fgqa_raise(status);
+}
+
+/* The object of a result, `given` if the caller brought it, None if this pass has none. New reference. */
+static PyObject *take_result(fgqa_call *call, fgqa_arg arg, PyObject *given)
+{
+    if (given != NULL && given != Py_None) {
+        Py_INCREF(given);
+        return given;
+    }
+    if (!(call->allocated >> arg & 1)) { Py_RETURN_NONE; }
+    call->allocated &= ~(1u << arg);
+    return fgqa_result_object(call->state, &call->in[FGQA_ARG_q], &call->result[arg]);
+}
+
+static int check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted)
+{
+    if (n == wanted) { return 0; }
+    PyErr_Format(PyExc_TypeError, "_C.%s takes %zd arguments, got %zd", name, wanted, n);
+    return -1;
+}
+
+/* forward(q, k, v, return_lse, out, *options) -> out | (out, lse) */
+static int prepare_forward(fgqa_call *call, PyObject *const *args)
+{
+    for (int n = 0; n < 3; n++) {
+        if (import_argument(call, (fgqa_arg)(FGQA_ARG_q + n), args[n]) < 0) { return -1; }
+    }
+    if (fgqa_read_bool(args[3], "return_lse", &call->request.want_lse) < 0 || import_options(call, args + 5) < 0) { return -1; }
+    return args[4] == Py_None ? 0 : import_argument(call, FGQA_ARG_out, args[4]);
+}
+
+PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    fgqa_call call;
+    PyObject *result = NULL, *out, *lse;
+    if (check_count("forward", n, 5 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    call_begin(&call, module, FGQA_PASS_FWD);
+    if (prepare_forward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
+        out = take_result(&call, FGQA_ARG_out, args[4]);
+        if (call.request.want_lse) {
+            lse = out ? take_result(&call, FGQA_ARG_lse, NULL) : NULL;
+            result = lse ? PyTuple_Pack(2, out, lse) : NULL;
+            Py_XDECREF(lse);
+            Py_XDECREF(out);
+        } else {
+            result = out;
+        }
+    }
+    call_end(&call);
+    return result;
+}
+
+/* backward(dout, q, k, v, out, lse, dlse, *options) -> (dq, dk, dv, dbias, dsink), None where there is none */
+static int prepare_backward(fgqa_call *call, PyObject *const *args)
+{
+    static const fgqa_arg order[] = {FGQA_ARG_dout, FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out, FGQA_ARG_lse};
+    for (int n = 0; n < 6; n++) {
+        if (import_argument(call, order[n], args[n]) < 0) { return -1; }
+    }
+    if (args[6] != Py_None && import_argument(call, FGQA_ARG_dlse, args[6]) < 0) { return -1; }
+    if (import_options(call, args + 7) < 0) { return -1; }
+    call->request.want_dbias = call->request.tensor[FGQA_ARG_bias] != NULL;
+    call->request.want_dsink = call->request.tensor[FGQA_ARG_sink] != NULL;
+    return 0;
+}
+
+PyObject *fgqa_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    fgqa_call call;
+    PyObject *result = NULL;
+    if (check_count("backward", n, 7 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    call_begin(&call, module, FGQA_PASS_BWD);
+    if (prepare_backward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
+        static const fgqa_arg order[] = {FGQA_ARG_dq, FGQA_ARG_dk, FGQA_ARG_dv, FGQA_ARG_dbias, FGQA_ARG_dsink};
+        result = PyTuple_New(5);
+        for (int at = 0; at < 5 && result != NULL; at++) {
+            PyObject *gradient = take_result(&call, order[at], NULL);
+            if (gradient == NULL) { Py_CLEAR(result); } else { PyTuple_SetItem(result, at, gradient); }
+        }
+    }
+    call_end(&call);
+    return result;
+}
+
+/* weights(q, k, rows, *options) -> weights; rows None: summed over the query rows */
+PyObject *fgqa_py_weights(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    fgqa_call call;
+    PyObject *result = NULL;
+    if (check_count("weights", n, 3 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    call_begin(&call, module, args[2] == Py_None ? FGQA_PASS_KEYSUM : FGQA_PASS_ROWS);
+    if (import_argument(&call, FGQA_ARG_q, args[0]) == 0 && import_argument(&call, FGQA_ARG_k, args[1]) == 0
+        && (args[2] == Py_None || import_argument(&call, FGQA_ARG_rows, args[2]) == 0) && import_options(&call, args + 3) == 0
+        && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
+        result = take_result(&call, FGQA_ARG_weights, NULL);
+    }
+    call_end(&call);
+    return result;
+}
+
+/* ---- explain ---- */
+
+/* [(name, reason), ...] of plan.refused */
+static PyObject *refusals(const fgqa_plan *plan)
+{
+    PyObject *list = PyList_New(0);
+    for (const char *line = plan->refused; list != NULL && *line;) {
+        const size_t length = strcspn(line, "\n"), name = strcspn(line, ":");
+        const size_t reason = name + 2 < length ? name + 2 : length;
+        PyObject *pair = name < length ? Py_BuildValue("(s#s#)", line, (Py_ssize_t)name, line + reason, (Py_ssize_t)(length - reason))
+                                       : Py_BuildValue("(s#s)", line, (Py_ssize_t)length, "");
+        if (pair == NULL || PyList_Append(list, pair) < 0) { Py_CLEAR(list); }
+        Py_XDECREF(pair);
+        line += length + (line[length] == '\n');
+    }
+    return list;
+}
+
+static PyObject *plan_data(const fgqa_call *call)
+{
+    const fgqa_problem *p = &call->problem;
+    const fgqa_plan *plan = &call->plan;
+    char text[2048];
+    fgqa_plan_print(plan, p, text, sizeof text);
+    PyObject *refused = refusals(plan);
+    if (refused == NULL) { return NULL; }
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:n,s:n,s:d,s:N,s:s}",
+                         "kernel", plan->kernel->name, "pass", p->pass == FGQA_PASS_FWD ? "forward" : "backward",
+                         "device", p->device.type == FGQA_CPU ? "cpu" : "cuda", "dtype", fgqa_dtype_name(p->dtype),
+                         "b", (int)p->b, "hq", (int)p->hq, "hk", (int)p->hk, "sq", (int)p->sq, "sk", (int)p->sk, "d", (int)p->d,
+                         "dv", (int)p->dv, "block_q", (int)plan->block_q, "block_k", (int)plan->block_k, "splits", (int)plan->splits,
+                         "tasks", (long long)plan->tasks, "threads", (int)plan->threads,
+                         "scratch_bytes", (Py_ssize_t)plan->scratch_bytes, "workspace_bytes", (Py_ssize_t)plan->workspace_bytes,
+                         "flops", plan->flops, "refused", refused, "text", text);
+}
+
+/* Turns a planned forward request into that of its backward pass: dout, out and lse as the forward pass would return them.
+ * Their memory is never touched while planning; q's stands in for it. */
+static int turn_backward(fgqa_call *call, fgqa_tensor stand_in[3])
+{
+    fgqa_request *r = &call->request;
+    fgqa_problem_result(&call->problem, FGQA_ARG_out, &stand_in[0]);
+    fgqa_problem_result(&call->problem, FGQA_ARG_lse, &stand_in[1]);
+    for (int n = 0; n < 2; n++) { stand_in[n].data = call->in[FGQA_ARG_q].tensor.data; }
+    stand_in[2] = stand_in[0];
+    r->pass = FGQA_PASS_BWD;
+    r->tensor[FGQA_ARG_out] = &stand_in[0];
+    r->tensor[FGQA_ARG_lse] = &stand_in[1];
+    r->tensor[FGQA_ARG_dout] = &stand_in[2];
+    r->want_dbias = r->tensor[FGQA_ARG_bias] != NULL;
+    r->want_dsink = r->tensor[FGQA_ARG_sink] != NULL;
+    return plan_call(call);
+}
+
+/* explain(q, k, v, return_lse, out, backward, *options) -> dict */
+PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    fgqa_call call;
+    fgqa_tensor stand_in[3];
+    PyObject *result = NULL;
+    int32_t backward = 0;
+    if (check_count("explain", n, 6 + FGQA_OPTION_COUNT) < 0 || fgqa_read_bool(args[5], "backward", &backward) < 0) { return NULL; }
+    PyObject *forward_args[5 + FGQA_OPTION_COUNT];
+    memcpy(forward_args, args, 5 * sizeof args[0]);
+    memcpy(forward_args + 5, args + 6, FGQA_OPTION_COUNT * sizeof args[0]);
+    call_begin(&call, module, FGQA_PASS_FWD);
+    int failed = prepare_forward(&call, forward_args);
+    if (failed == 0 && backward) {
+        /* A forced kernel is one of the backward pass: the forward problem is only lowered, not planned. */
+        call.request.want_lse = 1;
+        failed = check_place(&call) < 0 || fgqa_raise(fgqa_problem_init(&call.request, &call.problem)) < 0
+                 || turn_backward(&call, stand_in) < 0;
+    } else if (failed == 0) {
+        failed = plan_call(&call);
+    }
+    if (failed == 0) { result = plan_data(&call); }
+    call_end(&call);
+    return result;
+}

@@ -1,0 +1,49 @@
+/* tensor_in.h - Python objects as fgqa_tensor: NumPy arrays by the C API, everything else by DLPack. */
+#ifndef FGQA_TENSOR_IN_H
+#define FGQA_TENSOR_IN_H
+#include "pymodule.h"
+
+enum {
+    FGQA_IN_UNIT_LAST = 1,    /* kernels want unit stride in the last axis: any other array is copied once */
+    FGQA_IN_CONTIGUOUS = 2,   /* index vectors: copied once if strided */
+    FGQA_IN_WRITTEN = 4       /* out=: never copied, so refused where a copy would be needed */
+};
+
+/* What is known of an argument before its object is seen. */
+typedef struct {
+    const char *name;
+    const char *dtypes;       /* allowed ones, for the message */
+    unsigned flags;
+} fgqa_slot;
+
+/* One argument while a call lasts. Zero-initialised; `type` is set once an object has been seen. */
+typedef struct {
+    fgqa_tensor tensor;
+    fgqa_type type;                        /* of the caller's object; owns from_dlpack, borrows the rest */
+    PyObject *copy;                        /* array that owns a copy made by NumPy, or NULL */
+    void *memory;                          /* block that owns a copy made here, or NULL */
+    DLManagedTensorVersioned *versioned;   /* consumed capsule, or NULL */
+    DLManagedTensor *unversioned;
+} fgqa_import;
+
+/* Fills `in`; on failure nothing is held. */
+int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in);
+
+/* Gives back what the import holds: each deleter is called once. Keeps a pending exception. */
+void fgqa_import_release(fgqa_import *in);
+
+/* ---- shared by tensor_in.c and dlpack_in.c ---- */
+
+/* How objects of this exact type are handled; cached. */
+void fgqa_find_type(fgqa_state *state, PyTypeObject *type, fgqa_type *found);
+
+int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in);
+
+/* 0 and *dtype, or -1 if no argument takes it. */
+int fgqa_dtype_from_dlpack(DLDataType type, fgqa_dtype *dtype);
+DLDataType fgqa_dtype_to_dlpack(fgqa_dtype dtype);
+
+/* ml_dtypes' descr of bfloat16 or float8_e4m3fn if some array could have it, else NULL (no exception). Borrowed. */
+PyArray_Descr *fgqa_ml_dtype(fgqa_state *state, fgqa_dtype dtype);
+
+#endif

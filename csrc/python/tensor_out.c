@@ -1,0 +1,131 @@
+/* tensor_out.c - memory of results, and the objects that own it: a torch tensor from torch's allocator, a NumPy array or
+ * a flashgqa.Tensor over a block of our own, the latter handed to the from_dlpack of the caller's library.
+ */
+#include "tensor_out.h"
+
+#include <string.h>
+
+#include "memory.h"
+
+static const char block_name[] = "flashgqa.block";
+
+/* Bytes of the elements of a result; its size has been checked by the problem. */
+static size_t result_bytes(const fgqa_tensor *spec)
+{
+    size_t bytes = fgqa_dtype_bytes(spec->dtype);
+    for (int32_t axis = 0; axis < spec->ndim; axis++) { bytes *= (size_t)spec->shape[axis]; }
+    return bytes;
+}
+
+static void set_error(void *context, const char *kind, const char *message)
+{
+    (void)context;
+    PyErr_Format(strcmp(kind, "MemoryError") == 0 ? PyExc_MemoryError : PyExc_RuntimeError, "allocating a result failed: %s: %s",
+                 kind, message);
+}
+
+static int allocate_foreign(const DLPackExchangeAPI *api, const fgqa_tensor *spec, fgqa_result *result)
+{
+    DLTensor prototype = {NULL, {kDLCPU, 0}, spec->ndim, fgqa_dtype_to_dlpack(spec->dtype), result->tensor.shape,
+                          result->tensor.stride, 0};
+    if (api->managed_tensor_allocator(&prototype, &result->managed, NULL, set_error) != 0) {
+        result->managed = NULL;
+        if (!PyErr_Occurred()) { PyErr_SetString(PyExc_RuntimeError, "allocating a result failed"); }
+        return -1;
+    }
+    const DLTensor *dl = &result->managed->dl_tensor;
+    result->tensor.data = (void *)((uintptr_t)dl->data + (uintptr_t)dl->byte_offset);
+    for (int32_t axis = 0; axis < spec->ndim && dl->strides != NULL; axis++) { result->tensor.stride[axis] = dl->strides[axis]; }
+    return 0;
+}
+
+int fgqa_result_new(const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
+{
+    memset(result, 0, sizeof *result);
+    result->tensor = *spec;
+    if (like->type.exchange != NULL) { return allocate_foreign(like->type.exchange, spec, result); }
+    result->block = fgqa_block_new(result_bytes(spec));
+    if (result->block == NULL) {
+        PyErr_Format(PyExc_MemoryError, "a result of %zu bytes does not fit into memory", result_bytes(spec));
+        return -1;
+    }
+    result->tensor.data = result->block;
+    return 0;
+}
+
+void fgqa_result_drop(fgqa_result *result)
+{
+    if (result->managed != NULL && result->managed->deleter != NULL) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
+        result->managed->deleter(result->managed);
+        PyErr_Restore(type, value, traceback);
+    }
+    fgqa_block_drop(result->block);
+    memset(result, 0, sizeof *result);
+}
+
+PyArray_Descr *fgqa_numpy_descr(fgqa_state *state, fgqa_dtype dtype)
+{
+    static const int numbers[] = {[FGQA_F64] = NPY_FLOAT64, [FGQA_F32] = NPY_FLOAT32, [FGQA_F16] = NPY_FLOAT16,
+                                  [FGQA_BOOL] = NPY_BOOL, [FGQA_I32] = NPY_INT32, [FGQA_I64] = NPY_INT64};
+    if (dtype != FGQA_BF16 && dtype != FGQA_F8E4M3) { return PyArray_DescrFromType(numbers[dtype]); }
+    PyArray_Descr *descr = fgqa_ml_dtype(state, dtype);
+    if (descr == NULL) {
+        PyErr_Format(PyExc_TypeError, "NumPy has no dtype %s before ml_dtypes is imported", fgqa_dtype_name(dtype));
+    }
+    Py_XINCREF(descr);
+    return descr;
+}
+
+static void drop_capsule(PyObject *capsule) { fgqa_block_drop(PyCapsule_GetPointer(capsule, block_name)); }
+
+PyObject *fgqa_numpy_over_block(fgqa_state *state, const fgqa_tensor *tensor, void *block)
+{
+    npy_intp shape[FGQA_MAX_DIMS] = {0}, stride[FGQA_MAX_DIMS] = {0};
+    for (int32_t axis = 0; axis < tensor->ndim; axis++) {
+        shape[axis] = (npy_intp)tensor->shape[axis];
+        stride[axis] = (npy_intp)tensor->stride[axis] * (npy_intp)fgqa_dtype_bytes(tensor->dtype);
+    }
+    PyObject *capsule = PyCapsule_New(block, block_name, drop_capsule);
+    if (capsule == NULL) {
+        fgqa_block_drop(block);
+        return NULL;
+    }
+    PyArray_Descr *descr = fgqa_numpy_descr(state, tensor->dtype);
+    PyObject *array = descr ? PyArray_NewFromDescr(&PyArray_Type, descr, tensor->ndim, shape, stride, tensor->data,
+                                                   NPY_ARRAY_WRITEABLE, NULL) : NULL;
+    if (array == NULL) {
+        Py_DECREF(capsule);
+        return NULL;
+    }
+    if (PyArray_SetBaseObject((PyArrayObject *)array, capsule) < 0) {   /* steals the capsule in any case */
+        Py_DECREF(array);
+        return NULL;
+    }
+    return array;
+}
+
+static PyObject *foreign_object(const DLPackExchangeAPI *api, fgqa_result *result)
+{
+    void *object = NULL;
+    if (api->managed_tensor_to_py_object_no_sync(result->managed, &object) != 0) {
+        fgqa_result_drop(result);
+        return NULL;
+    }
+    result->managed = NULL;
+    return object;
+}
+
+PyObject *fgqa_result_object(fgqa_state *state, const fgqa_import *like, fgqa_result *result)
+{
+    void *block = result->block;
+    result->block = NULL;
+    if (result->managed != NULL) { return foreign_object(like->type.exchange, result); }
+    if (like->type.kind == FGQA_KIND_NUMPY) { return fgqa_numpy_over_block(state, &result->tensor, block); }
+    PyObject *tensor = fgqa_tensor_over_block(state, &result->tensor, block);
+    if (tensor == NULL || like->type.from_dlpack == NULL) { return tensor; }
+    PyObject *object = PyObject_CallFunctionObjArgs(like->type.from_dlpack, tensor, NULL);
+    Py_DECREF(tensor);
+    return object;
+}

@@ -1,0 +1,573 @@
+"""The functions of flashgqa: signatures, defaults and documentation. All checks and all arithmetic are in ``flashgqa._C``.
+
+Letters: b batch, hq and hk query and KV heads, g = hq/hk, sq and sk lengths, d head dim of q and k, dv of v and out;
+i a query row, j a key.
+"""
+
+from html import escape
+from typing import NamedTuple
+
+import numpy
+
+from . import _C
+from ._C import Tensor, get_num_threads, set_num_threads
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "Gradients",
+    "Plan",
+    "Tensor",
+    "__version__",
+    "attention",
+    "attention_backward",
+    "attention_weights",
+    "dropout_mask",
+    "explain",
+    "get_num_threads",
+    "kernels",
+    "kv_cache_bytes",
+    "merge",
+    "set_num_threads",
+    "show_config",
+]
+
+_forward = _C.forward
+_backward = _C.backward
+
+
+def attention(
+    q,
+    k,
+    v,
+    *,
+    causal=False,
+    window=None,
+    align="bottom-right",
+    chunk=None,
+    scale=None,
+    softcap=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_q=None,
+    max_kv=None,
+    dropout_p=0.0,
+    seed=None,
+    layout=None,
+    return_lse=False,
+    out=None,
+    stream=None,
+    deterministic=True,
+    batch_invariant=False,
+    precision=None,
+    check=False,
+    device=None,
+    kernel=None,
+):
+    """Exact attention, out = softmax(scale * q k^T + ...) v, in O(sq + sk) memory.
+
+    Query head h reads KV head floor(h / g), g = hq / hk: hk = hq is MHA, hk = 1 MQA, anything between GQA. Of row i the
+    score with key j is ::
+
+        x = scale * (q_i . k_j)                 default scale 1/sqrt(d)
+        x = softcap * tanh(x / softcap)         if softcap is given
+        x = x + bias - slope * |diag(i) - j|    diag(i) = i + sk - sq, or i with align="top-left"
+
+    over the keys that the row sees; with weights p = exp(x - lse), lse = log(sum exp x), out_i = sum_j p_j v_j. A row that
+    sees no key has out = 0 and lse = -inf. Keys that are not seen never matter, even if they hold NaN.
+
+    Parameters
+    ----------
+    q : array, [b, hq, sq, d]
+        NumPy array or any tensor with ``__dlpack__`` (PyTorch, JAX, ...), on the CPU. float64, float32, float16 or bfloat16.
+        Rank 3, [hq, sq, d], is a batch of one. Any strides; a last axis that is not contiguous is copied once.
+    k : array, [b, hk, sk, d]
+        Keys, of the dtype of q. hq must be a multiple of hk.
+    v : array, [b, hk, sk, dv]
+        Values, of the dtype of q.
+    causal : bool
+        Row i sees keys j <= diag(i).
+    window : (left, right), optional
+        Row i sees diag(i) - left <= j <= diag(i) + right, both inclusive; None in a place: no bound.
+    align : {"bottom-right", "top-left"}
+        Whether the last rows and keys of a sequence meet on the diagonal, or the first ones.
+    chunk : int, optional
+        Row i sees keys with floor(j / chunk) = floor(diag(i) / chunk) only.
+    scale, softcap : float, optional
+        See the equation. softcap > 0.
+    mask : bool array, broadcast to [b, hq, sq, sk], optional
+        True: may attend. Rank 2 is [sq, sk]; key padding is [b, 1, 1, sk]. Read in place, never expanded.
+    bias : float array, broadcast to [b, hq, sq, sk], optional
+        Added to the scores; -inf masks.
+    alibi_slopes : float32 array, [hq] or [b, hq], optional
+        The slopes of the equation (ALiBi).
+    sink : float array, [hq], optional
+        A logit for each head in the denominator only; part of lse.
+    q_lens, kv_lens : int32 array, [b], optional
+        Lengths of the sequences of padded tensors. Padded rows have out = 0 and lse = -inf.
+    cu_seqlens_q, cu_seqlens_kv : int32 array, [b + 1], optional
+        Sequences joined along the first axis: q is [total_q, hq, d], k [total_kv, hk, d], v [total_kv, hk, dv].
+    max_q, max_kv : int, optional
+        Upper bounds of the lengths with cu_seqlens.
+    dropout_p : float
+        Probability with which a weight is dropped, after the softmax; lse is that without dropout.
+    seed : int or int64 array [seed, offset], optional
+        Key of the dropout's Philox4x32-10; needed with dropout_p > 0. See `dropout_mask`.
+    layout : {"bhsd", "bshd"}, optional
+        Order of the axes of q, k, v and out; default "bhsd". mask, bias and lse do not depend on it.
+    return_lse : bool
+        Also return lse.
+    out : array, optional
+        Where to write the result: exact shape and dtype, contiguous last axis, writable, no overlap with inputs.
+    stream : optional
+        CUDA stream; for tensors on a GPU only.
+    deterministic : bool
+        The same bits run to run. The CPU is always deterministic, whatever the number of threads.
+    batch_invariant : bool
+        The bits of a sequence do not depend on the rest of the batch.
+    precision : {"bf16x3"}, optional
+        A faster arithmetic than the dtype's own.
+    check : bool
+        Check the contents of lengths on a GPU, too; on the CPU they always are.
+    device : {"cpu", "cuda", "cuda:N"}, optional
+        Where NumPy arrays are computed.
+    kernel : str, optional
+        Force one of `kernels`; by default the plan chooses, see `explain`.
+
+    Returns
+    -------
+    out : array, [b, hq, sq, dv] in the layout of q
+        Of q's array type and dtype, or the object given as ``out``.
+    lse : array, [b, hq, sq], float32 (float64 for float64)
+        With ``return_lse``. [hq, sq] for rank 3, [hq, total_q] with cu_seqlens.
+
+    Raises
+    ------
+    TypeError
+        Wrong kind of object or dtype.
+    ValueError
+        Wrong shape, range or combination.
+    BufferError
+        A tensor that cannot be exported by DLPack, such as a torch tensor that requires grad while grad mode is on.
+    NotImplementedError
+        A valid request that no kernel of this build serves; the message gives each kernel's reason.
+
+    Notes
+    -----
+    Tiled softmax after Dao et al., "FlashAttention" (arXiv:2205.14135) and Milakov, Gimelshein, "Online normalizer
+    calculation for softmax" (arXiv:1805.02867); grouped heads after Ainslie et al., "GQA" (arXiv:2305.13245) and Shazeer,
+    "Fast Transformer Decoding" (arXiv:1911.02150).
+
+    Examples
+    --------
+    >>> import numpy, flashgqa
+    >>> q = numpy.random.randn(1, 8, 5, 64)
+    >>> k = v = numpy.random.randn(1, 2, 7, 64)
+    >>> flashgqa.attention(q, k, v, causal=True).shape
+    (1, 8, 5, 64)
+    """
+    return _forward(
+        q, k, v, return_lse, out,
+        causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
+        cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,
+        precision, check, device, kernel,
+    )  # fmt: skip
+
+
+class Gradients(NamedTuple):
+    """What `attention_backward` returns; dbias and dsink are None where bias and sink were."""
+
+    dq: object
+    dk: object
+    dv: object
+    dbias: object
+    dsink: object
+
+
+def attention_backward(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    lse,
+    *,
+    dlse=None,
+    causal=False,
+    window=None,
+    align="bottom-right",
+    chunk=None,
+    scale=None,
+    softcap=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_q=None,
+    max_kv=None,
+    dropout_p=0.0,
+    seed=None,
+    layout=None,
+    stream=None,
+    deterministic=True,
+    batch_invariant=False,
+    precision=None,
+    check=False,
+    device=None,
+    kernel=None,
+):
+    """Gradients of `attention`. Nothing is kept from the forward pass: give the same inputs and the same options.
+
+    With p the weights of the forward pass, ds = p * (dout v^T - delta), delta = sum(dout * out) - dlse: ::
+
+        dv = p^T dout,    dq = scale * ds k,    dk = scale * ds^T q,    dbias = ds,    dsink = -sum exp(sink - lse) * delta
+
+    (dropout and softcap are carried through as well), summed over the query heads of a group.
+
+    Parameters
+    ----------
+    dout : array
+        Gradient of out, of its shape and dtype.
+    q, k, v : array
+        As in `attention`.
+    out, lse : array
+        What ``attention(..., return_lse=True)`` returned.
+    dlse : array, optional
+        Gradient of lse, of its shape and dtype.
+    causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
+cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant, precision, check, device, kernel
+        As in `attention`. There is no gradient of alibi_slopes.
+
+    Returns
+    -------
+    Gradients
+        Named tuple (dq, dk, dv, dbias, dsink), each of the dtype and shape of its input (dbias that of bias, summed over
+        the axes in which bias was broadcast), of q's array type.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError, NotImplementedError
+        As `attention`.
+
+    Notes
+    -----
+    Recomputation of p after Dao et al., "FlashAttention" (arXiv:2205.14135), algorithm 4.
+
+    Examples
+    --------
+    >>> import numpy, flashgqa
+    >>> q = numpy.random.randn(8, 5, 64)
+    >>> k = v = numpy.random.randn(2, 7, 64)
+    >>> out, lse = flashgqa.attention(q, k, v, return_lse=True)
+    >>> flashgqa.attention_backward(out, q, k, v, out, lse).dk.shape
+    (2, 7, 64)
+    """
+    return Gradients(*_backward(
+        dout, q, k, v, out, lse, dlse,
+        causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
+        cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,
+        precision, check, device, kernel,
+    ))  # fmt: skip
+
+
+def merge(outs, lses, *, layout=None):
+    """Combine results of attention over disjoint sets of keys into the result over all of them.
+
+    lse = log(sum_n exp lse_n), out = sum_n exp(lse_n - lse) out_n. Of several calls only one may have had a ``sink``.
+
+    Parameters
+    ----------
+    outs, lses : sequences of arrays
+        What ``attention(..., return_lse=True)`` returned for each part; all of one shape and dtype.
+    layout : {"bhsd", "bshd"}, optional
+        That of outs; default "bhsd". Packed results [total, hq, dv] are "bshd".
+
+    Returns
+    -------
+    out, lse : array
+        As `attention` would have returned them, of the array type of ``outs[0]``.
+    """
+    return _C.merge(tuple(outs), tuple(lses), layout)
+
+
+def dropout_mask(b, hq, sq, sk, dropout_p, seed):
+    """The dropout mask that the kernels use, on every device and for every tile size.
+
+    Weight (batch, h, i, j) is kept if 16 bits of Philox4x32-10 are at least t = round(65536 * dropout_p); key = seed,
+    counter = (floor(j / 8), i, batch * hq + h, offset), half j % 8 of the output. What is kept is scaled by 65536 / (65536 - t).
+
+    Parameters
+    ----------
+    b, hq, sq, sk : int
+        Extents. With packed sequences b counts them, and i and j are local to each.
+    dropout_p : float
+        Probability of being dropped, 0 to 1.
+    seed : int or int64 array [seed, offset]
+        As in `attention`.
+
+    Returns
+    -------
+    numpy.ndarray, bool, [b, hq, sq, sk]
+        True where the weight is kept.
+
+    Notes
+    -----
+    Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    return _C.dropout_mask(b, hq, sq, sk, dropout_p, seed)
+
+
+def attention_weights(
+    q,
+    k,
+    *,
+    rows=None,
+    reduce=None,
+    causal=False,
+    window=None,
+    align="bottom-right",
+    chunk=None,
+    scale=None,
+    softcap=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_q=None,
+    max_kv=None,
+    layout=None,
+    stream=None,
+    check=False,
+    device=None,
+    kernel=None,
+):
+    """Weights of chosen query rows, or sums of weights over all rows, without the [sq, sk] matrix.
+
+    Parameters
+    ----------
+    q, k : array
+        As in `attention`.
+    rows : int64 array [n], or sequence of int, optional
+        Query rows whose weights are returned; with packed sequences local to each sequence.
+    reduce : {"keys"}, optional
+        Return for each key the sum of its weights over all query rows. Exactly one of rows and reduce must be given.
+    causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
+cu_seqlens_kv, max_q, max_kv, layout, stream, check, device, kernel
+        As in `attention`. There is no dropout; a sink is in the denominator.
+
+    Returns
+    -------
+    array, float32 (float64 for float64)
+        [b, hq, n, sk] for rows, [b, hq, sk] for reduce="keys"; without b for rank 3. Keys not seen have weight 0.
+    """
+    if (rows is None) == (reduce is None):
+        raise ValueError('rows and reduce: exactly one must be given; pass rows=[...], or reduce="keys"')
+    if reduce is not None and reduce != "keys":
+        raise ValueError(f'reduce is {reduce!r}: it must be "keys"')
+    if isinstance(rows, (list, tuple, range)):
+        rows = numpy.array(rows, dtype=numpy.int64)
+    return _C.weights(
+        q, k, rows,
+        causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
+        cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, 0.0, None, layout, stream, True, False,
+        None, check, device, kernel,
+    )  # fmt: skip
+
+
+class Plan(dict):
+    """How a call would run. A dict of plain data, printed as text.
+
+    Keys: kernel, pass, device, dtype, b, hq, hk, sq, sk, d, dv; block_q, block_k (rows and keys of a tile), splits, tasks,
+    threads (most workers), scratch_bytes (each worker), workspace_bytes, flops (of visible scores),
+    refused (list of (kernel, reason) passed over), text.
+    """
+
+    def __str__(self):
+        return self["text"]
+
+    __repr__ = __str__
+
+
+def explain(
+    q,
+    k,
+    v,
+    *,
+    backward=False,
+    causal=False,
+    window=None,
+    align="bottom-right",
+    chunk=None,
+    scale=None,
+    softcap=None,
+    mask=None,
+    bias=None,
+    alibi_slopes=None,
+    sink=None,
+    q_lens=None,
+    kv_lens=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    max_q=None,
+    max_kv=None,
+    dropout_p=0.0,
+    seed=None,
+    layout=None,
+    return_lse=False,
+    out=None,
+    stream=None,
+    deterministic=True,
+    batch_invariant=False,
+    precision=None,
+    check=False,
+    device=None,
+    kernel=None,
+):
+    """Which kernel a call would run, in what tiles, with how much memory, and why faster ones do not serve it.
+
+    Nothing is computed. All errors of the call itself are raised here, too.
+
+    Parameters
+    ----------
+    q, k, v : array
+        As in `attention`.
+    backward : bool
+        Explain `attention_backward` instead of `attention`.
+    causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
+cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, return_lse, out, stream, deterministic, batch_invariant, precision, check, \
+device, kernel
+        As in `attention`.
+
+    Returns
+    -------
+    Plan
+        A dict that prints as text.
+    """
+    return Plan(_C.explain(
+        q, k, v, return_lse, out, backward,
+        causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
+        cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,
+        precision, check, device, kernel,
+    ))  # fmt: skip
+
+
+_TOKEN_BYTES = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "float8_e4m3fn": 1,
+}  # fmt: skip
+
+
+def kv_cache_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens=1, batch=1):
+    """Bytes of a KV cache: 2 * num_layers * num_kv_heads * head_dim * element size * tokens * batch.
+
+    Parameters
+    ----------
+    num_layers, num_kv_heads, head_dim : int
+        Of the model. Grouped heads shrink the cache by g = query heads / KV heads.
+    dtype : str, dtype or int
+        Of the cache: a name such as "float16", anything NumPy takes as a dtype, or the bytes of one element.
+    tokens, batch : int
+        Tokens in each sequence, and sequences.
+
+    Returns
+    -------
+    int
+
+    Examples
+    --------
+    Llama 2 7B in float16, with its 32 KV heads and with one:
+
+    >>> import flashgqa
+    >>> flashgqa.kv_cache_bytes(32, 32, 128, "float16")
+    524288
+    >>> flashgqa.kv_cache_bytes(32, 1, 128, "float16")
+    16384
+    """
+    if isinstance(dtype, int) and not isinstance(dtype, bool):
+        size = dtype
+    elif isinstance(dtype, str) and dtype in _TOKEN_BYTES:
+        size = _TOKEN_BYTES[dtype]
+    elif str(dtype).startswith("torch."):
+        size = dtype.itemsize
+    else:
+        size = numpy.dtype(dtype).itemsize
+    counts = {
+        "num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": size, "tokens": tokens, "batch": batch,
+    }  # fmt: skip
+    total = 2
+    for name, count in counts.items():
+        if isinstance(count, bool) or not hasattr(count, "__index__"):
+            raise TypeError(f"{name} is {count!r}: it must be an integer")
+        if count < 0:
+            raise ValueError(f"{name} is {count!r}: it must be 0 or more")
+        total *= count.__index__()
+    return total
+
+
+class Config(dict):
+    """What `show_config` returns: a dict that prints as a table, also in notebooks."""
+
+    def __str__(self):
+        width = max(map(len, self))
+        return "\n".join(f"{name:<{width}}  {_text(value)}" for name, value in self.items())
+
+    __repr__ = __str__
+
+    def _repr_html_(self):
+        rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(_text(value))}</td></tr>" for name, value in self.items())
+        return f"<table>{rows}</table>"
+
+
+def _text(value):
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def show_config():
+    """This build and this machine: version, instruction sets, threads, NumPy, and whether CUDA can be used or why not.
+
+    Returns
+    -------
+    Config
+        A dict that prints as a table. Keys: version, isa (in use), isa_compiled, isa_supported (of those), cpu_features,
+        threads, numpy, dlpack, compiler, cuda, cuda_reason (None if cuda).
+    """
+    build = _C.build_info()
+    compiled = [name for name, is_compiled, _ in build["isa"] if is_compiled]
+    return Config(
+        version=__version__,
+        isa=build["isa_in_use"],
+        isa_compiled=compiled,
+        isa_supported=[name for name, is_compiled, supported in build["isa"] if is_compiled and supported],
+        cpu_features=build["cpu_features"],
+        threads=get_num_threads(),
+        numpy=numpy.__version__,
+        dlpack=build["dlpack"],
+        compiler=build["compiler"],
+        cuda=build["cuda"],
+        cuda_reason=build["cuda_reason"],
+    )
+
+
+def kernels():
+    """The kernels of this build that run on this machine, fastest first.
+
+    Returns
+    -------
+    list of dict
+        Keys: name (for ``kernel=``), pass, device.
+    """
+    return [{"name": name, "pass": which, "device": device} for name, which, device in _C.kernels()]
