@@ -1,0 +1,404 @@
+/* fwd.c - attention forward on the CPU:  o = softmax(x) v,  lse = log sum exp(x)  (x: semantics.h)
+ *
+ * Scores are computed transposed, S^T[key][lane], with the packed rows of a KV head (every query head of its group) as
+ * lanes: maximum, sum and rescaling are vertical, and each row of K and V is loaded once for the whole group.
+ *
+ *     task     one KV head of one sequence, a superblock of packed rows, one part of the key range
+ *     memory   Q^T and O^T of the superblock and one block of KEYS keys stay in L2, one tile of weights in L1
+ *     loop     key blocks outside, panels inside:  s = K q;  p = 2^(s - m);  o = o*2^(m_old - m) + V^T p
+ *
+ * Where a sequence has few rows (decode) its keys are split into parts; each writes (o, m, l) to the workspace, and a second
+ * round of tasks combines them in the order of the parts. The parts follow from the shape of the sequence alone, so the
+ * bits depend neither on the number of threads nor on the rest of the batch.
+ */
+#include <math.h>
+#include "threads.h"
+#include "tile.h"
+#include "../core/workspace.h"
+
+/* Superblocks: enough tasks for 16 cores, within half of a 2 MB L2 (Q^T and O^T). */
+#define WANTED_TASKS 32
+#define SUPERBLOCK_BYTES (768 * 1024)
+/* Parts: only for sequences of few packed rows, and never shorter than this many keys. */
+#define SPLIT_MAX_ROWS 512
+#define SPLIT_MIN_KEYS 512
+
+/* ---- plan ---- */
+
+typedef struct { int32_t count, begin, keys; } key_parts;   /* part n: keys begin + n*keys .. begin + (n+1)*keys */
+
+static key_parts split_keys(const fgqa_problem *p, const fgqa_mask *mask)
+{
+    key_parts parts = {1, 0, mask->sk};
+    const int64_t rows = (int64_t)mask->sq * p->g;
+    if (rows == 0 || rows > SPLIT_MAX_ROWS) { return parts; }
+    const fgqa_range range = fgqa_kv_range(mask, 0, mask->sq);
+    const int32_t begin = range.begin / KEYS * KEYS, length = range.end - begin;
+    const int64_t tasks = p->hk * ((rows + 63) / 64);
+    int64_t count = WANTED_TASKS / tasks;
+    if (count > length / SPLIT_MIN_KEYS) { count = length / SPLIT_MIN_KEYS; }
+    if (count <= 1) { return parts; }
+    parts.begin = begin;
+    parts.keys = (int32_t)ROUND_UP((length + count - 1) / count, KEYS);
+    parts.count = (length + parts.keys - 1) / parts.keys;
+    return parts;
+}
+
+static int32_t columns(int32_t n) { return ROUND_UP(n, VL); }
+
+/* Lanes of the partial results of one part: the rows of the largest sequence that is split. */
+static int32_t partial_lanes(const fgqa_problem *p)
+{
+    const int64_t rows = (int64_t)p->sq * p->g;
+    return (int32_t)ROUND_UP(rows < SPLIT_MAX_ROWS ? rows : SPLIT_MAX_ROWS, VL);
+}
+
+static size_t partial_reals(const fgqa_problem *p) { return (size_t)partial_lanes(p) * (size_t)(columns(p->dv) + 2); }
+
+/* A worker's memory; panels of a superblock one after the other. */
+typedef struct {
+    tile_panel *panel;
+    real *q, *o;              /* [panel][d][PANEL], [panel][dv][PANEL] */
+    real *m, *l;              /* [panel][PANEL]: running maximum (base 2) and sum */
+    real *s, *add;            /* tiles */
+    ireal *keep;
+    real *factor;             /* [PANEL]: 2^(m_old - m) */
+    real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
+    real *k, *v, *clean;      /* converted blocks, V without its bad rows */
+} fwd_scratch;
+
+static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q, void *base)
+{
+    fgqa_arena arena = fgqa_arena_begin(base);
+    const size_t panels = (size_t)(block_q / PANEL), lanes = (size_t)block_q, d = (size_t)columns(p->d), dv = (size_t)columns(p->dv);
+    const int has_add = p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data;
+    const size_t widest = d > dv ? d : dv;
+    scratch->s = fgqa_arena_take(&arena, KEYS * PANEL, sizeof(real));
+    scratch->factor = fgqa_arena_take(&arena, PANEL, sizeof(real));
+    scratch->panel = fgqa_arena_take(&arena, panels, sizeof(tile_panel));
+    scratch->m = fgqa_arena_take(&arena, lanes, sizeof(real));
+    scratch->l = fgqa_arena_take(&arena, lanes, sizeof(real));
+    scratch->q = fgqa_arena_take(&arena, lanes * d, sizeof(real));
+    scratch->o = fgqa_arena_take(&arena, lanes * dv, sizeof(real));
+    scratch->rows = fgqa_arena_take(&arena, widest * PANEL > VL * KEYS ? widest * PANEL : VL * KEYS, sizeof(real));
+    scratch->k = fgqa_arena_take(&arena, KEYS * d, sizeof(real));
+    scratch->v = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
+    scratch->clean = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
+    scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
+    scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
+    return arena.used;
+}
+
+void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan);
+fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec);
+
+static int64_t superblocks(const fgqa_plan *plan, const fgqa_problem *p)
+{
+    return ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
+}
+
+void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
+{
+    const int64_t rows = (int64_t)p->sq * p->g, heads = (int64_t)p->b * p->hk;
+    const int64_t lane_bytes = (int64_t)(columns(p->d) + columns(p->dv)) * (int64_t)sizeof(real);
+    int64_t most = SUPERBLOCK_BYTES / lane_bytes / PANEL * PANEL;
+    if (most < PANEL) { most = PANEL; }
+    int64_t blocks = (rows + most - 1) / most;
+    if (heads > 0 && blocks * heads < WANTED_TASKS) {
+        const int64_t pairs = (rows + 2 * PANEL - 1) / (2 * PANEL), wanted = (WANTED_TASKS + heads - 1) / heads;
+        blocks = pairs < wanted ? pairs : wanted;
+    }
+    plan->block_q = blocks > 0 ? (int32_t)ROUND_UP((rows + blocks - 1) / blocks, PANEL) : PANEL;
+    plan->block_k = KEYS;
+    plan->splits = 1;
+    for (int32_t b = 0; b < p->b; b++) {
+        const fgqa_sequence seq = fgqa_problem_sequence(p, b);
+        const int32_t count = split_keys(p, &seq.mask).count;
+        if (count > plan->splits) { plan->splits = count; }
+    }
+    plan->tasks = heads * superblocks(plan, p) * plan->splits;
+    fwd_scratch unused;
+    plan->scratch_bytes = carve(&unused, p, plan->block_q, NULL);
+    plan->workspace_bytes = plan->splits > 1 ? (size_t)(heads * plan->splits) * partial_reals(p) * sizeof(real) : 0;
+    plan->flops = 2.0 * (p->d + p->dv) * fgqa_problem_visible_scores(p);
+    /* About half of what a core reaches, and a slow core's share of memory bandwidth. */
+    const double bytes = (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype);
+    const double microseconds = plan->flops / (VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
+    const int64_t worth = microseconds < 50 ? 1 : (int64_t)(microseconds / 20);
+    plan->threads = (int32_t)(worth < plan->tasks ? worth : plan->tasks < 1 ? 1 : plan->tasks > INT32_MAX ? INT32_MAX : plan->tasks);
+}
+
+/* ---- one tile ---- */
+
+/* p = 2^(s*scale - m) in place with the new running maximum m; l = l*factor + sum p, factor = 2^(m_old - m). */
+SIMD void softmax_strip(const int nv, real *s, int32_t n, real scale, real *m, real *l, real *factor)
+{
+    const int w = nv * VL;
+    vreal top[NV], shift[NV], sum[NV];
+    UNROLL(3)
+    for (int v = 0; v < nv; v++) { top[v] = v_set1(-REAL_INF); }
+    for (int32_t j = 0; j < n; j++) {
+        UNROLL(3)
+        for (int v = 0; v < nv; v++) { top[v] = v_max(v_load(s + j * w + v * VL), top[v]); }
+    }
+    UNROLL(3)
+    for (int v = 0; v < nv; v++) {
+        const vreal old = v_load(m + v * VL), now = v_max(top[v] * v_set1(scale), old);
+        shift[v] = v_select(m_eq(now, v_set1(-REAL_INF)), v_zero(), now);   /* nothing seen yet: 2^(-inf - 0) = 0 */
+        v_store(m + v * VL, now);
+        v_store(factor + v * VL, v_exp2(old - shift[v]));
+        sum[v] = v_zero();
+    }
+    for (int32_t j = 0; j < n; j++) {
+        UNROLL(3)
+        for (int v = 0; v < nv; v++) {
+            const vreal p = v_exp2(v_load(s + j * w + v * VL) * v_set1(scale) - shift[v]);
+            sum[v] += p;
+            v_store(s + j * w + v * VL, p);
+        }
+    }
+    UNROLL(3)
+    for (int v = 0; v < nv; v++) { v_store(l + v * VL, v_load(l + v * VL) * v_load(factor + v * VL) + sum[v]); }
+}
+
+static void softmax_tile(int nv, real *s, int32_t n, real scale, real *m, real *l, real *factor)
+{
+    if (nv == 1) {
+        softmax_strip(1, s, n, scale, m, l, factor);
+    } else if (nv == 2) {
+        softmax_strip(2, s, n, scale, m, l, factor);
+    } else {
+        softmax_strip(NV, s, n, scale, m, l, factor);
+    }
+}
+
+/* The block of keys at hand. V is searched for bad rows when the first tile needs to know. */
+typedef struct {
+    int32_t j0, j1;
+    tile_block k, v, clean;
+    tile_bad_rows bad;
+    int searched;
+} key_block;
+
+SIMD tile_block block_from(const tile_block *block, int32_t row)
+{
+    const tile_block rest = {block->data + row * block->stride, block->stride};
+    return rest;
+}
+
+/* Rows of panel n attend to keys [j0, j1). */
+static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
+{
+    const fgqa_problem *p = t->p;
+    const tile_panel *panel = &scratch->panel[n];
+    const int32_t keys = j1 - j0, w = panel->w, first = j0 - block->j0;
+    real *o = scratch->o + (size_t)n * PANEL * (size_t)columns(p->dv), *s = scratch->s;
+    const real *q = scratch->q + (size_t)n * PANEL * (size_t)columns(p->d), *add;
+    real scale;
+    const tile_block k = block_from(&block->k, first);
+    const tile_kind kind = tile_scores(s, t, panel, j0, j1, &k, q, scratch->add, scratch->rows, NULL, &add, &scale);
+    if (kind == TILE_UNSEEN) { return; }
+    softmax_tile(panel->nv, s, keys, scale, scratch->m + n * PANEL, scratch->l + n * PANEL, scratch->factor);
+    if (p->dropout_threshold) {
+        tile_dropout(scratch->keep, t, panel, j0, j1);
+        ireal *weight = (ireal *)(void *)s;
+        for (int32_t i = 0; i < keys * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
+    }
+    if (kind == TILE_PARTIAL && !block->searched) {
+        tile_find_bad_rows(&block->bad, &block->v, block->j1 - block->j0, p->dv);
+        if (block->bad.count) { block->clean = tile_without_bad_rows(&block->bad, &block->v, block->j1 - block->j0, p->dv, scratch->clean); }
+        block->searched = 1;
+    }
+    const int dirty = kind == TILE_PARTIAL && block->bad.count;
+    const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
+    gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
+    for (int32_t i = 0; dirty && i < block->bad.count; i++) {
+        const int32_t j = block->j0 + block->bad.row[i];
+        if (j < j0 || j >= j1) { continue; }
+        tile_add_bad_row(panel, add ? add + (ptrdiff_t)(j - j0) * w : NULL, j, s + (ptrdiff_t)(j - j0) * w,
+                         block->v.data + block->bad.row[i] * block->v.stride, p->dv, o);
+    }
+}
+
+/* ---- results ---- */
+
+/* out and lse of a panel from its o, m, l. Sink: one more logit in the denominator. */
+static void finish_panel(const tile_sequence *t, const tile_panel *panel, const real *o, const real *m, const real *l, real *rows)
+{
+    const fgqa_problem *p = t->p;
+    const fgqa_view *out = &p->view[FGQA_ARG_out], *lse = &p->view[FGQA_ARG_lse];
+    const int32_t ld = columns(p->dv);
+    tile_transpose_panel(rows, ld, o, panel->w, p->dv);
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        const int64_t r = panel->r0 + lane;
+        double top = m[lane], sum = l[lane], weight = 1;
+        if (p->view[FGQA_ARG_sink].data) {
+            const double sink = (double)tile_head_value(t, FGQA_ARG_sink, r) * FGQA_LOG2E;
+            const double both = sink > top ? sink : top;
+            if (both > -INFINITY || sink != sink) {
+                weight = exp2(top - both);
+                sum = sum * weight + exp2(sink - both);
+                top = both;
+            }
+        }
+        if (lse->data) { tile_lse_store(t, lse, r, (real)(sum == 0 ? -INFINITY : top * FGQA_LN2 + log(sum))); }
+        if (p->dv == 0) { continue; }
+        const real factor = (real)(sum == 0 ? 0 : weight * fgqa_dropout_scale(p->dropout_threshold) / sum);
+        real *row = rows + (ptrdiff_t)lane * ld;
+        for (int32_t c = 0; c < p->dv; c++) { row[c] *= factor; }
+        row_store(tile_packed_row(t, out, r), out->dtype, out->stride_d, row, p->dv);
+    }
+}
+
+/* Query rows behind the end of their sequence, packed rows [r0, r1). */
+static void clear_rows(const tile_sequence *t, int64_t r0, int64_t r1, real *zero)
+{
+    const fgqa_view *out = &t->p->view[FGQA_ARG_out], *lse = &t->p->view[FGQA_ARG_lse];
+    memset(zero, 0, (size_t)t->p->dv * sizeof(real));
+    for (int64_t r = r0; r < r1; r++) {
+        if (t->p->dv) { row_store(tile_packed_row(t, out, r), out->dtype, out->stride_d, zero, t->p->dv); }
+        if (lse->data) { tile_lse_store(t, lse, r, -REAL_INF); }
+    }
+}
+
+/* ---- tasks ---- */
+
+typedef struct { const fgqa_plan *plan; const fgqa_problem *p; real *partial; } fwd_job;
+
+/* Where part n of a KV head keeps its results: m[lanes], l[lanes], then o[panel][dv][w]. */
+static real *partial_at(const fwd_job *job, int32_t b, int32_t kv_head, int32_t part)
+{
+    return job->partial + (((size_t)b * (size_t)job->p->hk + (size_t)kv_head) * (size_t)job->plan->splits + (size_t)part) * partial_reals(job->p);
+}
+
+typedef struct { int32_t b, kv_head, part; int64_t r0, r1; } fwd_place;
+
+static fwd_place task_place(const fwd_job *job, int64_t task)
+{
+    const fgqa_problem *p = job->p;
+    const int64_t blocks = superblocks(job->plan, p);
+    fwd_place at;
+    int64_t block;
+    at.part = (int32_t)(task % job->plan->splits);
+    task /= job->plan->splits;
+    if (p->right != FGQA_UNBOUNDED) {   /* later rows see more keys: all heads' longest tasks first */
+        at.kv_head = (int32_t)(task % p->hk);
+        at.b = (int32_t)(task / p->hk % p->b);
+        block = blocks - 1 - task / p->hk / p->b;
+    } else {
+        block = task % blocks;
+        at.kv_head = (int32_t)(task / blocks % p->hk);
+        at.b = (int32_t)(task / blocks / p->hk);
+    }
+    at.r0 = block * job->plan->block_q;
+    at.r1 = at.r0 + job->plan->block_q;
+    if (at.r1 > (int64_t)p->sq * p->g) { at.r1 = (int64_t)p->sq * p->g; }
+    return at;
+}
+
+static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const fwd_job *job = context;
+    const fgqa_problem *p = job->p;
+    const fwd_place at = task_place(job, task);
+    const tile_sequence t = tile_sequence_init(p, at.b, at.kv_head);
+    const key_parts parts = split_keys(p, &t.seq.mask);
+    const int64_t r1 = at.r1 < t.rows ? at.r1 : t.rows;
+    const fgqa_view *kv = p->view;
+    fwd_scratch scratch;
+    carve(&scratch, p, job->plan->block_q, worker->scratch);
+    if (at.part == 0 && !p->varlen && at.r1 > t.rows) { clear_rows(&t, at.r0 > t.rows ? at.r0 : t.rows, at.r1, scratch.rows); }
+    if (at.part >= parts.count || at.r0 >= r1) { return; }
+
+    const int32_t panels = (int32_t)((r1 - at.r0 + PANEL - 1) / PANEL), d = columns(p->d), dv = columns(p->dv);
+    fgqa_range range = {INT32_MAX, 0};
+    for (int32_t n = 0; n < panels; n++) {
+        tile_panel *panel = &scratch.panel[n];
+        tile_panel_init(panel, &t, at.r0 + (int64_t)n * PANEL, r1);
+        tile_pack_rows(scratch.rows, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
+        tile_transpose_rows(scratch.q + (size_t)n * PANEL * (size_t)d, scratch.rows, d, panel->w, p->d);
+        memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)(panel->w * dv) * sizeof(real));
+        for (int32_t lane = 0; lane < PANEL; lane++) {
+            scratch.m[n * PANEL + lane] = -REAL_INF;
+            scratch.l[n * PANEL + lane] = 0;
+        }
+        if (parts.count > 1) {
+            const int32_t begin = parts.begin + at.part * parts.keys, end = begin + parts.keys;
+            panel->keys.begin = panel->keys.begin > begin ? panel->keys.begin : begin;
+            panel->keys.end = panel->keys.end < end ? panel->keys.end : end;
+        }
+        if (panel->keys.begin >= panel->keys.end) { continue; }
+        range.begin = panel->keys.begin < range.begin ? panel->keys.begin : range.begin;
+        range.end = panel->keys.end > range.end ? panel->keys.end : range.end;
+    }
+
+    for (int32_t j0 = range.begin < range.end ? range.begin / KEYS * KEYS : range.end; j0 < range.end; j0 += KEYS) {
+        if (fgqa_poll(worker)) { return; }
+        key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
+        block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
+        block.v = tile_block_load(&t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv, scratch.v);
+        for (int32_t n = 0; n < panels; n++) {
+            const fgqa_range keys = scratch.panel[n].keys;
+            const int32_t begin = keys.begin > block.j0 ? keys.begin : block.j0, end = keys.end < block.j1 ? keys.end : block.j1;
+            if (begin < end) { attend(&scratch, &t, n, &block, begin, end); }
+        }
+    }
+
+    real *partial = parts.count > 1 ? partial_at(job, at.b, at.kv_head, at.part) : NULL;
+    const int32_t lanes = partial_lanes(p);
+    for (int32_t n = 0; n < panels; n++) {
+        const tile_panel *panel = &scratch.panel[n];
+        const real *o = scratch.o + (size_t)n * PANEL * (size_t)dv, *m = scratch.m + n * PANEL, *l = scratch.l + n * PANEL;
+        if (!partial) {
+            finish_panel(&t, panel, o, m, l, scratch.rows);
+            continue;
+        }
+        memcpy(partial + panel->r0, m, (size_t)panel->w * sizeof(real));
+        memcpy(partial + lanes + panel->r0, l, (size_t)panel->w * sizeof(real));
+        memcpy(partial + (2 * lanes + panel->r0 * dv), o, (size_t)(panel->w * dv) * sizeof(real));
+    }
+}
+
+/* Combines the parts of one panel of one KV head: o = sum o_n 2^(m_n - m), l = sum l_n 2^(m_n - m), n in order. */
+static void combine_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const fwd_job *job = context;
+    const fgqa_problem *p = job->p;
+    const tile_sequence t = tile_sequence_init(p, (int32_t)(task / p->hk), (int32_t)(task % p->hk));
+    const key_parts parts = split_keys(p, &t.seq.mask);
+    if (parts.count <= 1) { return; }
+    const int32_t lanes = partial_lanes(p), dv = columns(p->dv);
+    fwd_scratch scratch;
+    carve(&scratch, p, PANEL, worker->scratch);
+    tile_panel *panel = scratch.panel;
+    for (int64_t r0 = 0; r0 < t.rows; r0 += PANEL) {
+        tile_panel_init(panel, &t, r0, t.rows);
+        for (int32_t v = 0; v < panel->nv; v++) {
+            vreal m = v_set1(-REAL_INF), l = v_zero();
+            for (int32_t n = 0; n < parts.count; n++) { m = v_max(v_load(partial_at(job, t.b, t.kv_head, n) + r0 + v * VL), m); }
+            const vreal shift = v_select(m_eq(m, v_set1(-REAL_INF)), v_zero(), m);
+            v_store(scratch.m + v * VL, m);
+            for (int32_t n = 0; n < parts.count; n++) {
+                const real *part = partial_at(job, t.b, t.kv_head, n);
+                const vreal factor = v_exp2(v_load(part + r0 + v * VL) - shift);
+                l += v_load(part + lanes + r0 + v * VL) * factor;
+                const real *from = part + 2 * lanes + r0 * dv + v * VL;
+                for (int32_t c = 0; c < p->dv; c++) {
+                    real *to = scratch.o + (ptrdiff_t)c * panel->w + v * VL;
+                    const vreal before = n ? v_load(to) : v_zero();
+                    v_store(to, before + v_load(from + (ptrdiff_t)c * panel->w) * factor);
+                }
+            }
+            v_store(scratch.l + v * VL, l);
+        }
+        finish_panel(&t, panel, scratch.o, scratch.m, scratch.l, scratch.rows);
+    }
+}
+
+fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
+{
+    fwd_job job = {plan, p, workspace};
+    FGQA_TRY(fgqa_parallel(forward_task, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
+    if (plan->splits <= 1) { return FGQA_OK; }
+    return fgqa_parallel(combine_task, &job, (int64_t)p->b * p->hk, plan->threads, plan->scratch_bytes, exec);
+}
