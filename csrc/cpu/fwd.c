@@ -120,7 +120,6 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     fwd_scratch unused;
     plan->scratch_bytes = carve(&unused, p, plan->block_q, NULL);
     plan->workspace_bytes = plan->splits > 1 ? (size_t)(heads * plan->splits) * partial_reals(p) * sizeof(real) : 0;
-    plan->flops = 2.0 * (p->d + p->dv) * fgqa_problem_visible_scores(p);
     /* About half of what a core reaches, and a slow core's share of memory bandwidth. */
     const double bytes = (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype);
     const double microseconds = plan->flops / (VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;

@@ -1,0 +1,164 @@
+/* dispatch.c - the CPU backend's kernels: one fgqa_kernel per pass and row of isa.def that this processor has.
+ *
+ * Each pass is a source compiled once per row and precision; it offers fgqa_<pass>_<isa>_<f32|f64>_tile and _run.
+ */
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include "cpu.h"
+#include "cpu_features.h"
+
+#define CPU_PASSES(X, isa) \
+    X(fwd, FGQA_PASS_FWD, isa)
+
+#if defined(__x86_64__)
+#define ON_x86_64(here, elsewhere) here
+#else
+#define ON_x86_64(here, elsewhere) elsewhere
+#endif
+#if defined(__aarch64__)
+#define ON_aarch64(here, elsewhere) here
+#else
+#define ON_aarch64(here, elsewhere) elsewhere
+#endif
+#define ON_any(here, elsewhere) here
+
+typedef struct {
+    void (*tile)(const fgqa_problem *problem, fgqa_plan *plan);
+    fgqa_status (*run)(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec);
+} cpu_code;
+
+typedef struct { const char *name, *isa; fgqa_pass pass; cpu_code f32, f64; } cpu_row;
+
+#define DECLARE_CODE(pass, isa, real_name)                                              \
+    void fgqa_##pass##_##isa##_##real_name##_tile(const fgqa_problem *, fgqa_plan *);     \
+    fgqa_status fgqa_##pass##_##isa##_##real_name##_run(const fgqa_plan *, const fgqa_problem *, void *, const fgqa_exec *);
+#define DECLARE_PASS(pass, id, isa) DECLARE_CODE(pass, isa, f32) DECLARE_CODE(pass, isa, f64)
+#define FGQA_ISA(name, machine, flags) ON_##machine(CPU_PASSES(DECLARE_PASS, name), )
+#include "isa.def"
+#undef FGQA_ISA
+
+#define CODE(pass, isa, real_name) {fgqa_##pass##_##isa##_##real_name##_tile, fgqa_##pass##_##isa##_##real_name##_run}
+#define ROW_OF_PASS(pass, id, isa) {#pass "_" #isa, #isa, id, CODE(pass, isa, f32), CODE(pass, isa, f64)},
+static const cpu_row rows[] = {
+#define FGQA_ISA(name, machine, flags) ON_##machine(CPU_PASSES(ROW_OF_PASS, name), )
+#include "isa.def"
+#undef FGQA_ISA
+};
+#define ROW_COUNT ((int32_t)(sizeof rows / sizeof rows[0]))
+
+static const struct { const char *name; int32_t compiled; } isas[] = {
+#define FGQA_ISA(name, machine, flags) {#name, ON_##machine(1, 0)},
+#include "isa.def"
+#undef FGQA_ISA
+};
+#define ISA_COUNT ((int32_t)(sizeof isas / sizeof isas[0]))
+
+/* ---- one row as a kernel ---- */
+
+static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    (void)kernel;
+    if (p->device.type != FGQA_CPU) { return "the arrays are not in CPU memory"; }
+    if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" needs a CPU with AMX and a kernel for it, which this build does not have"; }
+    if (p->dtype != FGQA_F64 && p->dtype != FGQA_F32 && p->dtype != FGQA_F16 && p->dtype != FGQA_BF16) {
+        snprintf(why, 128, "dtype %s: built for float64, float32, float16 and bfloat16", fgqa_dtype_name(p->dtype));
+        return why;
+    }
+    return NULL;
+}
+
+static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
+{
+    const cpu_row *row = kernel->row;
+    return p->dtype == FGQA_F64 ? &row->f64 : &row->f32;
+}
+
+static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan) { code_for(kernel, p)->tile(p, plan); }
+
+static fgqa_status run(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
+{
+    return code_for(plan->kernel, p)->run(plan, p, workspace, exec);
+}
+
+/* ---- the rows of this processor ---- */
+
+static struct {
+    pthread_once_t once;
+    fgqa_kernel kernels[sizeof rows / sizeof rows[0]];
+    int32_t count;
+    const char *isa;             /* best row in use */
+    char problem[256];           /* what is wrong with FLASHGQA_CPU_ISA; "" when nothing */
+} cpu = {.once = PTHREAD_ONCE_INIT};
+
+static int32_t isa_index(const char *name)
+{
+    for (int32_t n = 0; n < ISA_COUNT; n++) {
+        if (strcmp(isas[n].name, name) == 0) { return n; }
+    }
+    return -1;
+}
+
+static int isa_usable(int32_t n) { return isas[n].compiled && fgqa_cpu_has(isas[n].name); }
+
+static void usable_names(char *text, size_t size)
+{
+    size_t used = 0;
+    text[0] = '\0';
+    for (int32_t n = 0; n < ISA_COUNT && used < size; n++) {
+        if (isa_usable(n)) { used += (size_t)snprintf(text + used, size - used, "%s%s", used ? ", " : "", isas[n].name); }
+    }
+}
+
+static void find_kernels(void)
+{
+    int32_t best = 0;
+    const char *wanted = getenv("FLASHGQA_CPU_ISA");
+    if (wanted && *wanted) {
+        char usable[128];
+        usable_names(usable, sizeof usable);
+        best = isa_index(wanted);
+        if (best < 0) {
+            snprintf(cpu.problem, sizeof cpu.problem, "FLASHGQA_CPU_ISA is \"%.32s\": no such instruction set; this processor can use %s", wanted, usable);
+        } else if (!isa_usable(best)) {
+            snprintf(cpu.problem, sizeof cpu.problem, "FLASHGQA_CPU_ISA is \"%.32s\", which this processor or build does not have; it can use %s", wanted, usable);
+        }
+        if (cpu.problem[0]) { best = 0; }
+    }
+    for (int32_t n = 0; n < ROW_COUNT; n++) {
+        const int32_t isa = isa_index(rows[n].isa);
+        if (isa < best || !isa_usable(isa)) { continue; }
+        if (!cpu.isa) { cpu.isa = rows[n].isa; }
+        const fgqa_kernel kernel = {rows[n].name, rows[n].pass, FGQA_CPU, refuse, tile, run, &rows[n]};
+        cpu.kernels[cpu.count++] = kernel;
+    }
+}
+
+fgqa_status fgqa_cpu_init(void)
+{
+    pthread_once(&cpu.once, find_kernels);
+    return cpu.problem[0] ? fgqa_fail(FGQA_ERROR_VALUE, "%s", cpu.problem) : FGQA_OK;
+}
+
+const fgqa_kernel *fgqa_cpu_kernels(int32_t *count)
+{
+    pthread_once(&cpu.once, find_kernels);
+    *count = cpu.count;
+    return cpu.kernels;
+}
+
+const char *fgqa_cpu_isa(void)
+{
+    pthread_once(&cpu.once, find_kernels);
+    return cpu.isa;
+}
+
+int32_t fgqa_cpu_isa_count(void) { return ISA_COUNT; }
+
+const char *fgqa_cpu_isa_name(int32_t n, int32_t *compiled, int32_t *supported)
+{
+    *compiled = isas[n].compiled;
+    *supported = fgqa_cpu_has(isas[n].name);
+    return isas[n].name;
+}
