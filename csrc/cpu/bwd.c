@@ -1,0 +1,571 @@
+/* bwd.c - the backward pass: dq, dk, dv, dbias, dsink. Compiled once per row of isa.def and precision.
+ *
+ * Task = (split, batch, KV head). A split owns some blocks of packed query rows (up to BLOCK_PANELS panels) of its KV head:
+ *
+ *     for each block:        Q, dO packed both ways; delta; dQ^T = 0
+ *         for each 128 keys:
+ *             for each panel:  P^T, dS^T (bwd_tile.h)      dQ^T += K^T dS^T
+ *             dV += P^T dO     dK += dS^T Q                over all lanes of the block at once
+ *         dQ = scale * dQ^T, written once, by its only owner
+ *
+ * dK and dV grow in a private buffer of the split, which all heads of the group share, so that the sum over the group
+ * costs nothing. A second job adds the splits in order and converts; a third (dbias) recomputes its tiles, each task
+ * owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for any number of threads.
+ *
+ * Rows with NaN or infinity must not reach others through 0 * NaN. K and Q: zeroed in the products with dS, which is NaN
+ * already where such a row is seen. dO: zeroed in the product with P, and added back where the weight is not 0.
+ */
+#include "../core/workspace.h"
+#include "bwd_tile.h"
+#include "threads.h"
+#include <math.h>
+
+#define MAX_BLOCK_PANELS 8
+#define FINISH_KEYS 64           /* keys of one task of the finishing job */
+
+/* ---- shape ---- */
+
+typedef struct {
+    int32_t panels;              /* of a full block */
+    int32_t ldk, ldv;            /* reals between keys of the dK and dV buffers */
+    int32_t ldq, ldo;            /* between lanes of the packed Q and dO */
+    int32_t ldt;                 /* between keys of the block's P^T and dS^T */
+} bwd_shape;
+
+/* As many panels as keep a block's Q, dO (both ways) and dQ near 1 MB, inside the second-level cache. */
+static bwd_shape shape_of(const fgqa_problem *p)
+{
+    bwd_shape shape;
+    const int32_t lane_bytes = (int32_t)sizeof(real) * (3 * p->d + 2 * p->dv + 2 * KEYS);
+    const int32_t panels = (1 << 20) / (lane_bytes * PANEL);
+    shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
+    shape.ldk = ROUND_UP(p->d, VL);
+    shape.ldv = ROUND_UP(p->dv, VL);
+    shape.ldq = bwd_row_stride(p->d);
+    shape.ldo = bwd_row_stride(p->dv);
+    shape.ldt = bwd_row_stride(shape.panels * PANEL);
+    return shape;
+}
+
+static int64_t blocks_of(const bwd_shape *shape, int64_t rows) { return (rows + shape->panels * PANEL - 1) / (shape->panels * PANEL); }
+
+/* Enough tasks for 32 workers, as long as the buffers of dK and dV stay within about half of what q, out and their
+ * gradients take, or 256 MB. From the shape alone; with batch_invariant from that of one sequence. */
+static int32_t splits_of(const fgqa_problem *p, const bwd_shape *shape)
+{
+    const int64_t b = p->batch_invariant ? 1 : p->b, total_k = p->batch_invariant ? p->sk : p->total_k;
+    const int64_t heads = b * p->hk, most = p->g + 2 > 8 ? p->g + 2 : 8;
+    const double bytes = (double)total_k * p->hk * (shape->ldk + shape->ldv) * sizeof(real);
+    const int64_t by_memory = (int64_t)(bytes > 0 ? 256e6 / bytes : 64), by_group = p->g / 2 + 1;
+    int64_t splits = heads > 0 ? (32 + heads - 1) / heads : 1;
+    if (splits > most) { splits = most; }
+    if (splits > by_memory && splits > by_group) { splits = by_memory > by_group ? by_memory : by_group; }
+    const int64_t blocks = blocks_of(shape, (int64_t)p->sq * p->g);
+    if (splits > blocks) { splits = blocks; }
+    return splits < 1 ? 1 : (int32_t)splits;
+}
+
+/* ---- memory ---- */
+
+static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
+
+typedef struct {
+    bwd_panel *panels;                         /* [panels] */
+    bwd_tiles tiles;
+    real *q, *dout, *dq_t;                     /* [lane][ldq], [lane][ldo]; dQ^T panel after panel, each [d][w] */
+    real *weight, *ds;                         /* P^T and dS^T of the block: [KEYS][ldt] */
+    real *k_copy, *v_copy, *k_clean;           /* KEYS rows */
+    real *row;                                 /* one row of anything */
+    real *dq;                                  /* one panel of dQ */
+    real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
+} bwd_scratch;
+
+static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
+{
+    bwd_scratch s;
+    const size_t lanes = (size_t)shape->panels * PANEL;
+    s.panels = fgqa_arena_take(arena, (size_t)shape->panels, sizeof(bwd_panel));
+    for (int32_t n = 0; n < shape->panels; n++) { bwd_panel_carve(s.panels ? &s.panels[n] : NULL, arena, p); }
+    s.tiles = bwd_tiles_carve(arena, p);
+    s.q = fgqa_arena_take(arena, lanes * (size_t)shape->ldq, sizeof(real));
+    s.dout = fgqa_arena_take(arena, lanes * (size_t)shape->ldo, sizeof(real));
+    s.dq_t = fgqa_arena_take(arena, lanes * (size_t)shape->ldk, sizeof(real));
+    s.weight = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldt, sizeof(real));
+    s.ds = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldt, sizeof(real));
+    s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
+    s.v_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldv, sizeof(real));
+    s.k_clean = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
+    s.row = fgqa_arena_take(arena, (size_t)row_reals(shape), sizeof(real));
+    s.dq = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldk, sizeof(real));
+    s.dk = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldk, sizeof(real)) : NULL;
+    s.dv = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldv, sizeof(real)) : NULL;
+    return s;
+}
+
+typedef struct {
+    real *delta;                               /* [hq][total_q] */
+    real *dk, *dv;                             /* [splits][hk][total_k][ldk or ldv]; only where there are several */
+} bwd_workspace;
+
+static bwd_workspace workspace_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
+{
+    bwd_workspace w = {NULL, NULL, NULL};
+    w.delta = fgqa_arena_take(arena, (size_t)p->hq * (size_t)p->total_q, sizeof(real));
+    if (splits > 1) {
+        const size_t rows = (size_t)splits * (size_t)p->hk * (size_t)p->total_k;
+        w.dk = fgqa_arena_take(arena, rows * (size_t)shape->ldk, sizeof(real));
+        w.dv = fgqa_arena_take(arena, rows * (size_t)shape->ldv, sizeof(real));
+    }
+    return w;
+}
+
+typedef struct {
+    const fgqa_problem *p;
+    bwd_shape shape;
+    bwd_workspace workspace;
+    int32_t splits;
+} bwd_job;
+
+/* Rows before sequence b in buffers that hold the whole batch. */
+static int64_t first_row(const fgqa_problem *p, const fgqa_sequence *seq, int32_t b) { return p->varlen ? seq->q_row : (int64_t)b * p->sq; }
+static int64_t first_key(const fgqa_problem *p, const fgqa_sequence *seq, int32_t b) { return p->varlen ? seq->k_row : (int64_t)b * p->sk; }
+
+/* Rows and keys of sequence b that its results have, padding included. */
+static int32_t result_rows(const fgqa_problem *p, const fgqa_sequence *seq) { return p->varlen ? seq->mask.sq : p->sq; }
+static int32_t result_keys(const fgqa_problem *p, const fgqa_sequence *seq) { return p->varlen ? seq->mask.sk : p->sk; }
+
+static real *delta_at(const bwd_job *job, const tile_sequence *t, int64_t r)
+{
+    const int32_t h = fgqa_packed_row_head(r, t->kv_head, t->p->g), i = fgqa_packed_row_q(r, t->p->g);
+    return job->workspace.delta + (int64_t)h * job->p->total_q + first_row(job->p, &t->seq, t->b) + i;
+}
+
+/* ---- main job: dq, and dk, dv of each split ---- */
+
+typedef struct { int32_t count; int16_t lane[MAX_BLOCK_PANELS * PANEL]; } bad_lanes;
+
+/* delta = rowsum(dO*O) - dLSE of a panel's rows, kept for dsink and dbias. */
+static void panel_delta(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, bwd_panel *bp, const real *dout)
+{
+    const fgqa_problem *p = job->p;
+    const fgqa_view *out = &p->view[FGQA_ARG_out], *dlse = &p->view[FGQA_ARG_dlse];
+    for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
+        const int64_t r = bp->panel.r0 + lane;
+        row_load(s->row, tile_packed_row(t, out, r), out->dtype, out->stride_d, p->dv);
+        const real *const x = dout + (ptrdiff_t)lane * job->shape.ldo;
+        vreal sums = v_zero();
+        real sum = 0;
+        int32_t c = 0;
+        for (; c + VL <= p->dv; c += VL) { sums += v_load(x + c) * v_load(s->row + c); }
+        for (; c < p->dv; c++) { sum += x[c] * s->row[c]; }
+        for (int32_t n = 0; n < VL; n++) { sum += sums[n]; }
+        if (dlse->data) { sum -= tile_lse_load(t, dlse, r); }
+        bp->delta[lane] = sum;
+        *delta_at(job, t, r) = sum;
+    }
+}
+
+/* Packs packed rows [r0, r1); returns the number of panels. */
+static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_lanes *bad)
+{
+    const bwd_shape *shape = &job->shape;
+    int32_t panels = 0;
+    bad->count = 0;
+    for (int64_t r = r0; r < r1; r += PANEL, panels++) {
+        bwd_panel *const bp = &s->panels[panels];
+        real *const q = s->q + (ptrdiff_t)panels * PANEL * shape->ldq, *const dout = s->dout + (ptrdiff_t)panels * PANEL * shape->ldo;
+        bwd_panel_load(bp, t, r, r1, q, shape->ldq, dout, shape->ldo);
+        panel_delta(job, s, t, bp, dout);
+        for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
+            real *const q_row = q + (ptrdiff_t)lane * shape->ldq, *const dout_row = dout + (ptrdiff_t)lane * shape->ldo;
+            if (!row_is_finite(q_row, job->p->d)) { memset(q_row, 0, (size_t)job->p->d * sizeof(real)); }
+            if (!row_is_finite(dout_row, job->p->dv)) {
+                memset(dout_row, 0, (size_t)job->p->dv * sizeof(real));
+                bad->lane[bad->count++] = (int16_t)(panels * PANEL + lane);
+            }
+        }
+    }
+    return panels;
+}
+
+/* C[m][cols] += sum over n < k of A[m][n] * B[n][cols], in strips of nearly equal width. */
+static void accumulate(int32_t m, int32_t k, const real *a, ptrdiff_t lda, const real *b, ptrdiff_t ldb, real *c, int32_t ldc)
+{
+    const int32_t vectors = ldc / VL, strips = (vectors + NV - 1) / NV;
+    for (int32_t n = 0; n < strips; n++) {
+        const int32_t from = vectors * n / strips, to = vectors * (n + 1) / strips;
+        gemm_row_add(m, to - from, k, a, lda, b + from * VL, ldb, c + from * VL, ldc, NULL);
+    }
+}
+
+/* The part of a block of keys that some panel sees: tile rows [j0, j1) of panels [first, last). */
+typedef struct { int32_t j0, j1, first, last; } tile_extent;
+
+static fgqa_range panel_keys(const tile_panel *panel, int32_t j0, int32_t j1)
+{
+    fgqa_range r = {panel->keys.begin > j0 ? panel->keys.begin : j0, panel->keys.end < j1 ? panel->keys.end : j1};
+    if (r.end < r.begin) { r.end = r.begin; }
+    return r;
+}
+
+static tile_extent extent_of(const bwd_scratch *s, int32_t panels, int32_t j0, int32_t j1)
+{
+    tile_extent e = {j1, j0, panels, 0};
+    for (int32_t n = 0; n < panels; n++) {
+        const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);
+        if (r.begin == r.end) { continue; }
+        if (r.begin < e.j0) { e.j0 = r.begin; }
+        if (r.end > e.j1) { e.j1 = r.end; }
+        if (n < e.first) { e.first = n; }
+        e.last = n + 1;
+    }
+    return e;
+}
+
+static void zero_rows(real *tile, int32_t ldt, int32_t j0, int32_t j1, int32_t w)
+{
+    for (int32_t j = j0; j < j1; j++) { memset(tile + (ptrdiff_t)j * ldt, 0, (size_t)w * sizeof(real)); }
+}
+
+/* dV[j] += P[j][lane] * dO[lane] of the lanes whose dO is not finite. */
+static void add_bad_lanes(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const tile_extent *e, int32_t j0,
+                          const bad_lanes *bad, real *dv)
+{
+    const fgqa_view *dout = &t->p->view[FGQA_ARG_dout];
+    for (int32_t n = 0; n < bad->count; n++) {
+        const int32_t lane = bad->lane[n];
+        if (lane < e->first * PANEL || lane >= e->last * PANEL) { continue; }
+        row_load(s->row, tile_packed_row(t, dout, s->panels[0].panel.r0 + lane), dout->dtype, dout->stride_d, t->p->dv);
+        for (int32_t j = e->j0; j < e->j1; j++) {
+            const real weight = s->weight[(ptrdiff_t)(j - j0) * shape->ldt + lane];
+            if (weight == 0) { continue; }
+            real *const to = dv + (ptrdiff_t)j * shape->ldv;
+            for (int32_t c = 0; c < t->p->dv; c++) { to[c] += weight * s->row[c]; }
+        }
+    }
+}
+
+/* Keys [j0, j1), one key block, against the block of rows in `s`. */
+static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
+                       const bad_lanes *bad, real *dk, real *dv)
+{
+    const fgqa_problem *p = job->p;
+    const bwd_shape *shape = &job->shape;
+    const tile_extent e = extent_of(s, panels, j0, j1);
+    if (e.first >= e.last) { return; }
+    const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
+    const tile_block v = tile_block_load(t, &p->view[FGQA_ARG_v], j0, j1, p->dv, s->v_copy);
+    tile_block k_dq = k;
+    int k_checked = 0;
+    for (int32_t n = e.first; n < e.last; n++) {
+        const bwd_panel *const bp = &s->panels[n];
+        const int32_t w = bp->panel.w;
+        fgqa_range r = panel_keys(&bp->panel, j0, j1);
+        real *const weight = s->weight + n * PANEL, *const ds = s->ds + n * PANEL;
+        if (r.begin == r.end) { r.begin = r.end = e.j1; }
+        const ptrdiff_t at = (ptrdiff_t)(r.begin - j0) * shape->ldt;
+        if (r.begin < r.end) {
+            const tile_block k_part = {k.data + (r.begin - j0) * k.stride, k.stride}, v_part = {v.data + (r.begin - j0) * v.stride, v.stride};
+            const tile_kind kind = bwd_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, 0, weight + at, ds + at, shape->ldt);
+            if (kind == TILE_UNSEEN) { r.end = r.begin; }
+            if (kind == TILE_PARTIAL && !k_checked) {
+                tile_bad_rows bad_keys;
+                tile_find_bad_rows(&bad_keys, &k, j1 - j0, p->d);
+                if (bad_keys.count) { k_dq = tile_without_bad_rows(&bad_keys, &k, j1 - j0, p->d, s->k_clean); }
+                k_checked = 1;
+            }
+        }
+        zero_rows(weight, shape->ldt, e.j0 - j0, r.begin - j0, w);
+        zero_rows(ds, shape->ldt, e.j0 - j0, r.begin - j0, w);
+        zero_rows(weight, shape->ldt, r.end - j0, e.j1 - j0, w);
+        zero_rows(ds, shape->ldt, r.end - j0, e.j1 - j0, w);
+        gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_dq.data + (r.begin - j0) * k_dq.stride, k_dq.stride, ds + at, shape->ldt,
+                     s->dq_t + (ptrdiff_t)n * PANEL * shape->ldk, w, NULL);
+    }
+    const int32_t lanes = (e.last - e.first - 1) * PANEL + s->panels[e.last - 1].panel.w, lane0 = e.first * PANEL;
+    const ptrdiff_t at = (ptrdiff_t)(e.j0 - j0) * shape->ldt + lane0;
+    accumulate(e.j1 - e.j0, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
+               dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv);
+    accumulate(e.j1 - e.j0, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
+               dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk);
+    if (bad->count) { add_bad_lanes(s, shape, t, &e, j0, bad, dv); }
+}
+
+/* dQ = scale * dQ^T of a panel. */
+static void store_dq(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const tile_panel *panel, const real *dq_t)
+{
+    const fgqa_view *dq = &t->p->view[FGQA_ARG_dq];
+    const real scale = (real)t->p->scale;
+    tile_transpose_panel(s->dq, shape->ldk, dq_t, panel->w, t->p->d);
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        real *const row = s->dq + (ptrdiff_t)lane * shape->ldk;
+        for (int32_t c = 0; c < t->p->d; c++) { row[c] *= scale; }
+        row_store(tile_packed_row(t, dq, panel->r0 + lane), dq->dtype, dq->stride_d, row, t->p->d);
+    }
+}
+
+/* dk = |scale| * sum of splits (q carried the sign), dv = sum of splits, for keys [j0, j1) of sequence t; 0 for padding. */
+static void store_dk_dv(const tile_sequence *t, const bwd_shape *shape, int32_t splits, const real *dk, const real *dv,
+                        int64_t split_keys, int32_t j0, int32_t j1, real *row)
+{
+    const fgqa_problem *p = t->p;
+    for (int n = 0; n < 2; n++) {
+        const fgqa_view *const to = &p->view[n ? FGQA_ARG_dv : FGQA_ARG_dk];
+        const int32_t ld = n ? shape->ldv : shape->ldk, cols = n ? p->dv : p->d;
+        const real factor = n ? 1 : (real)fabs(p->scale);
+        for (int32_t j = j0; j < j1; j++) {
+            const real *const from = (n ? dv : dk) + (ptrdiff_t)j * ld;
+            const int32_t seen_splits = j < t->seq.mask.sk ? splits : 0;
+            memset(row, 0, (size_t)cols * sizeof(real));
+            for (int32_t split = 0; split < seen_splits; split++) {
+                for (int32_t c = 0; c < cols; c++) { row[c] += from[split * split_keys * ld + c]; }
+            }
+            for (int32_t c = 0; c < cols; c++) { row[c] *= factor; }
+            row_store(view_at(to, t->b, t->kv_head, t->seq.k_row + j), to->dtype, to->stride_d, row, cols);
+        }
+    }
+}
+
+/* dq of padded query rows. */
+static void zero_padded_dq(const tile_sequence *t, real *row)
+{
+    const fgqa_problem *p = t->p;
+    const fgqa_view *const dq = &p->view[FGQA_ARG_dq];
+    memset(row, 0, (size_t)p->d * sizeof(real));
+    for (int64_t r = t->rows; r < (int64_t)result_rows(p, &t->seq) * p->g; r++) {
+        row_store(tile_packed_row(t, dq, r), dq->dtype, dq->stride_d, row, p->d);
+    }
+}
+
+static void split_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const bwd_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const bwd_shape *const shape = &job->shape;
+    const int64_t heads = (int64_t)p->b * p->hk;
+    const int32_t split = (int32_t)(task / heads), b = (int32_t)(task % heads / p->hk), kv_head = (int32_t)(task % p->hk);
+    const tile_sequence t = tile_sequence_init(p, b, kv_head);
+    fgqa_arena arena = fgqa_arena_begin(worker->scratch);
+    const bwd_scratch s = scratch_carve(&arena, p, shape, job->splits);
+
+    const int64_t split_keys = (int64_t)p->hk * p->total_k;
+    const int64_t key = split * split_keys + kv_head * p->total_k + first_key(p, &t.seq, b);
+    real *const dk = job->splits == 1 ? s.dk : job->workspace.dk + key * shape->ldk;
+    real *const dv = job->splits == 1 ? s.dv : job->workspace.dv + key * shape->ldv;
+    memset(dk, 0, (size_t)t.seq.mask.sk * (size_t)shape->ldk * sizeof(real));
+    memset(dv, 0, (size_t)t.seq.mask.sk * (size_t)shape->ldv * sizeof(real));
+
+    const int64_t block_rows = (int64_t)shape->panels * PANEL, blocks = blocks_of(shape, t.rows);
+    for (int64_t n = 0; n < blocks; n++) {
+        /* Dealt back and forth, 0 1 2 2 1 0 0 1 ...: the splits of a causal sequence get equal work. */
+        const int64_t turn = n / job->splits, seat = n % job->splits;
+        if ((turn % 2 ? job->splits - 1 - seat : seat) != split) { continue; }
+        const int64_t r0 = n * block_rows, r1 = r0 + block_rows < t.rows ? r0 + block_rows : t.rows;
+        bad_lanes bad;
+        const int32_t panels = block_load(job, &s, &t, r0, r1, &bad);
+        memset(s.dq_t, 0, (size_t)panels * PANEL * (size_t)shape->ldk * sizeof(real));
+        const fgqa_range keys = fgqa_kv_range(&t.seq.mask, s.panels[0].panel.i0, s.panels[panels - 1].panel.i1);
+        for (int32_t j0 = keys.begin / KEYS * KEYS; j0 < keys.end; j0 += KEYS) {
+            if (fgqa_poll(worker)) { return; }
+            block_keys(job, &s, &t, panels, j0, j0 + KEYS < t.seq.mask.sk ? j0 + KEYS : t.seq.mask.sk, &bad, dk, dv);
+        }
+        for (int32_t panel = 0; panel < panels; panel++) {
+            store_dq(&s, shape, &t, &s.panels[panel].panel, s.dq_t + (ptrdiff_t)panel * PANEL * shape->ldk);
+        }
+    }
+    if (split == 0) { zero_padded_dq(&t, s.row); }
+    if (job->splits == 1) { store_dk_dv(&t, shape, 1, dk, dv, 0, 0, result_keys(p, &t.seq), s.row); }
+}
+
+/* ---- finishing job: the sum over splits ---- */
+
+static void finish_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const bwd_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const int64_t chunks = (p->sk + FINISH_KEYS - 1) / FINISH_KEYS;
+    const int32_t b = (int32_t)(task / chunks / p->hk), kv_head = (int32_t)(task / chunks % p->hk);
+    const tile_sequence t = tile_sequence_init(p, b, kv_head);
+    const int32_t j0 = (int32_t)(task % chunks) * FINISH_KEYS, keys = result_keys(p, &t.seq);
+    const int32_t j1 = j0 + FINISH_KEYS < keys ? j0 + FINISH_KEYS : keys;
+    const int64_t key = kv_head * p->total_k + first_key(p, &t.seq, b);
+    store_dk_dv(&t, &job->shape, job->splits, job->workspace.dk + key * job->shape.ldk, job->workspace.dv + key * job->shape.ldv,
+                (int64_t)p->hk * p->total_k, j0, j1, worker->scratch);
+}
+
+/* dsink[h] = -sum over batch and rows of exp(sink - lse) * delta; in double, rows in order. */
+static void sink_task(void *context, int64_t h, const fgqa_worker *worker)
+{
+    const bwd_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const fgqa_view *const dsink = &p->view[FGQA_ARG_dsink], *const lse = &p->view[FGQA_ARG_lse];
+    double sum = 0;
+    for (int32_t b = 0; b < p->b && !fgqa_poll(worker); b++) {
+        const tile_sequence t = tile_sequence_init(p, b, fgqa_kv_head((int32_t)h, p->g));
+        const real sink = tile_head_value(&t, FGQA_ARG_sink, h % p->g);
+        for (int32_t i = 0; i < t.seq.mask.sq; i++) {
+            const int64_t r = (int64_t)i * p->g + h % p->g;
+            const real x = tile_lse_load(&t, lse, r);
+            if (x != -REAL_INF) { sum -= exp((double)sink - (double)x) * (double)*delta_at(job, &t, r); }
+        }
+    }
+    const real result = (real)sum;
+    row_store(view_at(dsink, 0, h, 0), dsink->dtype, 1, &result, 1);
+}
+
+/* ---- dbias job ----
+ * Task = (batch, head, PANEL rows, KEYS keys) of dbias, each only where bias has that axis; it walks what bias is
+ * broadcast over in order. Here every query head is a group of its own, so that lanes are rows of one head. */
+
+typedef struct {
+    bwd_panel *panel;
+    bwd_tiles tiles;
+    real *q, *dout, *ds, *sum;                 /* ds, sum: KEYS x PANEL */
+    real *k_copy, *v_copy, *row;
+} bias_scratch;
+
+static bias_scratch bias_scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape)
+{
+    bias_scratch s;
+    s.panel = fgqa_arena_take(arena, 1, sizeof(bwd_panel));
+    bwd_panel_carve(s.panel, arena, p);
+    s.tiles = bwd_tiles_carve(arena, p);
+    s.q = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldq, sizeof(real));
+    s.dout = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldo, sizeof(real));
+    s.ds = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
+    s.sum = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
+    s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
+    s.v_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldv, sizeof(real));
+    s.row = fgqa_arena_take(arena, KEYS, sizeof(real));
+    return s;
+}
+
+/* Which part of an axis of dbias a task owns: all of it where bias is broadcast over it. */
+typedef struct { int32_t parts, size, broadcast; } bias_axis;
+
+static bias_axis bias_axis_of(int32_t extent, int32_t full, int32_t size)
+{
+    const bias_axis axis = {extent == 1 ? 1 : (full + size - 1) / size, extent == 1 ? full : size, extent == 1};
+    return axis;
+}
+
+static fgqa_range bias_part(const bias_axis *axis, int64_t part, int32_t full)
+{
+    const int64_t begin = part * axis->size, end = begin + axis->size;
+    const fgqa_range r = {(int32_t)begin, end < full ? (int32_t)end : full};
+    return r;
+}
+
+static int64_t bias_tasks(const fgqa_problem *p)
+{
+    const bias_axis rows = bias_axis_of(p->bias_shape[2], p->sq, PANEL), keys = bias_axis_of(p->bias_shape[3], p->sk, KEYS);
+    return (int64_t)p->bias_shape[0] * p->bias_shape[1] * rows.parts * keys.parts;
+}
+
+/* Adds dS of one head, rows [r.begin, r.end), keys of `own_keys`, into sum[key][lane]. */
+static void bias_add_head(const bwd_job *job, const bias_scratch *s, const tile_sequence *head, const tile_sequence *kv,
+                          fgqa_range rows, fgqa_range own_keys, int one_key, const fgqa_worker *worker)
+{
+    const fgqa_problem *p = job->p;
+    bwd_panel *const bp = s->panel;
+    for (int32_t r0 = rows.begin; r0 < rows.end && r0 < head->rows; r0 += PANEL) {
+        if (fgqa_poll(worker)) { return; }
+        const int64_t r1 = rows.end < head->rows ? rows.end : head->rows;
+        bwd_panel_load(bp, head, r0, r1, s->q, job->shape.ldq, s->dout, job->shape.ldo);
+        for (int32_t lane = 0; lane < bp->panel.rows; lane++) { bp->delta[lane] = *delta_at(job, head, r0 + lane); }
+        const fgqa_range seen = panel_keys(&bp->panel, own_keys.begin, own_keys.end);
+        for (int32_t block = seen.begin / KEYS * KEYS; block < seen.end; block += KEYS) {
+            const fgqa_range j = panel_keys(&bp->panel, block > seen.begin ? block : seen.begin, block + KEYS < seen.end ? block + KEYS : seen.end);
+            const tile_block k = tile_block_load(kv, &p->view[FGQA_ARG_k], j.begin, j.end, p->d, s->k_copy);
+            const tile_block v = tile_block_load(kv, &p->view[FGQA_ARG_v], j.begin, j.end, p->dv, s->v_copy);
+            const tile_kind kind = bwd_tile(&s->tiles, head, bp, j.begin, j.end, &k, &v, 1, NULL, s->ds, PANEL);
+            for (int32_t key = j.begin; kind != TILE_UNSEEN && key < j.end; key++) {
+                real *const to = s->sum + (ptrdiff_t)(one_key ? 0 : key - own_keys.begin) * PANEL;
+                const real *const from = s->ds + (ptrdiff_t)(key - j.begin) * PANEL;
+                for (int32_t v_lane = 0; v_lane < bp->panel.w; v_lane += VL) { v_store(to + v_lane, v_load(to + v_lane) + v_load(from + v_lane)); }
+            }
+        }
+    }
+}
+
+static void bias_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const bwd_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const fgqa_view *const dbias = &p->view[FGQA_ARG_dbias];
+    const bias_axis row_axis = bias_axis_of(p->bias_shape[2], p->sq, PANEL), key_axis = bias_axis_of(p->bias_shape[3], p->sk, KEYS);
+    const fgqa_range rows = bias_part(&row_axis, task / key_axis.parts % row_axis.parts, p->sq);
+    const fgqa_range keys = bias_part(&key_axis, task % key_axis.parts, p->sk);
+    const int64_t head = task / key_axis.parts / row_axis.parts;
+    const int32_t own_h = (int32_t)(head % p->bias_shape[1]), own_b = (int32_t)(head / p->bias_shape[1]);
+    const int all_b = p->bias_shape[0] == 1, all_h = p->bias_shape[1] == 1;
+    fgqa_arena arena = fgqa_arena_begin(worker->scratch);
+    const bias_scratch s = bias_scratch_carve(&arena, p, &job->shape);
+    fgqa_problem by_head = *p;
+    by_head.g = 1;
+    by_head.hk = p->hq;
+
+    memset(s.sum, 0, KEYS * PANEL * sizeof(real));
+    for (int32_t b = all_b ? 0 : own_b; b < (all_b ? p->b : own_b + 1); b++) {
+        for (int32_t h = all_h ? 0 : own_h; h < (all_h ? p->hq : own_h + 1); h++) {
+            const tile_sequence head_sequence = tile_sequence_init(&by_head, b, h);
+            const tile_sequence kv_sequence = tile_sequence_init(p, b, fgqa_kv_head(h, p->g));
+            bias_add_head(job, &s, &head_sequence, &kv_sequence, rows, keys, key_axis.broadcast, worker);
+        }
+    }
+    const int32_t n_rows = row_axis.broadcast ? 1 : rows.end - rows.begin, n_keys = key_axis.broadcast ? 1 : keys.end - keys.begin;
+    for (int32_t i = 0; i < n_rows; i++) {
+        for (int32_t j = 0; j < n_keys; j++) {
+            const real *const from = s.sum + (ptrdiff_t)j * PANEL;
+            s.row[j] = from[i];
+            for (int32_t lane = 1; row_axis.broadcast && lane < PANEL; lane++) { s.row[j] += from[lane]; }
+        }
+        char *const to = view_at(dbias, own_b, own_h, row_axis.broadcast ? 0 : rows.begin + i);
+        const int64_t first = key_axis.broadcast ? 0 : keys.begin * dbias->stride_d;
+        row_store(to + first * (int64_t)fgqa_dtype_bytes(dbias->dtype), dbias->dtype, dbias->stride_d, s.row, n_keys);
+    }
+}
+
+/* ---- the kernel ---- */
+
+static size_t scratch_bytes_of(const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
+{
+    fgqa_arena arena = fgqa_arena_begin(NULL), bias = fgqa_arena_begin(NULL);
+    scratch_carve(&arena, p, shape, splits);
+    bias_scratch_carve(&bias, p, shape);
+    return arena.used > bias.used ? arena.used : bias.used;
+}
+
+void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan);
+fgqa_status FGQA_ROW(bwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec);
+
+void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
+{
+    const bwd_shape shape = shape_of(p);
+    fgqa_arena workspace = fgqa_arena_begin(NULL);
+    plan->block_q = shape.panels * PANEL;
+    plan->block_k = KEYS;
+    plan->splits = splits_of(p, &shape);
+    plan->tasks = (int64_t)plan->splits * p->b * p->hk;
+    /* 50 us at about half of what a core reaches is not worth waking anybody. */
+    const double microseconds = plan->flops / (VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3));
+    plan->threads = microseconds < 50 ? 1 : plan->tasks > INT32_MAX ? INT32_MAX : (int32_t)plan->tasks;
+    plan->scratch_bytes = scratch_bytes_of(p, &shape, plan->splits);
+    workspace_carve(&workspace, p, &shape, plan->splits);
+    plan->workspace_bytes = workspace.used;
+}
+
+fgqa_status FGQA_ROW(bwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
+{
+    bwd_job job = {.p = p, .shape = shape_of(p), .splits = plan->splits};
+    fgqa_arena arena = fgqa_arena_begin(workspace);
+    job.workspace = workspace_carve(&arena, p, &job.shape, job.splits);
+    FGQA_TRY(fgqa_parallel(split_task, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
+    if (job.splits > 1) {
+        const int64_t chunks = (p->sk + FINISH_KEYS - 1) / FINISH_KEYS;
+        FGQA_TRY(fgqa_parallel(finish_task, &job, chunks * p->b * p->hk, plan->threads, plan->scratch_bytes, exec));
+    }
+    if (p->want_dsink) { FGQA_TRY(fgqa_parallel(sink_task, &job, p->hq, plan->threads, 0, exec)); }
+    if (p->want_dbias) { FGQA_TRY(fgqa_parallel(bias_task, &job, bias_tasks(p), plan->threads, plan->scratch_bytes, exec)); }
+    return FGQA_OK;
+}

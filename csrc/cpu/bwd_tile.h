@@ -1,0 +1,125 @@
+/* bwd_tile.h - what the passes of the backward share: a panel's rows packed both ways, and its tiles P^T and dS^T.
+ *
+ *     S^T = K Q^T        P^T = 2^(S^T - lse)        dP^T = V dO^T        delta = rowsum(dO*O) - dLSE
+ *     dS^T = P^T * (dP^T - delta)                   derivative by the score
+ *     dS^T * (1 - tanh^2)                           derivative by scale*(q.k), with softcap
+ *
+ * Dropout zeroes and rescales P for dV, and dP for dS; delta already sums over what was kept.
+ */
+#ifndef FGQA_BWD_TILE_H
+#define FGQA_BWD_TILE_H
+#include "tile.h"
+
+typedef struct {
+    tile_panel panel;
+    _Alignas(64) real lse[PANEL];       /* base 2; +inf, which makes every weight 0, for idle lanes and rows that see nothing */
+    _Alignas(64) real delta[PANEL];
+    real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
+} bwd_panel;
+
+/* Scratch of one tile: KEYS x PANEL each, rows VL x KEYS. */
+typedef struct { real *s, *dp, *tanh, *add, *rows; ireal *keep; } bwd_tiles;
+
+FGQA_SHARED void bwd_panel_carve(bwd_panel *panel, fgqa_arena *arena, const fgqa_problem *p)
+{
+    real *const q_t = fgqa_arena_take(arena, (size_t)ROUND_UP(p->d, VL) * PANEL, sizeof(real));
+    real *const dout_t = fgqa_arena_take(arena, (size_t)ROUND_UP(p->dv, VL) * PANEL, sizeof(real));
+    if (panel) {
+        panel->q_t = q_t;
+        panel->dout_t = dout_t;
+    }
+}
+
+FGQA_SHARED bwd_tiles bwd_tiles_carve(fgqa_arena *arena, const fgqa_problem *p)
+{
+    const int has_add = p->view[FGQA_ARG_mask].data != NULL || p->view[FGQA_ARG_bias].data != NULL;
+    bwd_tiles tiles = {NULL, NULL, NULL, NULL, NULL, NULL};
+    tiles.s = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
+    tiles.dp = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
+    tiles.tanh = p->softcap > 0 ? fgqa_arena_take(arena, KEYS * PANEL, sizeof(real)) : NULL;
+    tiles.add = has_add ? fgqa_arena_take(arena, KEYS * PANEL, sizeof(real)) : NULL;
+    tiles.rows = has_add ? fgqa_arena_take(arena, VL * KEYS, sizeof(real)) : NULL;
+    tiles.keep = p->dropout_threshold ? fgqa_arena_take(arena, KEYS * PANEL, sizeof(ireal)) : NULL;
+    return tiles;
+}
+
+/* Reals between rows of a B operand that is walked downwards: an odd number of cache lines, so that the rows of a strip
+ * spread over all sets of the first-level cache. A multiple of VL. */
+SIMD int32_t bwd_row_stride(int32_t cols)
+{
+    const int32_t line = 64 / (int32_t)sizeof(real), stride = ROUND_UP(cols, line);
+    return stride / line % 2 ? stride : stride + line;
+}
+
+/* Packed rows [r0, r1) as panel: q and dout row-major into q[lane][ldq], dout[lane][ldo], and transposed; lse. Not delta. */
+FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, int64_t r0, int64_t r1, real *q, int32_t ldq, real *dout,
+                                int32_t ldo)
+{
+    const fgqa_problem *p = t->p;
+    tile_panel_init(&bp->panel, t, r0, r1);
+    tile_pack_rows(q, ldq, t, &bp->panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
+    tile_transpose_rows(bp->q_t, q, ldq, bp->panel.w, p->d);
+    tile_pack_rows(dout, ldo, t, &bp->panel, &p->view[FGQA_ARG_dout], p->dv, 1);
+    tile_transpose_rows(bp->dout_t, dout, ldo, bp->panel.w, p->dv);
+    for (int32_t lane = 0; lane < bp->panel.w; lane++) {
+        const real lse = lane < bp->panel.rows ? tile_lse_load(t, &p->view[FGQA_ARG_lse], r0 + lane) : -REAL_INF;
+        bp->lse[lane] = lse == -REAL_INF ? REAL_INF : lse * (real)FGQA_LOG2E;
+        bp->delta[lane] = 0;
+    }
+}
+
+/* weight (NULL: not wanted) and ds, `ld` reals between keys. The flags are constants where it pays. */
+SIMD void bwd_weights(const bwd_panel *bp, const bwd_tiles *tiles, int32_t n, real scale, real keep_scale, const int partial,
+                      const int capped, const int dropped, real *weight, real *ds, ptrdiff_t ld)
+{
+    const int32_t w = bp->panel.w;
+    for (int32_t v = 0; v < bp->panel.nv; v++) {
+        const vreal lse = v_load(bp->lse + v * VL), delta = v_load(bp->delta + v * VL);
+        for (int32_t j = 0; j < n; j++) {
+            const ptrdiff_t from = (ptrdiff_t)j * w + v * VL, to = j * ld + v * VL;
+            const vreal s = v_load(tiles->s + from);
+            vreal p = v_exp2(s * v_set1(scale) - lse), kept = p, dp = v_load(tiles->dp + from);
+            if (dropped) {
+                const vint keep = v_load_int(tiles->keep + from);
+                kept = (vreal)((vint)(p * v_set1(keep_scale)) & keep);
+                dp = (vreal)((vint)(dp * v_set1(keep_scale)) & keep);
+            }
+            vreal d = p * (dp - delta);
+            if (capped) {
+                const vreal tanh = v_load(tiles->tanh + from);
+                d *= FGQA_SOFTCAP_GRAD(tanh, v_set1(1));
+            }
+            if (partial) {
+                /* Not p = 0 and products with it: lse, dp and delta may hold a NaN that an unseen key must not meet. */
+                const vmask unseen = m_eq(s, v_set1(-REAL_INF));
+                kept = v_select(unseen, v_zero(), kept);
+                d = v_select(unseen, v_zero(), d);
+            }
+            if (weight) { v_store(weight + to, kept); }
+            v_store(ds + to, d);
+        }
+    }
+}
+
+/* P^T (as dV wants it) and dS^T of keys [j0, j1), inside panel->keys and one key block; `k`, `v` are rows j0.
+ * TILE_UNSEEN: no lane sees a key, and nothing was written. */
+FGQA_SHARED tile_kind bwd_tile(const bwd_tiles *tiles, const tile_sequence *t, const bwd_panel *bp, int32_t j0, int32_t j1,
+                               const tile_block *k, const tile_block *v, int by_score, real *weight, real *ds, ptrdiff_t ld)
+{
+    const fgqa_problem *p = t->p;
+    const real *used_add;
+    real scale;
+    const tile_kind kind = tile_scores(tiles->s, t, &bp->panel, j0, j1, k, bp->q_t, tiles->add, tiles->rows, tiles->tanh, &used_add, &scale);
+    if (kind == TILE_UNSEEN) { return kind; }
+    gemm_row_set(j1 - j0, bp->panel.nv, p->dv, v->data, v->stride, bp->dout_t, bp->panel.w, tiles->dp, bp->panel.w, NULL);
+    const int partial = kind == TILE_PARTIAL, capped = p->softcap > 0 && !by_score, dropped = p->dropout_threshold != 0;
+    if (dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }
+    if (!partial && !capped && !dropped) {
+        bwd_weights(bp, tiles, j1 - j0, scale, 1, 0, 0, 0, weight, ds, ld);
+    } else {
+        bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), partial, capped, dropped, weight, ds, ld);
+    }
+    return kind;
+}
+
+#endif
