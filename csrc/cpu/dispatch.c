@@ -8,9 +8,11 @@
 #include <string.h>
 #include "cpu.h"
 #include "cpu_features.h"
+#include "threads.h"
 
 #define CPU_PASSES(X, isa) \
-    X(fwd, FGQA_PASS_FWD, isa)
+    X(fwd, FGQA_PASS_FWD, isa) \
+    X(bwd, FGQA_PASS_BWD, isa)
 
 #if defined(__x86_64__)
 #define ON_x86_64(here, elsewhere) here
@@ -138,6 +140,7 @@ static void find_kernels(void)
 fgqa_status fgqa_cpu_init(void)
 {
     pthread_once(&cpu.once, find_kernels);
+    FGQA_TRY(fgqa_threads_init());
     return cpu.problem[0] ? fgqa_fail(FGQA_ERROR_VALUE, "%s", cpu.problem) : FGQA_OK;
 }
 
