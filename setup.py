@@ -1,0 +1,119 @@
+"""Builds flashgqa._C: one abi3 extension of plain C.
+
+csrc/cpu/isa.def is read here and by the C code: the files in PER_ISA are compiled once per row of this machine's
+architecture and per precision, every other C file once. Environment:
+    FLASHGQA_WERROR=1     warnings are errors
+    FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
+    FLASHGQA_CUDA=0       do not look for nvcc
+"""
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+PER_ISA = ("fwd.c", "bwd.c", "bwd_bias.c", "weights.c", "decode.c")   # those that exist
+LIMITED_API = "0x030A0000"
+SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
+
+CFLAGS = [
+    "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden",
+    "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-Wall", "-Wextra", "-Wno-psabi",
+]
+CFLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE \
+    else ["-O3", "-g0"]
+if os.environ.get("FLASHGQA_WERROR") == "1":
+    CFLAGS.append("-Werror")
+LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-O1"])
+
+
+def isa_rows():
+    """(name, flags) of every row of isa.def that this machine's compiler can build."""
+    machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    rows = re.findall(r'^FGQA_ISA\((\w+),\s*(\w+),\s*"([^"]*)"\)', (CSRC / "cpu" / "isa.def").read_text(), re.M)
+    return [(name, flags.split()) for name, on, flags in rows if on in (machine, "any")]
+
+
+def find_nvcc():
+    """nvcc's path, or None: CUDA_HOME, CUDA_PATH, PATH, the usual folder."""
+    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
+        if home and (Path(home) / "bin" / "nvcc").exists():
+            return Path(home) / "bin" / "nvcc"
+    return shutil.which("nvcc") or next((p for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+
+
+def cuda_reason():
+    """Why this build has no CUDA kernels: baked into the module, because pip hides what a successful build prints."""
+    if os.environ.get("FLASHGQA_CUDA") == "0":
+        return "FLASHGQA_CUDA=0 was set when it was built"
+    if find_nvcc() is None:
+        return "nvcc was not found when it was built (looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"
+    return "this version of flashgqa has no CUDA kernels yet"
+
+
+def version():
+    return re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+
+
+class Build(build_ext):
+    """One compiler call per object, two at a time, skipped while the object is newer than all that it includes."""
+
+    def build_extension(self, ext):
+        objects = Path(self.build_temp) / ("sanitize" if SANITIZE else "release")
+        jobs = list(self.jobs(objects))
+        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            list(pool.map(lambda job: self.compile_one(*job), jobs))
+        ext.extra_objects = [str(obj) for _, obj, _ in jobs]
+        super().build_extension(ext)
+
+    def jobs(self, objects):
+        include = [f"-I{p}" for p in self.compiler.include_dirs + self.include_dirs]
+        python = include + [f"-I{numpy.get_include()}", f"-DPy_LIMITED_API={LIMITED_API}",
+                            "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION", "-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION",
+                            f'-DFGQA_VERSION="{version()}"', f'-DFGQA_CUDA_REASON="{cuda_reason()}"']
+        for source in sorted([*(CSRC / "core").glob("*.c"), *(CSRC / "cpu").glob("*.c"), *(CSRC / "python").glob("*.c")]):
+            stem = f"{source.parent.name}_{source.stem}"
+            if source.parent.name == "cpu" and source.name in PER_ISA:
+                for name, flags in isa_rows():
+                    for f64 in (0, 1):
+                        yield source, objects / f"{stem}_{name}_{'f64' if f64 else 'f32'}.o", \
+                            [*flags, f"-DFGQA_ISA={name}", f"-DFGQA_REAL_F64={f64}"]
+            else:
+                yield source, objects / f"{stem}.o", python if source.parent.name == "python" else []
+
+    def compile_one(self, source, obj, flags):
+        command = [os.environ.get("CC", "cc"), *CFLAGS, *flags, "-MMD", "-c", str(source), "-o", str(obj)]
+        stamp, record = obj.with_suffix(".d"), obj.with_suffix(".cmd")
+        if obj.exists() and stamp.exists() and record.exists() and record.read_text() == repr(command) and not self.force:
+            needs = stamp.read_text().replace("\\\n", " ").split()[1:]
+            if all(Path(p).exists() and Path(p).stat().st_mtime <= obj.stat().st_mtime for p in needs):
+                return
+        obj.parent.mkdir(parents=True, exist_ok=True)
+        print("  ", obj.name, flush=True)
+        subprocess.run(command, check=True)
+        record.write_text(repr(command))
+
+
+def main():
+    reason = cuda_reason()
+    if os.environ.get("FLASHGQA_CUDA") == "1":
+        sys.exit(f"FLASHGQA_CUDA=1: {reason}")
+    setup(
+        ext_modules=[Extension("flashgqa._C", sources=[], language="c", py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m"])],
+        cmdclass={"build_ext": Build},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )
+
+
+main()
