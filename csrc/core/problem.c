@@ -79,8 +79,8 @@ static fgqa_status check_extents(const fgqa_tensor *t, const char *name)
     }
     overflow = overflow || __builtin_add_overflow(high, bytes, &high) || __builtin_sub_overflow(high, low, &high);
     if (overflow) {
-        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s with strides that reach beyond 64-bit addresses: its memory cannot "
-                         "exist; pass a proper view", name, fgqa_shape_text(t).s);
+        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s and strides that reach beyond 64-bit addresses: no memory can hold it; "
+                         "pass a view with the strides of its own memory", name, fgqa_shape_text(t).s);
     }
     return FGQA_OK;
 }
@@ -227,9 +227,9 @@ static fgqa_status check_same(const char *name, const fgqa_tensor *t, const char
                               const char *what, int64_t got, int64_t wanted, const char *rank)
 {
     if (got == wanted) { return FGQA_OK; }
-    return fgqa_fail(FGQA_ERROR_VALUE, "%s has %s %lld but %s has %lld: they must be equal; shapes are %s %s and %s %s, read as %s",
-                     name, what, (long long)got, other, (long long)wanted, name, fgqa_shape_text(t).s, other,
-                     fgqa_shape_text(reference).s, rank);
+    return fgqa_fail(FGQA_ERROR_VALUE, "%s has %s %lld but %s has %lld: they must be equal; shapes are %s %s and %s %s, read as %s; "
+                     "slice, repeat or transpose %s", name, what, (long long)got, other, (long long)wanted, name,
+                     fgqa_shape_text(t).s, other, fgqa_shape_text(reference).s, rank, name);
 }
 
 static fgqa_status check_heads(const fgqa_problem *p, int64_t hq, int64_t hk, int64_t sq, int64_t sk)

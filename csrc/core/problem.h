@@ -63,7 +63,8 @@ typedef struct {
 
 /* A tensor seen as [b, h, s, d] whatever its rank and layout; strides in elements, 0 where broadcast.
  * lse/dlse: stride_d unused. mask/bias/dbias: s = query row, d = key. alibi_slopes, sink, dsink: b and h only.
- * weights: s = n-th chosen row (KEYSUM: unused), d = key. Strides of axes of extent 1 are 0, stride_d of q, k, v then 1.
+ * weights: s = n-th chosen row (KEYSUM: unused), d = key. Strides of axes of extent 1 are 0; so is
+ * stride_d of mask, bias and dbias, while that of all others is 1 then.
  * With cu_seqlens stride_b is 0 and sequence b starts at row cu_seqlens[b]. data is NULL when absent. */
 typedef struct {
     void *data;
@@ -102,8 +103,8 @@ typedef struct {
     int32_t want_lse, want_dbias, want_dsink, deterministic, batch_invariant, check;
 
     /* dbias is reduced over the dimensions in which bias is broadcast (its extent is 1 there): */
-    int32_t bias_shape[4];                  /* extents of [b, hq, sq, sk] in bias: 1 or full; of the axes it has, see bias_rank */
-    int32_t bias_rank;                      /* 2, 3 or 4: the caller's last axes of [b, hq, sq, sk]; 0: no bias */
+    int32_t bias_shape[4];                  /* extents of [b, hq, sq, sk] in bias: 1 or full */
+    int32_t bias_rank;                      /* 2, 3 or 4: the last axes of [b, hq, sq, sk] are the caller's; 0: no bias */
 } fgqa_problem;
 
 /* Where one sequence of the batch lies and what it sees. q_row/k_row are offsets in rows (units of stride_s). */

@@ -282,7 +282,7 @@ static void huge_strides(void)
     /* offsets that do not fit */
     small(&f, FGQA_PASS_FWD);
     f.t[FGQA_ARG_k].stride[2] = INT64_MAX / 4;
-    fails(&f, FGQA_ERROR_VALUE, "k has shape (2, 3, 7, 8) with strides", "64-bit");
+    fails(&f, FGQA_ERROR_VALUE, "k has shape (2, 3, 7, 8) and strides", "64-bit");
     f.t[FGQA_ARG_k].stride[2] = -(INT64_MAX / 24);
     f.t[FGQA_ARG_k].stride[1] = INT64_MAX / 9;
     fails(&f, FGQA_ERROR_VALUE, "k has shape", "64-bit");
@@ -426,6 +426,79 @@ static void devices(void)
     CHECK(lowered(&f).sq == 1);
 }
 
+/* ---- anything at all ---- */
+
+static uint64_t random_state = 1;
+
+static uint64_t draw(uint64_t n)
+{
+    random_state ^= random_state << 13;
+    random_state ^= random_state >> 7;
+    random_state ^= random_state << 17;
+    return random_state % n;
+}
+
+/* Bends valid requests at random: the answer is a problem whose results can be described, or a sentence; and no undefined
+ * behaviour on the way (the sanitizer run sees to that). On the GPU, so that no contents are read. */
+static void random_requests(void)
+{
+    static const int64_t extents[] = {0, 1, 2, 3, 5, 6, 7, 8, 256, 257, INT32_MAX, (int64_t)INT32_MAX + 1, INT64_MAX, -1, INT64_MIN};
+    static const int64_t strides[] = {0, 1, 2, -1, 64, INT32_MAX, INT64_MAX, INT64_MIN, INT64_MAX / 7, -(INT64_MAX / 3)};
+    static const double numbers[] = {0, 1, -1, 0.5, 1e-320, 1e300, INFINITY, -INFINITY, NAN};
+    enum { EXTENTS = sizeof extents / sizeof *extents, STRIDES = sizeof strides / sizeof *strides };
+    long accepted = 0, refused[FGQA_ERROR_INTERRUPTED + 1] = {0};
+    for (int round = 0; round < 200000; round++) {
+        fixture f;
+        fgqa_problem p;
+        (draw(2) ? small : packed)(&f, (fgqa_pass)draw(4));
+        if (f.r.pass == FGQA_PASS_ROWS) { give(&f, FGQA_ARG_rows, FGQA_I64, 2); }
+        if (draw(2)) { give(&f, FGQA_ARG_bias, FGQA_F32, 1, 6, 1, 1)->ndim = 2 + (int)draw(3); }
+        if (draw(4) == 0) { give(&f, FGQA_ARG_mask, FGQA_BOOL, 5, 7); }
+        if (draw(4) == 0) { give(&f, FGQA_ARG_alibi_slopes, FGQA_F32, 6); }
+        if (draw(4) == 0) { give(&f, FGQA_ARG_sink, FGQA_F16, 6); }
+        if (draw(4) == 0) { give(&f, FGQA_ARG_kv_lens, FGQA_I32, 2); }
+        if (draw(4) == 0) { give(&f, FGQA_ARG_seed, FGQA_I64, 2); }
+        if (draw(4) == 0) { give(&f, f.r.pass == FGQA_PASS_FWD ? FGQA_ARG_out : FGQA_ARG_dq, FGQA_F32, 2, 6, 5, 4); }
+        f.r.want_dbias = f.r.tensor[FGQA_ARG_bias] != NULL;
+        f.r.want_dsink = f.r.tensor[FGQA_ARG_sink] != NULL;
+        f.r.want_lse = (int32_t)draw(2);
+        f.r.layout = draw(4) ? FGQA_LAYOUT_BHSD : FGQA_LAYOUT_BSHD;
+        for (uint64_t bends = draw(4); bends > 0; bends--) {
+            const fgqa_arg arg = (fgqa_arg)draw(FGQA_ARG_COUNT);
+            fgqa_tensor *t = &f.t[arg];
+            switch (draw(8)) {
+            case 0: t->shape[draw(4)] = extents[draw(EXTENTS)]; break;
+            case 1: t->stride[draw(4)] = strides[draw(STRIDES)]; break;
+            case 2: t->dtype = (fgqa_dtype)draw(FGQA_DTYPE_COUNT); break;
+            case 3: t->ndim = (int32_t)draw(5); break;
+            case 4: f.r.tensor[arg] = draw(2) ? t : NULL; break;
+            case 5: f.r.window_left = extents[draw(EXTENTS)]; f.r.chunk = extents[draw(EXTENTS)]; break;
+            case 6: f.r.has_softcap = f.r.has_scale = (int32_t)draw(2); f.r.softcap = numbers[draw(9)]; f.r.scale = numbers[draw(9)]; break;
+            case 7: f.r.max_q = f.r.max_kv = extents[draw(EXTENTS)]; f.r.dropout_p = numbers[draw(9)]; break;
+            }
+        }
+        on_gpu(&f);
+        const fgqa_status status = fgqa_problem_init(&f.r, &p);
+        if (status != FGQA_OK) {
+            refused[status]++;
+            CHECK(fgqa_message()[0] != '\0' && strstr(fgqa_message(), "(null)") == NULL);
+            continue;
+        }
+        accepted++;
+        for (int n = FGQA_ARG_out; n < FGQA_ARG_COUNT; n++) {
+            fgqa_tensor spec;
+            if (!fgqa_problem_result(&p, (fgqa_arg)n, &spec)) { continue; }
+            int64_t count = spec.ndim > 0;
+            for (int axis = 0; axis < spec.ndim; axis++) { count *= spec.shape[axis]; }
+            CHECK(spec.ndim >= 1 && count >= 0);
+            fgqa_problem_bind(&p, (fgqa_arg)n, &spec);
+        }
+        CHECK(p.d >= 1 && p.d <= 256 && p.g * p.hk == p.hq && p.b >= 0 && p.left >= 0 && p.right >= 0 && p.chunk >= 0);
+    }
+    CHECK(accepted > 20000 && refused[FGQA_ERROR_VALUE] > 20000 && refused[FGQA_ERROR_TYPE] > 2000);
+    printf("%ld random requests accepted\n", accepted);
+}
+
 int main(void)
 {
     layouts();
@@ -438,6 +511,7 @@ int main(void)
     idle_strides();
     brought_results();
     devices();
+    random_requests();
     CHECK(strcmp(fgqa_arg_name(FGQA_ARG_cu_seqlens_kv), "cu_seqlens_kv") == 0);
     CHECK(strcmp(fgqa_arg_name(FGQA_ARG_weights), "weights") == 0);
     return checks_passed("test_problem");
