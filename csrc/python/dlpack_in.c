@@ -3,6 +3,8 @@
  */
 #include "tensor_in.h"
 
+#include <string.h>
+
 static int64_t element_bytes(DLDataType type) { return (type.bits + 7) / 8; }
 
 int fgqa_dtype_from_dlpack(DLDataType type, fgqa_dtype *dtype)
@@ -142,7 +144,13 @@ static int wrap_producer_error(const fgqa_slot *slot, const char *what)
     PyErr_Fetch(&type, &cause, &traceback);
     PyErr_NormalizeException(&type, &cause, &traceback);
     if (traceback != NULL) { PyException_SetTraceback(cause, traceback); }
-    PyErr_Format(PyExc_BufferError, "%s: its %s failed: %S", slot->name, what, cause);
+    /* The first line only: torch appends a C++ stack. */
+    PyObject *text = PyObject_Str(cause);
+    const char *line = text ? PyUnicode_AsUTF8AndSize(text, NULL) : NULL;
+    PyObject *first = line ? PyUnicode_DecodeUTF8(line, (Py_ssize_t)strcspn(line, "\n"), "replace") : NULL;
+    if (first != NULL) { PyErr_Format(PyExc_BufferError, "%s: its %s failed: %U", slot->name, what, first); }
+    Py_XDECREF(first);
+    Py_XDECREF(text);
     Py_XDECREF(type);
     Py_XDECREF(traceback);
     PyErr_Fetch(&error, &value, &traceback);
@@ -282,26 +290,32 @@ static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slo
     return 0;
 }
 
-static int check_torch_memory(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const fgqa_tensor *t)
+/* Where torch says the values are; the exchange table may say otherwise (it does for some wrappers). */
+static int torch_memory(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const void **data)
 {
     PyObject *number = PyObject_CallMethodObjArgs(object, state->str_data_ptr, NULL);
-    if (number == NULL) { return wrap_producer_error(slot, "data_ptr()"); }
-    const void *data = PyLong_AsVoidPtr(number);
-    Py_DECREF(number);
-    if (PyErr_Occurred()) { return -1; }
+    *data = number ? PyLong_AsVoidPtr(number) : NULL;
+    Py_XDECREF(number);
+    return PyErr_Occurred() ? wrap_producer_error(slot, "memory cannot be read (a sparse tensor, or a wrapper made by torch.func "
+                                                  "or torch.compile?); pass a plain strided tensor: data_ptr()") : 0;
+}
+
+static int check_torch_memory(const fgqa_slot *slot, const fgqa_tensor *t, const void *data)
+{
     for (int32_t axis = 0; axis < t->ndim; axis++) {
         if (t->shape[axis] == 0) { return 0; }
     }
     if (data == t->data) { return 0; }
-    PyErr_Format(PyExc_BufferError, "%s is a torch tensor that does not own memory (a wrapper made by torch.func or "
-                 "torch.compile): call this function outside of the transformation", slot->name);
+    PyErr_Format(PyExc_BufferError, "%s is a torch tensor without memory of its own (a wrapper made by torch.func or "
+                 "torch.compile?): call this function outside of the transformation", slot->name);
     return -1;
 }
 
 int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in)
 {
     const int torch = in->type.kind == FGQA_KIND_TORCH;
-    if (torch && check_torch(state, object, slot) < 0) { return -1; }
+    const void *data = NULL;
+    if (torch && (check_torch(state, object, slot) < 0 || torch_memory(state, object, slot, &data) < 0)) { return -1; }
     if (in->type.exchange != NULL) {
         if (import_exchange(object, slot, in) < 0) { return -1; }
     } else {
@@ -312,5 +326,5 @@ int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slo
         Py_DECREF(capsule);
         if (failed < 0) { return -1; }
     }
-    return torch ? check_torch_memory(state, object, slot, &in->tensor) : 0;
+    return torch ? check_torch_memory(slot, &in->tensor, data) : 0;
 }
