@@ -110,21 +110,20 @@ static fgqa_status check_arrays(const fgqa_request *r)
     return FGQA_OK;
 }
 
-fgqa_status fgqa_check_index_vector(const fgqa_tensor *t, fgqa_arg arg, fgqa_dtype dtype, int64_t length, const char *meaning)
+/* A contiguous vector of integers; `length` -1: any. */
+static fgqa_status check_vector(const fgqa_tensor *t, fgqa_arg arg, fgqa_dtype dtype, int64_t length, const char *form, const char *fix)
 {
     const char *name = fgqa_arg_name(arg);
     if (t->dtype != dtype) {
         return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: it must be %s; convert it to %s", name, fgqa_dtype_name(t->dtype),
                          fgqa_dtype_name(dtype), fgqa_dtype_name(dtype));
     }
-    if (t->ndim != 1 || (length >= 0 && t->shape[0] != length)) {
-        fgqa_text allowed = {"any length"};
-        if (length >= 0) {
-            const fgqa_tensor wanted = {.ndim = 1, .shape = {length}};
-            allowed = fgqa_shape_text(&wanted);
-        }
-        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must be one-dimensional, %s, %s", name, fgqa_shape_text(t).s,
-                         meaning, allowed.s);
+    if (t->ndim != 1) {
+        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must have 1 dimension, %s; %s", name, fgqa_shape_text(t).s, form, fix);
+    }
+    if (length >= 0 && t->shape[0] != length) {
+        return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must be %s = (%lld,); %s", name, fgqa_shape_text(t).s, form,
+                         (long long)length, fix);
     }
     if (t->shape[0] > 1 && t->stride[0] != 1) {
         return fgqa_fail(FGQA_ERROR_VALUE, "%s has stride %lld: it must be contiguous; pass a copy", name, (long long)t->stride[0]);
@@ -344,11 +343,11 @@ static fgqa_status read_packed(const fgqa_request *r, fgqa_problem *p)
         return fgqa_fail(FGQA_ERROR_VALUE, "%s is given together with cu_seqlens: packed sequences carry their lengths in cu_seqlens; "
                          "leave it out", r->tensor[FGQA_ARG_q_lens] ? "q_lens" : "kv_lens");
     }
-    FGQA_TRY(fgqa_check_index_vector(cu_q, FGQA_ARG_cu_seqlens_q, FGQA_I32, -1, "[b + 1] offsets of the sequences"));
+    FGQA_TRY(check_vector(cu_q, FGQA_ARG_cu_seqlens_q, FGQA_I32, -1, "[b + 1]", "give running sums of the lengths"));
     if (cu_q->shape[0] < 1) {
         return fgqa_fail(FGQA_ERROR_VALUE, "cu_seqlens_q is empty: it must hold b + 1 offsets, [0] for no sequence");
     }
-    FGQA_TRY(fgqa_check_index_vector(cu_kv, FGQA_ARG_cu_seqlens_kv, FGQA_I32, cu_q->shape[0], "[b + 1] offsets like cu_seqlens_q"));
+    FGQA_TRY(check_vector(cu_kv, FGQA_ARG_cu_seqlens_kv, FGQA_I32, cu_q->shape[0], "[b + 1]", "give as many offsets as cu_seqlens_q has"));
     p->b = (int32_t)(cu_q->shape[0] - 1);
     p->cu_seqlens_q = cu_q->data;
     p->cu_seqlens_kv = cu_kv->data;
@@ -365,7 +364,7 @@ static fgqa_status read_padded_lengths(const fgqa_request *r, const fgqa_problem
 {
     const fgqa_tensor *t = r->tensor[arg];
     if (t == NULL) { return FGQA_OK; }
-    FGQA_TRY(fgqa_check_index_vector(t, arg, FGQA_I32, p->b, "[b] lengths"));
+    FGQA_TRY(check_vector(t, arg, FGQA_I32, p->b, "[b]", "give one length a sequence"));
     *lengths = t->data;
     for (int32_t n = 0; n < p->b && p->device.type == FGQA_CPU; n++) {
         if ((*lengths)[n] < 0 || (*lengths)[n] > extent) {
@@ -444,7 +443,7 @@ static fgqa_status read_seed(const fgqa_request *r, fgqa_problem *p)
         p->seed = r->seed;
         p->offset = r->offset;
     } else {
-        FGQA_TRY(fgqa_check_index_vector(t, FGQA_ARG_seed, FGQA_I64, 2, "[seed, offset]"));
+        FGQA_TRY(check_vector(t, FGQA_ARG_seed, FGQA_I64, 2, "[2]", "give [seed, offset]"));
         if (p->device.type != FGQA_CPU) {
             p->seed_on_device = t->data;
             return FGQA_OK;
@@ -483,7 +482,7 @@ static fgqa_status read_rows(const fgqa_request *r, fgqa_problem *p)
 {
     const fgqa_tensor *t = r->tensor[FGQA_ARG_rows];
     if (t == NULL) { return FGQA_OK; }
-    FGQA_TRY(fgqa_check_index_vector(t, FGQA_ARG_rows, FGQA_I64, -1, "[rows] indices of query rows"));
+    FGQA_TRY(check_vector(t, FGQA_ARG_rows, FGQA_I64, -1, "[rows]", "give the indices of query rows"));
     p->rows = t->data;
     p->n_rows = (int32_t)t->shape[0];
     for (int32_t n = 0; n < p->n_rows && p->device.type == FGQA_CPU; n++) {

@@ -36,9 +36,6 @@ fgqa_status fgqa_check_form(const fgqa_request *r, fgqa_problem *p, fgqa_arg arg
 /* mask, bias, alibi_slopes and sink, into views. */
 fgqa_status fgqa_check_score_tensors(const fgqa_request *r, fgqa_problem *p);
 
-/* q_lens, kv_lens, cu_seqlens_*, seed, rows: contiguous vectors of integers. */
-fgqa_status fgqa_check_index_vector(const fgqa_tensor *t, fgqa_arg arg, fgqa_dtype dtype, int64_t length, const char *meaning);
-
 /* Results that the caller brought: form, writability and overlap. */
 fgqa_status fgqa_check_results(const fgqa_request *r, fgqa_problem *p);
 
