@@ -74,7 +74,7 @@ class Build(build_ext):
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(lambda job: self.compile_one(*job), jobs))
-        ext.extra_objects = [str(obj) for _, obj, _ in jobs]
+        ext.extra_objects = ext.depends = [str(obj) for _, obj, _ in jobs]
         super().build_extension(ext)
 
     def jobs(self, objects):

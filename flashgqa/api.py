@@ -10,9 +10,7 @@ from typing import NamedTuple
 import numpy
 
 from . import _C
-from ._C import Tensor, get_num_threads, set_num_threads
-
-__version__ = "0.1.0"
+from ._C import Tensor, __version__, get_num_threads, set_num_threads
 
 __all__ = [
     "Config",

@@ -71,7 +71,10 @@ static int module_exec(PyObject *module)
     state->dlpack_kwargs = Py_BuildValue("{s:(ii)}", "max_version", DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION);
     state->tensor_type = fgqa_tensor_type_new(module);
     if (state->empty_tuple == NULL || state->dlpack_kwargs == NULL || state->tensor_type == NULL) { return -1; }
-    if (PyModule_AddObjectRef(module, "Tensor", (PyObject *)state->tensor_type) < 0) { return -1; }
+    if (PyModule_AddObjectRef(module, "Tensor", (PyObject *)state->tensor_type) < 0
+        || PyModule_AddStringConstant(module, "__version__", FGQA_VERSION) < 0) {   /* the version in pyproject.toml */
+        return -1;
+    }
     return add_option_names(module);
 }
 
