@@ -73,5 +73,8 @@ def test_core_headers_stand_alone(tmp_path):
         source.write_text(f'#include "{header}"\nint fgqa_alone_{header.stem}(void) {{ return 0; }}\n')
         built = subprocess.run(
             [*COMPILER, *FLAGS, "-Wno-unused-function", "-c", str(source), "-o", str(tmp_path / "alone.o")],
-            capture_output=True, text=True, check=False)
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert built.returncode == 0, built.stderr

@@ -31,4 +31,4 @@ def test_includes_point_one_way(path):
             if folder in ("core", "cpu"):
                 assert not re.match(r"cuda", target), f"{folder}/ must not include {target}"
         if folder == "core":
-            assert quote == '"' or re.match(r"(std\w+|string|math|float|limits|stdatomic|inttypes|ctype|errno)\.h$", target), target
+            assert quote == '"' or re.match(r"(std\w+|string|math|float|limits|inttypes)\.h$", target), target
