@@ -96,8 +96,8 @@ static const char *pass_name(fgqa_pass pass)
     switch (pass) {
     case FGQA_PASS_FWD:    return "forward";
     case FGQA_PASS_BWD:    return "backward";
-    case FGQA_PASS_ROWS:   return "rows of weights";
-    case FGQA_PASS_KEYSUM: return "sums of weights by key";
+    case FGQA_PASS_ROWS:   return "weights-by-row";
+    case FGQA_PASS_KEYSUM: return "weights-by-key";
     }
     return "?";
 }
@@ -149,8 +149,8 @@ fgqa_status fgqa_plan_make(const fgqa_problem *p, const fgqa_kernel *kernels, in
     }
     if (forced && !named) { return fail_unknown(p, kernels, n, forced); }
     if (!named) {
-        return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "no kernel computes the %s pass on %s in this build; move the tensors to %s",
-                         pass_name(p->pass), device_name(p->device.type), p->device.type == FGQA_CPU ? "a GPU" : "the CPU");
+        return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "this build has no %s kernel for %s%s", pass_name(p->pass),
+                         device_name(p->device.type), p->device.type == FGQA_CPU ? "" : "; move the tensors to the CPU");
     }
     return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "no %s kernel for %s serves this call:\n%s%s", pass_name(p->pass),
                      device_name(p->device.type), plan->refused,
