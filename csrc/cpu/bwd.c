@@ -547,9 +547,7 @@ void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->block_k = KEYS;
     plan->splits = splits_of(p, &shape);
     plan->tasks = (int64_t)plan->splits * p->b * p->hk;
-    /* 50 us at about half of what a core reaches is not worth waking anybody. */
-    const double microseconds = plan->flops / (VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3));
-    plan->threads = microseconds < 50 ? 1 : plan->tasks > INT32_MAX ? INT32_MAX : (int32_t)plan->tasks;
+    plan->threads = tile_threads(plan, 0);
     plan->scratch_bytes = scratch_bytes_of(p, &shape, plan->splits);
     workspace_carve(&workspace, p, &shape, plan->splits);
     plan->workspace_bytes = workspace.used;

@@ -12,7 +12,9 @@
 
 #define CPU_PASSES(X, isa) \
     X(fwd, FGQA_PASS_FWD, isa) \
-    X(bwd, FGQA_PASS_BWD, isa)
+    X(bwd, FGQA_PASS_BWD, isa) \
+    X(rows, FGQA_PASS_ROWS, isa) \
+    X(keysum, FGQA_PASS_KEYSUM, isa)
 
 #if defined(__x86_64__)
 #define ON_x86_64(here, elsewhere) here

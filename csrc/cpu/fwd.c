@@ -120,11 +120,7 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     fwd_scratch unused;
     plan->scratch_bytes = carve(&unused, p, plan->block_q, NULL);
     plan->workspace_bytes = plan->splits > 1 ? (size_t)(heads * plan->splits) * partial_reals(p) * sizeof(real) : 0;
-    /* About half of what a core reaches, and a slow core's share of memory bandwidth. */
-    const double bytes = (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype);
-    const double microseconds = plan->flops / (VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
-    const int64_t worth = microseconds < 50 ? 1 : (int64_t)(microseconds / 20);
-    plan->threads = (int32_t)(worth < plan->tasks ? worth : plan->tasks < 1 ? 1 : plan->tasks > INT32_MAX ? INT32_MAX : plan->tasks);
+    plan->threads = tile_threads(plan, (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype));
 }
 
 /* ---- one tile ---- */
