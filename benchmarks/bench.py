@@ -1,0 +1,116 @@
+"""The one benchmark: every row against PyTorch in alternating calls, ceilings of the same run, JSON and a plot.
+
+    python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
+
+A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
+above 1 we are faster. README's tables are made from the JSON by benchmarks/report.py.
+"""
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import counting
+import shapes
+from peers import FlashGQA, TorchSDPA
+from timing import alternate, once
+
+RESULTS = Path(__file__).resolve().parent / "results"
+TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
+
+
+def ceilings(torch):
+    """float32 FMA rate by a large matrix product (GFLOP/s) and the read rate of a buffer beyond all caches (GB/s)."""
+    n = 2048
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    out = torch.empty(n, n)
+    matmul = min(once(lambda: torch.matmul(a, b, out=out)) for _ in range(5))
+    big = torch.ones(1 << 28)
+    read = min(once(big.sum) for _ in range(5))
+    return {"matmul_gflops": 2 * n**3 / matmul / 1e9, "read_gbs": big.numel() * 4 / read / 1e9}
+
+
+def relative_error(got, want):
+    got, want = got.double(), want.double()
+    return ((got - want).norm() / want.norm()).item()
+
+
+def measure(ours, theirs, row, which, seconds):
+    q, k, v, dout = theirs.inputs(row)
+    if which == "backward":
+        mine, other = ours.backward(row, q, k, v, dout), theirs.backward(row, q, k, v, dout)
+        pairs = list(zip(mine(), other(), strict=True))
+    else:
+        mine, other = ours.forward(row, q, k, v), theirs.forward(row, q, k, v)
+        pairs = [(mine(), other())]
+    error = max(relative_error(a, b) for a, b in pairs)
+    if not error < TOLERANCE[row.dtype]:
+        raise SystemExit(f"{row.label} {which}: relative difference {error:.3g} to {theirs.version}; not timed")
+    t, t_other, ratio = alternate(mine, other, seconds)
+    rate = counting.flops(row, which) / 1e9
+    record = dict(row._asdict(), which=which, ms=t * 1e3, torch_ms=t_other * 1e3, ratio=ratio[0], ratio_quartiles=ratio[1:],
+                  gflops=rate / t, torch_gflops=rate / t_other, difference=error)
+    if row.queries:
+        record["gbs"] = counting.kv_bytes(row) / t / 1e9
+    return record
+
+
+def show(record, row):
+    unit = f"{record['gbs']:7.1f} GB/s    " if row.queries else f"{record['gflops']:7.1f} GFLOP/s "
+    low, high = record["ratio_quartiles"]
+    print(f"{row.label:40s} {record['which']:8s} {record['ms']:9.3f} ms {unit} torch {record['torch_ms']:9.3f} ms   "
+          f"ratio {record['ratio']:6.2f} ({low:.2f}-{high:.2f})", flush=True)
+
+
+def cpu(options):
+    theirs, ours = TorchSDPA(options.threads), FlashGQA(options.threads)
+    print(f"{ours.version} ({ours.module.show_config()['isa']}) against {theirs.version}, {options.threads} threads")
+    machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(), "threads": options.threads,
+               "flashgqa": ours.version, "torch": theirs.version, "isa": ours.module.show_config()["isa"],
+               "date": time.strftime("%Y-%m-%d")}
+    limit = ceilings(theirs.torch)
+    print(f"ceilings: float32 matmul {limit['matmul_gflops']:.0f} GFLOP/s, read {limit['read_gbs']:.1f} GB/s")
+    rows = []
+    for row in shapes.CPU_TRAIN + shapes.CPU_DECODE:
+        passes = ["decode"] if row.queries else ["forward", "backward"]
+        for which in passes:
+            if which in options.which and row.dtype in options.dtype and options.rows in row.label:
+                record = measure(ours, theirs, row, "forward" if which == "decode" else which, 0.5 if options.quick else 3.0)
+                rows.append(record)
+                show(record, row)
+    result = {"machine": machine, "ceilings": limit, "rows": rows}
+    if options.out:
+        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        print("wrote", options.out)
+    slow = [r for r in rows if r["ratio"] < 1]
+    print(f"{len(rows)} rows, {len(slow)} slower than torch")
+
+
+def processor():
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--pass", dest="which", nargs="+", default=["forward", "backward", "decode"],
+                        choices=["forward", "backward", "decode"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("--rows", default="", help="only rows whose label contains this text")
+    parser.add_argument("--quick", action="store_true", help="half a second a row instead of three")
+    parser.add_argument("--out", default=str(RESULTS / "cpu.json"), help="JSON file, '' for none")
+    cpu(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

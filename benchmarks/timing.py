@@ -1,0 +1,30 @@
+"""Timing on a machine that is not quiet: two contestants in turn, so that drift hits both, and ratios instead of times."""
+import statistics
+import time
+
+
+def once(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def alternate(ours, theirs, seconds=2.0, least=5, most=200):
+    """Runs the two in turn for about `seconds`; medians in seconds, and the ratio theirs/ours as median, low and high quartile.
+
+    theirs may be None: then only ours is timed and the ratio is None.
+    """
+    calls = [ours] + ([theirs] if theirs else [])
+    for call in calls:
+        call()
+    times, start = [], time.perf_counter()
+    while len(times) < least or (len(times) < most and time.perf_counter() - start < seconds):
+        order = calls if len(times) % 2 == 0 else calls[::-1]
+        taken = {id(call): once(call) for call in order}
+        times.append([taken[id(call)] for call in calls])
+    columns = list(zip(*times, strict=True))
+    mine = statistics.median(columns[0])
+    if theirs is None:
+        return mine, None, None
+    ratios = statistics.quantiles([b / a for a, b in times], n=4)
+    return mine, statistics.median(columns[1]), (ratios[1], ratios[0], ratios[2])
