@@ -7,7 +7,8 @@
  *     memory   Q^T and O^T of the superblock and one block of KEYS keys stay in L2, one tile of weights in L1
  *     loop     key blocks outside, panels inside:  s = K q;  p = 2^(s - m);  o = o*2^(m_old - m) + V^T p
  *
- * Where a sequence has few rows (decode) its keys are split into parts; each writes (o, m, l) to the workspace, and a second
+ * A sequence of a handful of rows (decode: one token, the heads of a group) takes its two products from decode.h instead.
+ * Where a sequence has few rows its keys are split into parts; each writes (o, m, l) to the workspace, and a second
  * round of tasks combines them in the order of the parts. The parts follow from the shape of the sequence alone, so the
  * bits depend neither on the number of threads nor on the rest of the batch.
  */
@@ -181,6 +182,15 @@ SIMD tile_block block_from(const tile_block *block, int32_t row)
     return rest;
 }
 
+/* tile_add_bad_row() for o as [row][ld]. */
+static void add_bad_row_to_few(const tile_panel *panel, const real *add, int32_t j, const real *weight, const real *x, int32_t cols, real *o, int32_t ld)
+{
+    const vint sees = v_mask_bits(tile_sees(panel, add, j, 0));
+    for (int32_t r = 0; r < panel->rows; r++) {
+        for (int32_t c = 0; c < cols && sees[r]; c++) { o[r * ld + c] += weight[r] * x[c]; }
+    }
+}
+
 /* Rows of panel n attend to keys [j0, j1). */
 static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
@@ -206,12 +216,21 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
     }
     const int dirty = kind == TILE_PARTIAL && block->bad.count;
     const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
-    gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
+    if (panel->few) {
+        few_accumulate(panel->rows, keys, p->dv, s, w, v.data, v.stride, o, columns(p->dv), scratch->factor);
+    } else {
+        gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
+    }
     for (int32_t i = 0; dirty && i < block->bad.count; i++) {
         const int32_t j = block->j0 + block->bad.row[i];
         if (j < j0 || j >= j1) { continue; }
-        tile_add_bad_row(panel, add ? add + (ptrdiff_t)(j - j0) * w : NULL, j, s + (ptrdiff_t)(j - j0) * w,
-                         block->v.data + block->bad.row[i] * block->v.stride, p->dv, o);
+        const real *bad = block->v.data + block->bad.row[i] * block->v.stride, *weight = s + (ptrdiff_t)(j - j0) * w;
+        const real *masked = add ? add + (ptrdiff_t)(j - j0) * w : NULL;
+        if (panel->few) {
+            add_bad_row_to_few(panel, masked, j, weight, bad, p->dv, o, columns(p->dv));
+        } else {
+            tile_add_bad_row(panel, masked, j, weight, bad, p->dv, o);
+        }
     }
 }
 
@@ -310,8 +329,14 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     for (int32_t n = 0; n < panels; n++) {
         tile_panel *panel = &scratch.panel[n];
         tile_panel_init(panel, &t, at.r0 + (int64_t)n * PANEL, r1);
-        tile_pack_rows(scratch.rows, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
-        tile_transpose_rows(scratch.q + (size_t)n * PANEL * (size_t)d, scratch.rows, d, panel->w, p->d);
+        if (t.rows <= FEW_ROWS) {
+            panel->few = 1;
+            tile_pack_rows(scratch.q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
+            memset(scratch.s, 0, KEYS * VL * sizeof(real));   /* idle lanes stay what they are: finite */
+        } else {
+            tile_pack_rows(scratch.rows, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
+            tile_transpose_rows(scratch.q + (size_t)n * PANEL * (size_t)d, scratch.rows, d, panel->w, p->d);
+        }
         memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)(panel->w * dv) * sizeof(real));
         for (int32_t lane = 0; lane < PANEL; lane++) {
             scratch.m[n * PANEL + lane] = -REAL_INF;
@@ -339,6 +364,10 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         }
     }
 
+    if (scratch.panel->few) {
+        memcpy(scratch.rows, scratch.o, (size_t)(VL * dv) * sizeof(real));
+        tile_transpose_rows(scratch.o, scratch.rows, dv, VL, p->dv);
+    }
     real *partial = parts.count > 1 ? partial_at(job, at.b, at.kv_head, at.part) : NULL;
     const int32_t lanes = partial_lanes(p);
     for (int32_t n = 0; n < panels; n++) {

@@ -72,6 +72,20 @@ SIMD void v_store(real *x, vreal v) { *(vreal_any *)x = v; }
 SIMD vint v_load_int(const ireal *x) { return *(const vint_any *)x; }
 SIMD vreal v_set1(real x) { return x - (vreal){0}; }
 SIMD vint v_set1_int(ireal x) { return x - (vint){0}; }
+/* The first n < VL reals at x, then zeros; nothing behind them is read. */
+SIMD vreal v_load_part(const real *x, int n)
+{
+#if VBYTES == 64 && FGQA_REAL_F64
+    return (vreal)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), x);
+#elif VBYTES == 64
+    return (vreal)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), x);
+#else
+    real part[VL] = {0};
+    for (int i = 0; i < n; i++) { part[i] = x[i]; }
+    return v_load(part);
+#endif
+}
+
 SIMD vreal v_zero(void) { return (vreal){0}; }
 SIMD vreal v_from_int(vint x) { return __builtin_convertvector(x, vreal); }
 SIMD vreal v_abs(vreal x) { return (vreal)((vint)x & v_set1_int((ireal)((ureal)-1 >> 1))); }

@@ -11,6 +11,7 @@
 #define FGQA_TILE_H
 #include "../core/philox.h"
 #include "../core/plan.h"
+#include "decode.h"
 #include "gemm.h"
 #include "rows.h"
 
@@ -99,6 +100,7 @@ typedef struct {
     _Alignas(64) ureal row[PANEL], head[PANEL];    /* i and b*hq + h: dropout's counter */
     int64_t r0;                                    /* first packed row */
     int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
+    int32_t few;                                   /* nonzero: at most FEW_ROWS rows, q is [lane][ROUND_UP(d, VL)] and products are decode.h's */
     int32_t i0, i1;                                /* query rows [i0, i1) */
     fgqa_range keys;                               /* keys that some row sees */
 } tile_panel;
@@ -111,6 +113,7 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     panel->rows = r1 - r0 < PANEL ? (int32_t)(r1 - r0) : PANEL;
     panel->nv = (panel->rows + VL - 1) / VL;
     panel->w = panel->nv * VL;
+    panel->few = 0;
     panel->i0 = fgqa_packed_row_q(r0, p->g);
     panel->i1 = fgqa_packed_row_q(r0 + panel->rows - 1, p->g) + 1;
     panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
@@ -339,7 +342,7 @@ FGQA_SHARED void tile_transform(real *s, const tile_sequence *t, const tile_pane
 }
 
 /* Scores of keys [j0, j1) (inside panel->keys and one key block) into s[key][lane].
- * `k` is row j0 of the block, `q` the panel [d][w]. On return score = s * *scale: scale is 1 once transformed.
+ * `k` is row j0 of the block, `q` the panel [d][w] (rows where panel->few). On return score = s * *scale: scale is 1 once transformed.
  * `add`: KEYS x PANEL, `scratch`: VL x KEYS; used when the sequence has_add. *used_add is add, or NULL where it was not needed. */
 FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const tile_block *k,
                                   const real *q, real *add, real *scratch, real *tanh_tile, const real **used_add, real *scale)
@@ -353,7 +356,11 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
         if (kind == TILE_PARTIAL) { *used_add = add; }
     }
     if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
-    gemm_row_set(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL);
+    if (panel->few) {
+        few_scores(panel->rows, j1 - j0, t->p->d, k->data, k->stride, q, ROUND_UP(t->p->d, VL), s, panel->w);
+    } else {
+        gemm_row_set(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL);
+    }
     if (kind == TILE_PARTIAL || t->needs_transform) {
         tile_transform(s, t, panel, j0, j1, *used_add, tanh_tile);
         *scale = 1;

@@ -1,0 +1,173 @@
+/* decode.h - the two products for a handful of packed rows, with vectors along the head dim.
+ *
+ * With at most FEW_ROWS rows (a decode step: the heads of a group) lanes of packed rows would be mostly idle and every
+ * scalar of K and V would take a broadcast of its own. Here a row of K or V is read once, in full vectors, for all rows:
+ * few instructions per byte leave the core's window to loads in flight, which is what a memory-bound pass is made of.
+ *
+ *     few_scores()       s[key][row]  = q[row] . k[key]
+ *     few_accumulate()   o[row][:]    = o[row][:]*factor[row] + sum over keys of p[key][row] * v[key][:]
+ *
+ * s and p are tiles as in tile.h (w lanes apart), q and o rows of columns rounded up to VL. Nothing outside the d or dv
+ * elements of a K or V row is read. A row's bits do not depend on how keys and rows are grouped: every sum runs over the
+ * same vectors and folds their lanes by halves.
+ */
+#ifndef FGQA_DECODE_H
+#define FGQA_DECODE_H
+#include "simd.h"
+
+#define FEW_ROWS (VL / 2)   /* beyond, a vector of packed rows does more per instruction */
+#if VBYTES == 64 || defined(__aarch64__)
+#define FEW_SUMS 16         /* accumulators: half of the registers */
+#else
+#define FEW_SUMS 8
+#endif
+/* Keys whose columns are accumulated in registers before o is touched: few enough that passes over the column blocks of
+ * wide rows find V in L1, many enough that loading and storing o does not count. */
+#define FEW_KEYS 32
+/* Rows of K and V are prefetched about this many bytes of them ahead; beyond the last row that does no harm. */
+#define FEW_AHEAD 4096
+
+SIMD int few_min(int a, int b) { return a < b ? a : b; }
+
+SIMD void few_prefetch(const real *x, ptrdiff_t ld, int columns)
+{
+    const ptrdiff_t rows = FEW_AHEAD / (columns * (ptrdiff_t)sizeof(real)) + 1;
+    __builtin_prefetch((const char *)x + rows * ld * (ptrdiff_t)sizeof(real));
+}
+
+/* The sum over the lanes of each x[i], i < n, is lane i*VL/n of the result; n a power of two, at most VL. */
+SIMD vreal few_fold(vreal *x, const int n)
+{
+    UNROLL(4)
+    for (int left = n; left > 1; left /= 2) {
+        UNROLL(8)
+        for (int i = 0; i < left / 2; i++) {
+            x[i] = SIMD_SHUFFLE(x[i], x[i + left / 2], INTERLEAVE_LOW) + SIMD_SHUFFLE(x[i], x[i + left / 2], INTERLEAVE_HIGH);
+        }
+    }
+    vreal sum = x[0];
+    UNROLL(4)
+    for (int lanes = VL; lanes > n; lanes /= 2) {
+        sum = SIMD_SHUFFLE(sum, sum, INTERLEAVE_LOW) + SIMD_SHUFFLE(sum, sum, INTERLEAVE_HIGH);
+    }
+    return sum;
+}
+
+/* `keys` keys at once for `rows` rows; both constants, keys*rows a power of two, at most FEW_SUMS and VL. */
+SIMD void few_dot(const int rows, const int keys, int d, const real *k, ptrdiff_t ldk, const real *q, ptrdiff_t ldq, real *s, int w)
+{
+    vreal sum[FEW_SUMS], key[4];
+    UNROLL(16)
+    for (int i = 0; i < keys * rows; i++) { sum[i] = v_zero(); }
+    int c = 0;
+    for (; c + VL <= d; c += VL) {
+        UNROLL(4)
+        for (int j = 0; j < keys; j++) {
+            key[j] = v_load(k + j * ldk + c);
+            few_prefetch(k + j * ldk + c, ldk, d);
+        }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            const vreal query = v_load(q + r * ldq + c);
+            UNROLL(4)
+            for (int j = 0; j < keys; j++) { sum[j * rows + r] += key[j] * query; }
+        }
+    }
+    if (c < d) {
+        UNROLL(4)
+        for (int j = 0; j < keys; j++) { key[j] = v_load_part(k + j * ldk + c, d - c); }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            const vreal query = v_load(q + r * ldq + c);
+            UNROLL(4)
+            for (int j = 0; j < keys; j++) { sum[j * rows + r] += key[j] * query; }
+        }
+    }
+    const vreal folded = few_fold(sum, keys * rows);
+    UNROLL(4)
+    for (int j = 0; j < keys; j++) {
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) { s[j * w + r] = folded[(j * rows + r) * (VL / (keys * rows))]; }
+    }
+}
+
+SIMD void few_scores_strip(const int rows, int n, int d, const real *k, ptrdiff_t ldk, const real *q, ptrdiff_t ldq, real *s, int w)
+{
+    const int sums = FEW_SUMS < VL ? FEW_SUMS : VL, keys = sums / rows < 4 ? sums / rows : 4;
+    int j = 0;
+    for (; j + keys <= n; j += keys) { few_dot(rows, keys, d, k + j * ldk, ldk, q, ldq, s + j * w, w); }
+    for (; j < n; j++) { few_dot(rows, 1, d, k + j * ldk, ldk, q, ldq, s + j * w, w); }
+}
+
+/* nv vectors of columns of `rows` rows, over at most FEW_KEYS keys. `part` > 0: nv is 1 and the vector has only that many columns. */
+SIMD void few_axpy(const int rows, const int nv, int part, int n, int dv, const real *p, int w, const real *v, ptrdiff_t ldv, real *o, ptrdiff_t ldo,
+                   const real *factor)
+{
+    vreal sum[FEW_SUMS];
+    UNROLL(16)
+    for (int i = 0; i < rows * nv; i++) { sum[i] = v_zero(); }
+    for (int j = 0; j < n; j++) {
+        vreal value[8];
+        UNROLL(8)
+        for (int c = 0; c < nv; c++) {
+            value[c] = part ? v_load_part(v + j * ldv, part) : v_load(v + j * ldv + c * VL);
+            few_prefetch(v + j * ldv + c * VL, ldv, dv);
+        }
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) {
+            const vreal weight = v_set1(p[j * w + r]);
+            UNROLL(8)
+            for (int c = 0; c < nv; c++) { sum[r * nv + c] += weight * value[c]; }
+        }
+    }
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(8)
+        for (int c = 0; c < nv; c++) {
+            real *to = o + r * ldo + c * VL;
+            v_store(to, v_load(to) * v_set1(factor ? factor[r] : 1) + sum[r * nv + c]);
+        }
+    }
+}
+
+SIMD void few_accumulate_strip(const int rows, int n, int dv, const real *p, int w, const real *v, ptrdiff_t ldv, real *o, ptrdiff_t ldo,
+                               const real *factor)
+{
+    const int nv = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
+    for (int j = 0; j < n; j += FEW_KEYS) {
+        const int keys = few_min(n - j, FEW_KEYS);
+        const real *scale = j == 0 ? factor : NULL;
+        int c = 0;
+        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, nv, 0, keys, dv, p + j * w, w, v + j * ldv + c, ldv, o + c, ldo, scale); }
+        for (; c + VL <= dv; c += VL) { few_axpy(rows, 1, 0, keys, dv, p + j * w, w, v + j * ldv + c, ldv, o + c, ldo, scale); }
+        if (c < dv) { few_axpy(rows, 1, dv - c, keys, dv, p + j * w, w, v + j * ldv + c, ldv, o + c, ldo, scale); }
+    }
+}
+
+/* The constants of the strips: rows rounded up to a power of two; lanes beyond the rows hold q = 0, p is what it is, and o has
+ * room for FEW_ROWS rows. */
+#define FEW_BY_ROWS(call, rows, ...)                          \
+    do {                                                      \
+        if (rows == 1) {                                      \
+            call(1, __VA_ARGS__);                             \
+        } else if (FEW_ROWS >= 2 && rows == 2) {              \
+            call(FEW_ROWS >= 2 ? 2 : 1, __VA_ARGS__);         \
+        } else if (FEW_ROWS >= 4 && rows <= 4) {              \
+            call(FEW_ROWS >= 4 ? 4 : 1, __VA_ARGS__);         \
+        } else {                                              \
+            call(FEW_ROWS >= 8 ? 8 : 1, __VA_ARGS__);         \
+        }                                                     \
+    } while (0)
+
+FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, const real *k, ptrdiff_t ldk, const real *q, ptrdiff_t ldq, real *s, int w)
+{
+    FEW_BY_ROWS(few_scores_strip, rows, n, d, k, ldk, q, ldq, s, w);
+}
+
+FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, int w, const real *v, ptrdiff_t ldv, real *o,
+                                                          ptrdiff_t ldo, const real *factor)
+{
+    FEW_BY_ROWS(few_accumulate_strip, rows, n, dv, p, w, v, ldv, o, ldo, factor);
+}
+
+#endif
