@@ -220,7 +220,7 @@ int fgqa_option_tensor(PyObject *const *options, fgqa_option option, fgqa_arg *a
 fgqa_slot fgqa_arg_slot(fgqa_pass pass, fgqa_arg arg)
 {
     static const char floats[] = "float16, bfloat16, float32 or float64";
-    fgqa_slot slot = {fgqa_arg_name(arg), floats, 0};
+    fgqa_slot slot = {fgqa_arg_name(arg), floats, "float32", 0};
     switch (arg) {
     case FGQA_ARG_q: case FGQA_ARG_k: case FGQA_ARG_v: case FGQA_ARG_dout:
         slot.flags = FGQA_IN_UNIT_LAST;
@@ -230,6 +230,7 @@ fgqa_slot fgqa_arg_slot(fgqa_pass pass, fgqa_arg arg)
         break;
     case FGQA_ARG_mask:
         slot.dtypes = "bool (an additive mask goes into bias=)";
+        slot.example = "bool";
         break;
     case FGQA_ARG_alibi_slopes:
         slot.dtypes = "float32";
@@ -238,11 +239,11 @@ fgqa_slot fgqa_arg_slot(fgqa_pass pass, fgqa_arg arg)
         slot.dtypes = "float32 (float64 for float64 inputs)";
         break;
     case FGQA_ARG_q_lens: case FGQA_ARG_kv_lens: case FGQA_ARG_cu_seqlens_q: case FGQA_ARG_cu_seqlens_kv:
-        slot.dtypes = "int32";
+        slot.dtypes = slot.example = "int32";
         slot.flags = FGQA_IN_CONTIGUOUS;
         break;
     case FGQA_ARG_seed: case FGQA_ARG_rows:
-        slot.dtypes = "int64";
+        slot.dtypes = slot.example = "int64";
         slot.flags = FGQA_IN_CONTIGUOUS;
         break;
     default:

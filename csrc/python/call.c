@@ -120,7 +120,7 @@ static int allocate_results(fgqa_call *call)
         const fgqa_arg arg = (fgqa_arg)n;
         fgqa_tensor spec;
         if (call->request.tensor[arg] != NULL || !fgqa_problem_result(&call->problem, arg, &spec)) { continue; }
-        if (fgqa_result_new(&call->in[FGQA_ARG_q], &spec, &call->result[arg]) < 0) { return -1; }
+        if (fgqa_result_new(call->state, &call->in[FGQA_ARG_q], &spec, &call->result[arg]) < 0) { return -1; }
         call->allocated |= 1u << arg;
         fgqa_problem_bind(&call->problem, arg, &call->result[arg].tensor);
     }

@@ -50,7 +50,8 @@ static int refuse_dtype(const fgqa_slot *slot, DLDataType type)
 {
     PyObject *text = dtype_text(type);
     if (text != NULL) {
-        PyErr_Format(PyExc_TypeError, "%s has dtype %U: it must be %s; convert it", slot->name, text, slot->dtypes);
+        PyErr_Format(PyExc_TypeError, "%s has dtype %U: it must be %s; convert it to %s", slot->name, text, slot->dtypes,
+                     slot->example);
         Py_DECREF(text);
     }
     return -1;
@@ -92,7 +93,8 @@ static int take_strides(const DLTensor *dl, int64_t stride[FGQA_MAX_DIMS])
             return -1;
         }
     }
-    const uintptr_t first = (uintptr_t)dl->data + dl->byte_offset;
+    if (dl->byte_offset > UINTPTR_MAX - (uintptr_t)dl->data) { return -1; }
+    const uintptr_t first = (uintptr_t)dl->data + (uintptr_t)dl->byte_offset;
     return (lowest < 0 && first < (uintptr_t)-lowest) || first > UINTPTR_MAX - (uintptr_t)highest ? -1 : 0;
 }
 
@@ -238,6 +240,11 @@ static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_import
         DLManagedTensor *managed = PyCapsule_GetPointer(capsule, "dltensor");
         if (PyCapsule_SetName(capsule, "used_dltensor") != 0) { return -1; }
         in->unversioned = managed;
+        if (slot->flags & FGQA_IN_WRITTEN) {
+            PyErr_Format(PyExc_ValueError, "%s is exported by an unversioned DLPack capsule, which cannot say that it may be written "
+                         "(JAX arrays may not); do without %s=", slot->name, slot->name);
+            return -1;
+        }
         return take_tensor(&managed->dl_tensor, slot, &in->tensor);
     }
     if (!PyCapsule_CheckExact(capsule)) {
@@ -264,11 +271,9 @@ static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slo
     const int requires_grad = flag == Py_True;
     Py_DECREF(flag);
     if (requires_grad) {
-        PyObject *name = PyUnicode_FromString("torch");
-        PyObject *torch = name ? PyImport_GetModule(name) : NULL;
+        PyObject *torch = PyImport_GetModule(state->str_torch);
         PyObject *enabled = torch ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : NULL;
         Py_XDECREF(torch);
-        Py_XDECREF(name);
         if (enabled == NULL && PyErr_Occurred()) { return -1; }
         const int recording = enabled != Py_False;
         Py_XDECREF(enabled);

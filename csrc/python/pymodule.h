@@ -20,13 +20,14 @@
 
 /* Strings that are looked up on every call, interned once. */
 #define FGQA_NAMES(X) \
-    X(__dlpack__) X(__dlpack_device__) X(requires_grad) X(data_ptr) X(is_neg)
+    X(__dlpack__) X(__dlpack_device__) X(requires_grad) X(data_ptr) X(is_neg) X(new_empty) X(torch)
 
 /* How arrays of one exact Python type are read and made. */
 typedef enum {
     FGQA_KIND_NUMPY,
     FGQA_KIND_TORCH,            /* exactly torch.Tensor or torch.nn.Parameter */
     FGQA_KIND_TORCH_SUBCLASS,   /* may not be what its memory says (FakeTensor, DTensor, ...): refused */
+    FGQA_KIND_TRACER,           /* of JAX: has no values */
     FGQA_KIND_DLPACK,           /* anything else with __dlpack__ */
     FGQA_KIND_OTHER
 } fgqa_kind;

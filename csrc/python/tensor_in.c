@@ -134,7 +134,8 @@ static void inspect_type(fgqa_state *state, PyTypeObject *type, fgqa_type *entry
         const int parameter = is_type_of("torch.nn", "Parameter", type);
         entry->kind = exact || parameter ? FGQA_KIND_TORCH : FGQA_KIND_TORCH_SUBCLASS;
         if (entry->kind == FGQA_KIND_TORCH) { entry->exchange = exchange_of(type, parameter); }
-        if (entry->exchange == NULL) { entry->from_dlpack = loaded_attribute("torch", "from_dlpack"); }
+    } else if (is_subtype_of("jax.core", "Tracer", type)) {
+        entry->kind = FGQA_KIND_TRACER;
     } else if (PyObject_HasAttr((PyObject *)type, state->str___dlpack__)) {
         entry->kind = FGQA_KIND_DLPACK;
         entry->exchange = exchange_of(type, 0);
@@ -250,8 +251,8 @@ static int import_numpy(fgqa_state *state, PyObject *object, const fgqa_slot *sl
         return -1;
     }
     if (dtype_from_numpy(state, array, &t->dtype) < 0) {
-        PyErr_Format(PyExc_TypeError, "%s has dtype %S: it must be %s; convert it with %s.astype(...)", slot->name,
-                     (PyObject *)PyArray_DESCR(array), slot->dtypes, slot->name);
+        PyErr_Format(PyExc_TypeError, "%s has dtype %S: it must be %s; convert it, as by %s.astype(\"%s\")", slot->name,
+                     (PyObject *)PyArray_DESCR(array), slot->dtypes, slot->name, slot->example);
         return -1;
     }
     if (check_ndim(slot, PyArray_NDIM(array)) < 0) { return -1; }
@@ -289,11 +290,14 @@ static int refuse_object(PyObject *object, const fgqa_slot *slot, const fgqa_typ
         PyErr_Format(PyExc_TypeError, "%s is a torch.Tensor subclass, %U: only torch.Tensor and torch.nn.Parameter are read, as "
                      "a subclass may not hold its values in its memory; pass %s.as_subclass(torch.Tensor) if it does",
                      slot->name, name, slot->name);
+    } else if (type->kind == FGQA_KIND_TRACER) {
+        PyErr_Format(PyExc_TypeError, "%s is a JAX tracer, %U: arrays have no values inside of jit, grad and vmap; call this function "
+                     "outside of the transformation", slot->name, name);
     } else if (object == Py_None) {
         PyErr_Format(PyExc_TypeError, "%s is None: pass a NumPy array or any DLPack tensor", slot->name);
     } else {
-        PyErr_Format(PyExc_TypeError, "%s is %U: it must be a NumPy array or any tensor with __dlpack__; pass numpy.asarray(%s)",
-                     slot->name, name, slot->name);
+        PyErr_Format(PyExc_TypeError, "%s is %U: it must be a NumPy array or any tensor with __dlpack__; convert it, as by "
+                     "numpy.asarray(%s, dtype=\"%s\")", slot->name, name, slot->name, slot->example);
     }
     Py_DECREF(name);
     return -1;
@@ -302,6 +306,7 @@ static int refuse_object(PyObject *object, const fgqa_slot *slot, const fgqa_typ
 int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in)
 {
     memset(in, 0, sizeof *in);
+    in->object = object;
     fgqa_find_type(state, Py_TYPE(object), &in->type);
     Py_XINCREF(in->type.from_dlpack);
     int failed = -1;
@@ -310,6 +315,7 @@ int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slo
     case FGQA_KIND_TORCH:
     case FGQA_KIND_DLPACK: failed = fgqa_import_dlpack(state, object, slot, in); break;
     case FGQA_KIND_TORCH_SUBCLASS:
+    case FGQA_KIND_TRACER:
     case FGQA_KIND_OTHER:  failed = refuse_object(object, slot, &in->type); break;
     }
     if (failed == 0 && needs_copy(&in->tensor, slot->flags)) { failed = copy_contiguous(in); }

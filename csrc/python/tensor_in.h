@@ -13,12 +13,14 @@ enum {
 typedef struct {
     const char *name;
     const char *dtypes;       /* allowed ones, for the message */
+    const char *example;      /* one of them */
     unsigned flags;
 } fgqa_slot;
 
 /* One argument while a call lasts. Zero-initialised; `type` is set once an object has been seen. */
 typedef struct {
     fgqa_tensor tensor;
+    PyObject *object;                      /* the caller's; borrowed */
     fgqa_type type;                        /* of the caller's object; owns from_dlpack, borrows the rest */
     PyObject *copy;                        /* array that owns a copy made by NumPy, or NULL */
     void *memory;                          /* block that owns a copy made here, or NULL */

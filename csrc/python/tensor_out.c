@@ -1,5 +1,6 @@
-/* tensor_out.c - memory of results, and the objects that own it: a torch tensor from torch's allocator, a NumPy array or
- * a flashgqa.Tensor over a block of our own, the latter handed to the from_dlpack of the caller's library.
+/* tensor_out.c - memory of results, and the objects that own it: a torch tensor made by torch, memory of a library with an
+ * exchange table, a NumPy array or a flashgqa.Tensor over a block of our own, the latter handed to the from_dlpack of the
+ * caller's library.
  */
 #include "tensor_out.h"
 
@@ -39,10 +40,60 @@ static int allocate_foreign(const DLPackExchangeAPI *api, const fgqa_tensor *spe
     return 0;
 }
 
-int fgqa_result_new(const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
+/* q.new_empty(shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
+ * resized and recorded on streams), and no default device applies. */
+static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
+{
+    PyObject *shape = PyTuple_New(spec->ndim), *kwargs = NULL, *result = NULL;
+    PyObject *method = PyObject_GetAttr(q->object, state->str_new_empty);
+    int failed = shape == NULL || method == NULL;
+    if (!failed && spec->dtype != q->tensor.dtype) {
+        PyObject *torch = PyImport_GetModule(state->str_torch);
+        PyObject *dtype = torch ? PyObject_GetAttrString(torch, fgqa_dtype_name(spec->dtype)) : NULL;
+        kwargs = dtype ? Py_BuildValue("{s:O}", "dtype", dtype) : NULL;
+        failed = kwargs == NULL;
+        Py_XDECREF(dtype);
+        Py_XDECREF(torch);
+    }
+    for (int32_t axis = 0; axis < spec->ndim && !failed; axis++) {
+        PyObject *extent = PyLong_FromLongLong(spec->shape[axis]);
+        failed = extent == NULL || PyTuple_SetItem(shape, axis, extent) < 0;
+    }
+    PyObject *args = failed ? NULL : PyTuple_Pack(1, shape);
+    if (args != NULL) { result = PyObject_Call(method, args, kwargs); }
+    Py_XDECREF(args);
+    Py_XDECREF(method);
+    Py_XDECREF(kwargs);
+    Py_XDECREF(shape);
+    return result;
+}
+
+static int allocate_torch(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
+{
+    fgqa_type type;
+    result->object = torch_empty(state, q, spec);
+    if (result->object == NULL) { return -1; }
+    fgqa_find_type(state, Py_TYPE(result->object), &type);
+    PyObject *address = type.kind == FGQA_KIND_TORCH ? PyObject_CallMethodObjArgs(result->object, state->str_data_ptr, NULL) : NULL;
+    result->tensor.data = address ? PyLong_AsVoidPtr(address) : NULL;
+    Py_XDECREF(address);
+    if (PyErr_Occurred() || (result->tensor.data == NULL && result_bytes(spec) > 0)) {
+        /* A mode of torch.compile or torch.func made something else than a tensor with memory. */
+        if (!PyErr_Occurred()) {
+            PyErr_SetString(PyExc_BufferError, "torch gave no memory for a result (under FakeTensorMode or functionalization?): call "
+                            "this function outside of the transformation");
+        }
+        Py_CLEAR(result->object);
+        return -1;
+    }
+    return 0;
+}
+
+int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
 {
     memset(result, 0, sizeof *result);
     result->tensor = *spec;
+    if (like->type.kind == FGQA_KIND_TORCH) { return allocate_torch(state, like, spec, result); }
     if (like->type.exchange != NULL) { return allocate_foreign(like->type.exchange, spec, result); }
     result->block = fgqa_block_new(result_bytes(spec));
     if (result->block == NULL) {
@@ -61,6 +112,7 @@ void fgqa_result_drop(fgqa_result *result)
         result->managed->deleter(result->managed);
         PyErr_Restore(type, value, traceback);
     }
+    Py_XDECREF(result->object);
     fgqa_block_drop(result->block);
     memset(result, 0, sizeof *result);
 }
@@ -120,7 +172,10 @@ static PyObject *foreign_object(const DLPackExchangeAPI *api, fgqa_result *resul
 PyObject *fgqa_result_object(fgqa_state *state, const fgqa_import *like, fgqa_result *result)
 {
     void *block = result->block;
+    PyObject *own = result->object;
     result->block = NULL;
+    result->object = NULL;
+    if (own != NULL) { return own; }
     if (result->managed != NULL) { return foreign_object(like->type.exchange, result); }
     if (like->type.kind == FGQA_KIND_NUMPY) { return fgqa_numpy_over_block(state, &result->tensor, block); }
     PyObject *tensor = fgqa_tensor_over_block(state, &result->tensor, block);

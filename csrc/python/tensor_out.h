@@ -7,11 +7,12 @@
 typedef struct {
     fgqa_tensor tensor;
     void *block;                           /* memory of our own, or NULL */
-    DLManagedTensorVersioned *managed;     /* memory of the caller's library, or NULL */
+    PyObject *object;                      /* torch tensor that will be returned, or NULL */
+    DLManagedTensorVersioned *managed;     /* memory of another library, or NULL */
 } fgqa_result;
 
 /* Memory for `spec`, from the library of `like` if that hands out memory. */
-int fgqa_result_new(const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result);
+int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result);
 
 /* The Python object of a result; the memory is given away, also on failure. */
 PyObject *fgqa_result_object(fgqa_state *state, const fgqa_import *like, fgqa_result *result);

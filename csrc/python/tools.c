@@ -182,7 +182,7 @@ PyObject *fgqa_py_merge(PyObject *module, PyObject *const *args, Py_ssize_t n)
     if ((args[2] == Py_None || fgqa_read_choice(args[2], "layout", layouts, 2, &bshd) == 0)
         && import_parts(state, args[0], args[1], &parts) == 0
         && describe_merge(&parts, bshd, &out_spec, &lse_spec, axis) == 0
-        && fgqa_result_new(&parts.outs[0], &out_spec, &out) == 0 && fgqa_result_new(&parts.outs[0], &lse_spec, &lse) == 0
+        && fgqa_result_new(state, &parts.outs[0], &out_spec, &out) == 0 && fgqa_result_new(state, &parts.outs[0], &lse_spec, &lse) == 0
         && run_merge(&parts, &out.tensor, &lse.tensor, axis) == 0) {
         PyObject *first = fgqa_result_object(state, &parts.outs[0], &out);
         PyObject *second = first ? fgqa_result_object(state, &parts.outs[0], &lse) : NULL;
