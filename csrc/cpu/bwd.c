@@ -21,6 +21,8 @@
 #include <math.h>
 
 #define MAX_BLOCK_PANELS 8
+#define BLOCK_BYTES (704 * 1024)  /* of Q, dO (both ways), dQ, P, dS; 512 KB to 1 MB measured alike, above slower */
+#define EDGE_KEYS 16             /* keys of a step where a mask's edge crosses the block */
 #define FINISH_KEYS 64           /* keys of one task of the finishing job */
 
 /* ---- shape ---- */
@@ -32,12 +34,12 @@ typedef struct {
     int32_t ldt;                 /* between keys of the block's P^T and dS^T */
 } bwd_shape;
 
-/* As many panels as keep a block's Q, dO (both ways) and dQ near 1 MB, inside the second-level cache. */
+/* As many panels as leave room in the second-level cache for K, V, dK, dV of a few key blocks. */
 static bwd_shape shape_of(const fgqa_problem *p)
 {
     bwd_shape shape;
     const int32_t lane_bytes = (int32_t)sizeof(real) * (3 * p->d + 2 * p->dv + 2 * KEYS);
-    const int32_t panels = (1 << 20) / (lane_bytes * PANEL);
+    const int32_t panels = BLOCK_BYTES / (lane_bytes * PANEL);
     shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
     shape.ldk = ROUND_UP(p->d, VL);
     shape.ldv = ROUND_UP(p->dv, VL);
@@ -49,18 +51,24 @@ static bwd_shape shape_of(const fgqa_problem *p)
 
 static int64_t blocks_of(const bwd_shape *shape, int64_t rows) { return (rows + shape->panels * PANEL - 1) / (shape->panels * PANEL); }
 
-/* Enough tasks for 32 workers, as long as the buffers of dK and dV stay within about half of what q, out and their
- * gradients take, or 256 MB. From the shape alone; with batch_invariant from that of one sequence. */
+/* Enough tasks for 16 workers, for 32 where a split still has 8 blocks (its buffers must be cleared and added up); as long as
+ * the buffers of dK and dV stay within about half of what q, out and their gradients take, or 256 MB. From the shape alone;
+ * with batch_invariant from that of one sequence. */
 static int32_t splits_of(const fgqa_problem *p, const bwd_shape *shape)
 {
     const int64_t b = p->batch_invariant ? 1 : p->b, total_k = p->batch_invariant ? p->sk : p->total_k;
     const int64_t heads = b * p->hk, most = p->g + 2 > 8 ? p->g + 2 : 8;
     const double bytes = (double)total_k * p->hk * (shape->ldk + shape->ldv) * sizeof(real);
     const int64_t by_memory = (int64_t)(bytes > 0 ? 256e6 / bytes : 64), by_group = p->g / 2 + 1;
-    int64_t splits = heads > 0 ? (32 + heads - 1) / heads : 1;
+    const int64_t blocks = blocks_of(shape, (int64_t)p->sq * p->g);
+    int64_t splits = 1;
+    if (heads > 0) {
+        const int64_t few = (16 + heads - 1) / heads, many = (32 + heads - 1) / heads;
+        splits = many < blocks / 8 ? many : blocks / 8;
+        if (splits < few) { splits = few; }
+    }
     if (splits > most) { splits = most; }
     if (splits > by_memory && splits > by_group) { splits = by_memory > by_group ? by_memory : by_group; }
-    const int64_t blocks = blocks_of(shape, (int64_t)p->sq * p->g);
     if (splits > blocks) { splits = blocks; }
     return splits < 1 ? 1 : (int32_t)splits;
 }
@@ -282,12 +290,22 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_dq.data + (r.begin - j0) * k_dq.stride, k_dq.stride, ds + at, shape->ldt,
                      s->dq_t + (ptrdiff_t)n * PANEL * shape->ldk, w, NULL);
     }
-    const int32_t lanes = (e.last - e.first - 1) * PANEL + s->panels[e.last - 1].panel.w, lane0 = e.first * PANEL;
-    const ptrdiff_t at = (ptrdiff_t)(e.j0 - j0) * shape->ldt + lane0;
-    accumulate(e.j1 - e.j0, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
-               dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv);
-    accumulate(e.j1 - e.j0, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
-               dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk);
+    /* Near a mask's edge the panels that see the keys differ from step to step; equal steps become one product. */
+    for (int32_t j = e.j0, end; j < e.j1; j = end) {
+        const tile_extent step = extent_of(s, panels, j, j + EDGE_KEYS < e.j1 ? j + EDGE_KEYS : e.j1);
+        for (end = j + EDGE_KEYS; end < e.j1; end += EDGE_KEYS) {
+            const tile_extent next = extent_of(s, panels, end, end + EDGE_KEYS < e.j1 ? end + EDGE_KEYS : e.j1);
+            if (next.first != step.first || next.last != step.last) { break; }
+        }
+        if (end > e.j1) { end = e.j1; }
+        if (step.first >= step.last) { continue; }
+        const int32_t lanes = (step.last - step.first - 1) * PANEL + s->panels[step.last - 1].panel.w, lane0 = step.first * PANEL;
+        const ptrdiff_t at = (ptrdiff_t)(j - j0) * shape->ldt + lane0;
+        accumulate(end - j, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
+                   dv + (ptrdiff_t)j * shape->ldv, shape->ldv);
+        accumulate(end - j, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
+                   dk + (ptrdiff_t)j * shape->ldk, shape->ldk);
+    }
     if (bad->count) { add_bad_lanes(s, shape, t, &e, j0, bad, dv); }
 }
 

@@ -8,6 +8,7 @@
  */
 #ifndef FGQA_BWD_TILE_H
 #define FGQA_BWD_TILE_H
+#include "../core/workspace.h"
 #include "tile.h"
 
 typedef struct {

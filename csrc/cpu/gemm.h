@@ -6,6 +6,8 @@
  * broadcast to all lanes, so it may lie in the caller's own memory: gemm_row() takes A(m, k) = a[m*lda + k],
  * gemm_col() takes A(m, k) = a[k*lda + m]; nothing outside m x k is read.
  *
+ * A lies in the second-level cache: the next tile's part of it is prefetched while this one is summed up, and so is C.
+ *
  * The sum over k starts from zero and runs in order of k for every lane alone: its bits do not depend on m, nv or
  * neighbours.
  *
@@ -46,6 +48,13 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
         UNROLL(3)
         for (int v = 0; v < nv; v++) { sum[m][v] = v_zero(); }
     }
+    if (store != GEMM_SET) {
+        UNROLL(8)
+        for (int m = 0; m < mr; m++) {
+            UNROLL(3)
+            for (int v = 0; v < nv; v++) { __builtin_prefetch(c + m * ldc + v * VL, 1); }
+        }
+    }
     for (int n = 0; n < k; n++) {
         vreal row[NV];
         UNROLL(3)
@@ -55,6 +64,12 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
             const vreal x = v_set1(by_row ? a[m * lda] : a[m]);
             UNROLL(3)
             for (int v = 0; v < nv; v++) { sum[m][v] = x * row[v] + sum[m][v]; }
+        }
+        if (mr == MR && by_row && n % (64 / (int)sizeof(real)) == 0) {
+            UNROLL(8)
+            for (int m = 0; m < mr; m++) { __builtin_prefetch(a + (m + MR) * lda); }
+        } else if (mr == MR && !by_row) {
+            __builtin_prefetch(a + MR);
         }
         a += by_row ? 1 : lda;
         b += ldb;
