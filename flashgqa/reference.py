@@ -287,15 +287,15 @@ def _weights(x, lse):
     return np.where(x == -np.inf, 0, np.exp(x - lse[:, None]))
 
 
-def _forward(head):
-    """o [sq, dv], lse [sq]."""
+def forward_head(head, rounded=lambda x: x):
+    """o [sq, dv], lse [sq]. ``rounded`` is what storing the weights does to them: nothing here, see tests/checking.py."""
     x, _ = _scores(head)
     lse = _lse(x, head.sink)
     p = _weights(x, lse)
-    return _sum_seen(p if head.keep is None else p * head.keep, head.seen, head.v), lse
+    return _sum_seen(rounded(p if head.keep is None else p * head.keep), head.seen, head.v), lse
 
 
-def _backward(head, do, o, lse, dlse):
+def backward_head(head, do, o, lse, dlse, rounded=lambda x: x):
     """dq [sq, d], dk [sk, d], dv [sk, dv], dx [sq, sk] (the gradient of the bias), dsink, of one head.
 
     o and lse are the saved results of the forward pass; where they come from other keys too (a part of a split), p and
@@ -304,14 +304,14 @@ def _backward(head, do, o, lse, dlse):
     x, slope = _scores(head)
     p = _weights(x, lse)
     dropped = p if head.keep is None else p * head.keep
-    dv = _sum_seen(dropped.T, head.seen.T, do)
+    dv = _sum_seen(rounded(dropped).T, head.seen.T, do)
     dp = do @ head.v.T
     if head.keep is not None:
         dp = dp * head.keep
     # d lse / d x = p, so dlse enters beside delta = sum over j of p dp = do.o
     delta = np.where(head.seen.any(axis=1), np.sum(do * o, axis=1), 0) - dlse
     dx = np.where(head.seen, p * (dp - delta[:, None]), 0)
-    ds = np.where(head.seen, head.scale * dx * slope, 0)
+    ds = rounded(np.where(head.seen, head.scale * dx * slope, 0))
     p_sink = np.where(head.sink == -np.inf, 0, np.exp(head.sink - lse))
     dsink = -np.sum(np.where(p_sink == 0, 0, p_sink * delta))
     return _sum_seen(ds, head.seen, head.k), _sum_seen(ds.T, head.seen.T, head.q), dv, dx, dsink
@@ -327,7 +327,7 @@ def attention(q, k, v, *, return_lse=False, out=None, **options):
     lse = np.full(call.lse_shape(), -np.inf, call.q.dtype)
     with np.errstate(all="ignore"):
         for head in call.heads():
-            o_head, lse_head = _forward(head)
+            o_head, lse_head = forward_head(head)
             call.rows(o, head.n, head.h, call.q_lens)[...] = o_head
             call.row_values(lse, head.n, head.h)[...] = lse_head
     if out is not None:
@@ -350,7 +350,7 @@ def attention_backward(dout, q, k, v, out=None, lse=None, *, dlse=None, **option
     with np.errstate(all="ignore"):
         for head in call.heads():
             n, h = head.n, head.h
-            dq_head, dk_head, dv_head, dx, dsink_head = _backward(
+            dq_head, dk_head, dv_head, dx, dsink_head = backward_head(
                 head,
                 call.rows(dout, n, h, call.q_lens),
                 call.rows(out, n, h, call.q_lens),
@@ -363,11 +363,11 @@ def attention_backward(dout, q, k, v, out=None, lse=None, *, dlse=None, **option
             if dsink is not None:
                 dsink[h] += dsink_head
             if dbias is not None:
-                _add_dbias(dbias, n, h, dx)
+                add_dbias(dbias, n, h, dx)
     return Gradients(dq, dk, dv, dbias, dsink)
 
 
-def _add_dbias(dbias, n, h, dx):
+def add_dbias(dbias, n, h, dx):
     """Adds dx [sq, sk] of one head, summed over the axes in which the bias is broadcast."""
     full = dbias.reshape((1,) * (4 - dbias.ndim) + dbias.shape)
     of_head = full[min(n, full.shape[0] - 1), min(h, full.shape[1] - 1)]

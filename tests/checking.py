@@ -1,0 +1,182 @@
+"""How results are judged: the error rule, hostile storage for inputs, guarded storage for results.
+
+The error rule: the largest error is at most 2x (gradients 3x) that of a naive computation in the same dtype, plus 2 ulp of
+the dtype at the largest reference value, both against the oracle. No constants to tune: where the dtype makes the plain
+algorithm inexact, so may ours be.
+"""
+
+import dataclasses
+
+import ml_dtypes
+import numpy as np
+
+from flashgqa import reference
+
+DTYPES = {name: np.dtype(getattr(np, name)) for name in ("float64", "float32", "float16")}
+DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)
+
+# Distance of 1 to the next number.
+EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+
+def accumulator(dtype):
+    """What sums are kept in, and the LSE is returned in."""
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+def exact(x, dtype):
+    """x as the oracle takes it: more precise than any dtype under test."""
+    return None if x is None else np.asarray(x).astype(np.longdouble if dtype == np.float64 else np.float64)
+
+
+# ---- the naive computation ----
+
+
+def _narrow_heads(call, dtype):
+    acc = accumulator(dtype)
+    for head in call.heads():
+        arrays = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
+        arrays = {n: x.astype(acc) for n, x in arrays.items() if isinstance(x, np.ndarray) and x.dtype != bool}
+        yield dataclasses.replace(head, scale=acc.type(head.scale), sink=acc.type(head.sink), **arrays)
+
+
+def naive_forward(q, k, v, **options):
+    """(out, lse): inputs in their dtype, sums in float32, weights and out rounded to the dtype."""
+    dtype = q.dtype
+    acc = accumulator(dtype)
+    call = reference.Call(q, k, v, reference.Options(**options))
+    out, lse = np.zeros(call.like_q(v.shape[-1]), acc), np.full(call.lse_shape(), -np.inf, acc)
+    with np.errstate(all="ignore"):
+        for head in _narrow_heads(call, dtype):
+            o_head, lse_head = reference.forward_head(head, lambda x: x.astype(dtype).astype(acc))
+            call.rows(out, head.n, head.h, call.q_lens)[...] = o_head
+            call.row_values(lse, head.n, head.h)[...] = lse_head
+        return out.astype(dtype), lse
+
+
+def naive_backward(dout, q, k, v, dlse=None, **options):
+    """Gradients, in the same arithmetic, from the naive out and lse."""
+    dtype = q.dtype
+    acc = accumulator(dtype)
+    out, lse = naive_forward(q, k, v, **options)
+    call = reference.Call(q, k, v, reference.Options(**options))
+    dlse = np.zeros_like(lse) if dlse is None else dlse.astype(acc)
+    dq, dk, dv = (np.zeros(x.shape, acc) for x in (q, k, v))
+    bias, sink = options.get("bias"), options.get("sink")
+    dbias = None if bias is None else np.zeros(bias.shape, acc)
+    dsink = None if sink is None else np.zeros(sink.shape, acc)
+    with np.errstate(all="ignore"):
+        for head in _narrow_heads(call, dtype):
+            n, h = head.n, head.h
+            dq_head, dk_head, dv_head, dx, dsink_head = reference.backward_head(
+                head,
+                call.rows(dout, n, h, call.q_lens).astype(acc),
+                call.rows(out, n, h, call.q_lens).astype(acc),
+                call.row_values(lse, n, h),
+                call.row_values(dlse, n, h),
+                lambda x: x.astype(dtype).astype(acc),
+            )
+            call.rows(dq, n, h, call.q_lens)[...] = dq_head
+            call.rows(dk, n, head.kv, call.k_lens)[...] += dk_head
+            call.rows(dv, n, head.kv, call.k_lens)[...] += dv_head
+            if dbias is not None:
+                reference.add_dbias(dbias, n, h, dx)
+            if dsink is not None:
+                dsink[h] += dsink_head
+        return reference.Gradients(
+            dq.astype(dtype),
+            dk.astype(dtype),
+            dv.astype(dtype),
+            None if bias is None else dbias.astype(bias.dtype),
+            None if sink is None else dsink.astype(sink.dtype),
+        )
+
+
+# ---- the error rule ----
+
+
+def assert_within(name, got, expected, naive, dtype, factor):
+    """The error rule for one result; NaN and infinities must be where the oracle has them."""
+    got = np.asarray(got)
+    assert got.shape == expected.shape, f"{name}: shape {got.shape}, expected {expected.shape}"
+    got, naive = got.astype(expected.dtype), np.asarray(naive).astype(expected.dtype)
+    wrong = np.isnan(got) != np.isnan(expected)
+    assert not wrong.any(), f"{name}: NaN is where it should not be, or missing, at {np.argwhere(wrong)[:5].tolist()}"
+    finite = np.isfinite(expected)
+    infinite = ~finite & ~np.isnan(expected)
+    wrong = (infinite & (got != expected)) | (finite & ~np.isfinite(got))
+    assert not wrong.any(), f"{name}: infinities differ at {np.argwhere(wrong)[:5].tolist()}"
+    if not finite.any():
+        return
+    error = np.where(finite, np.abs(got - np.where(finite, expected, 0)), 0)
+    naive_error = np.where(finite & np.isfinite(naive), np.abs(naive - np.where(finite, expected, 0)), 0).max()
+    largest = np.abs(expected[finite]).max()
+    ulp = EPSILON[dtype.name] * 2.0 ** np.floor(np.log2(largest)) if largest > 0 else 0.0
+    bound = factor * naive_error + 2 * ulp
+    worst = error.max()
+    assert worst <= bound, (
+        f"{name}: error {worst:.3g} at {np.unravel_index(error.argmax(), error.shape)} exceeds {bound:.3g} = "
+        f"{factor} * naive error {naive_error:.3g} + 2 ulp {ulp:.3g}; largest reference {largest:.3g}"
+    )
+
+
+# ---- storage ----
+
+GUARD = 67  # elements before and after; odd, so that nothing is aligned by luck
+
+
+def fill_value(dtype):
+    return True if dtype == bool else np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
+
+
+def place(x, how="contiguous"):
+    """x in poisoned memory: all bytes around (and between) its elements are NaN, or True for masks.
+
+    contiguous | sliced (gaps in every axis) | negative (all but the last axis run backwards) | transposed (axes but the last
+    stored in reverse order) | broadcast (stride 0 in the first axis: its first entry counts) | gaps (last axis strided by 2).
+    """
+    x = np.asarray(x)
+    fill = fill_value(x.dtype)
+    if how == "contiguous":
+        flat = np.full(x.size + 2 * GUARD, fill, x.dtype)
+        view = flat[GUARD : GUARD + x.size].reshape(x.shape)
+    elif how == "sliced":
+        padded = np.full([n + 3 for n in x.shape], fill, x.dtype)
+        view = padded[tuple(slice(1, 1 + n) for n in x.shape)]
+    elif how == "negative":
+        flip = (slice(None, None, -1),) * (x.ndim - 1)
+        return place(x[flip], "sliced")[flip]
+    elif how == "transposed":
+        order = (*reversed(range(x.ndim - 1)), x.ndim - 1)
+        return place(x.transpose(order), "sliced").transpose(order)
+    elif how == "broadcast":
+        return np.broadcast_to(place(x[:1]), x.shape)
+    elif how == "gaps":
+        doubled = np.full((*x.shape[:-1], 2 * x.shape[-1]), fill, x.dtype)
+        doubled[..., ::2] = x
+        return place(doubled)[..., ::2]
+    else:
+        raise ValueError(how)
+    view[...] = x
+    return view
+
+
+class Guarded:
+    """Storage for a result: NaN in it and around it. `check()` after the call: nothing outside the view was written."""
+
+    def __init__(self, shape, dtype, how="contiguous"):
+        self.array = place(np.full(shape, np.nan, dtype), how)
+        self.memory = self.array
+        while self.memory.base is not None:
+            self.memory = self.memory.base
+        self.before = self.memory.tobytes()
+
+    def check(self):
+        result = self.array.copy()
+        self.array[...] = np.nan
+        assert self.memory.tobytes() == self.before, "memory outside the result was written"
+        self.array[...] = result
+
+
+def same_bits(a, b):
+    return a is b or (a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes())
