@@ -254,18 +254,34 @@ class Call:
 # ---- the equations ----
 
 
-def _sum_seen(weights, seen, x):
+class Arithmetic:
+    """How sums are taken and weights stored: as exactly as the arrays allow. tests/checking.py has poorer ones."""
+
+    def matmul(self, a, b):
+        return a @ b
+
+    def sum(self, x, axis):
+        return x.sum(axis=axis, keepdims=True)
+
+    def store(self, x):
+        return x
+
+
+EXACT = Arithmetic()
+
+
+def _sum_seen(weights, seen, x, arithmetic):
     """sum over the seen j of weights[i,j] * x[j]. Weights of unseen j are 0, and 0 * NaN is not part of the sum."""
     finite = np.isfinite(x)
-    total = weights @ np.where(finite, x, 0)
+    total = arithmetic.matmul(weights, np.where(finite, x, 0))
     for j in np.flatnonzero(~finite.all(axis=1)):
         total += np.where(seen[:, j, None], weights[:, j, None] * np.where(finite[j], 0, x[j]), 0)
     return total
 
 
-def _scores(head):
+def _scores(head, arithmetic):
     """x [sq, sk], -inf where unseen; and dx/d(scale * q.k), the slope of the soft cap."""
-    x = head.scale * (head.q @ head.k.T)
+    x = head.scale * arithmetic.matmul(head.q, head.k.T)
     slope = 1.0
     if head.softcap is not None:
         tanh = np.tanh(x / head.softcap)
@@ -277,44 +293,47 @@ def _scores(head):
     return np.where(head.seen, x, -np.inf), slope
 
 
-def _lse(x, sink):
+def _lse(x, sink, arithmetic):
     top = np.maximum(np.max(x, axis=1, initial=-np.inf), sink)
     shift = np.where(top == -np.inf, 0, top)
-    return shift + np.log(np.sum(np.exp(x - shift[:, None]), axis=1) + np.exp(sink - shift))
+    return shift + np.log(arithmetic.sum(np.exp(x - shift[:, None]), 1)[:, 0] + np.exp(sink - shift))
 
 
 def _weights(x, lse):
     return np.where(x == -np.inf, 0, np.exp(x - lse[:, None]))
 
 
-def forward_head(head, rounded=lambda x: x):
-    """o [sq, dv], lse [sq]. ``rounded`` is what storing the weights does to them: nothing here, see tests/checking.py."""
-    x, _ = _scores(head)
-    lse = _lse(x, head.sink)
+def forward_head(head, arithmetic):
+    """o [sq, dv], lse [sq]."""
+    x, _ = _scores(head, arithmetic)
+    lse = _lse(x, head.sink, arithmetic)
     p = _weights(x, lse)
-    return _sum_seen(rounded(p if head.keep is None else p * head.keep), head.seen, head.v), lse
+    p = arithmetic.store(p if head.keep is None else p * head.keep)
+    return _sum_seen(p, head.seen, head.v, arithmetic), lse
 
 
-def backward_head(head, do, o, lse, dlse, rounded=lambda x: x):
+def backward_head(head, do, o, lse, dlse, arithmetic):
     """dq [sq, d], dk [sk, d], dv [sk, dv], dx [sq, sk] (the gradient of the bias), dsink, of one head.
 
     o and lse are the saved results of the forward pass; where they come from other keys too (a part of a split), p and
     the gradients are those of the whole.
     """
-    x, slope = _scores(head)
+    x, slope = _scores(head, arithmetic)
     p = _weights(x, lse)
-    dropped = p if head.keep is None else p * head.keep
-    dv = _sum_seen(rounded(dropped).T, head.seen.T, do)
-    dp = do @ head.v.T
+    dropped = arithmetic.store(p if head.keep is None else p * head.keep)
+    dv = _sum_seen(dropped.T, head.seen.T, do, arithmetic)
+    dp = arithmetic.matmul(do, head.v.T)
     if head.keep is not None:
         dp = dp * head.keep
     # d lse / d x = p, so dlse enters beside delta = sum over j of p dp = do.o
-    delta = np.where(head.seen.any(axis=1), np.sum(do * o, axis=1), 0) - dlse
+    delta = np.where(head.seen.any(axis=1), arithmetic.sum(do * o, 1)[:, 0], 0) - dlse
     dx = np.where(head.seen, p * (dp - delta[:, None]), 0)
-    ds = rounded(np.where(head.seen, head.scale * dx * slope, 0))
+    ds = arithmetic.store(np.where(head.seen, head.scale * dx * slope, 0))
     p_sink = np.where(head.sink == -np.inf, 0, np.exp(head.sink - lse))
-    dsink = -np.sum(np.where(p_sink == 0, 0, p_sink * delta))
-    return _sum_seen(ds, head.seen, head.k), _sum_seen(ds.T, head.seen.T, head.q), dv, dx, dsink
+    dsink = -arithmetic.sum(np.where(p_sink == 0, 0, p_sink * delta), 0)[0]
+    dq = _sum_seen(ds, head.seen, head.k, arithmetic)
+    dk = _sum_seen(ds.T, head.seen.T, head.q, arithmetic)
+    return dq, dk, dv, dx, dsink
 
 
 # ---- public functions ----
@@ -327,7 +346,7 @@ def attention(q, k, v, *, return_lse=False, out=None, **options):
     lse = np.full(call.lse_shape(), -np.inf, call.q.dtype)
     with np.errstate(all="ignore"):
         for head in call.heads():
-            o_head, lse_head = forward_head(head)
+            o_head, lse_head = forward_head(head, EXACT)
             call.rows(o, head.n, head.h, call.q_lens)[...] = o_head
             call.row_values(lse, head.n, head.h)[...] = lse_head
     if out is not None:
@@ -356,6 +375,7 @@ def attention_backward(dout, q, k, v, out=None, lse=None, *, dlse=None, **option
                 call.rows(out, n, h, call.q_lens),
                 call.row_values(lse, n, h),
                 call.row_values(dlse, n, h),
+                EXACT,
             )
             call.rows(dq, n, h, call.q_lens)[...] = dq_head
             call.rows(dk, n, head.kv, call.k_lens)[...] += dk_head
@@ -363,16 +383,16 @@ def attention_backward(dout, q, k, v, out=None, lse=None, *, dlse=None, **option
             if dsink is not None:
                 dsink[h] += dsink_head
             if dbias is not None:
-                add_dbias(dbias, n, h, dx)
+                add_dbias(dbias, n, h, dx, EXACT)
     return Gradients(dq, dk, dv, dbias, dsink)
 
 
-def add_dbias(dbias, n, h, dx):
+def add_dbias(dbias, n, h, dx, arithmetic):
     """Adds dx [sq, sk] of one head, summed over the axes in which the bias is broadcast."""
     full = dbias.reshape((1,) * (4 - dbias.ndim) + dbias.shape)
     of_head = full[min(n, full.shape[0] - 1), min(h, full.shape[1] - 1)]
-    dx = dx if of_head.shape[0] != 1 else dx.sum(axis=0, keepdims=True)
-    dx = dx if of_head.shape[1] != 1 else dx.sum(axis=1, keepdims=True)
+    dx = dx if of_head.shape[0] != 1 else arithmetic.sum(dx, 0)
+    dx = dx if of_head.shape[1] != 1 else arithmetic.sum(dx, 1)
     of_head[: dx.shape[0], : dx.shape[1]] += dx
 
 
@@ -387,8 +407,8 @@ def attention_weights(q, k, *, rows=None, reduce=None, **options):
     p = np.zeros((call.b, call.hq, call.sq, call.sk), call.q.dtype)
     with np.errstate(all="ignore"):
         for head in call.heads():
-            x, _ = _scores(head)
-            p[head.n, head.h, : x.shape[0], : x.shape[1]] = _weights(x, _lse(x, head.sink))
+            x, _ = _scores(head, EXACT)
+            p[head.n, head.h, : x.shape[0], : x.shape[1]] = _weights(x, _lse(x, head.sink, EXACT))
     p = p[:, :, np.asarray(rows, np.int64)] if reduce is None else p.sum(axis=2)
     return p if call.rank == 4 or call.varlen else p[0]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from checking import DTYPES, exact, naive_backward, naive_forward, place
+from checking import DTYPES, Naive, exact, naive_backward, naive_forward, place
 from flashgqa import reference
 
 
@@ -76,18 +76,17 @@ class Call:
 
 @dataclass
 class Answer:
-    """Of one call: the oracle's results and the naive computation's."""
+    """What a call must give: the oracle's results, and those of the naive computation to judge by."""
 
     out: np.ndarray
     lse: np.ndarray
-    naive_out: np.ndarray
-    naive_lse: np.ndarray
+    naive: Naive
 
 
 @dataclass
 class Gradients:
     exact: reference.Gradients
-    naive: reference.Gradients
+    naive: Naive
 
 
 def lengths(case):
@@ -212,8 +211,7 @@ def built(case):
     call = build(case)
     inputs = [exact(x, call.dtype) for x in call.inputs]
     out, lse = reference.attention(*inputs, return_lse=True, **reference_options(call))
-    naive_out, naive_lse = naive_forward(*call.inputs, **call.options)
-    return call, Answer(out, lse, naive_out, naive_lse)
+    return call, Answer(out, lse, naive_forward(*call.inputs, **call.options))
 
 
 @functools.lru_cache(maxsize=8)

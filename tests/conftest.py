@@ -1,0 +1,80 @@
+"""Which kernels the tests run: every row of isa.def that this processor has, each forced in turn.
+
+A test that takes the `backend` fixture runs once for each; it calls `backend.attention(...)` as users call
+`flashgqa.attention(...)`. Cases and their oracles come from cases.py, which knows no device.
+"""
+
+import os
+
+# The oracle's matrix products are small; BLAS threads would only wait for each other and for the kernels' own pool.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import flashgqa
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=True)
+hypothesis.settings.load_profile("suite")
+
+
+def cpu_isas():
+    """Rows of isa.def that have a kernel here, best first."""
+    names = [kernel["name"] for kernel in flashgqa.kernels() if kernel["device"] == "cpu"]
+    return list(dict.fromkeys(name.split("_", 1)[1] for name in names))
+
+
+class Backend:
+    """One instruction set of the CPU. A GPU is another class with these methods, `put` and `get` moving arrays."""
+
+    device = "cpu"
+
+    def __init__(self, isa):
+        self.isa = isa
+
+    def __repr__(self):
+        return f"cpu-{self.isa}"
+
+    def put(self, x):
+        return x
+
+    def get(self, x):
+        return np.asarray(x)
+
+    def attention(self, *inputs, **options):
+        return flashgqa.attention(*inputs, **options, kernel=f"fwd_{self.isa}")
+
+    def attention_backward(self, *inputs, **options):
+        return flashgqa.attention_backward(*inputs, **options, kernel=f"bwd_{self.isa}")
+
+    def attention_weights(self, *inputs, **options):
+        which = "keysum" if "reduce" in options else "rows"
+        return flashgqa.attention_weights(*inputs, **options, kernel=f"{which}_{self.isa}")
+
+
+def backends():
+    return [Backend(isa) for isa in cpu_isas()]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_generate_tests(metafunc):
+    """After the test's own parameters, so that the kernels take turns at one case while its oracle is at hand."""
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends(), ids=repr)
+
+
+@pytest.fixture
+def rng(request):
+    """Random numbers that depend on the test's name alone."""
+    return np.random.default_rng(list(request.node.nodeid.encode()))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "sweep: random combinations of all options; the longest part of the suite")
+
+
+def pytest_report_header(config):
+    here = cpu_isas()
+    rows = flashgqa.show_config()["isa_compiled"]
+    lacking = [name for name in rows if name not in here]
+    return f"flashgqa: cpu rows {', '.join(here)}; not on this processor, not collected: {', '.join(lacking) or 'none'}"
