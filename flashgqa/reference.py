@@ -255,10 +255,10 @@ class Call:
 
 
 class Arithmetic:
-    """How sums are taken and weights stored: as exactly as the arrays allow. tests/checking.py has poorer ones."""
+    """How sums are taken, weights stored and the lse saved: as the arrays allow. tests/checking.py has poorer ones."""
 
-    def matmul(self, a, b):
-        return a @ b
+    def matmul(self, a, b, start=0):
+        return start + a @ b
 
     def sum(self, x, axis):
         return x.sum(axis=axis, keepdims=True)
@@ -266,14 +266,17 @@ class Arithmetic:
     def store(self, x):
         return x
 
+    def save(self, lse):
+        return lse
+
 
 EXACT = Arithmetic()
 
 
-def _sum_seen(weights, seen, x, arithmetic):
-    """sum over the seen j of weights[i,j] * x[j]. Weights of unseen j are 0, and 0 * NaN is not part of the sum."""
+def _sum_seen(weights, seen, x, arithmetic, start=0):
+    """start + sum over the seen j of weights[i,j] * x[j]. Weights of unseen j are 0; 0 * NaN is not part of the sum."""
     finite = np.isfinite(x)
-    total = arithmetic.matmul(weights, np.where(finite, x, 0))
+    total = arithmetic.matmul(weights, np.where(finite, x, 0), start)
     for j in np.flatnonzero(~finite.all(axis=1)):
         total += np.where(seen[:, j, None], weights[:, j, None] * np.where(finite[j], 0, x[j]), 0)
     return total
@@ -296,7 +299,8 @@ def _scores(head, arithmetic):
 def _lse(x, sink, arithmetic):
     top = np.maximum(np.max(x, axis=1, initial=-np.inf), sink)
     shift = np.where(top == -np.inf, 0, top)
-    return shift + np.log(arithmetic.sum(np.exp(x - shift[:, None]), 1)[:, 0] + np.exp(sink - shift))
+    total = arithmetic.sum(np.exp(x - shift[:, None]), 1)[:, 0] + np.exp(sink - shift)
+    return arithmetic.save(shift + np.log(total))
 
 
 def _weights(x, lse):
@@ -312,16 +316,17 @@ def forward_head(head, arithmetic):
     return _sum_seen(p, head.seen, head.v, arithmetic), lse
 
 
-def backward_head(head, do, o, lse, dlse, arithmetic):
+def backward_head(head, do, o, lse, dlse, dk, dv, arithmetic):
     """dq [sq, d], dk [sk, d], dv [sk, dv], dx [sq, sk] (the gradient of the bias), dsink, of one head.
 
+    dk and dv go in as the sums over earlier heads of the group, and come out with this head added.
     o and lse are the saved results of the forward pass; where they come from other keys too (a part of a split), p and
     the gradients are those of the whole.
     """
     x, slope = _scores(head, arithmetic)
     p = _weights(x, lse)
     dropped = arithmetic.store(p if head.keep is None else p * head.keep)
-    dv = _sum_seen(dropped.T, head.seen.T, do, arithmetic)
+    dv = _sum_seen(dropped.T, head.seen.T, do, arithmetic, dv)
     dp = arithmetic.matmul(do, head.v.T)
     if head.keep is not None:
         dp = dp * head.keep
@@ -332,7 +337,7 @@ def backward_head(head, do, o, lse, dlse, arithmetic):
     p_sink = np.where(head.sink == -np.inf, 0, np.exp(head.sink - lse))
     dsink = -arithmetic.sum(np.where(p_sink == 0, 0, p_sink * delta), 0)[0]
     dq = _sum_seen(ds, head.seen, head.k, arithmetic)
-    dk = _sum_seen(ds.T, head.seen.T, head.q, arithmetic)
+    dk = _sum_seen(ds.T, head.seen.T, head.q, arithmetic, dk)
     return dq, dk, dv, dx, dsink
 
 
@@ -369,17 +374,18 @@ def attention_backward(dout, q, k, v, out=None, lse=None, *, dlse=None, **option
     with np.errstate(all="ignore"):
         for head in call.heads():
             n, h = head.n, head.h
-            dq_head, dk_head, dv_head, dx, dsink_head = backward_head(
+            dk_rows, dv_rows = (call.rows(t, n, head.kv, call.k_lens) for t in (dk, dv))
+            dq_head, dk_rows[...], dv_rows[...], dx, dsink_head = backward_head(
                 head,
                 call.rows(dout, n, h, call.q_lens),
                 call.rows(out, n, h, call.q_lens),
                 call.row_values(lse, n, h),
                 call.row_values(dlse, n, h),
+                dk_rows,
+                dv_rows,
                 EXACT,
             )
             call.rows(dq, n, h, call.q_lens)[...] = dq_head
-            call.rows(dk, n, head.kv, call.k_lens)[...] += dk_head
-            call.rows(dv, n, head.kv, call.k_lens)[...] += dv_head
             if dsink is not None:
                 dsink[h] += dsink_head
             if dbias is not None:

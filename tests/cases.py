@@ -10,8 +10,8 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-
 from checking import DTYPES, Naive, exact, naive_backward, naive_forward, place
+
 from flashgqa import reference
 
 

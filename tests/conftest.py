@@ -9,10 +9,11 @@ import os
 # The oracle's matrix products are small; BLAS threads would only wait for each other and for the kernels' own pool.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import flashgqa
 import hypothesis
 import numpy as np
 import pytest
+
+import flashgqa
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("suite")

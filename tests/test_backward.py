@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-
-from cases import EDGES, FLOATS, SMOKE, SWEEP, built, gradients
-from checking import DTYPES, assert_within, memory_bytes, same_bits
-from test_forward import FAR, sparse
+from cases import EDGES, SMOKE, SWEEP, built, gradients
+from checking import assert_within, memory_bytes
 
 
 def check_backward(case, backend):

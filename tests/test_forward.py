@@ -5,10 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-
-import flashgqa
 from cases import EDGES, FLOATS, SMOKE, SWEEP, built
 from checking import DTYPES, Guarded, accumulator, assert_within, memory_bytes, place, same_bits
+
+import flashgqa
 from flashgqa import reference
 
 RESULT_STORAGE = {"contiguous", "sliced", "negative", "transposed"}
