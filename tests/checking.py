@@ -198,7 +198,7 @@ GUARD = 67  # elements before and after; odd, so that nothing is aligned by luck
 
 
 def fill_value(dtype):
-    return True if dtype == bool else np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
+    return True if dtype.kind == "b" else np.iinfo(dtype).max if dtype.kind in "iu" else np.nan
 
 
 def place(x, how="contiguous"):
