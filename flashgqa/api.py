@@ -447,8 +447,8 @@ def explain(
     backward : bool
         Explain `attention_backward` instead of `attention`.
     causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
-cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, return_lse, out, stream, deterministic, batch_invariant, precision, check, \
-device, kernel
+cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, return_lse, out, stream, deterministic, batch_invariant, precision, \
+check, device, kernel
         As in `attention`.
 
     Returns
@@ -503,9 +503,7 @@ def kv_cache_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens=1, batch=1)
         size = dtype.itemsize
     else:
         size = numpy.dtype(dtype).itemsize
-    counts = {
-        "num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "dtype": size, "tokens": tokens, "batch": batch,
-    }  # fmt: skip
+    counts = dict(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=size, tokens=tokens, batch=batch)
     total = 2
     for name, count in counts.items():
         if isinstance(count, bool) or not hasattr(count, "__index__"):

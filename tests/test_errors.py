@@ -78,7 +78,7 @@ T, V, N = TypeError, ValueError, NotImplementedError
 
 # fmt: off
 # ---- q, k, v: kind, rank, dtype, shape ----
-case("forward", "q-list", T, "q is list", "NumPy array or any tensor with __dlpack__", r"numpy\.asarray\(q\)", q=[[1.0]])
+case("forward", "q-list", T, "q is list", "NumPy array or any tensor with __dlpack__", r"numpy\.asarray\(q, dtype", q=[[1.0]])
 case("forward", "k-none", T, "k is None", "pass a NumPy array", k=None)
 case("forward", "q-scalar", V, r"q has 0 dimensions, shape \(\)", r"4, \[b, h, s, d\], or 3, \[h, s, d\]", "add or merge axes",
      q=np.array(1, np.float32))
