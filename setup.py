@@ -4,14 +4,16 @@ csrc/cpu/isa.def is read here and by the C code: the files in PER_ISA are compil
 architecture and per precision, every other C file once. Environment:
     FLASHGQA_WERROR=1     warnings are errors
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
-    FLASHGQA_CUDA=0       do not look for nvcc
+    FLASHGQA_CUDA=0       do not look for nvcc and say nothing; =1: an error if there can be no CUDA kernels
 """
+
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,6 +36,13 @@ CFLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined
     else ["-O3", "-g0"]
 if os.environ.get("FLASHGQA_WERROR") == "1":
     CFLAGS.append("-Werror")
+CPU_ONLY = """
+**********************************************************************
+flashgqa: built without CUDA kernels, for the CPU only
+reason:   {reason}
+FLASHGQA_CUDA=0 builds for the CPU without this note, =1 makes it an error.
+**********************************************************************
+"""
 LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-O1"])
 
 
@@ -45,11 +54,14 @@ def isa_rows():
 
 
 def find_nvcc():
-    """nvcc's path, or None: CUDA_HOME, CUDA_PATH, PATH, the usual folder."""
-    for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return Path(home) / "bin" / "nvcc"
-    return shutil.which("nvcc") or next((p for p in [Path("/usr/local/cuda/bin/nvcc")] if p.exists()), None)
+    """nvcc's path, or None: CUDA_HOME, CUDA_PATH, PATH, the usual folder, NVIDIA's packages from pip."""
+    homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    site = {Path(sysconfig.get_path("purelib")), *(Path(p) for p in sys.path if p.endswith("site-packages"))}
+    usual = [Path("/usr/local/cuda"), *(home for p in sorted(site) for home in sorted(p.glob("nvidia/*")))]
+    on_path = shutil.which("nvcc")
+    candidates = [*(home / "bin" / "nvcc" for home in homes), *([Path(on_path)] if on_path else []),
+                  *(home / "bin" / "nvcc" for home in usual)]
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def cuda_reason():
@@ -57,7 +69,7 @@ def cuda_reason():
     if os.environ.get("FLASHGQA_CUDA") == "0":
         return "FLASHGQA_CUDA=0 was set when it was built"
     if find_nvcc() is None:
-        return "nvcc was not found when it was built (looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)"
+        return "nvcc was not found when it was built (looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip's nvidia packages)"
     return "this version of flashgqa has no CUDA kernels yet"
 
 
@@ -74,8 +86,11 @@ class Build(build_ext):
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(lambda job: self.compile_one(*job), jobs))
-        ext.extra_objects = ext.depends = [str(obj) for _, obj, _ in jobs]
+        ext.extra_objects = [str(obj) for _, obj, _ in jobs]
+        self.force = True       # the link: its output may stand from a build with other objects, as of FLASHGQA_SANITIZE
         super().build_extension(ext)
+        if os.environ.get("FLASHGQA_CUDA") != "0":
+            print(CPU_ONLY.format(reason=cuda_reason()), file=sys.stderr)
 
     def jobs(self, objects):
         include = [f"-I{p}" for p in self.compiler.include_dirs + self.include_dirs]
