@@ -559,11 +559,25 @@ def show_config():
 
 
 def kernels():
-    """The kernels of this build that run on this machine, fastest first.
+    """The kernels of this build, fastest first.
 
     Returns
     -------
     list of dict
-        Keys: name (for ``kernel=``), pass, device.
+        Keys: name (for ``kernel=``), pass, device, available (on this machine), reason (why not, or None).
     """
-    return [{"name": name, "pass": which, "device": device} for name, which, device in _C.kernels()]
+    running = {name: (which, device) for name, which, device in _C.kernels()}
+    isa = _C.build_info()["isa_in_use"]
+    stems = {name.removesuffix(isa): row for name, row in running.items() if name.endswith("_" + isa)}
+    rows = []
+    for name, compiled, supported in _C.build_info()["isa"]:
+        for stem, (which, device) in stems.items() if compiled else ():
+            reason = "ruled out by FLASHGQA_CPU_ISA" if supported else f"this processor lacks {name}"
+            available = stem + name in running
+            rows.append(
+                dict(zip(_KERNEL_KEYS, (stem + name, which, device, available, None if available else reason), strict=True))
+            )
+    return rows
+
+
+_KERNEL_KEYS = ("name", "pass", "device", "available", "reason")

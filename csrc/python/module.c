@@ -22,8 +22,11 @@ static PyMethodDef methods[] = {
     {"dropout_mask", FAST(fgqa_py_dropout_mask), "dropout_mask(b, hq, sq, sk, dropout_p, seed) -> bool array"},
     {"kernels", fgqa_py_kernels, METH_NOARGS, "kernels() -> [(name, pass, device)]"},
     {"build_info", fgqa_py_build_info, METH_NOARGS, "build_info() -> dict"},
-    {"set_num_threads", fgqa_py_set_num_threads, METH_O, "set_num_threads(n)"},
-    {"get_num_threads", fgqa_py_get_num_threads, METH_NOARGS, "get_num_threads() -> int"},
+    {"set_num_threads", fgqa_py_set_num_threads, METH_O, 
+     "set_num_threads(n, /)\n--\n\nMost threads that a call may use, the calling one included: 1 or more, or None for the default "
+     "(FLASHGQA_NUM_THREADS, else OMP_NUM_THREADS, else the processors this process may use). Results do not depend on it."},
+    {"get_num_threads", fgqa_py_get_num_threads, METH_NOARGS, 
+     "get_num_threads()\n--\n\nMost threads that a call may use; see set_num_threads."},
     {NULL, NULL, 0, NULL},
 };
 
