@@ -11,6 +11,8 @@ from capsules import READ_ONLY, DLTensor, Forged, Producer, inputs, new_capsule
 
 import flashgqa
 
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
 Q, K, V = inputs()
 EXPECTED = flashgqa.attention(Q, K, V)
 
