@@ -182,7 +182,9 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
     for (int64_t r = r0; r < r1; r += PANEL, panels++) {
         bwd_panel *const bp = &s->panels[panels];
         real *const q = s->q + (ptrdiff_t)panels * PANEL * shape->ldq, *const dout = s->dout + (ptrdiff_t)panels * PANEL * shape->ldo;
-        bwd_panel_load(bp, t, r, r1, q, shape->ldq, dout, shape->ldo);
+        const bwd_rows to = {q, dout, shape->ldq, shape->ldo};
+        const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
+        bwd_panel_load(bp, t, t, r, r1, &to, &stats);
         panel_delta(job, s, t, bp, dout);
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
             real *const q_row = q + (ptrdiff_t)lane * shape->ldq, *const dout_row = dout + (ptrdiff_t)lane * shape->ldo;
@@ -486,10 +488,12 @@ static void bias_add_head(const bwd_job *job, const bias_scratch *s, const tile_
 {
     const fgqa_problem *p = job->p;
     bwd_panel *const bp = s->panel;
+    const bwd_rows to = {s->q, s->dout, job->shape.ldq, job->shape.ldo};
+    const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
     for (int32_t r0 = rows.begin; r0 < rows.end && r0 < head->rows; r0 += PANEL) {
         if (fgqa_poll(worker)) { return; }
         const int64_t r1 = rows.end < head->rows ? rows.end : head->rows;
-        bwd_panel_load(bp, head, r0, r1, s->q, job->shape.ldq, s->dout, job->shape.ldo);
+        bwd_panel_load(bp, head, kv, r0, r1, &to, &stats);
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) { bp->delta[lane] = *delta_at(job, head, r0 + lane); }
         const fgqa_range seen = panel_keys(&bp->panel, own_keys.begin, own_keys.end);
         for (int32_t block = seen.begin / KEYS * KEYS; block < seen.end; block += KEYS) {
@@ -498,9 +502,9 @@ static void bias_add_head(const bwd_job *job, const bias_scratch *s, const tile_
             const tile_block v = tile_block_load(kv, &p->view[FGQA_ARG_v], j.begin, j.end, p->dv, s->v_copy);
             const tile_kind kind = bwd_tile(&s->tiles, head, bp, j.begin, j.end, &k, &v, 1, NULL, s->ds, PANEL);
             for (int32_t key = j.begin; kind != TILE_UNSEEN && key < j.end; key++) {
-                real *const to = s->sum + (ptrdiff_t)(one_key ? 0 : key - own_keys.begin) * PANEL;
+                real *const sum = s->sum + (ptrdiff_t)(one_key ? 0 : key - own_keys.begin) * PANEL;
                 const real *const from = s->ds + (ptrdiff_t)(key - j.begin) * PANEL;
-                for (int32_t v_lane = 0; v_lane < bp->panel.w; v_lane += VL) { v_store(to + v_lane, v_load(to + v_lane) + v_load(from + v_lane)); }
+                for (int32_t v_lane = 0; v_lane < bp->panel.w; v_lane += VL) { v_store(sum + v_lane, v_load(sum + v_lane) + v_load(from + v_lane)); }
             }
         }
     }

@@ -9,11 +9,12 @@
 #ifndef FGQA_BWD_TILE_H
 #define FGQA_BWD_TILE_H
 #include "../core/workspace.h"
-#include "tile.h"
+#include "row_stats.h"
 
 typedef struct {
     tile_panel panel;
-    _Alignas(64) real lse[PANEL];       /* base 2; +inf, which makes every weight 0, for idle lanes and rows that see nothing */
+    row_stats lse;                      /* top is the whole LSE and log_sum 0, unless `exact` */
+    int exact;                          /* some row's LSE was too large to hold its sum: both halves were computed anew */
     _Alignas(64) real delta[PANEL];
     real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
 } bwd_panel;
@@ -52,34 +53,46 @@ SIMD int32_t bwd_row_stride(int32_t cols)
     return stride / line % 2 ? stride : stride + line;
 }
 
-/* Packed rows [r0, r1) as panel: q and dout row-major into q[lane][ldq], dout[lane][ldo], and transposed; lse. Not delta. */
-FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, int64_t r0, int64_t r1, real *q, int32_t ldq, real *dout,
-                                int32_t ldo)
+/* An LSE beyond this may be off by more than 1/128: 2^-6 / epsilon. */
+#define LARGEST_LSE ((real)(FGQA_REAL_F64 ? 0x1p46 : 0x1p17))
+
+/* Where a panel's rows go: q[lane][ldq], dout[lane][ldo]. */
+typedef struct { real *q, *dout; int32_t ldq, ldo; } bwd_rows;
+
+/* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. */
+FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const tile_sequence *kv, int64_t r0, int64_t r1,
+                                const bwd_rows *to, const stats_scratch *scratch)
 {
     const fgqa_problem *p = t->p;
     tile_panel_init(&bp->panel, t, r0, r1);
-    tile_pack_rows(q, ldq, t, &bp->panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
-    tile_transpose_rows(bp->q_t, q, ldq, bp->panel.w, p->d);
-    tile_pack_rows(dout, ldo, t, &bp->panel, &p->view[FGQA_ARG_dout], p->dv, 1);
-    tile_transpose_rows(bp->dout_t, dout, ldo, bp->panel.w, p->dv);
+    tile_pack_rows(to->q, to->ldq, t, &bp->panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
+    tile_transpose_rows(bp->q_t, to->q, to->ldq, bp->panel.w, p->d);
+    tile_pack_rows(to->dout, to->ldo, t, &bp->panel, &p->view[FGQA_ARG_dout], p->dv, 1);
+    tile_transpose_rows(bp->dout_t, to->dout, to->ldo, bp->panel.w, p->dv);
+    bp->exact = 0;
     for (int32_t lane = 0; lane < bp->panel.w; lane++) {
         const real lse = lane < bp->panel.rows ? tile_lse_load(t, &p->view[FGQA_ARG_lse], r0 + lane) : -REAL_INF;
-        bp->lse[lane] = lse == -REAL_INF ? REAL_INF : lse * (real)FGQA_LOG2E;
+        const real size = lse < 0 ? -lse : lse;
+        bp->exact |= size > LARGEST_LSE && size < REAL_INF;
+        bp->lse.top[lane] = lse == -REAL_INF ? REAL_INF : lse * (real)FGQA_LOG2E;
+        bp->lse.log_sum[lane] = 0;
         bp->delta[lane] = 0;
     }
+    if (bp->exact) { row_stats_of(&bp->lse, t, kv, &bp->panel, bp->q_t, scratch); }
 }
 
 /* weight (NULL: not wanted) and ds, `ld` reals between keys. The flags are constants where it pays. */
 SIMD void bwd_weights(const bwd_panel *bp, const bwd_tiles *tiles, int32_t n, real scale, real keep_scale, const int partial,
-                      const int capped, const int dropped, real *weight, real *ds, ptrdiff_t ld)
+                      const int capped, const int dropped, const int exact, real *weight, real *ds, ptrdiff_t ld)
 {
     const int32_t w = bp->panel.w;
     for (int32_t v = 0; v < bp->panel.nv; v++) {
-        const vreal lse = v_load(bp->lse + v * VL), delta = v_load(bp->delta + v * VL);
+        const vreal lse = v_load(bp->lse.top + v * VL), log_sum = v_load(bp->lse.log_sum + v * VL), delta = v_load(bp->delta + v * VL);
         for (int32_t j = 0; j < n; j++) {
             const ptrdiff_t from = (ptrdiff_t)j * w + v * VL, to = j * ld + v * VL;
             const vreal s = v_load(tiles->s + from);
-            vreal p = v_exp2(s * v_set1(scale) - lse), kept = p, dp = v_load(tiles->dp + from);
+            vreal p = v_exp2(exact ? (s * v_set1(scale) - lse) - log_sum : s * v_set1(scale) - lse);
+            vreal kept = p, dp = v_load(tiles->dp + from);
             if (dropped) {
                 const vint keep = v_load_int(tiles->keep + from);
                 kept = (vreal)((vint)(p * v_set1(keep_scale)) & keep);
@@ -115,10 +128,11 @@ FGQA_SHARED tile_kind bwd_tile(const bwd_tiles *tiles, const tile_sequence *t, c
     gemm_row_set(j1 - j0, bp->panel.nv, p->dv, v->data, v->stride, bp->dout_t, bp->panel.w, tiles->dp, bp->panel.w, NULL);
     const int partial = kind == TILE_PARTIAL, capped = p->softcap > 0 && !by_score, dropped = p->dropout_threshold != 0;
     if (dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }
-    if (!partial && !capped && !dropped) {
-        bwd_weights(bp, tiles, j1 - j0, scale, 1, 0, 0, 0, weight, ds, ld);
+    if (!partial && !capped && !dropped && !bp->exact) {
+        bwd_weights(bp, tiles, j1 - j0, scale, 1, 0, 0, 0, 0, weight, ds, ld);
     } else {
-        bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), partial, capped, dropped, weight, ds, ld);
+        bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), partial, capped, dropped, bp->exact,
+                    weight, ds, ld);
     }
     return kind;
 }

@@ -2,15 +2,14 @@
  *
  *     rows     weights [b, hq, rows, sk] of chosen query rows: scores go straight into the result, each row of which then
  *              becomes its own softmax in place
- *     keysum   weights summed over the query rows, [b, hq, sk]: a forward pass without V leaves every row's LSE in the
- *              workspace; then each task owns a block of keys of one head and adds 2^(s - lse) over the rows in order
+ *     keysum   weights summed over the query rows, [b, hq, sk]: one job leaves every row's maximum and sum in the workspace;
+ *              then each task of a second one owns a block of keys of one head and adds its weights over the rows in order
  *
  * A sink counts in the denominator; dropout does not exist here. Rows behind the end of their sequence have weights 0.
  */
 #include "../core/workspace.h"
+#include "row_stats.h"
 #include "threads.h"
-#include "tile.h"
-#include <math.h>
 
 /* ---- memory ---- */
 
@@ -19,7 +18,7 @@ typedef struct {
     real *q, *q_t, *k_copy;                    /* [PANEL][ld], [d][PANEL], KEYS rows */
     real *s, *add, *rows;                      /* tiles; VL x KEYS */
     real *by_lane;                             /* rows: scores as [lane][KEYS]; keysum: sums as [key][PANEL] */
-    real *lse;                                 /* [PANEL] base 2 */
+    row_stats *stats;
 } weights_scratch;
 
 static weights_scratch carve(fgqa_arena *arena, const fgqa_problem *p)
@@ -35,7 +34,7 @@ static weights_scratch carve(fgqa_arena *arena, const fgqa_problem *p)
     s.add = fgqa_arena_take(arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     s.rows = fgqa_arena_take(arena, has_add ? VL * KEYS : 0, sizeof(real));
     s.by_lane = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
-    s.lse = fgqa_arena_take(arena, PANEL, sizeof(real));
+    s.stats = fgqa_arena_take(arena, 1, sizeof(row_stats));
     return s;
 }
 
@@ -172,36 +171,48 @@ fgqa_status FGQA_ROW(rows, run)(const fgqa_plan *plan, const fgqa_problem *p, vo
 
 /* ---- keysum ---- */
 
-void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan);
-fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec);
+typedef struct {
+    const fgqa_problem *p;
+    fgqa_problem by_head;                      /* every query head is a group of its own: lanes are rows of one head */
+    real *top, *log_sum;                       /* [hq][total_q], see row_stats.h */
+} keysum_job;
 
-/* The forward pass that only computes lse, [hq][total_q]. */
-static fgqa_problem lse_problem(const fgqa_problem *p, real *lse)
-{
-    fgqa_problem forward = *p;
-    const fgqa_view lse_view = {lse, p->lse_dtype, p->varlen ? 0 : p->sq, p->total_q, 1, 0};
-    forward.pass = FGQA_PASS_FWD;
-    forward.dv = 0;
-    forward.dropout_threshold = 0;
-    forward.view[FGQA_ARG_v] = p->view[FGQA_ARG_k];
-    forward.view[FGQA_ARG_out].data = NULL;
-    forward.view[FGQA_ARG_lse] = lse_view;
-    return forward;
-}
-
-typedef struct { real *lse; void *forward; size_t bytes; } keysum_workspace;
-
-static keysum_workspace keysum_carve(const fgqa_problem *p, size_t forward_bytes, void *memory)
+static size_t keysum_carve(keysum_job *job, const fgqa_problem *p, void *memory)
 {
     fgqa_arena arena = fgqa_arena_begin(memory);
-    keysum_workspace w;
-    w.lse = fgqa_arena_take(&arena, (size_t)p->hq * (size_t)p->total_q, sizeof(real));
-    w.forward = fgqa_arena_take(&arena, forward_bytes, 1);
-    w.bytes = arena.used;
-    return w;
+    const size_t rows = (size_t)p->hq * (size_t)p->total_q;
+    job->top = fgqa_arena_take(&arena, rows, sizeof(real));
+    job->log_sum = fgqa_arena_take(&arena, rows, sizeof(real));
+    return arena.used;
 }
 
-typedef struct { const fgqa_problem *p; fgqa_problem by_head; } keysum_job;   /* by_head: every query head is a group of its own */
+static int64_t stats_row(const tile_sequence *t, int64_t r)
+{
+    const fgqa_problem *p = t->p;
+    const int64_t first = p->varlen ? t->seq.q_row : (int64_t)t->b * p->sq;
+    return fgqa_packed_row_head(r, t->kv_head, p->g) * p->total_q + first + fgqa_packed_row_q(r, p->g);
+}
+
+static int64_t stats_panels(const fgqa_problem *p) { return ((int64_t)p->sq * p->g + PANEL - 1) / PANEL; }
+
+/* One panel of a KV head: a few hundred microseconds at 10,000 keys. */
+static void stats_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const keysum_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const int64_t panels = stats_panels(p), r0 = task % panels * PANEL;
+    const tile_sequence t = tile_sequence_init(p, (int32_t)(task / panels / p->hk), (int32_t)(task / panels % p->hk));
+    if (r0 >= t.rows || fgqa_poll(worker)) { return; }
+    fgqa_arena arena = fgqa_arena_begin(worker->scratch);
+    const weights_scratch s = carve(&arena, p);
+    const stats_scratch scratch = {s.s, s.add, s.rows, s.k_copy};
+    load_panel(&s, &t, r0, t.rows);
+    row_stats_of(s.stats, &t, &t, s.panel, s.q_t, &scratch);
+    for (int32_t lane = 0; lane < s.panel->rows; lane++) {
+        job->top[stats_row(&t, r0 + lane)] = s.stats->top[lane];
+        job->log_sum[stats_row(&t, r0 + lane)] = s.stats->log_sum[lane];
+    }
+}
 
 /* Adds the weights of keys [keys.begin, keys.end) of the rows from r0 on into by_lane[key][lane]. */
 static void add_panel(const keysum_job *job, const weights_scratch *s, const tile_sequence *head, const tile_block *block, int64_t r0,
@@ -213,8 +224,8 @@ static void add_panel(const keysum_job *job, const weights_scratch *s, const til
     const int32_t end = panel->keys.end < keys.end ? panel->keys.end : keys.end;
     if (begin >= end) { return; }
     for (int32_t lane = 0; lane < panel->w; lane++) {
-        const real lse = lane < panel->rows ? tile_lse_load(head, &job->by_head.view[FGQA_ARG_lse], r0 + lane) : -REAL_INF;
-        s->lse[lane] = lse == -REAL_INF ? REAL_INF : lse * (real)FGQA_LOG2E;
+        s->stats->top[lane] = lane < panel->rows ? job->top[stats_row(head, r0 + lane)] : REAL_INF;
+        s->stats->log_sum[lane] = lane < panel->rows ? job->log_sum[stats_row(head, r0 + lane)] : 0;
     }
     const tile_block k = {block->data + (begin - keys.begin) * block->stride, block->stride};
     const real *add;
@@ -223,7 +234,8 @@ static void add_panel(const keysum_job *job, const weights_scratch *s, const til
     for (int32_t j = begin; j < end; j++) {
         for (int32_t v = 0; v < panel->nv; v++) {
             const vreal x = v_load(s->s + (ptrdiff_t)(j - begin) * panel->w + v * VL);
-            const vreal p = v_select(m_eq(x, v_set1(-REAL_INF)), v_zero(), v_exp2(x * v_set1(scale) - v_load(s->lse + v * VL)));
+            const vreal over = x * v_set1(scale) - v_load(s->stats->top + v * VL);
+            const vreal p = v_select(m_eq(x, v_set1(-REAL_INF)), v_zero(), v_exp2(over - v_load(s->stats->log_sum + v * VL)));
             real *const to = s->by_lane + (ptrdiff_t)(j - keys.begin) * PANEL + v * VL;
             v_store(to, v_load(to) + p);
         }
@@ -260,26 +272,21 @@ fgqa_status FGQA_ROW(keysum, run)(const fgqa_plan *plan, const fgqa_problem *p, 
 
 void FGQA_ROW(keysum, tile)(const fgqa_problem *p, fgqa_plan *plan)
 {
-    const fgqa_problem forward = lse_problem(p, NULL);
-    fgqa_plan forward_plan = *plan;
-    FGQA_ROW(fwd, tile)(&forward, &forward_plan);
+    keysum_job job;
     plan->block_q = PANEL;
     plan->block_k = KEYS;
     plan->tasks = (int64_t)p->b * p->hq * ((p->sk + KEYS - 1) / KEYS);
     plan->threads = tile_threads(plan, 0);
     plan->scratch_bytes = scratch_bytes_of(p);
-    plan->workspace_bytes = keysum_carve(p, forward_plan.workspace_bytes, NULL).bytes;
+    plan->workspace_bytes = keysum_carve(&job, p, NULL);
 }
 
 fgqa_status FGQA_ROW(keysum, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
-    fgqa_problem forward = lse_problem(p, workspace);
-    fgqa_plan forward_plan = *plan;
-    FGQA_ROW(fwd, tile)(&forward, &forward_plan);
-    const keysum_workspace w = keysum_carve(p, forward_plan.workspace_bytes, workspace);
-    FGQA_TRY(FGQA_ROW(fwd, run)(&forward_plan, &forward, w.forward, exec));
-    keysum_job job = {p, forward};
+    keysum_job job = {.p = p, .by_head = *p};
     job.by_head.g = 1;
     job.by_head.hk = p->hq;
+    keysum_carve(&job, p, workspace);
+    FGQA_TRY(fgqa_parallel(stats_task, &job, stats_panels(p) * p->b * p->hk, plan->threads, plan->scratch_bytes, exec));
     return fgqa_parallel(keysum_task, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec);
 }
