@@ -316,6 +316,12 @@ def forward_head(head, arithmetic):
     return _sum_seen(p, head.seen, head.v, arithmetic), lse
 
 
+def weights_head(head, arithmetic):
+    """p [sq, sk]."""
+    x, _ = _scores(head, arithmetic)
+    return _weights(x, _lse(x, head.sink, arithmetic))
+
+
 def backward_head(head, do, o, lse, dlse, dk, dv, arithmetic):
     """dq [sq, d], dk [sk, d], dv [sk, dv], dx [sq, sk] (the gradient of the bias), dsink, of one head.
 
@@ -413,8 +419,8 @@ def attention_weights(q, k, *, rows=None, reduce=None, **options):
     p = np.zeros((call.b, call.hq, call.sq, call.sk), call.q.dtype)
     with np.errstate(all="ignore"):
         for head in call.heads():
-            x, _ = _scores(head, EXACT)
-            p[head.n, head.h, : x.shape[0], : x.shape[1]] = _weights(x, _lse(x, head.sink, EXACT))
+            sq, sk = head.seen.shape
+            p[head.n, head.h, :sq, :sk] = weights_head(head, EXACT)
     p = p[:, :, np.asarray(rows, np.int64)] if reduce is None else p.sum(axis=2)
     return p if call.rank == 4 or call.varlen else p[0]
 

@@ -150,6 +150,22 @@ def _narrow_backward(arithmetic, dout, q, k, v, dlse, options):
     )
 
 
+def _narrow_weights(arithmetic, q, k, rows, options):
+    acc = arithmetic.accumulator
+    call = reference.Call(q, k, None, reference.Options(**options))
+    p = np.zeros((call.b, call.hq, call.sq, call.sk), acc)
+    for head in _narrow_heads(call, acc):
+        sq, sk = head.seen.shape
+        p[head.n, head.h, :sq, :sk] = reference.weights_head(head, arithmetic)
+    p = arithmetic.sum(p, 2)[:, :, 0] if rows is None else p[:, :, rows]
+    return p if call.rank == 4 or call.varlen else p[0]
+
+
+def naive_weights(q, k, rows, **options):
+    """Naive weights of rows, or sums by key for rows=None, in the accumulator's dtype."""
+    return Naive(lambda arithmetic: _narrow_weights(arithmetic, q, k, rows, options), q.dtype)
+
+
 def naive_forward(q, k, v, **options):
     """Naive (out, lse)."""
     return Naive(lambda arithmetic: _narrow_forward(arithmetic, q, k, v, options), q.dtype)
@@ -205,10 +221,19 @@ def place(x, how="contiguous"):
     """x in poisoned memory: all bytes around (and between) its elements are NaN, or True for masks.
 
     contiguous | sliced (gaps in every axis) | negative (all but the last axis run backwards) | transposed (axes but the last
-    stored in reverse order) | broadcast (stride 0 in the first axis: its first entry counts) | gaps (last axis strided by 2).
+    stored in reverse order) | broadcast (stride 0 in the first axis: its first entry counts) | gaps (last axis strided by 2)
+    | (order, gaps, flips): any order of the axes in memory, slowest first, elements left out after each, runs backwards.
     """
     x = np.asarray(x)
     fill = fill_value(x.dtype)
+    if not isinstance(how, str):
+        order, gaps, flips = ([n for n in how[0] if n < x.ndim], how[1], how[2])
+        flip = tuple(slice(None, None, -1 if flips[n] else 1) for n in range(x.ndim))
+        padded = np.full([x.shape[n] + 2 * gaps[n] for n in order], fill, x.dtype)
+        stored = padded[tuple(slice(gaps[n], gaps[n] + x.shape[n]) for n in order)]
+        view = stored.transpose(np.argsort(order))[flip]
+        view[...] = x
+        return view
     if how == "contiguous":
         flat = np.full(x.size + 2 * GUARD, fill, x.dtype)
         view = flat[GUARD : GUARD + x.size].reshape(x.shape)

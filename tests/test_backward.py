@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from cases import EDGES, SMOKE, SWEEP, built, gradients
-from checking import assert_within, memory_bytes
+from cases import EDGES, FLOATS, SMOKE, SWEEP, built, gradients
+from checking import DTYPES, assert_within, memory_bytes, same_bits
+from test_forward import FAR, sparse
 
 
 def check_backward(case, backend):
@@ -34,3 +35,50 @@ def test_backward_within_the_error_rule(case, backend):
 @pytest.mark.parametrize("case", SWEEP, ids=str)
 def test_backward_of_combined_options_within_the_error_rule(case, backend):
     check_backward(case, backend)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_saved_results_of_the_whole_give_the_gradients_of_a_part(dtype, rng, backend):
+    """out and lse of all keys with some of the keys: what context parallelism does. Parts add up to the whole."""
+    q, dout = (rng.standard_normal((2, 4, 40, 16)).astype(DTYPES[dtype]) for _ in range(2))
+    k, v = (rng.standard_normal((2, 2, 70, 16)).astype(DTYPES[dtype]) for _ in range(2))
+    out, lse = backend.attention(q, k, v, return_lse=True)
+    whole = backend.attention_backward(dout, q, k, v, out, lse)
+    parts = [backend.attention_backward(dout, q, k[:, :, s], v[:, :, s], out, lse) for s in (slice(0, 33), slice(33, 70))]
+    tolerance = {"float64": 1e-13, "float32": 1e-5, "float16": 1e-2, "bfloat16": 6e-2}[dtype]
+    wide = [[x.astype(np.float64) for x in g[:3]] for g in (whole, *parts)]
+    np.testing.assert_allclose(wide[1][0] + wide[2][0], wide[0][0], rtol=0, atol=tolerance)
+    for n in (1, 2):
+        np.testing.assert_allclose(np.concatenate([wide[1][n], wide[2][n]], axis=2), wide[0][n], rtol=0, atol=tolerance)
+
+
+def test_gradients_that_no_input_asks_for_are_none(rng, backend):
+    q, k, v = (rng.standard_normal((2, 5, 8)) for _ in range(3))
+    out, lse = backend.attention(q, k, v, return_lse=True)
+    got = backend.attention_backward(out, q, k, v, out, lse)
+    assert got.dbias is None and got.dsink is None
+    assert [x.shape for x in got[:3]] == [(2, 5, 8)] * 3
+
+
+@pytest.mark.parametrize("axis", ["batch", "head", "row", "backwards"])
+def test_elements_more_than_2_31_apart(axis, rng, backend):
+    """All inputs span more than 2^31 elements; float16 and strides in elements, as in the forward test."""
+    b, h, s, d = 2, 3, 5, 24
+    strides = {
+        "batch": (FAR, 4096, 64, 1),
+        "head": (4096, FAR, 64, 1),
+        "row": (8192, 1024, FAR // 2, 1),
+        "backwards": (-FAR, -4096, -64, 1),
+    }[axis]
+    q, k, v, dout = (rng.standard_normal((b, h, s, d)).astype(np.float16) for _ in range(4))
+    bias = rng.standard_normal((b, h, s, s)).astype(np.float16)
+    out, lse = backend.attention(q, k, v, bias=bias, return_lse=True)
+    far = []
+    for x in (dout, q, k, v, out, bias):
+        far.append(sparse(x.shape, strides, np.float16))
+        far[-1][...] = x
+    far_lse = sparse(lse.shape, strides[:3], np.float32)
+    far_lse[...] = lse
+    expected = backend.attention_backward(dout, q, k, v, out, lse, bias=bias, dlse=lse)
+    got = backend.attention_backward(*far[:5], far_lse, bias=far[5], dlse=far_lse)
+    assert all(same_bits(a, b) for a, b in zip(got[:4], expected[:4], strict=True))
