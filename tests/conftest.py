@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("suite")
 
 def cpu_isas():
     """Rows of isa.def that have a kernel here, best first."""
-    names = [kernel["name"] for kernel in flashgqa.kernels() if kernel["device"] == "cpu"]
+    names = [kernel["name"] for kernel in flashgqa.kernels() if kernel["device"] == "cpu" and kernel["available"]]
     return list(dict.fromkeys(name.split("_", 1)[1] for name in names))
 
 
@@ -75,7 +75,5 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    here = cpu_isas()
-    rows = flashgqa.show_config()["isa_compiled"]
-    lacking = [name for name in rows if name not in here]
-    return f"flashgqa: cpu rows {', '.join(here)}; not on this processor, not collected: {', '.join(lacking) or 'none'}"
+    lacking = [f"{kernel['name']} ({kernel['reason']})" for kernel in flashgqa.kernels() if not kernel["available"]]
+    return f"flashgqa: cpu rows {', '.join(cpu_isas())}; not collected: {', '.join(lacking) or 'none'}"

@@ -8,7 +8,10 @@ import flashgqa
 from flashgqa import reference
 
 
-@pytest.mark.parametrize("b, hq, sq, sk", [(1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 33, 257), (3, 1, 130, 64), (2, 2, 4, 0), (0, 1, 2, 3)])
+SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 33, 257), (3, 1, 130, 64), (2, 2, 4, 0), (0, 1, 2, 3)]
+
+
+@pytest.mark.parametrize("b, hq, sq, sk", SHAPES)
 @pytest.mark.parametrize("p", [0.0, 7e-6, 1e-5, 0.1, 0.5, 1.0])
 def test_mask_is_that_of_the_definition(b, hq, sq, sk, p):
     seed = 2**63 + 12345
