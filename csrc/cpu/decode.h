@@ -25,7 +25,7 @@
  * wide rows find V in L1, many enough that loading and storing o does not count. */
 #define FEW_KEYS 32
 /* Rows of K and V are prefetched about this many bytes of them ahead; beyond the last row that does no harm. */
-#define FEW_AHEAD 4096
+#define FEW_AHEAD 8192
 
 SIMD int few_min(int a, int b) { return a < b ? a : b; }
 

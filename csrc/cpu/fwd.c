@@ -173,7 +173,7 @@ typedef struct {
     int32_t j0, j1;
     tile_block k, v, clean;
     tile_bad_rows bad;
-    int searched;
+    int searched, stream;   /* stream: K and V lie in the caller's memory and only one panel reads them */
 } key_block;
 
 SIMD tile_block block_from(const tile_block *block, int32_t row)
@@ -195,12 +195,17 @@ static void add_bad_row_to_few(const tile_panel *panel, const real *add, int32_t
 static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
     const fgqa_problem *p = t->p;
-    const tile_panel *panel = &scratch->panel[n];
+    tile_panel *panel = &scratch->panel[n];
     const int32_t keys = j1 - j0, w = panel->w, first = j0 - block->j0;
     real *o = scratch->o + (size_t)n * PANEL * (size_t)columns(p->dv), *s = scratch->s;
     const real *q = scratch->q + (size_t)n * PANEL * (size_t)columns(p->d), *add;
     real scale;
     const tile_block k = block_from(&block->k, first);
+    if (block->stream) {
+        const tile_block values = block_from(&block->v, first);
+        panel->ahead = values.data;
+        panel->ld_ahead = values.stride;
+    }
     const tile_kind kind = tile_scores(s, t, panel, j0, j1, &k, q, scratch->add, scratch->rows, NULL, &add, &scale);
     if (kind == TILE_UNSEEN) { return; }
     softmax_tile(panel->nv, s, keys, scale, scratch->m + n * PANEL, scratch->l + n * PANEL, scratch->factor);
@@ -218,6 +223,8 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
     const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
     if (panel->few) {
         few_accumulate(panel->rows, keys, p->dv, s, w, v.data, v.stride, o, columns(p->dv), scratch->factor);
+    } else if (block->stream) {
+        gemm_col_scale_ahead(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor, k.data + keys * k.stride, k.stride);
     } else {
         gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
     }
@@ -357,6 +364,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
         block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
         block.v = tile_block_load(&t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv, scratch.v);
+        block.stream = panels == 1 && block.k.data != scratch.k && block.v.data != scratch.v;
         for (int32_t n = 0; n < panels; n++) {
             const fgqa_range keys = scratch.panel[n].keys;
             const int32_t begin = keys.begin > block.j0 ? keys.begin : block.j0, end = keys.end < block.j1 ? keys.end : block.j1;

@@ -38,9 +38,11 @@ typedef enum {
     GEMM_SCALE     /* C = C*factor[lane] + sum: the online softmax's rescaling rides on the store */
 } gemm_store;
 
+#define LINE (64 / (int)sizeof(real))   /* reals of a cache line */
+
 /* One MR x NV tile; mr, nv, store and by_row are constants at every call, so that the accumulators are registers. */
 SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_store store, int k, const real *a, ptrdiff_t lda,
-                    const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor)
+                    const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor, const real *ahead, ptrdiff_t ld_ahead)
 {
     vreal sum[MR][NV];
     UNROLL(8)
@@ -57,6 +59,15 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
     }
     for (int n = 0; n < k; n++) {
         vreal row[NV];
+        if (ahead && by_row && n % LINE == 0) {
+            UNROLL(8)
+            for (int m = 0; m < mr; m++) {
+                __builtin_prefetch(ahead + m * ld_ahead + n);
+                __builtin_prefetch(a + (m + 2 * MR) * lda);
+            }
+        } else if (ahead && !by_row) {
+            __builtin_prefetch(ahead + n * ld_ahead);
+        }
         UNROLL(3)
         for (int v = 0; v < nv; v++) { row[v] = v_load(b + v * VL); }
         UNROLL(8)
@@ -91,41 +102,59 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
 }
 
 SIMD void gemm_strip(const int nv, const int by_row, const gemm_store store, int m, int k, const real *a, ptrdiff_t lda,
-                     const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor)
+                     const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor, const real *ahead, ptrdiff_t ld_ahead)
 {
-    const ptrdiff_t step = by_row ? lda : 1;
-    for (; m >= MR; m -= MR, a += MR * step, c += MR * ldc) {
-        gemm_tile(MR, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor);
+    const ptrdiff_t step = by_row ? lda : 1, step_ahead = !ahead ? 0 : by_row ? ld_ahead : 1;
+    for (; m >= MR; m -= MR, a += MR * step, c += MR * ldc, ahead += MR * step_ahead) {
+        gemm_tile(MR, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);
     }
 #if MR > 4
     if (m >= 4) {
-        gemm_tile(4, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor);
+        gemm_tile(4, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);
         m -= 4, a += 4 * step, c += 4 * ldc;
     }
 #endif
     if (m >= 2) {
-        gemm_tile(2, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor);
+        gemm_tile(2, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);
         m -= 2, a += 2 * step, c += 2 * ldc;
     }
-    if (m == 1) { gemm_tile(1, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor); }
+    if (m == 1) { gemm_tile(1, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead); }
 }
+
+#define GEMM_BY_NV(by_row, store, ahead, ld_ahead)                                                            \
+    do {                                                                                                      \
+        if (nv == 1) {                                                                                        \
+            gemm_strip(1, by_row, store, m, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);              \
+        } else if (nv == 2) {                                                                                 \
+            gemm_strip(2, by_row, store, m, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);              \
+        } else {                                                                                              \
+            gemm_strip(NV, by_row, store, m, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);             \
+        }                                                                                                     \
+    } while (0)
 
 #define GEMM_DEFINE(name, by_row, store)                                                                              \
     FGQA_SHARED __attribute__((noinline)) void name(int m, int nv, int k, const real *a, ptrdiff_t lda, const real *b, \
                                                     ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor)        \
     {                                                                                                                 \
-        if (nv == 1) {                                                                                                \
-            gemm_strip(1, by_row, store, m, k, a, lda, b, ldb, c, ldc, factor);                                       \
-        } else if (nv == 2) {                                                                                         \
-            gemm_strip(2, by_row, store, m, k, a, lda, b, ldb, c, ldc, factor);                                       \
-        } else {                                                                                                      \
-            gemm_strip(NV, by_row, store, m, k, a, lda, b, ldb, c, ldc, factor);                                      \
-        }                                                                                                             \
+        GEMM_BY_NV(by_row, store, NULL, 0);                                                                           \
     }
 
 GEMM_DEFINE(gemm_row_set, 1, GEMM_SET)
 GEMM_DEFINE(gemm_row_add, 1, GEMM_ADD)
 GEMM_DEFINE(gemm_col_add, 0, GEMM_ADD)
 GEMM_DEFINE(gemm_col_scale, 0, GEMM_SCALE)
+
+/* The same where A is read once only (decode: one panel), so that memory, not arithmetic, sets the pace. While one operand
+ * is multiplied, `ahead` (rows ld_ahead apart, as many as a block has keys) is brought in for the product that comes next. */
+#define GEMM_DEFINE_AHEAD(name, by_row, store)                                                                        \
+    FGQA_SHARED __attribute__((noinline)) void name(int m, int nv, int k, const real *a, ptrdiff_t lda, const real *b, \
+                                                    ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor,        \
+                                                    const real *ahead, ptrdiff_t ld_ahead)                            \
+    {                                                                                                                 \
+        GEMM_BY_NV(by_row, store, ahead, ld_ahead);                                                                   \
+    }
+
+GEMM_DEFINE_AHEAD(gemm_row_set_ahead, 1, GEMM_SET)
+GEMM_DEFINE_AHEAD(gemm_col_scale_ahead, 0, GEMM_SCALE)
 
 #endif

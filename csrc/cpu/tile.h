@@ -98,6 +98,8 @@ typedef struct {
     _Alignas(64) ireal diag[PANEL];                /* diag(i) */
     _Alignas(64) real slope[PANEL];                /* ALiBi slope * log2(e); 0 without ALiBi */
     _Alignas(64) ureal row[PANEL], head[PANEL];    /* i and b*hq + h: dropout's counter */
+    const real *ahead;                             /* V of the keys at hand if the panel is alone and V in place, else NULL: prefetched */
+    ptrdiff_t ld_ahead;
     int64_t r0;                                    /* first packed row */
     int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
     int32_t few;                                   /* nonzero: at most FEW_ROWS rows, q is [lane][ROUND_UP(d, VL)] and products are decode.h's */
@@ -114,6 +116,7 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     panel->nv = (panel->rows + VL - 1) / VL;
     panel->w = panel->nv * VL;
     panel->few = 0;
+    panel->ahead = NULL;
     panel->i0 = fgqa_packed_row_q(r0, p->g);
     panel->i1 = fgqa_packed_row_q(r0 + panel->rows - 1, p->g) + 1;
     panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
@@ -358,6 +361,8 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
     if (panel->few) {
         few_scores(panel->rows, j1 - j0, t->p->d, k->data, k->stride, q, ROUND_UP(t->p->d, VL), s, panel->w);
+    } else if (panel->ahead) {
+        gemm_row_set_ahead(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL, panel->ahead, panel->ld_ahead);
     } else {
         gemm_row_set(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL);
     }
