@@ -255,7 +255,7 @@ class Call:
 
 
 class Arithmetic:
-    """How sums are taken, weights stored and the lse saved: as the arrays allow. tests/checking.py has poorer ones."""
+    """How sums are taken, weights stored and the lse saved: as the arrays allow. _bounds.py has poorer ones."""
 
     def matmul(self, a, b, start=0):
         return start + a @ b
