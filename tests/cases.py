@@ -36,7 +36,7 @@ class Case:
     mask: str = ""  # which axes of [b, hq, sq, sk] are full: "bhqk", "b11k", "11q1"; "qk", "hqk" for lower ranks
     bias: str = ""
     bias_dtype: str | None = None  # None: dtype
-    score_storage: str = "contiguous"  # of mask and bias: a word of checking.place, or "zero": expanded with stride 0
+    score_storage: str | tuple = "contiguous"  # of mask and bias: as checking.place takes it, or "zero": expanded with stride 0
     alibi: str = ""  # "h" or "bh"
     sink: bool = False
     dropout: float = 0.0
@@ -45,7 +45,7 @@ class Case:
     kv_lens: tuple | None = None
     packed: tuple | None = None  # ((sq, sk) of each sequence): cu_seqlens
     bounds: bool = False  # give max_q and max_kv, larger than needed
-    storage: str = "contiguous"  # of q, k, v, dout: a word of checking.place
+    storage: str | tuple = "contiguous"  # of q, k, v, dout: as checking.place takes it
     data: str = "normal"  # normal | large (logits x30) | shift (logits - 120) | equal (all keys of a head the same)
     dlse: bool = True
 
@@ -139,14 +139,12 @@ def _row_values(case, x, lens):
     return x[0] if case.rank == 3 else x
 
 
-def _score_tensor(case, spec, values):
-    """values [b, hq, sq, sk] cut to the axes that `spec` keeps, in the case's storage."""
-    full = dict(zip("bhqk", values.shape, strict=True))
-    order = spec if len(spec) == 4 else "bhqk"[4 - len(spec) :]
-    x = values[tuple(slice(None) if letter in spec else slice(0, 1) for letter in "bhqk")]
-    x = x.reshape(x.shape[4 - len(order) :])
+def _score_tensor(case, spec, values, extents):
+    """values (at least [b, hq, sq, sk]) cut to the axes that `spec` keeps, in the case's storage."""
+    x = values[tuple(slice(n if letter in spec else 1) for letter, n in zip("bhqk", extents, strict=True))]
+    x = x.reshape(x.shape[4 - len(spec) :])
     if case.score_storage == "zero":
-        return np.broadcast_to(place(x), list(full.values())[4 - len(order) :])
+        return np.broadcast_to(place(x), extents[4 - len(spec) :])
     return place(x, case.score_storage)
 
 
@@ -163,18 +161,19 @@ def build(case):
         if getattr(case, name) is not None and getattr(case, name) is not False:
             options[name] = getattr(case, name)
     scores = (b, case.hq, sq, sk)
+    at_least_one = [max(1, n) for n in scores]
     if case.mask:
-        keep = rng.random(scores) < 0.7
+        keep = rng.random(at_least_one) < 0.7
         keep[:, :, 1:2] = False
         if sq > 1 and "q" in case.mask:
             keep[:, :, 0, : sk // 2] = False
-        options["mask"] = _score_tensor(case, case.mask, keep)
+        options["mask"] = _score_tensor(case, case.mask, keep, scores)
     if case.bias:
-        bias = rng.standard_normal(scores) * 2
+        bias = rng.standard_normal(at_least_one) * 2
         if "q" in case.bias and "k" in case.bias:
-            bias[rng.random(scores) < 0.1] = -np.inf
+            bias[rng.random(at_least_one) < 0.1] = -np.inf
             bias[:, :, 2:3] = -np.inf
-        options["bias"] = _score_tensor(case, case.bias, bias.astype(DTYPES[case.bias_dtype or case.dtype]))
+        options["bias"] = _score_tensor(case, case.bias, bias.astype(DTYPES[case.bias_dtype or case.dtype]), scores)
     if case.alibi:
         slopes = np.float32(2.0 ** (-8 * (np.arange(case.hq) + 1) / case.hq))
         options["alibi_slopes"] = slopes if case.alibi == "h" else slopes / (np.arange(b, dtype=np.float32)[:, None] + 1)
@@ -311,6 +310,14 @@ def _edges():
         yield Case(packed=packed, causal=True)
         yield Case(packed=packed, causal=True, bounds=True, mask="b1qk", bias="1h1k", dropout=0.2, alibi="bh", sink=True)
         yield Case(packed=packed, window=(3, 4), align="top-left", dtype="bfloat16", storage="sliced")
+    # Few rows, many keys: decode.
+    for (hq, hk), sq, dtype in itertools.product(((8, 8), (8, 2), (8, 1), (71, 1)), (1, 2, 5), FLOATS):
+        yield Case(hq=hq, hk=hk, sq=sq, sk=530, d=64, dtype=dtype, causal=True)
+    for sq, d in itertools.product((1, 3), (7, 33, 80, 128, 255)):
+        yield Case(b=2, hq=6, hk=2, sq=sq, sk=300, d=d, dv=d // 2 + 1, sink=True, kv_lens=(300, 131))
+        yield Case(b=2, hq=6, hk=2, sq=sq, sk=300, d=d, softcap=10.0, alibi="bh", bias="1hqk", mask="b11k", layout="bshd")
+        yield Case(hq=6, hk=2, d=d, packed=((sq, 300), (1, 1), (sq, 260)), causal=True, window=(200, 0), dropout=0.3)
+        yield Case(b=2, hq=6, hk=2, sq=sq, sk=300, d=d, dtype="bfloat16", storage="transposed", data="large", chunk=90)
     for rank, layout in itertools.product((3, 4), ("bhsd", "bshd")):
         yield Case(rank=rank, layout=layout, causal=True, dv=24)
         yield Case(rank=rank, layout=layout, sink=True, softcap=5.0, storage="negative", dtype="float64")

@@ -7,7 +7,6 @@ from checking import same_bits
 import flashgqa
 from flashgqa import reference
 
-
 SHAPES = [(1, 1, 1, 1), (2, 3, 5, 7), (1, 4, 33, 257), (3, 1, 130, 64), (2, 2, 4, 0), (0, 1, 2, 3)]
 
 

@@ -11,7 +11,7 @@ from checking import DTYPES, Guarded, accumulator, assert_within, memory_bytes, 
 import flashgqa
 from flashgqa import reference
 
-RESULT_STORAGE = {"contiguous", "sliced", "negative", "transposed"}
+RESULT_STORAGE = ("contiguous", "sliced", "negative", "transposed")
 
 
 def check_forward(case, backend):
