@@ -5,6 +5,7 @@ i a query row, j a key.
 """
 
 from html import escape
+from operator import index
 from typing import NamedTuple
 
 import numpy
@@ -378,7 +379,10 @@ cu_seqlens_kv, max_q, max_kv, layout, stream, check, device, kernel
     if reduce is not None and reduce != "keys":
         raise ValueError(f'reduce is {reduce!r}: it must be "keys"')
     if isinstance(rows, (list, tuple, range)):
-        rows = numpy.array(rows, dtype=numpy.int64)
+        try:
+            rows = numpy.array([index(row) for row in rows], dtype=numpy.int64)
+        except (TypeError, OverflowError):
+            raise TypeError(f"rows is {rows!r}: it must be a sequence of integers, or an int64 array") from None
     return _C.weights(
         q, k, rows,
         causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,

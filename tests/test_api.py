@@ -423,6 +423,10 @@ def test_weights():
     everything = flashgqa.attention_weights(Q, K, rows=range(3), **options)
     assert sums.shape == (4, 5) and numpy.allclose(sums, everything.sum(1), atol=1e-14)
     assert flashgqa.attention_weights(Q.astype("float16"), K.astype("float16"), reduce="keys").dtype == "float32"
+    assert flashgqa.attention_weights(Q, K, rows=[]).shape == (4, 0, 5)
+    for bad in ([1.5], ["1"], [2**70], (None,)):
+        with pytest.raises(TypeError, match="rows is .*sequence of integers"):
+            flashgqa.attention_weights(Q, K, rows=bad)
     torch = pytest.importorskip("torch")
     got = flashgqa.attention_weights(torch.from_numpy(Q), torch.from_numpy(K), rows=torch.tensor([2, 0]), **options)
     assert type(got) is torch.Tensor and numpy.array_equal(got.numpy(), rows)

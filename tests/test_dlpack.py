@@ -442,6 +442,25 @@ def test_torch_func_is_refused(transform):
         call()
 
 
+def test_torch_modes_that_fake_results():
+    """A real q under a mode whose new tensors have no memory: refused, and nothing is written anywhere."""
+    from torch._subclasses import FakeTensorMode
+
+    q, k, v = torch_inputs()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(BufferError, match="q: its memory|no memory for a result"):
+            flashgqa.attention(q, k, v)
+    with torch.device("meta"):
+        assert numpy.array_equal(flashgqa.attention(q, k, v).numpy(), EXPECTED)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_torch_compile_runs_the_function_outside_of_its_graph():
+    q, k, v = torch_inputs()
+    compiled = torch.compile(lambda x: 2 * flashgqa.attention(x + 0, k, v), backend="eager")
+    assert torch.equal(compiled(q), 2 * flashgqa.attention(q, k, v))
+
+
 def test_torch_empty_tensors():
     q = torch.empty(2, 4, 0, 8)
     assert flashgqa.attention(q, torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)).shape == (2, 4, 0, 8)
