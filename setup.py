@@ -32,8 +32,10 @@ CFLAGS = [
     "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-Wall", "-Wextra", "-Wno-psabi",
 ]
-CFLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] if SANITIZE \
-    else ["-O3", "-g0"]
+if SANITIZE:
+    CFLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+else:
+    CFLAGS += ["-O3", "-g0"]
 if os.environ.get("FLASHGQA_WERROR") == "1":
     CFLAGS.append("-Werror")
 CPU_ONLY = """
@@ -69,7 +71,7 @@ def cuda_reason():
     if os.environ.get("FLASHGQA_CUDA") == "0":
         return "FLASHGQA_CUDA=0 was set when it was built"
     if find_nvcc() is None:
-        return "nvcc was not found when it was built (looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip's nvidia packages)"
+        return "nvcc was not found at build time: looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip's nvidia packages"
     return "this version of flashgqa has no CUDA kernels yet"
 
 
@@ -87,6 +89,8 @@ class Build(build_ext):
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(lambda job: self.compile_one(*job), jobs))
         ext.extra_objects = [str(obj) for _, obj, _ in jobs]
+        # A Python with a run-time path of its own hands it to every extension; this one needs nothing but libc.
+        self.compiler.linker_so = [arg for arg in self.compiler.linker_so if not arg.startswith("-Wl,-rpath")]
         self.force = True       # the link: its output may stand from a build with other objects, as of FLASHGQA_SANITIZE
         super().build_extension(ext)
         if os.environ.get("FLASHGQA_CUDA") != "0":
@@ -125,7 +129,7 @@ def main():
     if os.environ.get("FLASHGQA_CUDA") == "1":
         sys.exit(f"FLASHGQA_CUDA=1: {reason}")
     setup(
-        ext_modules=[Extension("flashgqa._C", sources=[], language="c", py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m"])],
+        ext_modules=[Extension("flashgqa._C", sources=[], py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m"])],
         cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -3,12 +3,15 @@
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
 
 A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
-above 1 we are faster. README's tables are made from the JSON by benchmarks/report.py.
+above 1 we are faster. A whole run is written to benchmarks/results/cpu.json, from which benchmarks/report.py makes README's
+tables and the figure.
 """
+
 import argparse
 import json
 import os
 import platform
+import subprocess
 import time
 from pathlib import Path
 
@@ -69,7 +72,7 @@ def cpu(options):
     print(f"{ours.version} ({ours.module.show_config()['isa']}) against {theirs.version}, {options.threads} threads")
     machine = {"processor": processor(), "cores": os.cpu_count(), "python": platform.python_version(), "threads": options.threads,
                "flashgqa": ours.version, "torch": theirs.version, "isa": ours.module.show_config()["isa"],
-               "date": time.strftime("%Y-%m-%d")}
+               "date": time.strftime("%Y-%m-%d"), "commit": commit()}
     limit = ceilings(theirs.torch)
     print(f"ceilings: float32 matmul {limit['matmul_gflops']:.0f} GFLOP/s, read {limit['read_gbs']:.1f} GB/s")
     rows = []
@@ -81,12 +84,21 @@ def cpu(options):
                 rows.append(record)
                 show(record, row)
     result = {"machine": machine, "ceilings": limit, "rows": rows}
-    if options.out:
-        Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
-        print("wrote", options.out)
+    whole = len(rows) == len(shapes.CPU_DECODE) + 2 * len(shapes.CPU_TRAIN) and not options.quick
+    out = options.out or (RESULTS / "cpu.json" if whole else None)
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
+        print("wrote", out)
     slow = [r for r in rows if r["ratio"] < 1]
     print(f"{len(rows)} rows, {len(slow)} slower than torch")
+
+
+def commit():
+    """The commit that is measured, "+" if files differ from it; None outside a checkout."""
+    ran = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=Path(__file__).parent, capture_output=True, text=True,
+                         check=False)
+    return ran.stdout.strip() or None if ran.returncode == 0 else None
 
 
 def processor():
@@ -108,7 +120,7 @@ def main():
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--rows", default="", help="only rows whose label contains this text")
     parser.add_argument("--quick", action="store_true", help="half a second a row instead of three")
-    parser.add_argument("--out", default=str(RESULTS / "cpu.json"), help="JSON file, '' for none")
+    parser.add_argument("--out", help="JSON file; by default results/cpu.json if all rows are measured at full length, else none")
     cpu(parser.parse_args())
 
 

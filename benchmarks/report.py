@@ -1,0 +1,120 @@
+"""README's section on speed and its figure, made from benchmarks/results/cpu.json; nothing in it is typed by hand.
+
+    python benchmarks/report.py             writes README.md, and results/cpu.png if matplotlib is installed
+    python benchmarks/report.py --check     fails if README.md does not say what the JSON says
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+BEGIN, END = "<!-- speed: made by benchmarks/report.py -->\n", "<!-- end of speed -->"
+
+
+def ratio(record):
+    return f"**{record['ratio']:.2f}**" if record["ratio"] >= 1 else f"{record['ratio']:.2f}"
+
+
+def heads(record):
+    return f"{record['hq']}/{record['hk']}"
+
+
+def training_table(rows):
+    """One line a shape: both passes side by side."""
+    passes = {}
+    for record in rows:
+        if not record["queries"]:
+            key = record["dtype"], heads(record), record["d"], record["s"], "yes" if record["causal"] else "no"
+            passes.setdefault(key, {})[record["which"]] = record
+    lines = ["| dtype | heads q/kv | d | length | causal | forward ms | GFLOP/s | ratio | backward ms | GFLOP/s | ratio |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]
+    for key, both in passes.items():
+        cells = [str(x) for x in key]
+        for which in ("forward", "backward"):
+            record = both.get(which)
+            cells += [f"{record['ms']:.2f}", f"{record['gflops']:.0f}", ratio(record)] if record else ["", "", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def decode_table(rows):
+    lines = ["| dtype | batch | cached keys | heads q/kv | ms | GB/s | ratio |", "|---|---|---|---|---|---|---|"]
+    for record in rows:
+        if record["queries"]:
+            figures = f"{record['ms']:.2f}", f"{record['gbs']:.1f}", ratio(record)
+            cells = [record["dtype"], record["b"], record["s"], heads(record), *figures]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def section(result):
+    machine, limit, rows = result["machine"], result["ceilings"], result["rows"]
+    commit = f"commit {machine['commit']}, " if machine.get("commit") else ""
+    wins = sum(record["ratio"] >= 1 for record in rows)
+    text = f"""\
+{machine["processor"]}, {machine["threads"]} threads: {machine["flashgqa"]} ({commit}{machine["isa"]}) and {machine["torch"]}
+(`scaled_dot_product_attention`) on the same arrays in alternating calls, {machine["date"]}. ratio = PyTorch's time / ours, the
+median over the pairs: above 1 we are faster, in {wins} of {len(rows)} rows. In the same run a float32 matrix product reached
+{limit["matmul_gflops"]:.0f} GFLOP/s and reading memory {limit["read_gbs"]:.0f} GB/s.
+
+![PyTorch's time / ours in every row](benchmarks/results/cpu.png)
+
+Forward and backward:
+"""
+    decode = "Decode, one query over a cache (d 128); GB/s count each key and value once:"
+    return "\n".join([text, *training_table(rows), "", decode, "", *decode_table(rows)]) + "\n"
+
+
+def plot(result, path):
+    """A dot per row at its ratio with the quartiles as a bar. Without matplotlib there is no figure."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is not installed: no figure")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    names = [f"{r['dtype']} {heads(r)} d {r['d']} s {r['s']}{' causal' if r['causal'] else ''} "
+             f"{'decode b ' + str(r['b']) if r['queries'] else r['which']}" for r in rows]
+    figure, axes = pyplot.subplots(figsize=(9, 0.22 * len(rows) + 1.4), layout="constrained")
+    colours = {"forward": "tab:blue", "backward": "tab:green", "decode": "tab:red"}
+    for y, record in enumerate(rows):
+        colour = colours["decode" if record["queries"] else record["which"]]
+        low, high = record["ratio_quartiles"]
+        axes.plot([low, high], [y, y], color=colour, alpha=0.4, linewidth=4, solid_capstyle="butt")
+        axes.plot(record["ratio"], y, "o", color=colour, markersize=5)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_yticks(range(len(rows)), names, fontsize=7)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel("PyTorch's time / ours (dot: median, bar: quartiles); right of 1: flashgqa is faster")
+    figure.savefig(path, dpi=110)
+    print("wrote", path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", default=str(HERE / "results" / "cpu.json"))
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    result = json.loads(Path(options.result).read_text(encoding="utf-8"))
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest[rest.index(END):]
+    wanted = before + BEGIN + section(result) + after
+    if options.check:
+        sys.exit(None if text == wanted else "README.md does not say what the result says: run benchmarks/report.py")
+    README.write_text(wanted, encoding="utf-8")
+    print("wrote", README)
+    plot(result, Path(options.result).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

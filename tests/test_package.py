@@ -1,0 +1,91 @@
+"""What is installed and what is shipped: import without frameworks, one version, one abi3 module, a complete sdist."""
+
+import importlib.metadata
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+import flashgqa
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+FRAMEWORKS = {"torch", "jax", "jaxlib", "cupy", "tensorflow", "ml_dtypes", "transformers", "matplotlib"}
+
+
+def run_python(*arguments, cwd=ROOT, check=True, **environment):
+    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    ran = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert not check or ran.returncode == 0, ran.stderr
+    return ran
+
+
+def test_import_brings_no_framework():
+    found = run_python("-c", "import sys, flashgqa; print(*{name.split('.')[0] for name in sys.modules})").stdout
+    assert "numpy" in found.split()
+    assert not FRAMEWORKS & set(found.split())
+
+
+def test_import_is_quick():
+    """Less than 60 ms over NumPy's own; the best of several, for the machine may have other work."""
+
+    def microseconds():
+        report = run_python("-X", "importtime", "-c", "import numpy, flashgqa").stderr
+        return int(re.search(r"\|\s*(\d+) \|\s+flashgqa$", report, re.M).group(1))
+
+    assert min(microseconds() for _ in range(5)) < 60_000
+
+
+def test_version_has_one_source():
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.M).group(1)
+    assert flashgqa.__version__ == version
+    try:
+        assert importlib.metadata.version("flashgqa") == version
+    except importlib.metadata.PackageNotFoundError:
+        pass        # built in place, not installed
+
+
+def test_module_is_abi3_and_exports_its_init_only():
+    path = pathlib.Path(flashgqa._C.__file__)
+    assert path.name == "_C.abi3.so"
+    if shutil.which("nm"):
+        listed = subprocess.run(["nm", "-D", "--defined-only", path], capture_output=True, text=True, check=True).stdout
+        exported = {line.split()[-1] for line in listed.splitlines()} - {"_init", "_fini"}
+        assert exported == {"PyInit__C"}
+
+
+def test_no_run_time_path_of_the_build():
+    """The module must not look for libraries in folders of the machine that built it, nor need any but libc's."""
+    if shutil.which("readelf"):
+        needed = subprocess.run(["readelf", "-d", flashgqa._C.__file__], capture_output=True, text=True, check=True).stdout
+        libraries = set(re.findall(r"NEEDED.*\[(.+?)\]", needed))
+        allowed = {"libc", "libm", "libpthread", "ld-linux-x86-64", "ld-linux-aarch64", "libasan", "libubsan"}
+        assert {name.split(".")[0] for name in libraries} <= allowed
+        assert "PATH)" not in needed      # RPATH, RUNPATH
+
+
+def test_cuda_asked_for_but_impossible_is_an_error(tmp_path):
+    ran = run_python("setup.py", "--version", check=False, FLASHGQA_CUDA="1", CUDA_HOME="", CUDA_PATH="", PATH=str(tmp_path))
+    assert ran.returncode != 0
+    assert "FLASHGQA_CUDA=1" in ran.stderr
+
+
+def test_sdist_is_complete(tmp_path):
+    """Whatever the build and the tests read is in the archive."""
+    pytest.importorskip("setuptools", minversion="77")
+    run_python("setup.py", "-q", "egg_info", "-e", str(tmp_path), "sdist", "-d", str(tmp_path))
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
+    wanted = {"setup.py", "pyproject.toml", "README.md", "LICENSE", ".ci/run"}
+    for folder in ("csrc", "flashgqa", "tests", "benchmarks"):
+        wanted |= {
+            str(path.relative_to(ROOT))
+            for path in (ROOT / folder).rglob("*")
+            if path.suffix in {".py", ".pyi", ".typed", ".c", ".h", ".def", ".cu", ".cuh", ".md", ".json"}
+        }
+    assert not wanted - names
+    assert not [name for name in names if name.endswith((".so", ".o", ".pyc"))]
