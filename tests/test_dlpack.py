@@ -44,6 +44,13 @@ def test_null_strides_mean_contiguous():
     assert numpy.array_equal(numpy.asarray(attend(Producer(Q, strides=None))), EXPECTED)
 
 
+def test_strides_that_do_not_matter_may_be_anything():
+    q = Producer(Q[:, :1], strides=(24, -(2**63), 1))
+    assert numpy.array_equal(numpy.asarray(attend(q)), flashgqa.attention(Q[:, :1], K, V))
+    nothing = Producer(Q, shape=(4, 0, 8), strides=(2**62, -(2**63), 2**62), data=None)
+    assert attend(nothing).shape == (4, 0, 8)
+
+
 def test_byte_offset_is_added():
     room = numpy.full(Q.size + 16, numpy.nan, Q.dtype)
     room[16:] = Q.ravel()
@@ -130,6 +137,8 @@ HOSTILE = {
     "stride beyond memory": (dict(strides=(FAR, 8, 1)), BufferError, "beyond the address space"),
     "negative stride beyond memory": (dict(strides=(-FAR, 8, 1)), BufferError, "beyond the address space"),
     "stride below address 0": (dict(strides=(-(2**56), 8, 1)), BufferError, "beyond the address space"),
+    "lowest stride": (dict(strides=(8, -(2**63), 1), shape=(4, 2, 8)), BufferError, "beyond the address space"),
+    "lowest address": (dict(strides=(8, -(2**61), 1), shape=(4, 2, 8)), BufferError, "beyond the address space"),
     "extents overflow": (dict(shape=(FAR, FAR, 8), strides=None), BufferError, "beyond the address space"),
     "offset beyond memory": (dict(byte_offset=2**64 - 64), BufferError, "beyond the address space|not aligned"),
     "no memory": (dict(data=None), BufferError, "data is NULL"),

@@ -72,22 +72,22 @@ static int refuse_device(const fgqa_slot *slot, int64_t type, int64_t id)
 
 static int on_cpu(int64_t device_type) { return device_type == kDLCPU || device_type == kDLCUDAHost; }
 
-/* Contiguous strides into `stride`, or those given; -1 without an exception if any element's address, relative to the
- * first, would not fit 63 bits. */
+/* Strides into `stride`: those given, but contiguous ones where none are given or none matter (an axis of extent 1, an
+ * empty tensor). -1 without an exception if any element's address would not exist. */
 static int take_strides(const DLTensor *dl, int64_t stride[FGQA_MAX_DIMS])
 {
     const int64_t bytes = element_bytes(dl->dtype);
-    int64_t elements = 1;
+    int64_t elements = 1, lowest = 0, highest = bytes;
+    int empty = 0;
     for (int32_t axis = dl->ndim - 1; axis >= 0; axis--) {
-        stride[axis] = dl->strides ? dl->strides[axis] : elements;
+        stride[axis] = elements;
+        empty |= dl->shape[axis] == 0;
         if (dl->shape[axis] > 0 && __builtin_mul_overflow(elements, dl->shape[axis], &elements)) { return -1; }
     }
-    for (int32_t axis = 0; axis < dl->ndim; axis++) {
-        if (dl->shape[axis] == 0) { return 0; }
-    }
-    int64_t lowest = 0, highest = bytes;
+    if (empty) { return 0; }
     for (int32_t axis = 0; axis < dl->ndim; axis++) {
         int64_t reach;
+        if (dl->strides != NULL && dl->shape[axis] > 1) { stride[axis] = dl->strides[axis]; }
         if (__builtin_mul_overflow(stride[axis], dl->shape[axis] - 1, &reach) || __builtin_mul_overflow(reach, bytes, &reach)
             || __builtin_add_overflow(reach < 0 ? lowest : highest, reach, reach < 0 ? &lowest : &highest)) {
             return -1;
@@ -95,7 +95,7 @@ static int take_strides(const DLTensor *dl, int64_t stride[FGQA_MAX_DIMS])
     }
     if (dl->byte_offset > UINTPTR_MAX - (uintptr_t)dl->data) { return -1; }
     const uintptr_t first = (uintptr_t)dl->data + (uintptr_t)dl->byte_offset;
-    return (lowest < 0 && first < (uintptr_t)-lowest) || first > UINTPTR_MAX - (uintptr_t)highest ? -1 : 0;
+    return first < 0 - (uintptr_t)lowest || first > UINTPTR_MAX - (uintptr_t)highest ? -1 : 0;
 }
 
 /* Checks the description and takes it over; `dl` may die after this. */
