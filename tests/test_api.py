@@ -266,6 +266,7 @@ k = numpy.ones((1, 1, 24000, 128), "float32")
 """
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("which", ["forward", "backward", "weights"])
 def test_interrupt_stops_a_long_call(which):
     code = (

@@ -271,6 +271,7 @@ def resident():
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 @pytest.mark.parametrize("n", range(len(calls())))
 def test_memory_reaches_a_plateau(n):
@@ -284,6 +285,7 @@ def test_memory_reaches_a_plateau(n):
     assert resident() - before < 600_000
 
 
+@pytest.mark.timing
 def test_large_results_are_given_back():
     q = numpy.zeros((64, 4096, 16), "float32")
     k = q[:1, :1]

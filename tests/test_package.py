@@ -30,6 +30,7 @@ def test_import_brings_no_framework():
     assert not FRAMEWORKS & set(found.split())
 
 
+@pytest.mark.timing
 def test_import_is_quick():
     """Less than 60 ms over NumPy's own; the best of several, for the machine may have other work."""
 

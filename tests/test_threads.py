@@ -190,6 +190,7 @@ print(min(waits))
 """
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(
     "call",

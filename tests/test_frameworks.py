@@ -1,0 +1,251 @@
+"""torch and JAX in and out, and in one call with NumPy and each other."""
+
+import subprocess
+import sys
+
+import numpy
+import pytest
+from capsules import Producer, inputs
+
+import flashgqa
+
+torch = pytest.importorskip("torch")
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+Q, K, V = inputs()
+EXPECTED = flashgqa.attention(Q, K, V)
+
+
+def attend(q, **options):
+    return flashgqa.attention(q, K, V, **options)
+
+
+# ---- torch ----
+
+
+def torch_inputs(dtype=torch.float32):
+    return [torch.from_numpy(x).to(dtype) for x in (Q, K, V)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_torch_in_torch_out(dtype):
+    q, k, v = torch_inputs(dtype)
+    out, lse = flashgqa.attention(q, k, v, return_lse=True)
+    assert type(out) is type(lse) is torch.Tensor
+    assert (out.dtype, lse.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    assert out.shape == (4, 3, 8) and lse.shape == (4, 3) and out.is_contiguous() and not out.requires_grad
+    assert out.data_ptr() % 64 == 0
+    assert torch.allclose(out.float(), torch.from_numpy(EXPECTED), atol=2e-2)
+    gradients = flashgqa.attention_backward(out, q, k, v, out, lse)
+    assert [g.dtype for g in gradients[:3]] == [dtype] * 3 and gradients.dbias is None
+
+
+def test_torch_out_is_written_in_place():
+    q, k, v = torch_inputs()
+    out = torch.empty(4, 3, 8)
+    address = out.data_ptr()
+    assert flashgqa.attention(q, k, v, out=out) is out
+    assert out.data_ptr() == address and numpy.array_equal(out.numpy(), EXPECTED)
+
+
+def test_torch_results_are_torchs_own_memory():
+    """Memory that came back through DLPack could not be resized, nor recorded on streams."""
+    out = flashgqa.attention(*torch_inputs())
+    assert out.untyped_storage().resizable()
+
+
+def test_torch_views_in_place():
+    wide = torch.randn(4, 3, 2, 8)
+    q = wide[:, :, 1]
+    assert torch.equal(flashgqa.attention(q, q, q), flashgqa.attention(*[q.contiguous()] * 3))
+    expanded = torch.randn(1, 3, 8).expand(4, 3, 8)
+    assert torch.equal(flashgqa.attention(expanded, expanded, expanded), flashgqa.attention(*[expanded.contiguous()] * 3))
+
+
+def test_torch_references_do_not_leak():
+    tensors = torch_inputs()
+    before = [sys.getrefcount(x) for x in tensors]
+    for _ in range(10):
+        flashgqa.attention(*tensors)
+        with pytest.raises(ValueError):
+            flashgqa.attention(*tensors, chunk=0)
+    assert [sys.getrefcount(x) for x in tensors] == before
+
+
+def test_torch_grad_mode():
+    q, k, v = torch_inputs()
+    for leaf in (q.clone().requires_grad_(), torch.nn.Parameter(q)):
+        with pytest.raises(BufferError, match=r"q requires grad.*detach\(\) it or run under torch.no_grad\(\)"):
+            flashgqa.attention(leaf, k, v)
+        with torch.no_grad():
+            assert numpy.array_equal(flashgqa.attention(leaf, k, v).numpy(), EXPECTED)
+        assert numpy.array_equal(flashgqa.attention(leaf.detach(), k, v).numpy(), EXPECTED)
+    with torch.inference_mode():
+        assert numpy.array_equal(flashgqa.attention(q.clone(), k, v).numpy(), EXPECTED)
+
+
+def wrappers():
+    def fake():
+        from torch._subclasses import FakeTensorMode
+
+        with FakeTensorMode():
+            return torch.empty(4, 3, 8)
+
+    class Sub(torch.Tensor):
+        pass
+
+    q = torch.from_numpy(Q)
+    freed = q.clone()
+    freed.untyped_storage().resize_(0)
+    return {
+        "fake": (fake, TypeError, "torch.Tensor subclass, FakeTensor"),
+        "subclass": (lambda: q.as_subclass(Sub), TypeError, "torch.Tensor subclass, Sub"),
+        "functional": (lambda: torch._to_functional_tensor(q), BufferError, "q"),
+        "sparse": (q.to_sparse, BufferError, "memory cannot be read"),
+        "mkldnn": (q.to_mkldnn, BufferError, "memory cannot be read"),
+        "meta": (lambda: q.to("meta"), BufferError, "meta"),
+        "negative bit": (lambda: torch.view_as_complex(torch.ones(4, 3, 8, 2)).conj().imag, BufferError, r"resolve_neg\(\)"),
+        "complex": (lambda: q.to(torch.complex64), TypeError, "complex64"),
+        "freed": (lambda: freed, BufferError, "no memory"),
+        "nested": (lambda: torch.nested.nested_tensor([q[0], q[1]]), BufferError, "q"),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", list(wrappers()))
+def test_torch_tensor_that_is_not_its_memory(case):
+    make, error, text = wrappers()[case]
+    with pytest.raises(error, match=text):
+        attend(make())
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
+def test_torch_func_is_refused(transform):
+    q, k, v = torch_inputs()
+    call = {
+        "vmap": lambda: torch.vmap(lambda x: flashgqa.attention(x, k, v))(torch.stack([q, q])),
+        "grad": lambda: torch.func.grad(lambda x: flashgqa.attention(x, k, v).sum())(q),
+        "jvp": lambda: torch.func.jvp(lambda x: flashgqa.attention(x, k, v), (q,), (q,)),
+    }[transform]
+    with pytest.raises(BufferError, match="q"):
+        call()
+
+
+def test_torch_modes_that_fake_results():
+    """A real q under a mode whose new tensors have no memory: refused, and nothing is written anywhere."""
+    from torch._subclasses import FakeTensorMode
+
+    q, k, v = torch_inputs()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        with pytest.raises(BufferError, match="q: its memory|no memory for a result"):
+            flashgqa.attention(q, k, v)
+    with torch.device("meta"):
+        assert numpy.array_equal(flashgqa.attention(q, k, v).numpy(), EXPECTED)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know")
+def test_torch_compile_runs_the_function_outside_of_its_graph():
+    q, k, v = torch_inputs()
+    compiled = torch.compile(lambda x: 2 * flashgqa.attention(x + 0, k, v), backend="eager")
+    assert torch.equal(compiled(q), 2 * flashgqa.attention(q, k, v))
+
+
+def test_torch_empty_tensors():
+    q = torch.empty(2, 4, 0, 8)
+    assert flashgqa.attention(q, torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)).shape == (2, 4, 0, 8)
+    out = flashgqa.attention(torch.ones(2, 4, 3, 8), torch.empty(2, 2, 0, 8), torch.empty(2, 2, 0, 8))
+    assert torch.equal(out, torch.zeros(2, 4, 3, 8))
+
+
+# ---- JAX ----
+
+
+def jax_inputs(dtype="float32"):
+    return [jnp.asarray(x, dtype) for x in (Q, K, V)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_jax_in_jax_out(dtype):
+    q, k, v = jax_inputs(dtype)
+    out, lse = flashgqa.attention(q, k, v, return_lse=True)
+    assert isinstance(out, jax.Array) and isinstance(lse, jax.Array)
+    assert (out.dtype, lse.dtype, out.shape, lse.shape) == (dtype, "float32", (4, 3, 8), (4, 3))
+    assert numpy.allclose(out.astype("float32"), EXPECTED, atol=2e-2)
+    assert flashgqa.attention_backward(out, q, k, v, out, lse).dq.dtype == dtype
+
+
+def test_jax_result_is_not_copied():
+    """JAX copies silently what is not 64-byte aligned: its array must lie where the kernel wrote."""
+    code = """
+import numpy, jax, jax.numpy as jnp, jax.dlpack, flashgqa
+original, seen = jax.dlpack.from_dlpack, []
+def from_dlpack(tensor):
+    seen.append(numpy.asarray(tensor).ctypes.data)
+    return original(tensor)
+jax.dlpack.from_dlpack = from_dlpack
+x = jnp.ones((4, 33, 7))
+results = [flashgqa.attention(x, x, x) for _ in range(20)]
+assert [r.unsafe_buffer_pointer() for r in results] == seen and len(set(seen)) == 20
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_jax_arrays_are_never_written():
+    q, k, v = jax_inputs()
+    target = jnp.zeros((4, 3, 8))
+    with pytest.raises(ValueError, match="out is"):
+        flashgqa.attention(q, k, v, out=target)
+    assert not target.any()
+
+
+def test_jax_waits_for_asynchronous_inputs():
+    big = jnp.ones((1500, 1500))
+    for _ in range(3):
+        product = big @ big
+        q = product[:12, :8].reshape(4, 3, 8)
+        expected = numpy.asarray(flashgqa.attention(numpy.full((4, 3, 8), 1500, "float32"), K, V))
+        assert numpy.array_equal(numpy.asarray(attend(q)), expected)
+
+
+@pytest.mark.parametrize("transform", ["jit", "grad", "vmap"])
+def test_jax_tracers_are_refused(transform):
+    q, k, v = jax_inputs()
+    call = {
+        "jit": lambda: jax.jit(lambda x: flashgqa.attention(x, k, v))(q),
+        "grad": lambda: jax.grad(lambda x: flashgqa.attention(x, k, v).sum())(q),
+        "vmap": lambda: jax.vmap(lambda x: flashgqa.attention(x, k, v))(jnp.stack([q, q])),
+    }[transform]
+    with pytest.raises(TypeError, match="q is a JAX tracer"):
+        call()
+
+
+def test_jax_deleted_array():
+    q = jnp.array(Q)
+    q.delete()
+    with pytest.raises(BufferError, match="q: its __dlpack"):
+        attend(q)
+
+
+# ---- several libraries in one call ----
+
+
+def test_result_type_follows_q():
+    (tq, tk, _), (jq, jk, jv) = torch_inputs(), jax_inputs()
+    assert isinstance(flashgqa.attention(Q, tk, jv), numpy.ndarray)
+    assert isinstance(flashgqa.attention(tq, K, jv), torch.Tensor)
+    assert isinstance(flashgqa.attention(jq, tk, V), jax.Array)
+    assert isinstance(flashgqa.attention(Producer(Q), tk, jv), flashgqa.Tensor)
+    out = numpy.empty_like(Q)
+    assert flashgqa.attention(tq, jk, V, out=out) is out and numpy.array_equal(out, EXPECTED)
+
+
+def test_lengths_and_masks_from_other_libraries():
+    q, k, v = (x[None] for x in (Q, K, V))
+    expected = flashgqa.attention(q, k, v, kv_lens=numpy.array([3], "int32"), mask=numpy.tri(3, 5, 1, dtype=bool))
+    got = flashgqa.attention(
+        q, k, v, kv_lens=torch.tensor([3], dtype=torch.int32), mask=jnp.asarray(numpy.tri(3, 5, 1, dtype=bool))
+    )
+    assert numpy.array_equal(got, expected)
