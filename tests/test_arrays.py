@@ -76,6 +76,14 @@ def test_out_is_returned_and_filled():
     assert again is out and lse.shape == (4, 3)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 0, 8), (0, 4, 3, 8)])
+def test_out_may_be_empty(shape):
+    b = shape[0]
+    q, out = numpy.zeros(shape), numpy.empty(shape)
+    k = v = numpy.zeros((b, 2, 5, 8))
+    assert flashgqa.attention(q, k, v, out=out) is out
+
+
 def test_out_may_be_strided():
     room = numpy.full((6, 3, 2, 20), numpy.nan)
     out = room[4:0:-1, :, 1, 5:13]
