@@ -1,5 +1,13 @@
 """Exact attention (MHA, MQA, GQA) on NumPy arrays and DLPack tensors: forward and backward, on the CPU."""
 
+from importlib.util import find_spec
+
+if find_spec(f"{__name__}._C") is None:
+    raise ImportError(
+        f"{__path__[0]} is flashgqa's source folder and holds no compiled module; build it there with 'pip install -e .', "
+        "or leave the checkout to import the installed package"
+    )
+
 from .api import (
     Config,
     Gradients,

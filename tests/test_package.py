@@ -30,6 +30,15 @@ def test_import_brings_no_framework():
     assert not FRAMEWORKS & set(found.split())
 
 
+def test_source_folder_says_that_it_is_not_built(tmp_path):
+    package = tmp_path / "flashgqa"
+    package.mkdir()
+    for source in (ROOT / "flashgqa").glob("*.py"):
+        shutil.copy(source, package)
+    ran = run_python("-c", "import flashgqa", cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path))
+    assert ran.returncode == 1 and "pip install -e ." in ran.stderr.splitlines()[-1]
+
+
 @pytest.mark.timing
 def test_import_is_quick():
     """Less than 60 ms over NumPy's own; the best of several, for the machine may have other work."""
