@@ -45,6 +45,21 @@ def test_named_files_exist(page):
     assert not missing
 
 
+def test_map_names_every_source():
+    text = (ROOT / "csrc" / "README.md").read_text(encoding="utf-8")
+    sources = [path.relative_to(ROOT / "csrc").as_posix() for path in (ROOT / "csrc").glob("*/*.c")]
+    common = {"core/tensor.c", "core/status.c"}     # named by their headers
+    assert len(sources) > 10
+    assert not [name for name in sources if f"`{name}`" not in text and name not in common]
+
+
+def test_commands_are_those_of_the_command_line():
+    named = re.findall(r"^\| `([\w-]+)` \|", README.split("| `python -m flashgqa` |")[1].split("\n\n")[0], re.M)
+    command = [sys.executable, "-m", "flashgqa", "--help"]
+    helped = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert named == re.findall(r"^    ([\w-]+) {2,}\S", helped.split("options:")[0], re.M)
+
+
 def test_speed_is_what_was_measured():
     if (ROOT / "benchmarks" / "results" / "cpu.json").exists():
         command = [sys.executable, "benchmarks/report.py", "--check"]
