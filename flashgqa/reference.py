@@ -255,7 +255,7 @@ class Call:
 
 
 class Arithmetic:
-    """How sums are taken, weights stored and the lse saved: as the arrays allow. _bounds.py has poorer ones."""
+    """How sums are taken, weights stored and scores, sums and lse kept: as the arrays allow. _bounds.py has poorer ones."""
 
     def matmul(self, a, b, start=0):
         return start + a @ b
@@ -266,8 +266,8 @@ class Arithmetic:
     def store(self, x):
         return x
 
-    def save(self, lse):
-        return lse
+    def save(self, x):
+        return x
 
 
 EXACT = Arithmetic()
@@ -287,13 +287,13 @@ def _scores(head, arithmetic):
     x = head.scale * arithmetic.matmul(head.q, head.k.T)
     slope = 1.0
     if head.softcap is not None:
-        tanh = np.tanh(x / head.softcap)
+        tanh = arithmetic.save(np.tanh(x / head.softcap))
         x, slope = head.softcap * tanh, 1 - tanh**2
     if head.bias is not None:
         x = x + head.bias
     if head.distance is not None:
         x = x - head.distance
-    return np.where(head.seen, x, -np.inf), slope
+    return np.where(head.seen, arithmetic.save(x), -np.inf), slope
 
 
 def _lse(x, sink, arithmetic):
