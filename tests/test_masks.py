@@ -2,6 +2,7 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 from cases import FLOATS, Case, built
@@ -236,3 +237,35 @@ def test_zero_length_sequences_change_no_bit_of_the_others(backend):
     assert all(same_bits(a, b) for a, b in zip((out, lse, dq, *dk_dv), short, strict=True))
     assert (dk[:4] == 0).all() and (dv[:4] == 0).all()
     assert (out[37:] == 0).all() and (lse[:, 37:] == -np.inf).all() and (dq[37:] == 0).all()
+
+
+# ---- masks written as very low biases ----
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("lowest", [1.0, 0.5])
+def test_keys_with_the_lowest_float_as_bias_weigh_nothing(dtype, lowest, rng, backend):
+    """As many models mask. A row that sees another key ignores them; one whose keys all carry it weighs all alike."""
+    sq, sk = 20, 64
+    q, dout = (rng.standard_normal((1, 2, sq, 16)).astype(DTYPES[dtype]) for _ in range(2))
+    k, v = (rng.standard_normal((1, 2, sk, 16)).astype(DTYPES[dtype]) for _ in range(2))
+    mask = rng.random((sq, sk)) < 0.5
+    mask[3] = mask[11] = False
+    low = lowest * float(ml_dtypes.finfo(DTYPES[dtype]).min)
+    bias = np.where(mask, 0, low).astype(DTYPES[dtype])
+    some = mask.any(axis=1)
+    out, lse = backend.attention(q, k, v, bias=bias, return_lse=True)
+    by_mask = backend.attention(q, k, v, mask=mask)
+    wide = out.astype(np.float64)
+    tolerance = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2e-2}[dtype]
+    np.testing.assert_allclose(wide[:, :, some], by_mask.astype(np.float64)[:, :, some], rtol=0, atol=tolerance)
+    mean = v.astype(np.float64).mean(axis=2, keepdims=True)
+    np.testing.assert_allclose(wide[:, :, ~some], np.repeat(mean, 2, axis=2), rtol=0, atol=tolerance)
+    got = backend.attention_backward(dout, q, k, v, out, lse, bias=bias)
+    wide_inputs = [x.astype(np.float64) for x in (dout, q, k, v)]
+    expected = reference.attention_backward(*wide_inputs, mask=mask)
+    # What the rows that see nothing add under the bias: weights 1/sk each.
+    alike = reference.attention_backward(wide_inputs[0][:, :, ~some], wide_inputs[1][:, :, ~some] * 0, *wide_inputs[2:])
+    np.testing.assert_allclose(got.dv.astype(np.float64), expected.dv + alike.dv, rtol=0, atol=50 * tolerance)
+    np.testing.assert_allclose(got.dq.astype(np.float64)[:, :, some], expected.dq[:, :, some], rtol=0, atol=50 * tolerance)
+    np.testing.assert_allclose(got.dq.astype(np.float64)[:, :, ~some], alike.dq, rtol=0, atol=50 * tolerance)
