@@ -6,6 +6,8 @@ from cases import EDGES, FLOATS, SMOKE, SWEEP, built, gradients
 from checking import DTYPES, assert_within, memory_bytes, same_bits
 from test_forward import FAR, sparse
 
+from flashgqa import reference
+
 
 def check_backward(case, backend):
     call, _ = built(case)
@@ -50,6 +52,25 @@ def test_saved_results_of_the_whole_give_the_gradients_of_a_part(dtype, rng, bac
     np.testing.assert_allclose(wide[1][0] + wide[2][0], wide[0][0], rtol=0, atol=tolerance)
     for n in (1, 2):
         np.testing.assert_allclose(np.concatenate([wide[1][n], wide[2][n]], axis=2), wide[0][n], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_parts_where_one_number_cannot_hold_the_lse(dtype, backend):
+    """Scores so large that exp(x - lse) is right only if max and sum are known apart, which a part of the keys does not."""
+    size = DTYPES[dtype].type({"float32": 2.0**10, "float64": 2.0**23}[dtype])
+    q = np.full((1, 2, 3, 4), size)
+    k = size * np.array([1, 0.5, 1, 0.25], DTYPES[dtype])[None, None, :, None] * np.ones((1, 1, 1, 4), DTYPES[dtype])
+    v = np.arange(16, dtype=DTYPES[dtype]).reshape(1, 1, 4, 4)
+    q[:, :, 1] *= DTYPES[dtype].type(1e-6) / size  # its neighbours are rows of ordinary size
+    dout = np.ones((1, 2, 3, 4), DTYPES[dtype])
+    out, lse = backend.attention(q, k, v, scale=1.0, return_lse=True)
+    whole = backend.attention_backward(dout, q, k, v, out, lse, scale=1.0).dv
+    expected = reference.attention_backward(*(x.astype(np.longdouble) for x in (dout, q, k, v)), scale=1.0).dv
+    np.testing.assert_allclose(whole, expected, rtol=1e-4)
+    for part in (slice(0, 1), slice(1, 2), slice(3, 4)):
+        dv = backend.attention_backward(dout, q, k[:, :, part], v[:, :, part], out, lse, scale=1.0).dv
+        # Of the keys that share the largest score a part has all or nothing, as far as its lse tells.
+        assert ((dv >= expected[:, :, part] * 0.999) & (dv <= expected[:, :, part] * 2.001)).all(), part
 
 
 def test_gradients_that_no_input_asks_for_are_none(rng, backend):

@@ -59,6 +59,23 @@ SIMD int32_t bwd_row_stride(int32_t cols)
 /* Where a panel's rows go: q[lane][ldq], dout[lane][ldo]. */
 typedef struct { real *q, *dout; int32_t ldq, ldo; } bwd_rows;
 
+/* Replaces each LSE too large to hold its sum by the two halves of it, where these keys are all that it was made of. Where
+ * it is that of more keys (a part of a split), it says more than these keys can. */
+FGQA_SHARED void bwd_own_lse(bwd_panel *bp, const tile_sequence *t, const tile_sequence *kv, const stats_scratch *scratch)
+{
+    row_stats own;
+    row_stats_of(&own, t, kv, &bp->panel, bp->q_t, scratch);
+    for (int32_t lane = 0; lane < bp->panel.w; lane++) {
+        const real given = bp->lse.top[lane], size = given < 0 ? -given : given;
+        const real apart = own.top[lane] + own.log_sum[lane] - given;
+        const real rounding = 4 * size * (real)(FGQA_REAL_F64 ? 0x1p-52 : 0x1p-23);
+        if (size > LARGEST_LSE && size < REAL_INF && apart <= rounding && -apart <= rounding) {
+            bp->lse.top[lane] = own.top[lane];
+            bp->lse.log_sum[lane] = own.log_sum[lane];
+        }
+    }
+}
+
 /* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. */
 FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const tile_sequence *kv, int64_t r0, int64_t r1,
                                 const bwd_rows *to, const stats_scratch *scratch)
@@ -78,7 +95,7 @@ FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const til
         bp->lse.log_sum[lane] = 0;
         bp->delta[lane] = 0;
     }
-    if (bp->exact) { row_stats_of(&bp->lse, t, kv, &bp->panel, bp->q_t, scratch); }
+    if (bp->exact) { bwd_own_lse(bp, t, kv, scratch); }
 }
 
 /* weight (NULL: not wanted) and ds, `ld` reals between keys. The flags are constants where it pays. */
