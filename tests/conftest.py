@@ -5,6 +5,7 @@ A test that takes the `backend` fixture runs once for each; it calls `backend.at
 """
 
 import os
+import signal
 
 # The oracle's matrix products are small; BLAS threads would only wait for each other and for the kernels' own pool.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -71,6 +72,9 @@ def rng(request):
 
 
 def pytest_configure(config):
+    # A shell that starts the suite in the background has SIGINT ignored in all of it; the tests of Ctrl-C need it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "sweep: random combinations of all options; the longest part of the suite")
 
 
