@@ -273,7 +273,7 @@ cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, ba
     (2, 7, 64)
     """
     return Gradients(*_backward(
-        dout, q, k, v, out, lse, dlse,
+        dout, q, k, v, out, lse, dlse, True,
         causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
         cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,
         precision, check, device, kernel,

@@ -202,7 +202,7 @@ PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
     return result;
 }
 
-/* backward(dout, q, k, v, out, lse, dlse, *options) -> (dq, dk, dv, dbias, dsink), None where there is none */
+/* backward(dout, q, k, v, out, lse, dlse, want_dbias, *options) -> (dq, dk, dv, dbias, dsink), None where there is none */
 static int prepare_backward(fgqa_call *call, PyObject *const *args)
 {
     static const fgqa_arg order[] = {FGQA_ARG_dout, FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out, FGQA_ARG_lse};
@@ -210,8 +210,9 @@ static int prepare_backward(fgqa_call *call, PyObject *const *args)
         if (import_argument(call, order[n], args[n]) < 0) { return -1; }
     }
     if (args[6] != Py_None && import_argument(call, FGQA_ARG_dlse, args[6]) < 0) { return -1; }
-    if (import_options(call, args + 7) < 0) { return -1; }
-    call->request.want_dbias = call->request.tensor[FGQA_ARG_bias] != NULL;
+    int32_t want_dbias = 0;
+    if (fgqa_read_bool(args[7], "want_dbias", &want_dbias) < 0 || import_options(call, args + 8) < 0) { return -1; }
+    call->request.want_dbias = want_dbias && call->request.tensor[FGQA_ARG_bias] != NULL;
     call->request.want_dsink = call->request.tensor[FGQA_ARG_sink] != NULL;
     return 0;
 }
@@ -220,7 +221,7 @@ PyObject *fgqa_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t n
 {
     fgqa_call call;
     PyObject *result = NULL;
-    if (check_count("backward", n, 7 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    if (check_count("backward", n, 8 + FGQA_OPTION_COUNT) < 0) { return NULL; }
     call_begin(&call, module, FGQA_PASS_BWD);
     if (prepare_backward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
         static const fgqa_arg order[] = {FGQA_ARG_dq, FGQA_ARG_dk, FGQA_ARG_dv, FGQA_ARG_dbias, FGQA_ARG_dsink};

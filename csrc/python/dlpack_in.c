@@ -278,8 +278,8 @@ static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slo
         const int recording = enabled != Py_False;
         Py_XDECREF(enabled);
         if (recording) {
-            PyErr_Format(PyExc_BufferError, "%s requires grad, and gradients do not flow through this function: detach() it or "
-                         "run under torch.no_grad(), and use attention_backward for gradients", slot->name);
+            PyErr_Format(PyExc_BufferError, "%s requires grad, and gradients do not flow through this function: use that of "
+                         "flashgqa.torch, or detach() it or run under torch.no_grad()", slot->name);
             return -1;
         }
     }

@@ -1,0 +1,99 @@
+"""The functions of FlashAttention 2.8 under their own names, with its signatures, shapes and return values.
+
+Here the log-sum-exp of a row that sees no key is -inf (there it is inf), and S_dmask is always None.
+"""
+
+from ._torch_attention import attention
+
+
+def _run(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more):
+    left, right = window_size
+    out, lse = attention(
+        q, k, v,
+        dropout_p=dropout_p,
+        scale=softmax_scale,
+        causal=causal,
+        window=(None if left < 0 else left, None if right < 0 else right),
+        softcap=softcap if softcap != 0 else None,
+        alibi_slopes=alibi_slopes,
+        deterministic=deterministic,
+        return_lse=True,
+        **more,
+    )  # fmt: skip
+    return (out, lse, None) if return_attn_probs else out
+
+
+def flash_attn_func(
+    q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """flash_attn.flash_attn_func: q [b, sq, hq, d], k and v [b, sk, hk, d], out as q.
+
+    Returns out, or (out, lse [b, hq, sq], None) with return_attn_probs.
+    """
+    return _run(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        layout="bshd",
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with kv [b, sk, 2, hk, d]."""
+    k, v = kv.unbind(-3)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_qkvpacked_func(
+    qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
+    deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` with qkv [b, s, 3, h, d]."""
+    q, k, v = qkv.unbind(-3)
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+    )
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
+):  # fmt: skip
+    """flash_attn.flash_attn_varlen_func: q [total_q, hq, d], k and v [total_k, hk, d], cu_seqlens int32 [b + 1].
+
+    Returns out, or (out, lse [hq, total_q], None) with return_attn_probs. A max_seqlen that is too small is a ValueError.
+    """
+    if block_table is not None:
+        raise NotImplementedError("block_table: this version has no paged KV cache; gather the pages into k and v")
+    return _run(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, max_q=max_seqlen_q, max_kv=max_seqlen_k,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
+    window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` with kv [total_k, 2, hk, d]."""
+    k, v = kv.unbind(-3)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
+        softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    alibi_slopes=None, deterministic=False, return_attn_probs=False,
+):  # fmt: skip
+    """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` with qkv [total, 3, h, d]."""
+    q, k, v = qkv.unbind(-3)
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
+        alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip

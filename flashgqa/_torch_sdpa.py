@@ -1,0 +1,138 @@
+"""torch.nn.functional.scaled_dot_product_attention, and the with-block that routes torch's own here."""
+
+import math
+import threading
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from ._torch_attention import as_autocast, attention
+
+
+def _fold(x, batch, heads, matrix):
+    """x, broadcast to [*batch, heads, *matrix] and with the axes of batch made one; a view where strides allow it."""
+    if x.shape[:-2] != (*batch, heads):
+        x = x.expand(*batch, heads, *matrix)
+    return x if len(batch) == 1 else x.reshape(math.prod(batch), heads, *matrix)
+
+
+def _broadcast(a, b, c):
+    """The shape that three broadcast to; torch's own function takes longer than all of a small call."""
+    return tuple(a) if a == b == c else tuple(torch.broadcast_shapes(a, b, c))
+
+
+def _mask_fold(mask, batch, heads):
+    """A mask of any rank as [b or 1, heads or 1, sq or 1, sk or 1], expanded only where axes of batch must be joined."""
+    shape = (1,) * (len(batch) + 3 - mask.dim()) + tuple(mask.shape)
+    mask = mask.reshape(shape)
+    lead, head = shape[: len(batch)], shape[len(batch)]
+    if any(n not in (1, whole) for n, whole in zip((*lead, head), (*batch, heads), strict=True)):
+        raise ValueError(f"attn_mask has shape {list(shape)}: it must broadcast to {[*batch, heads, *shape[-2:]]}")
+    if all(n == 1 for n in lead):
+        return mask.reshape(1, *shape[len(batch) :])
+    return _fold(mask, batch, head, shape[-2:])
+
+
+def scaled_dot_product_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
+    """torch.nn.functional.scaled_dot_product_attention: same arguments, same meaning, gradients of query, key, value and a
+    float attn_mask.
+
+    query [..., hq, sq, d], key [..., hk, sk, d], value [..., hk, sk, dv]; leading axes broadcast. attn_mask: bool (True: may
+    attend), or float, added to the scores; or a torch.nn.attention.bias.CausalBias. is_causal is top-left. A row that sees no
+    key gives 0. Grouped heads need enable_gqa=True, except that one KV head broadcasts, and are never repeated in memory.
+    """
+    causal, align = is_causal, "top-left"
+    if attn_mask is not None and is_causal:
+        raise RuntimeError("attn_mask is set and is_causal is True: give one of them; attn_mask can hold both")
+    if type(attn_mask).__name__ == "CausalBias":
+        from torch.nn.attention.bias import CausalVariant  # takes seconds, but whoever made the bias has spent them
+
+        sizes = (attn_mask.seq_len_q, attn_mask.seq_len_kv)
+        if sizes != (query.shape[-2], key.shape[-2]):
+            raise ValueError(f"attn_mask is a CausalBias of {sizes}: it must be of {(query.shape[-2], key.shape[-2])}")
+        causal, align = True, "top-left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom-right"
+        attn_mask = None
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.dim() < 2:
+            raise ValueError(f"{name} has {x.dim()} dimensions: it must have at least 2, [..., length, head dim]")
+    query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(f"attn_mask is {attn_mask.dtype}: it must be torch.bool, torch.float32 or query's {query.dtype}")
+
+    # Axes: batch (any number, made one) | heads | matrix.
+    q, k, v = (x.unsqueeze(0) if x.dim() == 2 else x for x in (query, key, value))
+    hq, hk, hv = q.shape[-3], k.shape[-3], v.shape[-3]
+    if enable_gqa:
+        if hk == 0 or hv == 0 or hq % hk != 0 or hq % hv != 0:
+            raise RuntimeError(f"enable_gqa: query has {hq} heads, key {hk} and value {hv}: query's must be a multiple of both")
+        kv_heads = max(hk, hv) if max(hk, hv) % min(hk, hv) == 0 else hq
+        k = k if hk == kv_heads else k.repeat_interleave(kv_heads // hk, -3)
+        v = v if hv == kv_heads else v.repeat_interleave(kv_heads // hv, -3)
+    else:
+        hq = _broadcast((hq,), (hk,), (hv,))[0]
+        kv_heads = 1 if hk == 1 and hv == 1 else hq
+    batch = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    mask = bias = None
+    if attn_mask is not None:
+        attn_mask = _mask_fold(attn_mask, batch, hq)
+        mask, bias = (attn_mask, None) if attn_mask.dtype == torch.bool else (None, attn_mask)
+    out = attention(
+        _fold(q, batch, hq, q.shape[-2:]),
+        _fold(k, batch, kv_heads, k.shape[-2:]),
+        _fold(v, batch, kv_heads, v.shape[-2:]),
+        causal=causal, align=align, scale=scale, mask=mask, bias=bias, dropout_p=dropout_p,
+    )  # fmt: skip
+    if len(batch) != 1:
+        out = out.reshape(*batch, hq, *out.shape[-2:])
+    return out[0] if query.dim() == key.dim() == value.dim() == 2 else out
+
+
+class _Route(TorchFunctionMode):
+    """Catches torch's function by whatever name it is called, and makes torch.compile trace anew."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch._C._nn.scaled_dot_product_attention:
+            return scaled_dot_product_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Replaced:
+    """torch.nn.functional's attribute. What torch itself runs inside of a mode, such as backward() and the layers of torch.nn,
+    no longer sees the mode, but it sees this."""
+
+    def __init__(self):
+        self.lock, self.blocks, self.own = threading.Lock(), 0, None
+
+    def __enter__(self):
+        with self.lock:
+            if self.blocks == 0:
+                self.own = functional.scaled_dot_product_attention
+                functional.scaled_dot_product_attention = scaled_dot_product_attention
+            self.blocks += 1
+
+    def __exit__(self, *_):
+        with self.lock:
+            self.blocks -= 1
+            if self.blocks == 0:
+                functional.scaled_dot_product_attention = self.own
+
+
+_replaced = _Replaced()
+
+
+@contextmanager
+def use_flashgqa():
+    """Inside of ``with use_flashgqa():`` torch.nn.functional.scaled_dot_product_attention is that of flashgqa.
+
+    Whatever calls it: layers of torch.nn and models of other libraries as well, compiled or not. What flashgqa does not serve
+    is an error, never torch's own function in silence. Backward passes through torch.utils.checkpoint belong inside of the
+    block, too, for they compute forward again. While a block is open it holds for all threads of the process.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        raise NotImplementedError("use_flashgqa() goes around the call of a compiled function, not into it")
+    with _replaced, _Route():
+        yield

@@ -1,0 +1,31 @@
+"""flashgqa for PyTorch: attention with gradients, and what other libraries call it.
+
+Nothing of flashgqa imports torch but this module, and only when it is asked for.
+"""
+
+from ._torch_attention import attention, merge
+from ._torch_flash_attn import (
+    flash_attn_func,
+    flash_attn_kvpacked_func,
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_kvpacked_func,
+    flash_attn_varlen_qkvpacked_func,
+)
+from ._torch_modules import FlashMHA, mean_pool_kv_heads
+from ._torch_sdpa import scaled_dot_product_attention, use_flashgqa
+
+__all__ = [
+    "FlashMHA",
+    "attention",
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "mean_pool_kv_heads",
+    "merge",
+    "scaled_dot_product_attention",
+    "use_flashgqa",
+]
