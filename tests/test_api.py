@@ -19,7 +19,7 @@ import flashgqa
 from flashgqa import _C, api, reference
 
 Q, K, V = inputs("float64")
-CALLS = {"attention": (5, ()), "attention_backward": (7, ()), "explain": (6, ()), "attention_weights": (3, ())}
+CALLS = {"attention": (5, ()), "attention_backward": (8, ()), "explain": (6, ()), "attention_weights": (3, ())}
 NO_DROPOUT = {"dropout_p", "seed", "deterministic", "batch_invariant", "precision"}
 
 

@@ -15,7 +15,8 @@
 
 static PyMethodDef methods[] = {
     {"forward", FAST(fgqa_py_forward), "forward(q, k, v, return_lse, out, *OPTIONS) -> out | (out, lse)"},
-    {"backward", FAST(fgqa_py_backward), "backward(dout, q, k, v, out, lse, dlse, *OPTIONS) -> (dq, dk, dv, dbias, dsink)"},
+    {"backward", FAST(fgqa_py_backward),
+     "backward(dout, q, k, v, out, lse, dlse, want_dbias, *OPTIONS) -> (dq, dk, dv, dbias, dsink)"},
     {"weights", FAST(fgqa_py_weights), "weights(q, k, rows, *OPTIONS) -> weights"},
     {"explain", FAST(fgqa_py_explain), "explain(q, k, v, return_lse, out, backward, *OPTIONS) -> dict"},
     {"merge", FAST(fgqa_py_merge), "merge(outs, lses, layout) -> (out, lse)"},
