@@ -1,0 +1,45 @@
+"""What the tests of flashgqa.torch share: random leaves, gradients, comparisons."""
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float64, grad=True):
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def inputs(b=2, hq=4, hk=2, sq=5, sk=7, d=8, dv=6, dtype=torch.float64, grad=True):
+    return tuple(randn(*shape, dtype=dtype, grad=grad) for shape in ((b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv)))
+
+
+def leaves(*tensors):
+    return tuple(x if x is None else x.detach().clone().requires_grad_() for x in tensors)
+
+
+def gradients(outputs, tensors, *cotangents):
+    return torch.autograd.grad(outputs, tensors, cotangents or [torch.cos(x.detach()) for x in outputs])
+
+
+def assert_equal(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def assert_near(got, expected, naive, dtype, factor):
+    """The error rule of the suite (flashgqa/_bounds.py), with torch's own narrow computation as the naive one.
+
+    In float64 that is the truth itself, and has no error; nor has it where all is zero, a few roundings of sums apart.
+    """
+    expected = expected.double()
+    error, largest = (got.double() - expected).abs().max(), expected.abs().max()
+    if dtype == torch.float64:
+        assert error <= 1e-13 * max(largest, 1)
+    else:
+        rounding = 2 * torch.finfo(dtype).eps * largest + 64 * torch.finfo(torch.float32).eps
+        assert error <= factor * (naive.double() - expected).abs().max() + rounding
