@@ -51,9 +51,12 @@ static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&
     for (int r = 0; r < 4; r++) { split_tf32(__uint_as_float(a[r]), &a_big[r], &a_small[r]); }
     split_tf32(__uint_as_float(b0), &b_big[0], &b_small[0]);
     split_tf32(__uint_as_float(b1), &b_big[1], &b_small[1]);
-    mma_m16n8k8_tf32(d, a_small, b_big[0], b_big[1]);
-    mma_m16n8k8_tf32(d, a_big, b_small[0], b_small[1]);
-    mma_m16n8k8_tf32(d, a_big, b_big[0], b_big[1]);
+    float sum[4] = {};                       /* the tensor core truncates as it adds: only one step's rounding is left to it */
+    mma_m16n8k8_tf32(sum, a_small, b_big[0], b_big[1]);
+    mma_m16n8k8_tf32(sum, a_big, b_small[0], b_small[1]);
+    mma_m16n8k8_tf32(sum, a_big, b_big[0], b_big[1]);
+#pragma unroll
+    for (int r = 0; r < 4; r++) { d[r] += sum[r]; }
 }
 
 /* Any float dtype as float32: bias, sink. */
