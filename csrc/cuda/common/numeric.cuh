@@ -1,0 +1,55 @@
+/* numeric.cuh - element types, conversions and the few transcendental functions the kernels use.
+ *
+ * 16-bit elements travel in pairs, as one 32-bit register of an mma operand.
+ */
+#pragma once
+#include "../../core/tensor.h"
+#include "ptx_mma.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math.h>
+#include <stdint.h>
+
+typedef __half f16;
+typedef __nv_bfloat16 bf16;
+typedef float f32;
+
+/* 2^x, relative error 2^-22; denormal results are 0. */
+PTX_FN float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+/* log2(x), absolute error 2^-22 near 1, relative 2^-22 elsewhere. */
+PTX_FN float lg2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+
+/* {lo, hi} rounded to nearest even and packed, lo in the low half. */
+PTX_FN uint32_t pack2(float lo, float hi, bf16) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
+PTX_FN uint32_t pack2(float lo, float hi, f16) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
+
+static __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
+static __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
+static __device__ __forceinline__ float to_float(f32 x) { return x; }
+static __device__ __forceinline__ void from_float(f16 *y, float x) { *y = __float2half_rn(x); }
+static __device__ __forceinline__ void from_float(bf16 *y, float x) { *y = __float2bfloat16_rn(x); }
+static __device__ __forceinline__ void from_float(f32 *y, float x) { *y = x; }
+
+/* One k16 step on 16-bit operands; the last argument only names the type. */
+static __device__ __forceinline__ void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) { mma_m16n8k16_bf16(d, a, b0, b1); }
+static __device__ __forceinline__ void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) { mma_m16n8k16_f16(d, a, b0, b1); }
+
+/* x = big + small up to 2^-24 |x|, both exact in tf32: three tf32 products make a float32 product. Inf and NaN are all in
+ * `big`: inf - inf would be NaN. */
+static __device__ __forceinline__ void split_tf32(float x, uint32_t *big, uint32_t *small)
+{
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*big) : "f"(x));
+    const float rest = isfinite(x) ? x - __uint_as_float(*big) : 0.0f;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*small) : "f"(rest));
+}
+
+/* Any float dtype as float32: bias, sink. */
+static __device__ __forceinline__ float load_float(const void *p, int64_t index, fgqa_dtype dtype)
+{
+    switch (dtype) {
+    case FGQA_F16: return to_float(((const f16 *)p)[index]);
+    case FGQA_BF16: return to_float(((const bf16 *)p)[index]);
+    case FGQA_F64: return (float)((const double *)p)[index];
+    default: return ((const float *)p)[index];
+    }
+}

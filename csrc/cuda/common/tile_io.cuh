@@ -1,0 +1,122 @@
+/* tile_io.cuh - rows of global memory to and from a swizzled tile of shared memory.
+ *
+ * A tile is ROWS rows x D elements of T (swizzle.cuh). Rows past `valid` and elements past `d` are zero: zero keys and values
+ * meet weights that are exactly 0, and garbage there could be NaN. All THREADS threads of the block take part.
+ */
+#pragma once
+#include "numeric.cuh"
+#include "params.cuh"
+#include "ptx_cp_async.cuh"
+#include "ptx_ldmatrix.cuh"
+#include "swizzle.cuh"
+
+/* How the threads share a tile: LANES neighbours copy one row, 16 bytes each, in steps of LANES pieces. */
+template <typename T, int D, int THREADS> struct tile_shape {
+    static constexpr int ROW_BYTES = D * (int)sizeof(T);
+    static constexpr int LANES = ROW_BYTES % 128 == 0 ? 8 : 4;
+    static constexpr int STEPS = ROW_BYTES / 16 / LANES;
+    static constexpr int ROWS_AT_ONCE = THREADS / LANES;
+    static constexpr int PIECE = 16 / (int)sizeof(T);         /* elements of one piece */
+};
+
+/* Bytes of piece `piece` that lie inside a row of d elements: 0..16. */
+template <typename T> static __device__ __forceinline__ uint32_t piece_bytes(int piece, int d)
+{
+    return (uint32_t)max(0, min(16, d * (int)sizeof(T) - 16 * piece));
+}
+
+/* One piece without alignment: element by element. */
+template <typename T> static __device__ __forceinline__ void copy_piece(uint32_t dst, const char *src, uint32_t bytes)
+{
+    uint32_t word[4] = {0, 0, 0, 0};
+    if (sizeof(T) == 4) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) { if (4u * n < bytes) { word[n] = ((const uint32_t *)src)[n]; } }
+    } else {
+#pragma unroll
+        for (int n = 0; n < 8; n++) { if (2u * n < bytes) { word[n / 2] |= (uint32_t)((const uint16_t *)src)[n] << 16 * (n % 2); } }
+    }
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+}
+
+/* Rows first_row + 0 .. of `row_bytes` stride at `src` (address of tile row 0). With `vector` the copies are only issued:
+ * commit and wait; without, they are done on return. Both need a barrier before other threads read. */
+template <typename T, int ROWS, int D, int THREADS>
+static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src, int64_t row_bytes, int valid, int d, bool vector)
+{
+    using shape = tile_shape<T, D, THREADS>;
+    static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
+    const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
+    const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
+    src += row0 * row_bytes + 16 * piece0;
+#pragma unroll
+    for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+#pragma unroll
+        for (int c = 0; c < shape::STEPS; c++) {
+            const uint32_t bytes = row0 + r < valid ? piece_bytes<T>(piece0 + c * shape::LANES, d) : 0;
+            const uint32_t to = dst + r * shape::ROW_BYTES + c * shape::LANES * 16;
+            if (vector) {
+                cp_async_16(to, src + c * shape::LANES * 16, bytes);
+            } else {
+                copy_piece<T>(to, src + c * shape::LANES * 16, bytes);
+            }
+        }
+        src += shape::ROWS_AT_ONCE * row_bytes;
+    }
+}
+
+/* The same for packed rows (query row x head of the group): `view` at (b, first head of the group, first row of the sequence). */
+template <typename T, int ROWS, int D, int THREADS>
+static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const char *src, const fgqa_view &view, packed_rows rows, int valid, int d, bool vector)
+{
+    using shape = tile_shape<T, D, THREADS>;
+    static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
+    const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
+    const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+        const int local = row0 + r < valid ? row0 + r : 0;
+        const char *row = src + (int64_t)sizeof(T) * (rows.i(local) * view.stride_s + rows.h(local) * view.stride_h) + 16 * piece0;
+#pragma unroll
+        for (int c = 0; c < shape::STEPS; c++) {
+            const uint32_t bytes = row0 + r < valid ? piece_bytes<T>(piece0 + c * shape::LANES, d) : 0;
+            const uint32_t to = dst + r * shape::ROW_BYTES + c * shape::LANES * 16;
+            if (vector) {
+                cp_async_16(to, row + c * shape::LANES * 16, bytes);
+            } else {
+                copy_piece<T>(to, row + c * shape::LANES * 16, bytes);
+            }
+        }
+    }
+}
+
+/* Tile rows to packed rows of global memory; the first `valid` rows and d elements of each are written, nothing else. */
+template <typename T, int ROWS, int D, int THREADS>
+static __device__ __forceinline__ void store_packed_tile(uint32_t tile, char *dst, const fgqa_view &view, packed_rows rows, int valid, int d, bool vector)
+{
+    using shape = tile_shape<T, D, THREADS>;
+    const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
+    const uint32_t from = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+        if (row0 + r >= valid) { break; }
+        char *row = dst + (int64_t)sizeof(T) * (rows.i(row0 + r) * view.stride_s + rows.h(row0 + r) * view.stride_h) + 16 * piece0;
+#pragma unroll
+        for (int c = 0; c < shape::STEPS; c++) {
+            const uint32_t bytes = piece_bytes<T>(piece0 + c * shape::LANES, d);
+            uint32_t word[4];
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+                         : "r"(from + r * shape::ROW_BYTES + c * shape::LANES * 16) : "memory");
+            char *to = row + c * shape::LANES * 16;
+            if (vector && bytes == 16) {
+                *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
+            } else if (sizeof(T) == 4) {
+#pragma unroll
+                for (int n = 0; n < 4; n++) { if (4u * n < bytes) { ((uint32_t *)to)[n] = word[n]; } }
+            } else {
+#pragma unroll
+                for (int n = 0; n < 8; n++) { if (2u * n < bytes) { ((uint16_t *)to)[n] = (uint16_t)(word[n / 2] >> 16 * (n % 2)); } }
+            }
+        }
+    }
+}
