@@ -30,10 +30,6 @@ static __device__ __forceinline__ void from_float(f16 *y, float x) { *y = __floa
 static __device__ __forceinline__ void from_float(bf16 *y, float x) { *y = __float2bfloat16_rn(x); }
 static __device__ __forceinline__ void from_float(f32 *y, float x) { *y = x; }
 
-/* One k16 step on 16-bit operands; the last argument only names the type. */
-static __device__ __forceinline__ void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) { mma_m16n8k16_bf16(d, a, b0, b1); }
-static __device__ __forceinline__ void mma_k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) { mma_m16n8k16_f16(d, a, b0, b1); }
-
 /* x = big + small up to 2^-24 |x|, both exact in tf32: three tf32 products make a float32 product. Inf and NaN are all in
  * `big`: inf - inf would be NaN. */
 static __device__ __forceinline__ void split_tf32(float x, uint32_t *big, uint32_t *small)
@@ -41,6 +37,23 @@ static __device__ __forceinline__ void split_tf32(float x, uint32_t *big, uint32
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*big) : "f"(x));
     const float rest = isfinite(x) ? x - __uint_as_float(*big) : 0.0f;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*small) : "f"(rest));
+}
+
+/* d += a * b over one step of k: 32 bytes of a row, k16 of 16-bit elements or k8 of float32 ones (with float32 accuracy).
+ * The last argument only names the type. */
+static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) { mma_m16n8k16_bf16(d, a, b0, b1); }
+static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) { mma_m16n8k16_f16(d, a, b0, b1); }
+
+static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f32)
+{
+    uint32_t a_big[4], a_small[4], b_big[2], b_small[2];
+#pragma unroll
+    for (int r = 0; r < 4; r++) { split_tf32(__uint_as_float(a[r]), &a_big[r], &a_small[r]); }
+    split_tf32(__uint_as_float(b0), &b_big[0], &b_small[0]);
+    split_tf32(__uint_as_float(b1), &b_big[1], &b_small[1]);
+    mma_m16n8k8_tf32(d, a_small, b_big[0], b_big[1]);
+    mma_m16n8k8_tf32(d, a_big, b_small[0], b_small[1]);
+    mma_m16n8k8_tf32(d, a_big, b_big[0], b_big[1]);
 }
 
 /* Any float dtype as float32: bias, sink. */

@@ -18,3 +18,11 @@ template <int ROW_BYTES> static __device__ __forceinline__ uint32_t swizzle(uint
 {
     return row * ROW_BYTES + ((piece ^ swizzle_bits<ROW_BYTES>(row)) << 4);
 }
+
+/* The same for a lane whose row is fixed and whose piece is first ^ step, first < 2, step even and known at compile time:
+ * all but the row part. lane_bits = swizzle_bits(row) ^ first. Four (two) distinct values, the rest is an immediate. */
+template <int ROW_BYTES> static __device__ __forceinline__ uint32_t swizzle_step(uint32_t lane_bits, int step)
+{
+    constexpr int GROUP = ROW_BYTES % 128 == 0 ? 7 : 3;
+    return (uint32_t)(step & ~GROUP) * 16 + ((lane_bits ^ (uint32_t)(step & GROUP)) << 4);
+}
