@@ -39,27 +39,46 @@ template <typename T> static __device__ __forceinline__ void copy_piece(uint32_t
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
 }
 
-/* Rows first_row + 0 .. of `row_bytes` stride at `src` (address of tile row 0). With `vector` the copies are only issued:
- * commit and wait; without, they are done on return. Both need a barrier before other threads read. */
+/* How a tensor's rows can be read: element by element; in 16-byte pieces; in pieces of which none crosses the end of a row. */
+enum tile_access { ACCESS_ELEMENTS, ACCESS_PIECES, ACCESS_WHOLE_PIECES };
+
+template <typename T>
+static __device__ __forceinline__ void load_piece(uint32_t dst, const char *src, bool row_exists, int piece, int d, tile_access access)
+{
+    const uint32_t bytes = row_exists ? piece_bytes<T>(piece, d) : 0;
+    if (access == ACCESS_WHOLE_PIECES) {
+        cp_async_16_or_zero(dst, src, bytes == 0);
+    } else if (access == ACCESS_PIECES) {
+        cp_async_16(dst, src, bytes);
+    } else {
+        copy_piece<T>(dst, src, bytes);
+    }
+}
+
+/* Rows 0, 1, .. of `row_bytes` stride at `src`. Unless element by element, the copies are only issued: commit and wait. Then,
+ * in any case, a barrier before other threads read. */
 template <typename T, int ROWS, int D, int THREADS>
-static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src, int64_t row_bytes, int valid, int d, bool vector)
+static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src, int64_t row_bytes, int valid, int d, tile_access access)
 {
     using shape = tile_shape<T, D, THREADS>;
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
     const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
     src += row0 * row_bytes + 16 * piece0;
+    if (access != ACCESS_ELEMENTS && valid >= ROWS && d == D) {
 #pragma unroll
+        for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+#pragma unroll
+            for (int c = 0; c < shape::STEPS; c++) { cp_async_16(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, src + c * shape::LANES * 16); }
+            src += shape::ROWS_AT_ONCE * row_bytes;
+        }
+        return;
+    }
+#pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
-            const uint32_t bytes = row0 + r < valid ? piece_bytes<T>(piece0 + c * shape::LANES, d) : 0;
-            const uint32_t to = dst + r * shape::ROW_BYTES + c * shape::LANES * 16;
-            if (vector) {
-                cp_async_16(to, src + c * shape::LANES * 16, bytes);
-            } else {
-                copy_piece<T>(to, src + c * shape::LANES * 16, bytes);
-            }
+            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, src + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, access);
         }
         src += shape::ROWS_AT_ONCE * row_bytes;
     }
@@ -67,25 +86,19 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
 
 /* The same for packed rows (query row x head of the group): `view` at (b, first head of the group, first row of the sequence). */
 template <typename T, int ROWS, int D, int THREADS>
-static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const char *src, const fgqa_view &view, packed_rows rows, int valid, int d, bool vector)
+static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const char *src, const fgqa_view &view, packed_rows rows, int valid, int d, tile_access access)
 {
     using shape = tile_shape<T, D, THREADS>;
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
     const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
         const int local = row0 + r < valid ? row0 + r : 0;
         const char *row = src + (int64_t)sizeof(T) * (rows.i(local) * view.stride_s + rows.h(local) * view.stride_h) + 16 * piece0;
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
-            const uint32_t bytes = row0 + r < valid ? piece_bytes<T>(piece0 + c * shape::LANES, d) : 0;
-            const uint32_t to = dst + r * shape::ROW_BYTES + c * shape::LANES * 16;
-            if (vector) {
-                cp_async_16(to, row + c * shape::LANES * 16, bytes);
-            } else {
-                copy_piece<T>(to, row + c * shape::LANES * 16, bytes);
-            }
+            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, row + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, access);
         }
     }
 }
@@ -97,7 +110,7 @@ static __device__ __forceinline__ void store_packed_tile(uint32_t tile, char *ds
     using shape = tile_shape<T, D, THREADS>;
     const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
     const uint32_t from = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
-#pragma unroll
+#pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
         if (row0 + r >= valid) { break; }
         char *row = dst + (int64_t)sizeof(T) * (rows.i(row0 + r) * view.stride_s + rows.h(row0 + r) * view.stride_h) + 16 * piece0;

@@ -88,12 +88,17 @@ struct shared {
     uint32_t visible[MB][THREADS];                           /* collect_seen() */
 };
 
+static __device__ __forceinline__ tile_access access_of(int32_t vector)
+{
+    return !GENERAL ? ACCESS_WHOLE_PIECES : vector ? ACCESS_PIECES : ACCESS_ELEMENTS;
+}
+
 static __device__ __forceinline__ void load_k(shared &mem, const fgqa_params &params, int stage, int32_t tile)
 {
     const head_task &task = mem.task;
     const int64_t row_bytes = params.problem.view[FGQA_ARG_k].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, D, THREADS>(smem_address(mem.k[stage]), task.k + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
-                                      task.sequence.mask.sk - tile * BLOCK_K, params.problem.d, !GENERAL || params.vector_k);
+                                      task.sequence.mask.sk - tile * BLOCK_K, params.problem.d, access_of(params.vector_k));
 }
 
 static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &params, int stage, int32_t tile)
@@ -101,7 +106,7 @@ static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &pa
     const head_task &task = mem.task;
     const int64_t row_bytes = params.problem.view[FGQA_ARG_v].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v[stage]), task.v + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
-                                       task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, !GENERAL || params.vector_v);
+                                       task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, access_of(params.vector_v));
 }
 
 /* Scores of one tile -> weights, and what that does to the rows' state. `m` in the units of s; c = scale_log2. */
@@ -397,6 +402,17 @@ static __device__ __forceinline__ bool any_poison(const float (&o)[MB][OB][4])
     return __syncthreads_or(sum != 0.0f);
 }
 
+/* The block once more, with unseen values kept out, results included. A function of its own: the walk above must not share
+ * its registers with this one. */
+static __device__ __noinline__ void redo_carefully(shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float scale_log2)
+{
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * WARP_ROWS;
+    float o[MB][OB][4], m[MB][2], l[MB][2];
+    walk_tiles<true>(mem, params, o, m, l, scale_log2, first_row, lane);
+    __syncthreads();
+    store_rows(mem, params, split, part, o, m, l, scale_log2, first_row, lane);
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ split_plan split)
 {
@@ -418,13 +434,15 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
         if (mem.block.tiles.begin < mem.block.tiles.end) {
             load_packed_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q),
                 fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), mem.task.b, (int64_t)mem.task.kv_head * p.g, mem.task.sequence.q_row),
-                p.view[FGQA_ARG_q], mem.block.rows, mem.block.valid, p.d, !GENERAL || params.vector_q);
+                p.view[FGQA_ARG_q], mem.block.rows, mem.block.valid, p.d, access_of(params.vector_q));
         }
         float o[MB][OB][4], m[MB][2], l[MB][2];
         walk_tiles<false>(mem, params, o, m, l, scale_log2, first_row, lane);
-        if (any_poison(o)) { walk_tiles<true>(mem, params, o, m, l, scale_log2, first_row, lane); }
-        __syncthreads();                               /* every warp is done with Q, whose place O takes */
-        store_rows(mem, params, split, part, o, m, l, scale_log2, first_row, lane);
+        if (any_poison(o)) {                           /* also: every warp is done with Q, whose place O takes */
+            redo_carefully(mem, params, split, part, scale_log2);
+        } else {
+            store_rows(mem, params, split, part, o, m, l, scale_log2, first_row, lane);
+        }
         __syncthreads();
         if (threadIdx.x == 0) { begin_rows(mem, params, mem.block.first + (int64_t)split.blocks * BLOCK_Q, part, split.splits); }
         __syncthreads();
