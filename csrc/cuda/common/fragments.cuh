@@ -14,6 +14,15 @@
 #pragma once
 #include <stdint.h>
 
+/* threadIdx.x, read anew each time: addresses derived from it are then computed where they are used, instead of being kept in
+ * registers across loops that have none to spare. */
+static __device__ __forceinline__ uint32_t thread_index()
+{
+    uint32_t x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
 static __device__ __forceinline__ int fragment_row(int lane, int r) { return lane / 4 + 8 * (r / 2); }
 static __device__ __forceinline__ int fragment_column(int lane, int r) { return 2 * (lane % 4) + r % 2; }
 

@@ -14,13 +14,13 @@ struct fgqa_params {
     int32_t vector_q, vector_k, vector_v, vector_out, vector_dout;   /* 16-byte access is possible: address and strides allow it */
 };
 
-/* Whether every row of the view starts on 16 bytes. Strides of extents that are never stepped over do not count. */
-static inline int32_t fgqa_view_is_vector(const fgqa_problem *p, fgqa_arg arg, int32_t heads)
+/* Whether every row of the view starts on 16 bytes. */
+static inline int32_t fgqa_view_is_vector(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *view = &p->view[arg];
     const int64_t bytes = p->dtype == FGQA_F32 ? 4 : 2;
-    return (uintptr_t)view->data % 16 == 0 && view->stride_s * bytes % 16 == 0 && (p->b == 1 || view->stride_b * bytes % 16 == 0)
-        && (heads == 1 || view->stride_h * bytes % 16 == 0);
+    return (uintptr_t)view->data % 16 == 0 && view->stride_s * bytes % 16 == 0 && view->stride_b * bytes % 16 == 0
+        && view->stride_h * bytes % 16 == 0;
 }
 
 static inline fgqa_params fgqa_params_make(const fgqa_problem *problem)
@@ -31,11 +31,11 @@ static inline fgqa_params fgqa_params_make(const fgqa_problem *problem)
     p.softcap = (float)problem->softcap;
     p.inv_softcap = problem->softcap != 0.0 ? (float)(1.0 / problem->softcap) : 0.0f;
     p.dropout_scale = (float)fgqa_dropout_scale(problem->dropout_threshold);
-    p.vector_q = fgqa_view_is_vector(problem, FGQA_ARG_q, problem->hq);
-    p.vector_k = fgqa_view_is_vector(problem, FGQA_ARG_k, problem->hk);
-    p.vector_v = fgqa_view_is_vector(problem, FGQA_ARG_v, problem->hk);
-    p.vector_out = fgqa_view_is_vector(problem, FGQA_ARG_out, problem->hq);
-    p.vector_dout = fgqa_view_is_vector(problem, FGQA_ARG_dout, problem->hq);
+    p.vector_q = fgqa_view_is_vector(problem, FGQA_ARG_q);
+    p.vector_k = fgqa_view_is_vector(problem, FGQA_ARG_k);
+    p.vector_v = fgqa_view_is_vector(problem, FGQA_ARG_v);
+    p.vector_out = fgqa_view_is_vector(problem, FGQA_ARG_out);
+    p.vector_dout = fgqa_view_is_vector(problem, FGQA_ARG_dout);
     return p;
 }
 

@@ -4,6 +4,7 @@
  * meet weights that are exactly 0, and garbage there could be NaN. All THREADS threads of the block take part.
  */
 #pragma once
+#include "fragments.cuh"
 #include "numeric.cuh"
 #include "params.cuh"
 #include "ptx_cp_async.cuh"
@@ -62,7 +63,7 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
 {
     using shape = tile_shape<T, D, THREADS>;
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
-    const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
+    const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
     src += row0 * row_bytes + 16 * piece0;
     if (access != ACCESS_ELEMENTS && valid >= ROWS && d == D) {
@@ -90,7 +91,7 @@ static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const cha
 {
     using shape = tile_shape<T, D, THREADS>;
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
-    const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
+    const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
 #pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
@@ -108,7 +109,7 @@ template <typename T, int ROWS, int D, int THREADS>
 static __device__ __forceinline__ void store_packed_tile(uint32_t tile, char *dst, const fgqa_view &view, packed_rows rows, int valid, int d, bool vector)
 {
     using shape = tile_shape<T, D, THREADS>;
-    const int row0 = threadIdx.x / shape::LANES, piece0 = threadIdx.x % shape::LANES;
+    const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t from = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
 #pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {

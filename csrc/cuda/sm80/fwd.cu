@@ -4,7 +4,7 @@
  *
  * A block owns BLOCK_Q packed rows (query row x head of the group) of one KV head of one sequence, so that a K/V tile is
  * fetched once for all heads of the group, and walks the keys those rows can see in tiles of BLOCK_K, last tile first.
- * Each warp keeps 16 MB whole rows in registers: S, and O as it grows. Tiles arrive by cp.async:
+ * Each warp keeps whole rows in registers: S, and O as it grows. Tiles arrive by cp.async:
  *
  *     STAGES 2   K and V of the next tile are fetched into the other buffer while this one is used; one barrier a tile
  *     STAGES 1   V is fetched under S = Q K^T and the next K under the softmax and O += P V; two barriers a tile, less memory
@@ -26,10 +26,9 @@
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 typedef FGQA_DTYPE T;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
-static constexpr int THREADS = 32 * FGQA_WARPS, MB = BLOCK_Q / (16 * FGQA_WARPS), NB = BLOCK_K / 8, OB = DV / 8;
+static constexpr int THREADS = 32 * FGQA_WARPS, WARP_ROWS = BLOCK_Q / FGQA_WARPS, NB = BLOCK_K / 8, OB = DV / 8;
 static constexpr bool GENERAL = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_general;
-static constexpr int WARP_ROWS = 16 * MB;
-static_assert(MB * 16 * FGQA_WARPS == BLOCK_Q, "kernels.def: block_q is a multiple of 16 rows a warp");
+static_assert(WARP_ROWS % 16 == 0 && WARP_ROWS * FGQA_WARPS == BLOCK_Q, "kernels.def: block_q is a multiple of 16 rows a warp");
 static_assert(DV <= D, "kernels.def: the K tile has room for a V tile");
 static_assert(STAGES == 1 || STAGES == 2, "kernels.def: one or two stages");
 
@@ -85,8 +84,9 @@ struct shared {
     head_task task;
     row_block block;
     struct { fgqa_range seen, full; } warp[FGQA_WARPS];      /* keys that some row, and that every row of the warp sees */
-    uint32_t visible[MB][THREADS];                           /* collect_seen() */
 };
+
+static __device__ __forceinline__ int first_row_of_warp() { return (int)thread_index() / 32 * WARP_ROWS; }
 
 static __device__ __forceinline__ tile_access access_of(int32_t vector)
 {
@@ -110,6 +110,7 @@ static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &pa
 }
 
 /* Scores of one tile -> weights, and what that does to the rows' state. `m` in the units of s; c = scale_log2. */
+template <int MB>
 static __device__ __forceinline__ void softmax_tile(float (&s)[MB][NB][4], float (&o)[MB][OB][4], float (&m)[MB][2], float (&l)[MB][2], float scale_log2)
 {
     float alpha[MB][2];
@@ -152,6 +153,7 @@ static __device__ __forceinline__ void softmax_tile(float (&s)[MB][NB][4], float
 }
 
 /* What the rows of one m16 block, of which this lane holds two, do to the scores of the tile from key j0. */
+template <int MB>
 static __device__ __forceinline__ void mask_scores(const shared &mem, const fgqa_params &params, float (&s)[MB][NB][4], int32_t j0, int first_row, int lane)
 {
 #pragma unroll
@@ -162,6 +164,7 @@ static __device__ __forceinline__ void mask_scores(const shared &mem, const fgqa
     }
 }
 
+template <int MB>
 static __device__ __forceinline__ void drop_weights(const shared &mem, const fgqa_params &params, float (&s)[MB][NB][4], int32_t j0, int first_row, int lane)
 {
 #pragma unroll
@@ -172,19 +175,16 @@ static __device__ __forceinline__ void drop_weights(const shared &mem, const fgq
     }
 }
 
-/* Bit 4 n + r of mem.visible[mb]: the row sees the key of that register. */
-static __device__ __forceinline__ void collect_visible(shared &mem, const float (&s)[MB][NB][4])
+/* Bit 4 n + r: the row sees the key of that register. */
+static __device__ __forceinline__ uint32_t visible_bits(const float (&s)[NB][4])
 {
+    uint32_t bits = 0;
 #pragma unroll
-    for (int mb = 0; mb < MB; mb++) {
-        uint32_t bits = 0;
+    for (int n = 0; n < NB; n++) {
 #pragma unroll
-        for (int n = 0; n < NB; n++) {
-#pragma unroll
-            for (int r = 0; r < 4; r++) { bits |= s[mb][n][r] != -INFINITY ? 1u << (4 * n + r) : 0; }
-        }
-        mem.visible[mb][threadIdx.x] = bits;
+        for (int r = 0; r < 4; r++) { bits |= s[n][r] != -INFINITY ? 1u << (4 * n + r) : 0; }
     }
+    return bits;
 }
 
 /* Block index -> KV head and sequence. One thread. */
@@ -225,20 +225,20 @@ static __device__ __forceinline__ void describe_rows(shared &mem, const fgqa_par
     const fgqa_mask &mask = mem.task.sequence.mask;
     const packed_rows rows = mem.block.rows;
     const int valid = mem.block.valid;
-    for (int local = threadIdx.x; local < BLOCK_Q; local += THREADS) {
+    for (int local = thread_index(); local < BLOCK_Q; local += THREADS) {
         const int32_t i = local < valid ? rows.i(local) : INT32_MAX, h = local < valid ? rows.h(local) : 0;
         variant<GENERAL>::describe(&mem.rows[local], params, mask, mem.task.b, mem.task.kv_head * params.problem.g + h, i);
     }
-    if (threadIdx.x < FGQA_WARPS) {
-        const int row = threadIdx.x * WARP_ROWS;
+    if (thread_index() < FGQA_WARPS) {
+        const int row = thread_index() * WARP_ROWS;
         fgqa_range seen = {0, 0}, full = {0, 0};
         if (row < valid) {
             const int32_t i = rows.i(row), last = rows.i(min(valid, row + WARP_ROWS) - 1);
             if (i < mask.sq) { seen = fgqa_kv_range(&mask, i, min(last, mask.sq - 1) + 1); }
             if (last < mask.sq) { full.begin = fgqa_kv_begin(&mask, last); full.end = fgqa_kv_end(&mask, i); }
         }
-        mem.warp[threadIdx.x].seen = seen;
-        mem.warp[threadIdx.x].full = full;
+        mem.warp[thread_index()].seen = seen;
+        mem.warp[thread_index()].full = full;
     }
 }
 
@@ -255,14 +255,15 @@ template <typename E> [[maybe_unused]] static __device__ __forceinline__ void st
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }
 
-/* Row state and accumulators -> out and LSE, or this part's share of them. Uses the Q tile on the way out. */
-static __device__ __forceinline__ void store_rows(shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float (&o)[MB][OB][4],
-                                                  const float (&m)[MB][2], const float (&l)[MB][2], float scale_log2, int first_row, int lane)
+/* Normalises O; LSE (or this part's share of both) -> global memory. */
+template <int MB>
+static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float (&o)[MB][OB][4],
+                                                   const float (&m)[MB][2], const float (&l)[MB][2], float scale_log2, int first_row)
 {
-    const head_task &task = mem.task;
-    const packed_rows rows = mem.block.rows;
-    const int valid = mem.block.valid;
     const fgqa_problem &p = params.problem;
+    const head_task &task = mem.task;
+    const int lane = thread_index() % 32;
+    const packed_rows rows = mem.block.rows;
     const bool partial = split.splits > 1;
     const float dropout_scale = GENERAL ? params.dropout_scale : 1.0f;
 #pragma unroll
@@ -270,9 +271,10 @@ static __device__ __forceinline__ void store_rows(shared &mem, const fgqa_params
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int local = first_row + 16 * mb + 8 * half + lane / 4;
+            const bool exists = local < mem.block.valid;
             const float sum = row_reduce_sum(l[mb][half]);
             const int32_t i = rows.i(local), h = task.kv_head * p.g + rows.h(local);
-            const float sink = partial || local >= valid ? -INFINITY : sink_logit(p, task.b, h, i >= task.sequence.mask.sq);
+            const float sink = partial || !exists ? -INFINITY : sink_logit(p, task.b, h, i >= task.sequence.mask.sq);
             float lse;
             const float scale = softmax_finish(m[mb][half], sum, scale_log2, sink, &lse) * dropout_scale;
 #pragma unroll
@@ -280,7 +282,7 @@ static __device__ __forceinline__ void store_rows(shared &mem, const fgqa_params
                 o[mb][n][2 * half] *= scale;
                 o[mb][n][2 * half + 1] *= scale;
             }
-            if (local < valid && partial) {
+            if (exists && partial) {
                 const int64_t row = part * split.rows + split_row(p, task.b, h, task.sequence.q_row, i);
                 float *to = split.o + row * p.dv;
 #pragma unroll
@@ -292,14 +294,18 @@ static __device__ __forceinline__ void store_rows(shared &mem, const fgqa_params
                     }
                 }
                 if (lane % 4 == 0) { split.lse[row] = lse; }
-            } else if (local < valid && lane % 4 == 0) {
+            } else if (exists && lane % 4 == 0) {
                 store_lse(p, task.b, h, task.sequence.q_row + i, lse);
             }
         }
     }
-    if (partial) { return; }
+}
 
-    const uint32_t tile = smem_address(mem.q);
+/* O of the warp's rows -> its place in shared memory. */
+template <int MB>
+static __device__ __forceinline__ void stage_rows(uint32_t tile, const float (&o)[MB][OB][4], int first_row)
+{
+    const int lane = thread_index() % 32;
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
@@ -309,15 +315,12 @@ static __device__ __forceinline__ void store_rows(shared &mem, const fgqa_params
             for (int n = 0; n < OB; n++) { store_pair(tile, row, 8 * n + fragment_column(lane, 0), o[mb][n][2 * half], o[mb][n][2 * half + 1], T()); }
         }
     }
-    __syncthreads();
-    store_packed_tile<T, BLOCK_Q, DV, THREADS>(tile, fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), task.b, (int64_t)task.kv_head * p.g, task.sequence.q_row),
-                                               p.view[FGQA_ARG_out], rows, valid, p.dv, !GENERAL || params.vector_out);
 }
 
 /* All tiles of mem.block: Q, K, V -> O (not normalised) and the state of each row. */
-template <bool CAREFUL>
+template <bool CAREFUL, int MB>
 static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params &params, float (&o)[MB][OB][4], float (&m)[MB][2], float (&l)[MB][2],
-                                                  float scale_log2, int first_row, int lane)
+                                                  float scale_log2, int first_row)
 {
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
@@ -329,6 +332,7 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
         m[mb][0] = m[mb][1] = -INFINITY;
         l[mb][0] = l[mb][1] = 0.0f;
     }
+    const int lane = thread_index() % 32;
     const int32_t first_tile = mem.block.tiles.begin;
     int32_t tile = mem.block.tiles.end - 1;
     if (tile < first_tile) { return; }
@@ -350,14 +354,15 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
             load_v(mem, params, stage ^ 1, tile - 1);
             cp_async_commit();
         }
-        const fgqa_range seen = mem.warp[threadIdx.x / 32].seen, full = mem.warp[threadIdx.x / 32].full;
+        const fgqa_range seen = mem.warp[thread_index() / 32].seen, full = mem.warp[thread_index() / 32].full;
         const bool idle = j0 >= seen.end || j0 + BLOCK_K <= seen.begin;
         float s[MB][NB][4];
+        uint32_t visible = 0;
         if (!idle) {
             qk_gemm<T, D, MB, NB>(s, q_rows, smem_address(mem.k[stage]), lane);
             if (GENERAL || CAREFUL || j0 < full.begin || j0 + BLOCK_K > full.end) {
                 mask_scores(mem, params, s, j0, first_row, lane);
-                if (CAREFUL) { collect_visible(mem, s); }
+                if (CAREFUL) { visible = visible_bits(s[0]); }
             }
         }
         if (STAGES == 1) {
@@ -377,7 +382,7 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
             softmax_tile(s, o, m, l, scale_log2);
             drop_weights(mem, params, s, j0, first_row, lane);
             pv_gemm<T, DV, MB, NB>(o, s, smem_address(mem.v[stage]), lane);
-            if (CAREFUL && poison) { poison_gemm<T, DV, MB, NB>(o, &mem.visible[0][threadIdx.x], THREADS, smem_address(mem.k[stage]), lane); }
+            if (CAREFUL && poison) { poison_gemm<T, DV, NB>(o[0], visible, smem_address(mem.k[stage]), lane); }
         }
         if (CAREFUL && STAGES == 1 && tile > first_tile) {
             __syncthreads();                           /* the codes are used up */
@@ -388,6 +393,7 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
 }
 
 /* Whether any accumulator of the block is inf or NaN: 0 * x is 0 for every finite x. A barrier. */
+template <int MB>
 static __device__ __forceinline__ bool any_poison(const float (&o)[MB][OB][4])
 {
     float sum = 0.0f;
@@ -402,50 +408,92 @@ static __device__ __forceinline__ bool any_poison(const float (&o)[MB][OB][4])
     return __syncthreads_or(sum != 0.0f);
 }
 
-/* The block once more, with unseen values kept out, results included. A function of its own: the walk above must not share
- * its registers with this one. */
-static __device__ __noinline__ void redo_carefully(shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float scale_log2)
+static __device__ __forceinline__ void load_q(shared &mem, const fgqa_params &params)
 {
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * WARP_ROWS;
-    float o[MB][OB][4], m[MB][2], l[MB][2];
-    walk_tiles<true>(mem, params, o, m, l, scale_log2, first_row, lane);
-    __syncthreads();
-    store_rows(mem, params, split, part, o, m, l, scale_log2, first_row, lane);
+    const fgqa_problem &p = params.problem;
+    if (mem.block.tiles.begin < mem.block.tiles.end) {
+        load_packed_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q),
+            fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), mem.task.b, (int64_t)mem.task.kv_head * p.g, mem.task.sequence.q_row),
+            p.view[FGQA_ARG_q], mem.block.rows, mem.block.valid, p.d, access_of(params.vector_q));
+    }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+/* What is left of a block's work in rare cases: with `again` its rows once more, with unseen values kept out; then rows that
+ * only exist because max_q was too small. Sixteen rows of a warp at a time. A function of its own, called last: the usual
+ * walk must not share its registers with this one. */
+static __device__ __noinline__ void finish_carefully(shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float scale_log2, bool again)
+{
+    const fgqa_problem &p = params.problem;
+    for (;; again = false) {
+        if (!again) {
+            __syncthreads();
+            if (thread_index() == 0) { begin_rows(mem, params, mem.block.first + (int64_t)split.blocks * BLOCK_Q, part, split.splits); }
+            __syncthreads();
+            if (mem.block.valid == 0) { return; }
+            describe_rows(mem, params);
+            load_q(mem, params);
+        }
+#pragma unroll 1
+        for (int mb = 0; mb < WARP_ROWS / 16; mb++) {
+            const int lane = thread_index() % 32, first_row = first_row_of_warp() + 16 * mb;
+            float o[1][OB][4], m[1][2], l[1][2];
+            walk_tiles<true>(mem, params, o, m, l, scale_log2, first_row);
+            finish_rows(mem, params, split, part, o, m, l, scale_log2, first_row);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int local = first_row + 8 * half + lane / 4;
+                if (split.splits > 1 || local >= mem.block.valid) { continue; }
+                T *row = (T *)fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), mem.task.b, mem.task.kv_head * p.g + mem.block.rows.h(local),
+                                               mem.task.sequence.q_row + mem.block.rows.i(local));
+#pragma unroll
+                for (int n = 0; n < OB; n++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const int column = 8 * n + fragment_column(lane, e);
+                        if (column < p.dv) { from_float(row + column, o[0][n][2 * half + e]); }
+                    }
+                }
+            }
+            __syncthreads();                           /* K and V are used up */
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 2 : 1)
 FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ split_plan split)
 {
     extern __shared__ __align__(128) char memory[];
     shared &mem = *(shared *)memory;
     const fgqa_problem &p = params.problem;
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 * WARP_ROWS;
 
     /* block index -> part of the keys, row block (last first: under a causal mask the heaviest), KV head of a sequence */
     const uint32_t part = blockIdx.x % split.splits, rest = blockIdx.x / split.splits;
-    if (threadIdx.x == 0) {
+    if (thread_index() == 0) {
         begin_task(mem, params, split.first_pair + rest / split.blocks);
         begin_rows(mem, params, (int64_t)(split.blocks - 1 - rest % split.blocks) * BLOCK_Q, part, split.splits);
     }
     __syncthreads();
+    if (mem.block.valid == 0) { return; }
     const float scale_log2 = GENERAL ? (float)FGQA_LOG2E : params.scale * (float)FGQA_LOG2E;
-    while (mem.block.valid > 0) {
-        describe_rows(mem, params);
-        if (mem.block.tiles.begin < mem.block.tiles.end) {
-            load_packed_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q),
-                fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), mem.task.b, (int64_t)mem.task.kv_head * p.g, mem.task.sequence.q_row),
-                p.view[FGQA_ARG_q], mem.block.rows, mem.block.valid, p.d, access_of(params.vector_q));
+    describe_rows(mem, params);
+    load_q(mem, params);
+
+    float o[WARP_ROWS / 16][OB][4], m[WARP_ROWS / 16][2], l[WARP_ROWS / 16][2];
+    walk_tiles<false>(mem, params, o, m, l, scale_log2, first_row_of_warp());
+    const bool again = any_poison(o);                  /* also: every warp is done with Q, whose place O takes */
+    if (!again) {
+        finish_rows(mem, params, split, part, o, m, l, scale_log2, first_row_of_warp());
+        if (split.splits == 1) {
+            const uint32_t tile = smem_address(mem.q);
+            stage_rows(tile, o, first_row_of_warp());
+            __syncthreads();
+            store_packed_tile<T, BLOCK_Q, DV, THREADS>(tile,
+                fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), mem.task.b, (int64_t)mem.task.kv_head * p.g, mem.task.sequence.q_row),
+                p.view[FGQA_ARG_out], mem.block.rows, mem.block.valid, p.dv, !GENERAL || params.vector_out);
         }
-        float o[MB][OB][4], m[MB][2], l[MB][2];
-        walk_tiles<false>(mem, params, o, m, l, scale_log2, first_row, lane);
-        if (any_poison(o)) {                           /* also: every warp is done with Q, whose place O takes */
-            redo_carefully(mem, params, split, part, scale_log2);
-        } else {
-            store_rows(mem, params, split, part, o, m, l, scale_log2, first_row, lane);
-        }
-        __syncthreads();
-        if (threadIdx.x == 0) { begin_rows(mem, params, mem.block.first + (int64_t)split.blocks * BLOCK_Q, part, split.splits); }
-        __syncthreads();
+    }
+    if (again || mem.block.first + (int64_t)split.blocks * BLOCK_Q < mem.task.packed) {
+        finish_carefully(mem, params, split, part, scale_log2, again);
     }
 }
 
@@ -458,7 +506,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     split_workspace(problem, (uint32_t)plan->splits, workspace, &split);
     const int64_t rows = (int64_t)problem->sq * problem->g, pairs = (int64_t)problem->b * problem->hk;
     const int64_t blocks = (rows + BLOCK_Q - 1) / BLOCK_Q, most = INT32_MAX / split.splits;
-    split.blocks = (uint32_t)(blocks < most ? blocks : most);              /* a block then does several row blocks */
+    split.blocks = (uint32_t)(blocks < most ? blocks : most);              /* finish_carefully() does the others */
     const int64_t pairs_at_once = most / split.blocks;
     for (split.first_pair = 0; split.first_pair < pairs; split.first_pair += pairs_at_once) {
         const int64_t count = pairs - split.first_pair < pairs_at_once ? pairs - split.first_pair : pairs_at_once;

@@ -159,7 +159,7 @@ static __device__ __forceinline__ void split_poison(uint32_t x, uint32_t *clean,
 template <typename T> static __device__ __forceinline__ bool split_poison_tile(char *tile, char *codes, int bytes, int threads)
 {
     bool any = false;
-    for (int n = threadIdx.x; n < bytes / 4; n += threads) {
+    for (int n = thread_index(); n < bytes / 4; n += threads) {
         uint32_t clean, code;
         split_poison(((const uint32_t *)tile)[n], &clean, &code, T());
         ((uint32_t *)tile)[n] = clean;
@@ -169,39 +169,35 @@ template <typename T> static __device__ __forceinline__ bool split_poison_tile(c
     return __syncthreads_or(any);
 }
 
-/* Adds to O the inf and NaN whose codes are in the tile `codes`, over the keys whose bit 4 n + r is set in seen[mb * stride]. */
-template <typename T, int DV, int MB, int NB>
-static __device__ __forceinline__ void poison_gemm(float (&o)[MB][DV / 8][4], const uint32_t *seen, int stride, uint32_t codes, int lane)
+/* Adds to O the inf and NaN whose codes are in the tile `codes`, over the keys whose bit 4 n + r is set in `seen`. */
+template <typename T, int DV, int NB>
+static __device__ __forceinline__ void poison_gemm(float (&o)[DV / 8][4], uint32_t seen, uint32_t codes, int lane)
 {
     constexpr int STEPS = 8 * NB / v_operand<T, DV>::KEYS;
     static_assert(NB <= 8, "one bit a register, and at most 64 keys of one code");
     const v_operand<T, DV> operand(codes, lane);
+    float sees[NB][4];
 #pragma unroll
-    for (int mb = 0; mb < MB; mb++) {
-        const uint32_t bits = seen[mb * stride];
+    for (int n = 0; n < NB; n++) {
 #pragma unroll
-        for (int n = 0; n < DV / 8; n++) {
-            float count[4] = {};
+        for (int r = 0; r < 4; r++) { sees[n][r] = seen >> (4 * n + r) & 1 ? 1.0f : 0.0f; }
+    }
 #pragma unroll
-            for (int step = 0; step < STEPS; step++) {
-                float sees[NB][4];
+    for (int n = 0; n < DV / 8; n++) {
+        float count[4] = {};
 #pragma unroll
-                for (int m = 0; m < NB; m++) {
+        for (int step = 0; step < STEPS; step++) {
+            uint32_t a[4], b[4];
+            pack_p(a, sees, step, T());
+            operand.load(b, step, n / 2);
+            mma_step(count, a, b[2 * (n % 2)], b[2 * (n % 2) + 1], T());
+        }
 #pragma unroll
-                    for (int r = 0; r < 4; r++) { sees[m][r] = bits >> (4 * m + r) & 1 ? 1.0f : 0.0f; }
-                }
-                uint32_t a[4], b[4];
-                pack_p(a, sees, step, T());
-                operand.load(b, step, n / 2);
-                mma_step(count, a, b[2 * (n % 2)], b[2 * (n % 2) + 1], T());
-            }
-#pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const uint32_t sum = (uint32_t)count[r];
-                if (sum >= 16384) { o[mb][n][r] = NAN; }
-                if (sum & 127) { o[mb][n][r] += INFINITY; }
-                if (sum & (127 << 7)) { o[mb][n][r] -= INFINITY; }
-            }
+        for (int r = 0; r < 4; r++) {
+            const uint32_t sum = (uint32_t)count[r];
+            if (sum >= 16384) { o[n][r] = NAN; }
+            if (sum & 127) { o[n][r] += INFINITY; }
+            if (sum & (127 << 7)) { o[n][r] -= INFINITY; }
         }
     }
 }
