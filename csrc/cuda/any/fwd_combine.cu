@@ -19,7 +19,7 @@ static __device__ __forceinline__ void store_element(char *row, int64_t index, f
 }
 
 extern "C" __global__ void __launch_bounds__(32 * ROWS)
-fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ split_plan split)
+fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_split split)
 {
     const fgqa_problem &p = params.problem;
     const int lane = threadIdx.x % 32;
@@ -65,8 +65,8 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
 extern "C" int fgqa_fwd_combine(const fgqa_problem *problem, void *workspace, uint32_t splits, const fgqa_exec *exec)
 {
     const fgqa_params params = fgqa_params_make(problem);
-    split_plan split;
-    split_workspace(problem, splits, workspace, &split);
+    fgqa_split split;
+    fgqa_split_workspace(problem, splits, workspace, &split);
     const int64_t rows = (int64_t)problem->sq * problem->g, pairs = (int64_t)problem->b * problem->hk;
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
     split.blocks = (uint32_t)(blocks < INT32_MAX ? blocks : INT32_MAX);

@@ -1,35 +1,9 @@
-/* split.cuh - the key range of a row block cut into parts that different blocks work on, and where their results wait.
- *
- * Each part leaves, per packed row, its normalised output (float32) and its LSE; any/fwd_combine.cu merges them. The sink and
- * nothing else is left to the merge. Rows are numbered ((b * hq) + h) * sq + i, or h * total_q + (row in the packed tensor).
- */
+/* split.cuh - device side of any/fwd_split.h, and what the forward kernels and their merge write per row. */
 #pragma once
-#include "../../core/workspace.h"
+#include "../any/fwd_split.h"
 #include "numeric.cuh"
 #include "params.cuh"
 
-struct split_plan {
-    int64_t first_pair;         /* of this launch: sequence * hk + KV head */
-    uint32_t blocks, splits;    /* row blocks of one KV head; parts of its keys */
-    int64_t rows;
-    float *o, *lse;             /* [splits][rows][dv], [splits][rows]; NULL when splits is 1 */
-};
-
-/* Carves (or, with base NULL, measures) the workspace of a split forward pass. */
-static inline size_t split_workspace(const fgqa_problem *p, uint32_t splits, void *base, split_plan *split)
-{
-    fgqa_arena arena = fgqa_arena_begin(base);
-    split->splits = splits;
-    split->rows = p->varlen ? (int64_t)p->hq * p->total_q : (int64_t)p->b * p->hq * p->sq;
-    split->o = split->lse = NULL;
-    if (splits > 1) {
-        split->o = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows * (size_t)p->dv, sizeof(float));
-        split->lse = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows, sizeof(float));
-    }
-    return arena.used;
-}
-
-#if defined(__CUDACC__)
 /* Part `part` of a range of tiles: equal shares, the first ones one tile longer. */
 static __device__ __forceinline__ fgqa_range split_range(fgqa_range tiles, uint32_t part, uint32_t splits)
 {
@@ -55,4 +29,3 @@ static __device__ __forceinline__ void store_lse(const fgqa_problem &p, int32_t 
 {
     if (p.view[FGQA_ARG_lse].data) { *(float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row) = lse; }
 }
-#endif

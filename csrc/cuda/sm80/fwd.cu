@@ -14,6 +14,7 @@
  *
  * Variant `plain`: interval masks, lengths, sink, aligned rows. Variant `general`: every option, decided at run time.
  */
+#include "../common/launch.cuh"
 #include "../common/mask_tile.cuh"
 #include "../common/params.cuh"
 #include "../common/softmax.cuh"
@@ -257,7 +258,7 @@ template <typename E> [[maybe_unused]] static __device__ __forceinline__ void st
 
 /* Normalises O; LSE (or this part's share of both) -> global memory. */
 template <int MB>
-static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float (&o)[MB][OB][4],
+static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa_params &params, const fgqa_split &split, uint32_t part, float (&o)[MB][OB][4],
                                                    const float (&m)[MB][2], const float (&l)[MB][2], float scale_log2, int first_row)
 {
     const fgqa_problem &p = params.problem;
@@ -421,7 +422,7 @@ static __device__ __forceinline__ void load_q(shared &mem, const fgqa_params &pa
 /* What is left of a block's work in rare cases: with `again` its rows once more, with unseen values kept out; then rows that
  * only exist because max_q was too small. Sixteen rows of a warp at a time. A function of its own, called last: the usual
  * walk must not share its registers with this one. */
-static __device__ __noinline__ void finish_carefully(shared &mem, const fgqa_params &params, const split_plan &split, uint32_t part, float scale_log2, bool again)
+static __device__ __noinline__ void finish_carefully(shared &mem, const fgqa_params &params, const fgqa_split &split, uint32_t part, float scale_log2, bool again)
 {
     const fgqa_problem &p = params.problem;
     for (;; again = false) {
@@ -460,7 +461,7 @@ static __device__ __noinline__ void finish_carefully(shared &mem, const fgqa_par
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, THREADS == 128 ? 2 : 1)
-FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ split_plan split)
+FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_split split)
 {
     extern __shared__ __align__(128) char memory[];
     shared &mem = *(shared *)memory;
@@ -501,9 +502,12 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(s
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
+    static launch_state state;
+    const cudaError_t allowed = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), sizeof(shared), problem->device.index, &state);
+    if (allowed != cudaSuccess) { return allowed; }
     const fgqa_params params = fgqa_params_make(problem);
-    split_plan split;
-    split_workspace(problem, (uint32_t)plan->splits, workspace, &split);
+    fgqa_split split;
+    fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &split);
     const int64_t rows = (int64_t)problem->sq * problem->g, pairs = (int64_t)problem->b * problem->hk;
     const int64_t blocks = (rows + BLOCK_Q - 1) / BLOCK_Q, most = INT32_MAX / split.splits;
     split.blocks = (uint32_t)(blocks < most ? blocks : most);              /* finish_carefully() does the others */
