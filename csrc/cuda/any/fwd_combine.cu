@@ -23,8 +23,8 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
 {
     const fgqa_problem &p = params.problem;
     const int lane = threadIdx.x % 32;
-    const int64_t pair = split.first_pair + blockIdx.x / split.blocks;     /* sequence * hk + KV head */
-    const int32_t b = (int32_t)(pair / p.hk), kv_head = (int32_t)(pair % p.hk);
+    const uint32_t pair = blockIdx.x / split.blocks;
+    const int32_t b = split.first_b + (int32_t)(pair / (uint32_t)p.hk), kv_head = (int32_t)(pair % (uint32_t)p.hk);
     int32_t row_count;
     const fgqa_sequence sequence = fgqa_device_sequence(p, b, &row_count);
     const int64_t packed = (int64_t)row_count * p.g;
@@ -67,13 +67,14 @@ extern "C" int fgqa_fwd_combine(const fgqa_problem *problem, void *workspace, ui
     const fgqa_params params = fgqa_params_make(problem);
     fgqa_split split;
     fgqa_split_workspace(problem, splits, workspace, &split);
-    const int64_t rows = (int64_t)problem->sq * problem->g, pairs = (int64_t)problem->b * problem->hk;
+    const int64_t rows = (int64_t)problem->sq * problem->g, most = INT32_MAX / problem->hk;
     const int64_t blocks = (rows + ROWS - 1) / ROWS;
-    split.blocks = (uint32_t)(blocks < INT32_MAX ? blocks : INT32_MAX);
-    const int64_t pairs_at_once = INT32_MAX / split.blocks;
-    for (split.first_pair = 0; split.first_pair < pairs; split.first_pair += pairs_at_once) {
-        const int64_t count = pairs - split.first_pair < pairs_at_once ? pairs - split.first_pair : pairs_at_once;
-        fgqa_fwd_combine_kernel<<<(uint32_t)(count * split.blocks), 32 * ROWS, 0, (cudaStream_t)exec->stream>>>(params, split);
+    split.blocks = (uint32_t)(blocks < most ? blocks : most);
+    const int64_t at_once = most / split.blocks;
+    for (int64_t b = 0; b < problem->b; b += at_once) {
+        const int64_t count = problem->b - b < at_once ? problem->b - b : at_once;
+        split.first_b = (int32_t)b;
+        fgqa_fwd_combine_kernel<<<(uint32_t)(count * problem->hk * split.blocks), 32 * ROWS, 0, (cudaStream_t)exec->stream>>>(params, split);
         const cudaError_t error = cudaGetLastError();
         if (error != cudaSuccess) { return error; }
     }

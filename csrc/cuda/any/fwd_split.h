@@ -11,7 +11,7 @@
 enum { FGQA_MAX_SPLITS = 128, FGQA_MIN_TILES_PER_SPLIT = 4 };
 
 typedef struct {
-    int64_t first_pair;         /* of this launch: sequence * hk + KV head */
+    int32_t first_b;            /* sequence this launch begins with */
     uint32_t blocks, splits;    /* row blocks of one KV head; parts of its keys */
     int64_t rows;               /* ((b * hq) + h) * sq + i, or h * total_q + (row of the packed tensor) */
     float *o, *lse;             /* [splits][rows][dv], [splits][rows]; NULL when splits is 1 */

@@ -31,12 +31,17 @@ static __device__ __forceinline__ void from_float(bf16 *y, float x) { *y = __flo
 static __device__ __forceinline__ void from_float(f32 *y, float x) { *y = x; }
 
 /* x = big + small up to 2^-24 |x|, both exact in tf32: three tf32 products make a float32 product. Inf and NaN are all in
- * `big`: inf - inf would be NaN. */
-static __device__ __forceinline__ void split_tf32(float x, uint32_t *big, uint32_t *small)
+ * `whole`, which is big otherwise. */
+struct tf32_parts { uint32_t whole, big, small; };
+
+static __device__ __forceinline__ tf32_parts split_tf32(uint32_t bits)
 {
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*big) : "f"(x));
-    const float rest = isfinite(x) ? x - __uint_as_float(*big) : 0.0f;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(*small) : "f"(rest));
+    tf32_parts p;
+    const float x = __uint_as_float(bits);
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(p.whole) : "f"(x));
+    p.big = isfinite(x) ? p.whole : 0;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(p.small) : "f"(isfinite(x) ? x - __uint_as_float(p.big) : 0.0f));
+    return p;
 }
 
 /* d += a * b over one step of k: 32 bytes of a row, k16 of 16-bit elements or k8 of float32 ones (with float32 accuracy).
@@ -44,16 +49,24 @@ static __device__ __forceinline__ void split_tf32(float x, uint32_t *big, uint32
 static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16) { mma_m16n8k16_bf16(d, a, b0, b1); }
 static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f16) { mma_m16n8k16_f16(d, a, b0, b1); }
 
+/* Tensor cores round sums towards zero: each step is summed apart and added in float32. */
 static __device__ __forceinline__ void mma_step(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, f32)
 {
-    uint32_t a_big[4], a_small[4], b_big[2], b_small[2];
+    uint32_t whole[4], big[4], small[4];
 #pragma unroll
-    for (int r = 0; r < 4; r++) { split_tf32(__uint_as_float(a[r]), &a_big[r], &a_small[r]); }
-    split_tf32(__uint_as_float(b0), &b_big[0], &b_small[0]);
-    split_tf32(__uint_as_float(b1), &b_big[1], &b_small[1]);
-    mma_m16n8k8_tf32(d, a_small, b_big[0], b_big[1]);
-    mma_m16n8k8_tf32(d, a_big, b_small[0], b_small[1]);
-    mma_m16n8k8_tf32(d, a_big, b_big[0], b_big[1]);
+    for (int r = 0; r < 4; r++) {
+        const tf32_parts parts = split_tf32(a[r]);
+        whole[r] = parts.whole;
+        big[r] = parts.big;
+        small[r] = parts.small;
+    }
+    const tf32_parts p0 = split_tf32(b0), p1 = split_tf32(b1);
+    float step[4] = {};
+    mma_m16n8k8_tf32(step, small, p0.big, p1.big);
+    mma_m16n8k8_tf32(step, big, p0.small, p1.small);
+    mma_m16n8k8_tf32(step, whole, p0.whole, p1.whole);
+#pragma unroll
+    for (int r = 0; r < 4; r++) { d[r] += step[r]; }
 }
 
 /* Any float dtype as float32: bias, sink. */

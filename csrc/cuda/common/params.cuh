@@ -81,13 +81,25 @@ static __device__ __forceinline__ fgqa_sequence fgqa_device_sequence(const fgqa_
 /* Packed rows first, first + 1, ... of one KV head: row `local` is query row `i(local)` of head `h(local)` of the group. */
 struct packed_rows {
     int32_t i0, h0, group;
-    __device__ __forceinline__ int32_t i(int32_t local) const { return i0 + (int32_t)((uint32_t)(h0 + local) / (uint32_t)group); }
-    __device__ __forceinline__ int32_t h(int32_t local) const { return (int32_t)((uint32_t)(h0 + local) % (uint32_t)group); }
+    uint32_t inverse;           /* ceil(2^32 / group), exact for quotients of numbers below 2^32 / group; 0: divide */
+    __device__ __forceinline__ uint32_t quotient(uint32_t x) const 
+    {
+        return group == 1 ? x : inverse ? __umulhi(x, inverse) : x / (uint32_t)group;
+    }
+    __device__ __forceinline__ int32_t i(int32_t local) const { return i0 + (int32_t)quotient((uint32_t)(h0 + local)); }
+    __device__ __forceinline__ int32_t h(int32_t local) const { return h0 + local - (int32_t)quotient((uint32_t)(h0 + local)) * group; }
 };
 
 static __device__ __forceinline__ packed_rows packed_rows_at(int64_t first, int32_t group)
 {
-    const packed_rows r = {fgqa_packed_row_q(first, group), fgqa_packed_row_head(first, 0, group), group};
+    packed_rows r = {0, 0, group, 0};
+    if (first <= UINT32_MAX) {                         /* a 64-bit division takes a microsecond's tenth, and everybody waits */
+        r.i0 = (int32_t)((uint32_t)first / (uint32_t)group);
+    } else {
+        r.i0 = fgqa_packed_row_q(first, group);
+    }
+    r.h0 = (int32_t)(first - (int64_t)r.i0 * group);
+    if (group > 1 && group < 32768) { r.inverse = UINT32_MAX / (uint32_t)group + 1; }
     return r;
 }
 

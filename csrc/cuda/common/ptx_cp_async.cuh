@@ -11,13 +11,6 @@ static __device__ __forceinline__ void cp_async_16(uint32_t dst, const void *src
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 
-/* All 16 bytes, or with `zero` 16 bytes of zero: nothing is read then. Cheaper than a byte count. */
-static __device__ __forceinline__ void cp_async_16_or_zero(uint32_t dst, const void *src, bool zero)
-{
-    asm volatile("{\n\t.reg .pred zero;\n\tsetp.ne.u32 zero, %2, 0;\n\tcp.async.cg.shared.global [%0], [%1], 16, zero;\n\t}" ::"r"(dst),
-                 "l"(src), "r"((uint32_t)zero) : "memory");
-}
-
 static __device__ __forceinline__ void cp_async_16(uint32_t dst, const void *src)
 {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");

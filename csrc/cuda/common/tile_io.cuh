@@ -20,53 +20,46 @@ template <typename T, int D, int THREADS> struct tile_shape {
     static constexpr int PIECE = 16 / (int)sizeof(T);         /* elements of one piece */
 };
 
-/* Bytes of piece `piece` that lie inside a row of d elements: 0..16. */
-template <typename T> static __device__ __forceinline__ uint32_t piece_bytes(int piece, int d)
-{
-    return (uint32_t)max(0, min(16, d * (int)sizeof(T) - 16 * piece));
-}
+/* Bytes from the start of piece `piece` to the end of a row of d elements: not positive for pieces past the end. Compared as
+ * it is, not clamped to 0..16 first: ptxas 13.0 mistakes "clamped == 16" for sm_90. */
+template <typename T> static __device__ __forceinline__ int bytes_left(int piece, int d) { return d * (int)sizeof(T) - 16 * piece; }
 
 /* One piece without alignment: element by element. */
-template <typename T> static __device__ __forceinline__ void copy_piece(uint32_t dst, const char *src, uint32_t bytes)
+template <typename T> static __device__ __forceinline__ void copy_piece(uint32_t dst, const char *src, int bytes)
 {
     uint32_t word[4] = {0, 0, 0, 0};
     if (sizeof(T) == 4) {
 #pragma unroll
-        for (int n = 0; n < 4; n++) { if (4u * n < bytes) { word[n] = ((const uint32_t *)src)[n]; } }
+        for (int n = 0; n < 4; n++) { if (4 * n < bytes) { word[n] = ((const uint32_t *)src)[n]; } }
     } else {
 #pragma unroll
-        for (int n = 0; n < 8; n++) { if (2u * n < bytes) { word[n / 2] |= (uint32_t)((const uint16_t *)src)[n] << 16 * (n % 2); } }
+        for (int n = 0; n < 8; n++) { if (2 * n < bytes) { word[n / 2] |= (uint32_t)((const uint16_t *)src)[n] << 16 * (n % 2); } }
     }
     asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(dst), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
 }
 
-/* How a tensor's rows can be read: element by element; in 16-byte pieces; in pieces of which none crosses the end of a row. */
-enum tile_access { ACCESS_ELEMENTS, ACCESS_PIECES, ACCESS_WHOLE_PIECES };
-
 template <typename T>
-static __device__ __forceinline__ void load_piece(uint32_t dst, const char *src, bool row_exists, int piece, int d, tile_access access)
+static __device__ __forceinline__ void load_piece(uint32_t dst, const char *src, bool row_exists, int piece, int d, bool vector)
 {
-    const uint32_t bytes = row_exists ? piece_bytes<T>(piece, d) : 0;
-    if (access == ACCESS_WHOLE_PIECES) {
-        cp_async_16_or_zero(dst, src, bytes == 0);
-    } else if (access == ACCESS_PIECES) {
-        cp_async_16(dst, src, bytes);
+    const int bytes = row_exists ? bytes_left<T>(piece, d) : 0;
+    if (vector) {
+        cp_async_16(dst, src, bytes <= 0 ? 0 : min(bytes, 16));
     } else {
         copy_piece<T>(dst, src, bytes);
     }
 }
 
-/* Rows 0, 1, .. of `row_bytes` stride at `src`. Unless element by element, the copies are only issued: commit and wait. Then,
- * in any case, a barrier before other threads read. */
+/* Rows 0, 1, .. of `row_bytes` stride at `src`. With `vector` (rows start on 16 bytes) the copies are only issued: commit and
+ * wait. Then, in any case, a barrier before other threads read. */
 template <typename T, int ROWS, int D, int THREADS>
-static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src, int64_t row_bytes, int valid, int d, tile_access access)
+static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src, int64_t row_bytes, int valid, int d, bool vector)
 {
     using shape = tile_shape<T, D, THREADS>;
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
     const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
     src += row0 * row_bytes + 16 * piece0;
-    if (access != ACCESS_ELEMENTS && valid >= ROWS && d == D) {
+    if (vector && valid >= ROWS && d == D) {
 #pragma unroll
         for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
 #pragma unroll
@@ -79,7 +72,7 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
-            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, src + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, access);
+            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, src + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, vector);
         }
         src += shape::ROWS_AT_ONCE * row_bytes;
     }
@@ -87,19 +80,19 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
 
 /* The same for packed rows (query row x head of the group): `view` at (b, first head of the group, first row of the sequence). */
 template <typename T, int ROWS, int D, int THREADS>
-static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const char *src, const fgqa_view &view, packed_rows rows, int valid, int d, tile_access access)
+static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const char *src, const fgqa_view &view, packed_rows rows, int valid, int d, bool vector)
 {
     using shape = tile_shape<T, D, THREADS>;
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
     const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
         const int local = row0 + r < valid ? row0 + r : 0;
         const char *row = src + (int64_t)sizeof(T) * (rows.i(local) * view.stride_s + rows.h(local) * view.stride_h) + 16 * piece0;
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
-            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, row + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, access);
+            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, row + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, vector);
         }
     }
 }
@@ -111,25 +104,25 @@ static __device__ __forceinline__ void store_packed_tile(uint32_t tile, char *ds
     using shape = tile_shape<T, D, THREADS>;
     const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t from = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
-#pragma unroll 1
+#pragma unroll
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
         if (row0 + r >= valid) { break; }
         char *row = dst + (int64_t)sizeof(T) * (rows.i(row0 + r) * view.stride_s + rows.h(row0 + r) * view.stride_h) + 16 * piece0;
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
-            const uint32_t bytes = piece_bytes<T>(piece0 + c * shape::LANES, d);
+            const int bytes = bytes_left<T>(piece0 + c * shape::LANES, d);
             uint32_t word[4];
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
                          : "r"(from + r * shape::ROW_BYTES + c * shape::LANES * 16) : "memory");
             char *to = row + c * shape::LANES * 16;
-            if (vector && bytes == 16) {
+            if (vector && bytes >= 16) {
                 *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
             } else if (sizeof(T) == 4) {
 #pragma unroll
-                for (int n = 0; n < 4; n++) { if (4u * n < bytes) { ((uint32_t *)to)[n] = word[n]; } }
+                for (int n = 0; n < 4; n++) { if (4 * n < bytes) { ((uint32_t *)to)[n] = word[n]; } }
             } else {
 #pragma unroll
-                for (int n = 0; n < 8; n++) { if (2u * n < bytes) { ((uint16_t *)to)[n] = (uint16_t)(word[n / 2] >> 16 * (n % 2)); } }
+                for (int n = 0; n < 8; n++) { if (2 * n < bytes) { ((uint16_t *)to)[n] = (uint16_t)(word[n / 2] >> 16 * (n % 2)); } }
             }
         }
     }

@@ -89,17 +89,12 @@ struct shared {
 
 static __device__ __forceinline__ int first_row_of_warp() { return (int)thread_index() / 32 * WARP_ROWS; }
 
-static __device__ __forceinline__ tile_access access_of(int32_t vector)
-{
-    return !GENERAL ? ACCESS_WHOLE_PIECES : vector ? ACCESS_PIECES : ACCESS_ELEMENTS;
-}
-
 static __device__ __forceinline__ void load_k(shared &mem, const fgqa_params &params, int stage, int32_t tile)
 {
     const head_task &task = mem.task;
     const int64_t row_bytes = params.problem.view[FGQA_ARG_k].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, D, THREADS>(smem_address(mem.k[stage]), task.k + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
-                                      task.sequence.mask.sk - tile * BLOCK_K, params.problem.d, access_of(params.vector_k));
+                                      task.sequence.mask.sk - tile * BLOCK_K, params.problem.d, !GENERAL || params.vector_k);
 }
 
 static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &params, int stage, int32_t tile)
@@ -107,7 +102,7 @@ static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &pa
     const head_task &task = mem.task;
     const int64_t row_bytes = params.problem.view[FGQA_ARG_v].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v[stage]), task.v + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
-                                       task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, access_of(params.vector_v));
+                                       task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, !GENERAL || params.vector_v);
 }
 
 /* Scores of one tile -> weights, and what that does to the rows' state. `m` in the units of s; c = scale_log2. */
@@ -189,12 +184,12 @@ static __device__ __forceinline__ uint32_t visible_bits(const float (&s)[NB][4])
 }
 
 /* Block index -> KV head and sequence. One thread. */
-static __device__ __forceinline__ void begin_task(shared &mem, const fgqa_params &params, int64_t pair)
+static __device__ __forceinline__ void begin_task(shared &mem, const fgqa_params &params, int32_t b, int32_t kv_head)
 {
     const fgqa_problem &p = params.problem;
     head_task task;
-    task.b = (int32_t)(pair / p.hk);
-    task.kv_head = (int32_t)(pair % p.hk);
+    task.b = b;
+    task.kv_head = kv_head;
     int32_t row_count;
     task.sequence = fgqa_device_sequence(p, task.b, &row_count);
     task.packed = (int64_t)row_count * p.g;
@@ -336,10 +331,14 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
     const int lane = thread_index() % 32;
     const int32_t first_tile = mem.block.tiles.begin;
     int32_t tile = mem.block.tiles.end - 1;
-    if (tile < first_tile) { return; }
+    if (tile < first_tile) {
+        describe_rows(mem, params);
+        return;
+    }
     load_k(mem, params, tile % STAGES, tile);
     if (STAGES == 2) { load_v(mem, params, tile % STAGES, tile); }
     cp_async_commit();
+    describe_rows(mem, params);                        /* while the tiles are on their way */
     const uint32_t q_rows = smem_address(mem.q) + first_row * D * sizeof(T);
 
     for (; tile >= first_tile; tile--) {
@@ -397,16 +396,16 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
 template <int MB>
 static __device__ __forceinline__ bool any_poison(const float (&o)[MB][OB][4])
 {
-    float sum = 0.0f;
+    float sum[4] = {};
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
         for (int n = 0; n < OB; n++) {
 #pragma unroll
-            for (int r = 0; r < 4; r++) { sum = fmaf(o[mb][n][r], 0.0f, sum); }
+            for (int r = 0; r < 4; r++) { sum[r] = fmaf(o[mb][n][r], 0.0f, sum[r]); }
         }
     }
-    return __syncthreads_or(sum != 0.0f);
+    return __syncthreads_or(sum[0] + sum[1] + sum[2] + sum[3] != 0.0f);
 }
 
 static __device__ __forceinline__ void load_q(shared &mem, const fgqa_params &params)
@@ -415,7 +414,7 @@ static __device__ __forceinline__ void load_q(shared &mem, const fgqa_params &pa
     if (mem.block.tiles.begin < mem.block.tiles.end) {
         load_packed_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q),
             fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), mem.task.b, (int64_t)mem.task.kv_head * p.g, mem.task.sequence.q_row),
-            p.view[FGQA_ARG_q], mem.block.rows, mem.block.valid, p.d, access_of(params.vector_q));
+            p.view[FGQA_ARG_q], mem.block.rows, mem.block.valid, p.d, !GENERAL || params.vector_q);
     }
 }
 
@@ -431,7 +430,6 @@ static __device__ __noinline__ void finish_carefully(shared &mem, const fgqa_par
             if (thread_index() == 0) { begin_rows(mem, params, mem.block.first + (int64_t)split.blocks * BLOCK_Q, part, split.splits); }
             __syncthreads();
             if (mem.block.valid == 0) { return; }
-            describe_rows(mem, params);
             load_q(mem, params);
         }
 #pragma unroll 1
@@ -468,15 +466,14 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
     const fgqa_problem &p = params.problem;
 
     /* block index -> part of the keys, row block (last first: under a causal mask the heaviest), KV head of a sequence */
-    const uint32_t part = blockIdx.x % split.splits, rest = blockIdx.x / split.splits;
+    const uint32_t part = blockIdx.x % split.splits, rest = blockIdx.x / split.splits, pair = rest / split.blocks;
     if (thread_index() == 0) {
-        begin_task(mem, params, split.first_pair + rest / split.blocks);
+        begin_task(mem, params, split.first_b + (int32_t)(pair / (uint32_t)p.hk), (int32_t)(pair % (uint32_t)p.hk));
         begin_rows(mem, params, (int64_t)(split.blocks - 1 - rest % split.blocks) * BLOCK_Q, part, split.splits);
     }
     __syncthreads();
     if (mem.block.valid == 0) { return; }
     const float scale_log2 = GENERAL ? (float)FGQA_LOG2E : params.scale * (float)FGQA_LOG2E;
-    describe_rows(mem, params);
     load_q(mem, params);
 
     float o[WARP_ROWS / 16][OB][4], m[WARP_ROWS / 16][2], l[WARP_ROWS / 16][2];
@@ -508,13 +505,14 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const fgqa_params params = fgqa_params_make(problem);
     fgqa_split split;
     fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &split);
-    const int64_t rows = (int64_t)problem->sq * problem->g, pairs = (int64_t)problem->b * problem->hk;
-    const int64_t blocks = (rows + BLOCK_Q - 1) / BLOCK_Q, most = INT32_MAX / split.splits;
+    const int64_t rows = (int64_t)problem->sq * problem->g, most = INT32_MAX / split.splits / problem->hk;
+    const int64_t blocks = (rows + BLOCK_Q - 1) / BLOCK_Q;
     split.blocks = (uint32_t)(blocks < most ? blocks : most);              /* finish_carefully() does the others */
-    const int64_t pairs_at_once = most / split.blocks;
-    for (split.first_pair = 0; split.first_pair < pairs; split.first_pair += pairs_at_once) {
-        const int64_t count = pairs - split.first_pair < pairs_at_once ? pairs - split.first_pair : pairs_at_once;
-        FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)(count * split.blocks * split.splits), THREADS, sizeof(shared), (cudaStream_t)exec->stream>>>(params, split);
+    const int64_t at_once = most / split.blocks;
+    for (int64_t b = 0; b < problem->b; b += at_once) {
+        const int64_t count = problem->b - b < at_once ? problem->b - b : at_once;
+        split.first_b = (int32_t)b;
+        FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)(count * problem->hk * split.blocks * split.splits), THREADS, sizeof(shared), (cudaStream_t)exec->stream>>>(params, split);
         const cudaError_t error = cudaGetLastError();
         if (error != cudaSuccess) { return error; }
     }
