@@ -61,12 +61,9 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
         vreal row[NV];
         if (ahead && by_row && n % LINE == 0) {
             UNROLL(8)
-            for (int m = 0; m < mr; m++) {
-                __builtin_prefetch(ahead + m * ld_ahead + n);
-                __builtin_prefetch(a + (m + 2 * MR) * lda);
-            }
+            for (int m = 0; m < mr; m++) { __builtin_prefetch(ahead + m * ld_ahead + n, 0, 2); }
         } else if (ahead && !by_row) {
-            __builtin_prefetch(ahead + n * ld_ahead);
+            __builtin_prefetch(ahead + n * ld_ahead, 0, 2);
         }
         UNROLL(3)
         for (int v = 0; v < nv; v++) { row[v] = v_load(b + v * VL); }
@@ -76,7 +73,7 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
             UNROLL(3)
             for (int v = 0; v < nv; v++) { sum[m][v] = x * row[v] + sum[m][v]; }
         }
-        if (mr == MR && by_row && n % (64 / (int)sizeof(real)) == 0) {
+        if (mr == MR && by_row && n % LINE == 0) {
             UNROLL(8)
             for (int m = 0; m < mr; m++) { __builtin_prefetch(a + (m + MR) * lda); }
         } else if (mr == MR && !by_row) {
@@ -145,7 +142,7 @@ GEMM_DEFINE(gemm_col_add, 0, GEMM_ADD)
 GEMM_DEFINE(gemm_col_scale, 0, GEMM_SCALE)
 
 /* The same where A is read once only (decode: one panel), so that memory, not arithmetic, sets the pace. While one operand
- * is multiplied, `ahead` (rows ld_ahead apart, as many as a block has keys) is brought in for the product that comes next. */
+ * is multiplied, `ahead` (rows ld_ahead apart, as many as a block has keys) is brought into L2 for the product that comes next. */
 #define GEMM_DEFINE_AHEAD(name, by_row, store)                                                                        \
     FGQA_SHARED __attribute__((noinline)) void name(int m, int nv, int k, const real *a, ptrdiff_t lda, const real *b, \
                                                     ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor,        \

@@ -78,6 +78,19 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
     }
 }
 
+/* Bytes from (first head of the group, first row of the sequence) to a packed row. */
+template <typename T> static __device__ __forceinline__ int64_t packed_offset(const fgqa_view &view, packed_rows rows, int local)
+{
+    return (int64_t)sizeof(T) * (rows.i(local) * view.stride_s + rows.h(local) * view.stride_h);
+}
+
+static __device__ __forceinline__ uint4 shared_piece(uint32_t address)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(address) : "memory");
+    return x;
+}
+
 /* The same for packed rows (query row x head of the group): `view` at (b, first head of the group, first row of the sequence). */
 template <typename T, int ROWS, int D, int THREADS>
 static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const char *src, const fgqa_view &view, packed_rows rows, int valid, int d, bool vector)
@@ -86,10 +99,19 @@ static __device__ __forceinline__ void load_packed_tile(uint32_t tile, const cha
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
     const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
+    src += 16 * piece0;
+    if (vector && valid >= ROWS && d == D) {
 #pragma unroll
+        for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+            const char *row = src + packed_offset<T>(view, rows, row0 + r);
+#pragma unroll
+            for (int c = 0; c < shape::STEPS; c++) { cp_async_16(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, row + c * shape::LANES * 16); }
+        }
+        return;
+    }
+#pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
-        const int local = row0 + r < valid ? row0 + r : 0;
-        const char *row = src + (int64_t)sizeof(T) * (rows.i(local) * view.stride_s + rows.h(local) * view.stride_h) + 16 * piece0;
+        const char *row = src + packed_offset<T>(view, rows, row0 + r < valid ? row0 + r : 0);
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
             load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, row + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, vector);
@@ -104,19 +126,27 @@ static __device__ __forceinline__ void store_packed_tile(uint32_t tile, char *ds
     using shape = tile_shape<T, D, THREADS>;
     const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t from = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
+    dst += 16 * piece0;
+    if (vector && valid >= ROWS && d == D) {
 #pragma unroll
-    for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
-        if (row0 + r >= valid) { break; }
-        char *row = dst + (int64_t)sizeof(T) * (rows.i(row0 + r) * view.stride_s + rows.h(row0 + r) * view.stride_h) + 16 * piece0;
+        for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+            char *row = dst + packed_offset<T>(view, rows, row0 + r);
+#pragma unroll
+            for (int c = 0; c < shape::STEPS; c++) { *(uint4 *)(row + c * shape::LANES * 16) = shared_piece(from + r * shape::ROW_BYTES + c * shape::LANES * 16); }
+        }
+        return;
+    }
+#pragma unroll 1
+    for (int r = 0; r < ROWS && row0 + r < valid; r += shape::ROWS_AT_ONCE) {
+        char *row = dst + packed_offset<T>(view, rows, row0 + r);
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
             const int bytes = bytes_left<T>(piece0 + c * shape::LANES, d);
-            uint32_t word[4];
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
-                         : "r"(from + r * shape::ROW_BYTES + c * shape::LANES * 16) : "memory");
+            const uint4 piece = shared_piece(from + r * shape::ROW_BYTES + c * shape::LANES * 16);
+            const uint32_t word[4] = {piece.x, piece.y, piece.z, piece.w};
             char *to = row + c * shape::LANES * 16;
             if (vector && bytes >= 16) {
-                *(uint4 *)to = make_uint4(word[0], word[1], word[2], word[3]);
+                *(uint4 *)to = piece;
             } else if (sizeof(T) == 4) {
 #pragma unroll
                 for (int n = 0; n < 4; n++) { if (4 * n < bytes) { ((uint32_t *)to)[n] = word[n]; } }
