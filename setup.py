@@ -81,9 +81,10 @@ def cuda_libraries(nvcc):
                                  capture_output=True, text=True, check=False)
         homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", printed.stderr + printed.stdout, re.M)]
     for home in homes:
-        include = next((p for p in (home / "include", *home.glob("targets/*/include")) if (p / "cuda_runtime_api.h").is_file()), None)
-        library = next((p for p in (home / "lib64", home / "lib", *home.glob("targets/*/lib"))
-                        if (p / "libcudart_static.a").is_file()), None)
+        includes = (home / "include", *home.glob("targets/*/include"))
+        libraries = (home / "lib64", home / "lib", *home.glob("targets/*/lib"))
+        include = next((p for p in includes if (p / "cuda_runtime_api.h").is_file()), None)
+        library = next((p for p in libraries if (p / "libcudart_static.a").is_file()), None)
         if include and library:
             return include, library
     return None
@@ -119,7 +120,7 @@ def version():
 
 
 class Build(build_ext):
-    """One compiler call per object, as many at a time as there are processors, skipped while the object is newer than all that it includes."""
+    """One compiler call per object, one a processor at a time, skipped while the object is newer than all that it includes."""
 
     def build_extension(self, ext):
         reason = cuda_reason()

@@ -68,7 +68,8 @@ def test_results_are_torch_tensors_on_the_same_device(dtype):
     for x, like in ((out, q), (dq, q), (dk, k), (dv, v)):
         assert type(x) is torch.Tensor and x.dtype == dtype and x.device == q.device and x.shape == like.shape
     assert lse.dtype == torch.float32
-    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True, enable_gqa=True)
+    wide = (x.double() for x in (q, k, v))
+    expected = torch.nn.functional.scaled_dot_product_attention(*wide, is_causal=True, enable_gqa=True)
     close(out.double().cpu(), expected.cpu())
 
 

@@ -119,7 +119,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
             snprintf(why, 128, "head dims must be multiples of %d", piece);
             return why;
         }
-        if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)) {
+        if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)
+            || (p->pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout))) {
             return "rows must start on 16 bytes";
         }
     }

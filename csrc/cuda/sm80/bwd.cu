@@ -194,9 +194,9 @@ static __device__ __forceinline__ void take_task(task &t, walk_step &step, const
     describe_step(t, params, w, step, NULL, mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g), lane);
 }
 
-static __device__ __forceinline__ tile_access access_of(int32_t vector)
+static __device__ __forceinline__ bool access_of(int32_t vector)
 {
-    return !GENERAL ? ACCESS_WHOLE_PIECES : vector ? ACCESS_PIECES : ACCESS_ELEMENTS;
+    return !GENERAL || vector;
 }
 
 static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params &params)
