@@ -534,7 +534,7 @@ class Config(dict):
 
 
 def _text(value):
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def show_config():

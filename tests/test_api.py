@@ -208,9 +208,9 @@ def test_show_config():
     config = flashgqa.show_config()
     assert config["version"] == flashgqa.__version__ and config["numpy"] == numpy.__version__
     assert config["isa"] in config["isa_supported"] and set(config["isa_supported"]) <= set(config["isa_compiled"])
-    assert config["cuda"] is False and config["cuda_reason"]
+    assert config["cuda"] is bool(config["cuda_devices"]) and config["cuda"] is (config["cuda_reason"] is None)
     lines = dict(line.split(maxsplit=1) for line in str(config).splitlines())
-    assert lines["threads"] == str(config["threads"]) and lines["cuda"] == "False" and len(lines) == len(config)
+    assert lines["threads"] == str(config["threads"]) and lines["cuda"] == str(config["cuda"]) and len(lines) == len(config)
     assert "<th>isa</th>" in config._repr_html_() and repr(config) == str(config)
 
 
