@@ -349,6 +349,7 @@ def test_cupy_arrays():
 
 
 def test_jax_arrays_are_refused_with_a_way_out():
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = pytest.importorskip("jax")
     try:
         x = jax.device_put(np.zeros((1, 2, 4, 8), np.float32), jax.devices("gpu")[0])

@@ -43,7 +43,7 @@ static inline int64_t fgqa_fwd_tiles_of_block(const fgqa_problem *p, const fgqa_
 }
 
 /* block_q and block_k are set; `slots` is how many blocks the device holds at once. With batch_invariant, the split comes
- * from the shape of one sequence alone. */
+ * from the shape of one sequence alone; packed sequences, whose lengths are on the device, are not split then. */
 static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t slots)
 {
     const int64_t blocks = ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
@@ -52,7 +52,7 @@ static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t
     fgqa_split split;
     plan->tasks = blocks * p->hk * p->b;
     if (p->batch_invariant) {
-        splits = blocks == 1 ? most / 4 : 1;
+        splits = blocks == 1 && !p->varlen ? most / 4 : 1;
     } else if (plan->tasks > 0 && plan->tasks * 5 < (int64_t)slots * 4) {
         splits = slots / plan->tasks;
     }
