@@ -1,8 +1,8 @@
 """bench.py gpu: the training rows against torch's cuDNN and FlashAttention-2 backends on one NVIDIA GPU.
 
-Each row is checked against FlashAttention-2 first. A time is the median over launches between two CUDA events, queued behind a kernel
-that spins, so that the host's time is hidden; the contestants take turns. The record, results/gpu.json, carries the hash of
-the kernel sources (evidence.py), the count of the GPU tests of the same build and the ceilings of the same run.
+Each row is checked against FlashAttention-2 first. A time is the median over launches between two CUDA events, queued behind
+a kernel that spins, so that the host's time is hidden; the contestants take turns. The record, results/gpu.json, carries the
+hash of the kernel sources (evidence.py), the count of the GPU tests of the same build and the ceilings of the same run.
 """
 import json
 import statistics
