@@ -1,0 +1,574 @@
+/* bwd.cu - attention backward on mma.sync, for every card from Ampere on. Compiled once per bwd row of kernels.def.
+ *
+ *     S = Q K^T   P = 2^(S - LSE)   dP = dO V^T   dS = P (dP - delta)
+ *     dV = P^T dO   dK = dS^T Q   dQ = dS K                     (scale, soft cap and dropout: bwd_score.cuh)
+ *
+ * A task is one key tile of one KV head of one sequence, with all query heads of the group (or a share of them): the block
+ * keeps K and V in shared memory and dK and dV in registers, walks the query tiles that see the keys, last tile first, all
+ * heads of a tile before the next tile, and stores dK and dV once.
+ *
+ * dQ of a query tile is the sum of what its key tiles give, added in their order, so that the bits never change: the block of
+ * the first key tile stores its part (in the order of its accumulators, which only blocks of this kernel read), those between
+ * wait for their turn and add, the last one adds what is there to its own and writes dQ itself. A counter a query tile says
+ * whose turn it is. Tasks are handed out by a ticket, lower key tiles first, so a block only ever waits for blocks that are
+ * already running: no deadlock whatever the card does. Blocks that start together walk the tiles one turn behind each other.
+ *
+ *     one step     barrier: tile arrived, P and dS free | fetch the next tile | S, P, dP, dS | barrier | dQ, dV, dK
+ *
+ * Each product is spread over the warps in its own way (constants below). The barrier of the next step is also what makes the
+ * additions of this one complete: after it one warp, a different one each step, passes the turn on.
+ */
+#include "../common/params.cuh"
+#include "../common/ptx_global.cuh"
+#include "../common/tile_io.cuh"
+#include "../any/bwd_workspace.h"
+#include "../kernel_table.h"
+#include "bwd_gemm.cuh"
+#include "bwd_score.cuh"
+
+#define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
+typedef FGQA_DTYPE T;
+static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
+static constexpr int WARPS = FGQA_WARPS, THREADS = 32 * WARPS;
+#define FGQA_BWD_GENERAL (FGQA_SUFFIX(FGQA_BWD_IS_, FGQA_VARIANT))
+#define FGQA_BWD_IS_plain 0
+#define FGQA_BWD_IS_general 1
+static constexpr bool GENERAL = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_general;
+static_assert(STAGES == 1 || STAGES == 2, "kernels.def: one or two stages");
+static_assert(BLOCK_Q <= THREADS, "kernels.def: one thread fetches one row's statistics");
+
+/* How `warps` warps share a product of rows x cols: the squarest parts read the least. */
+static constexpr int warps_down(int rows, int cols, int warps)
+{
+    int best = 0, least = 1 << 30;
+    for (int down = 1; down <= warps; down *= 2) {
+        const int across = warps / down;
+        if (rows % (16 * down) == 0 && cols % (16 * across) == 0 && rows / down + cols / across < least) {
+            best = down;
+            least = rows / down + cols / across;
+        }
+    }
+    return best;
+}
+template <int ROWS, int COLS, int W> struct share {
+    static constexpr int DOWN = warps_down(ROWS, COLS, W), ACROSS_ = W / (DOWN ? DOWN : 1);
+    static_assert(DOWN > 0, "kernels.def: tile too small for this many warps");
+    static constexpr int R = ROWS / DOWN, C = COLS / ACROSS_, MB = R / 16, NB = C / 8;
+    static __device__ __forceinline__ int row(int warp) { return warp / ACROSS_ * R; }
+    static __device__ __forceinline__ int col(int warp) { return warp % ACROSS_ * C; }
+};
+static constexpr int SCORE_WARPS = WARPS < BLOCK_Q / 16 * (BLOCK_K / 16) ? WARPS : BLOCK_Q / 16 * (BLOCK_K / 16);
+typedef share<BLOCK_Q, BLOCK_K, SCORE_WARPS> of_s;
+typedef share<BLOCK_K, D, WARPS> of_dk;
+typedef share<BLOCK_K, DV, WARPS> of_dv;
+typedef share<BLOCK_Q, D, WARPS> of_dq;
+
+static constexpr int Q_BYTES = D * sizeof(T), V_BYTES = DV * sizeof(T), P_BYTES = BLOCK_K * sizeof(T);   /* of a row */
+
+struct task {
+    int32_t b, kv_head, part, n;              /* part of the query rows; key tile */
+    fgqa_sequence sequence;
+    fgqa_range tiles;                         /* query tiles to walk */
+    int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
+    bool all, done;                           /* every row of the walk sees every key of the tile; no task left */
+};
+
+/* One step of the walk; in shared memory, where reading it again is cheaper than registers beside the accumulators. */
+struct walk_step {
+    int32_t i, h;                             /* query tile; head of the group */
+    int32_t rank;                             /* key tiles that add to dQ of the tile before this one */
+    bool last, full;                          /* none adds after this one; every row sees every key */
+    int64_t tile;                             /* index in the workspace */
+};
+
+struct shared {
+    alignas(128) char k[BLOCK_K * Q_BYTES];
+    alignas(128) char v[BLOCK_K * V_BYTES];
+    alignas(128) char q[STAGES][BLOCK_Q * Q_BYTES];
+    alignas(128) char dout[STAGES][BLOCK_Q * V_BYTES];
+    alignas(128) char p[BLOCK_Q * P_BYTES];
+    alignas(128) char ds[BLOCK_Q * P_BYTES];
+    float2 stats[STAGES][BLOCK_Q];            /* lse2, delta */
+    score_row rows[GENERAL ? STAGES : 1][GENERAL ? BLOCK_Q : 1];
+    fgqa_range seen[GENERAL ? 1 : STAGES][GENERAL ? 1 : BLOCK_Q];
+    struct task task;
+    walk_step steps[2];
+};
+
+/* Scalars of a launch. Tasks come in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile. */
+struct launch {
+    int64_t sections, band;
+    int32_t pair_dq, pair_dk, pair_dv;        /* two neighbouring elements may be stored as one word */
+};
+
+static __device__ __forceinline__ void describe_step(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, walk_step &step, int32_t i, int32_t h)
+{
+    const task &t = mem.task;
+    const fgqa_mask &mask = t.sequence.mask;
+    const int32_t i0 = i * BLOCK_Q, i1 = min(mask.sq, i0 + BLOCK_Q), j0 = t.n * BLOCK_K;
+    step.i = i;
+    step.h = h;
+    if (i < t.tiles.begin) { return; }
+    const fgqa_range order = bwd_key_tiles(mask, BLOCK_K, i0, i1);
+    step.rank = t.n - order.begin;
+    step.last = t.n + 1 == order.end;
+    step.full = t.all || fgqa_tile_is_full(&mask, i0, i1, j0, j0 + BLOCK_K);
+    step.tile = bwd_q_tile(params.problem, w, t.b, t.kv_head * params.problem.g + h, t.sequence.q_row, i);
+}
+
+/* The step after (i, h): heads and then tiles downwards, in strides of the number of parts. */
+static __device__ __forceinline__ void next_step(int32_t *i, int32_t *h, int32_t splits, int32_t group)
+{
+    *h -= splits;
+    while (*h < 0) { *h += group; *i -= 1; }
+}
+
+/* Thread 0 fills mem.task and the first step from the next ticket. */
+static __device__ __forceinline__ void take_task(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, const launch &launch)
+{
+    const fgqa_problem &p = params.problem;
+    task &t = mem.task;
+    const int64_t key_tiles = w.control->key_tiles;
+    const int64_t ticket = (int64_t)atomicAdd((unsigned long long *)&w.control->ticket, 1ull);
+    t.done = ticket >= launch.sections * key_tiles;
+    if (t.done) { return; }
+    const int64_t first = ticket / (launch.band * key_tiles) * launch.band, rest = ticket % (launch.band * key_tiles);
+    const int64_t width = min(launch.band, launch.sections - first);
+    const int64_t section = first + rest % width;
+    t.n = (int32_t)(rest / width);
+    t.part = (int32_t)(section % w.splits);
+    t.kv_head = (int32_t)(section / w.splits % p.hk);
+    t.b = (int32_t)(section / w.splits / p.hk);
+    int32_t rows;
+    t.sequence = fgqa_device_sequence(p, t.b, &rows);
+    const fgqa_mask &mask = t.sequence.mask;
+    t.key_rows = p.varlen ? mask.sk : p.sk;
+    const int32_t j0 = t.n * BLOCK_K, j1 = min(mask.sk, j0 + BLOCK_K);
+    t.tiles.begin = t.tiles.end = 0;
+    if (j0 < mask.sk) { t.tiles = bwd_query_tiles(mask, BLOCK_Q, j0, j1); }
+    t.all = j0 + BLOCK_K <= mask.sk && t.tiles.begin < t.tiles.end
+         && fgqa_tile_is_full(&mask, t.tiles.begin * BLOCK_Q, min(mask.sq, t.tiles.end * BLOCK_Q), j0, j1);
+    /* this part's last (query tile, head): the highest index below tiles.end * g that is `part` modulo splits */
+    const int64_t last = (int64_t)t.tiles.end * p.g - 1;
+    const int64_t mine = last - ((last - t.part) % w.splits + w.splits) % w.splits;
+    describe_step(mem, params, w, mem.steps[0], mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g));
+}
+
+static __device__ __forceinline__ tile_access access_of(int32_t vector)
+{
+    return !GENERAL ? ACCESS_WHOLE_PIECES : vector ? ACCESS_PIECES : ACCESS_ELEMENTS;
+}
+
+static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params &params)
+{
+    const fgqa_problem &p = params.problem;
+    const task &t = mem.task;
+    const fgqa_view &k = p.view[FGQA_ARG_k], &v = p.view[FGQA_ARG_v];
+    const int32_t j0 = t.n * BLOCK_K, valid = t.sequence.mask.sk - j0;
+    load_tile<T, BLOCK_K, D, THREADS>(smem_address(mem.k), fgqa_row_address(k, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j0),
+                                      k.stride_s * (int64_t)sizeof(T), valid, p.d, access_of(params.vector_k));
+    load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v), fgqa_row_address(v, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j0),
+                                       v.stride_s * (int64_t)sizeof(T), valid, p.dv, access_of(params.vector_v));
+}
+
+/* Query tile i of head h of the group: Q, dO, statistics, what each row sees. */
+static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, int stage, int32_t i, int32_t h)
+{
+    const fgqa_problem &p = params.problem;
+    const task &t = mem.task;
+    const fgqa_view &q = p.view[FGQA_ARG_q], &dout = p.view[FGQA_ARG_dout];
+    const int32_t i0 = i * BLOCK_Q, valid = t.sequence.mask.sq - i0, head = t.kv_head * p.g + h;
+    load_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q[stage]), fgqa_row_address(q, sizeof(T), t.b, head, t.sequence.q_row + i0),
+                                      q.stride_s * (int64_t)sizeof(T), valid, p.d, access_of(params.vector_q));
+    load_tile<T, BLOCK_Q, DV, THREADS>(smem_address(mem.dout[stage]), fgqa_row_address(dout, sizeof(T), t.b, head, t.sequence.q_row + i0),
+                                       dout.stride_s * (int64_t)sizeof(T), valid, p.dv, access_of(params.vector_dout));
+    if (threadIdx.x < BLOCK_Q) {
+        const int row = threadIdx.x;
+        cp_async_8(smem_address(&mem.stats[stage][row]), w.stats + 2 * (bwd_q_row(p, t.b, head, t.sequence.q_row, i0) + row), row < valid);
+        if (GENERAL) {
+            mem.rows[stage][row] = score_row_make(params, t.sequence.mask, t.b, head, i0 + row);
+        } else if (!t.all) {
+            mem.seen[stage][row] = row_range(t.sequence.mask, i0 + row);
+        }
+    }
+}
+
+/* The lane, as a value of this moment: what is derived from it (a dozen addresses for each product) is then computed where it
+ * is used instead of being kept in registers through the loop. */
+static __device__ __forceinline__ int lane_here(void)
+{
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
+/* Two neighbouring elements of a tile with rows of BLOCK_K. */
+static __device__ __forceinline__ void store_pair(uint32_t address, float x, float y, f32)
+{
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+template <typename E> static __device__ __forceinline__ void store_pair(uint32_t address, float x, float y, E)
+{
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(pack2(x, y, E())) : "memory");
+}
+
+/* A warp's part of P or dS into its tile. */
+static __device__ __forceinline__ void store_scores(uint32_t tile, const float (&x)[of_s::MB][of_s::NB][4], int row0, int col0, int lane)
+{
+    constexpr int PIECE = 16 / (int)sizeof(T);
+#pragma unroll
+    for (int mb = 0; mb < of_s::MB; mb++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = row0 + 16 * mb + 8 * half + lane / 4;
+#pragma unroll
+            for (int n = 0; n < of_s::NB; n++) {
+                const int col = col0 + 8 * n + fragment_column(lane, 0);
+                store_pair(tile + swizzle<P_BYTES>(row, col / PIECE) + col % PIECE * (int)sizeof(T), x[mb][n][2 * half], x[mb][n][2 * half + 1], T());
+            }
+        }
+    }
+}
+
+/* The same for pairs of 16-bit elements. */
+static __device__ __forceinline__ void store_packed(uint32_t tile, const uint32_t (&x)[of_s::MB][of_s::NB][2], int row0, int col0, int lane)
+{
+#pragma unroll
+    for (int mb = 0; mb < of_s::MB; mb++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+#pragma unroll
+            for (int n = 0; n < of_s::NB; n++) {
+                const uint32_t to = tile + swizzle<P_BYTES>(row0 + 16 * mb + 8 * half + lane / 4, col0 / 8 + n) + lane % 4 * 4;
+                asm volatile("st.shared.b32 [%0], %1;" ::"r"(to), "r"(x[mb][n][half]) : "memory");
+            }
+        }
+    }
+}
+
+static __device__ __forceinline__ float2 unpack2(uint32_t x, bf16) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u)); }
+static __device__ __forceinline__ float2 unpack2(uint32_t x, f16) { return __half22float2(*(const __half2 *)&x); }
+
+typedef gemm_operand<T, Q_BYTES, ALONG, true> q_along;
+typedef gemm_operand<T, Q_BYTES, ALONG, false> k_along;
+typedef gemm_operand<T, V_BYTES, ALONG, true> dout_along;
+typedef gemm_operand<T, V_BYTES, ALONG, false> v_along;
+typedef gemm_operand<T, P_BYTES, ALONG, true> ds_along;
+typedef gemm_operand<T, P_BYTES, ACROSS, true> p_across;
+typedef gemm_operand<T, Q_BYTES, ACROSS, false> qk_across;
+typedef gemm_operand<T, V_BYTES, ACROSS, false> dout_across;
+
+/* Every option: dS of one tile, by the warps that share it, and P into its tile. BIAS: instead the gradient of the bias. */
+template <bool BIAS>
+static __device__ __forceinline__ void scores_general(shared &mem, const fgqa_params &params, int stage, int warp, float (&ds)[of_s::MB][of_s::NB][4])
+{
+    constexpr int MB = of_s::MB, NB = of_s::NB;
+    const int lane = lane_here(), row0 = of_s::row(warp), col0 = of_s::col(warp);
+    float s[MB][NB][4] = {}, weight[MB][NB][4];
+    score_memory<MB, NB> memory;
+    warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
+    weights_general<MB, NB>(params, mem.task.sequence.mask.diag, mem.rows[stage], mem.stats[stage], row0, mem.task.n * BLOCK_K + col0, lane, s, weight, memory);
+    if (!BIAS) { store_scores(smem_address(mem.p), weight, row0, col0, lane); }
+    warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
+    gradients_general<BIAS ? 0 : 1, MB, NB>(params, mem.stats[stage], row0, lane, ds, s, memory);
+}
+
+/* P and dS of one tile into theirs, by the warps that share it. */
+static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_params &params, int stage, const walk_step &step, int warp)
+{
+    constexpr int MB = of_s::MB, NB = of_s::NB;
+    const int lane = lane_here(), row0 = of_s::row(warp), col0 = of_s::col(warp);
+    float ds[MB][NB][4] = {};
+    if constexpr (GENERAL) {
+        scores_general<false>(mem, params, stage, warp, ds);
+    } else {
+        const int32_t j0 = mem.task.n * BLOCK_K + col0;
+        float s[MB][NB][4] = {};
+        warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
+        const float scale_log2 = params.scale * (float)FGQA_LOG2E;
+        const float2 *stats = mem.stats[stage] + row0 + lane / 4;
+#pragma unroll
+        for (int mb = 0; mb < MB; mb++) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const float lse2 = stats[16 * mb + 8 * (r / 2)].x;
+#pragma unroll
+                for (int n = 0; n < NB; n++) { s[mb][n][r] = ex2(fmaf(s[mb][n][r], scale_log2, -lse2)); }
+            }
+        }
+        if (!step.full) { hide_tile(s, mem.seen[stage] + row0, j0, lane); }
+        uint32_t p[MB][NB][2];                             /* as dV will see it, and half the registers */
+#pragma unroll
+        for (int mb = 0; mb < MB; mb++) {
+#pragma unroll
+            for (int n = 0; n < NB; n++) {
+                p[mb][n][0] = pack2(s[mb][n][0], s[mb][n][1], T());
+                p[mb][n][1] = pack2(s[mb][n][2], s[mb][n][3], T());
+            }
+        }
+        store_packed(smem_address(mem.p), p, row0, col0, lane);
+        warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
+#pragma unroll
+        for (int mb = 0; mb < MB; mb++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float delta = stats[16 * mb + 8 * half].y;
+#pragma unroll
+                for (int n = 0; n < NB; n++) {
+                    const float2 weight = unpack2(p[mb][n][half], T());
+                    ds[mb][n][2 * half] = weight.x * (ds[mb][n][2 * half] - delta);
+                    ds[mb][n][2 * half + 1] = weight.y * (ds[mb][n][2 * half + 1] - delta);
+                }
+            }
+        }
+        if (!step.full) { hide_tile(ds, mem.seen[stage] + row0, j0, lane); }
+    }
+    store_scores(smem_address(mem.ds), ds, row0, col0, lane);
+}
+
+/* Two neighbouring elements of a row of d elements. */
+static __device__ __forceinline__ void write_pair(char *row, int column, int d, float x, float y, bool pair, f32)
+{
+    float *to = (float *)row + column;
+    if (pair && column + 1 < d) {
+        *(float2 *)to = make_float2(x, y);
+    } else {
+        if (column < d) { to[0] = x; }
+        if (column + 1 < d) { to[1] = y; }
+    }
+}
+template <typename E> static __device__ __forceinline__ void write_pair(char *row, int column, int d, float x, float y, bool pair, E)
+{
+    E *to = (E *)row + column;
+    if (pair && column + 1 < d) {
+        *(uint32_t *)to = pack2(x, y, E());
+    } else {
+        if (column < d) { from_float(to, x); }
+        if (column + 1 < d) { from_float(to + 1, y); }
+    }
+}
+
+/* This key tile's part of dQ of the step's query tile. `turn_seen`: the tile's counter as it was some time ago. */
+static __device__ __forceinline__ void add_dq(const shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, float (&dq)[of_dq::MB][of_dq::NB][4],
+                                              const walk_step &step, int32_t turn_seen, bool pair, int warp, int lane)
+{
+    const fgqa_problem &p = params.problem;
+    const task &t = mem.task;
+    const int32_t rank = step.rank;
+    float *sum = w.dq + step.tile * (BLOCK_Q * D) + ((warp * of_dq::MB * of_dq::NB) * 32 + lane) * 4;
+    if (turn_seen < rank) {
+        if (lane == 0) { while (load_acquire_s32(&w.turn[step.tile]) < rank) {} }
+        __syncwarp();
+    }
+    if (!step.last) {
+#pragma unroll
+        for (int mb = 0; mb < of_dq::MB; mb++) {
+#pragma unroll
+            for (int n = 0; n < of_dq::NB; n++) {
+                float *to = sum + (mb * of_dq::NB + n) * 128;
+                if (rank == 0) {
+                    __stcg((float4 *)to, make_float4(dq[mb][n][0], dq[mb][n][1], dq[mb][n][2], dq[mb][n][3]));
+                } else {
+                    red_add_f32x4(to, dq[mb][n]);
+                }
+            }
+        }
+        return;
+    }
+    const int32_t row0 = step.i * BLOCK_Q + of_dq::row(warp) + lane / 4;
+    char *out = fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), t.b, t.kv_head * p.g + step.h, t.sequence.q_row + row0);
+    const int64_t row_bytes = p.view[FGQA_ARG_dq].stride_s * (int64_t)sizeof(T);
+#pragma unroll
+    for (int mb = 0; mb < of_dq::MB; mb++) {
+#pragma unroll
+        for (int n = 0; n < of_dq::NB; n++) {
+            if (rank > 0) {
+                const float4 before = load_relaxed_f32x4(sum + (mb * of_dq::NB + n) * 128);
+                dq[mb][n][0] += before.x;
+                dq[mb][n][1] += before.y;
+                dq[mb][n][2] += before.z;
+                dq[mb][n][3] += before.w;
+            }
+            const int column = of_dq::col(warp) + 8 * n + fragment_column(lane, 0);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (row0 + 16 * mb + 8 * half < t.sequence.mask.sq) {
+                    write_pair(out + (16 * mb + 8 * half) * row_bytes, column, p.d, params.scale * dq[mb][n][2 * half],
+                               params.scale * dq[mb][n][2 * half + 1], pair, T());
+                }
+            }
+        }
+    }
+}
+
+/* A warp's part of dK or dV, times `scale`: to the result, or to this part's share of it in float32. */
+template <typename S, int WIDTH>
+static __device__ __forceinline__ void store_keys(const shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, const float (&x)[S::MB][S::NB][4],
+                                                  const fgqa_view &view, float *parts, int d, float scale, bool pair, int warp, int lane)
+{
+    const task &t = mem.task;
+    const int32_t j0 = t.n * BLOCK_K + S::row(warp) + lane / 4;
+#pragma unroll
+    for (int mb = 0; mb < S::MB; mb++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int32_t j = j0 + 16 * mb + 8 * half;
+            if (j < t.key_rows) {
+                char *row = fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j);
+                if (w.splits > 1) { row = (char *)(parts + (t.part * w.k_rows + bwd_k_row(params.problem, t.b, t.kv_head, t.sequence.k_row, j)) * WIDTH); }
+#pragma unroll
+                for (int n = 0; n < S::NB; n++) {
+                    const int column = S::col(warp) + 8 * n + fragment_column(lane, 0);
+                    const float a = scale * x[mb][n][2 * half], b = scale * x[mb][n][2 * half + 1];
+                    if (w.splits > 1) { write_pair(row, column, WIDTH, a, b, true, f32()); } else { write_pair(row, column, d, a, b, pair, T()); }
+                }
+            }
+        }
+    }
+}
+
+/* Whether this thread's share of the K tile holds an inf or NaN. */
+static __device__ __forceinline__ bool keys_poisoned(const shared &mem)
+{
+    bool found = false;
+    for (int n = threadIdx.x; n < BLOCK_K * Q_BYTES / 16; n += THREADS) {
+        const uint4 x = ((const uint4 *)mem.k)[n];
+        found |= finite_or_zero(x.x, T()) != x.x || finite_or_zero(x.y, T()) != x.y || finite_or_zero(x.z, T()) != x.z || finite_or_zero(x.w, T()) != x.w;
+    }
+    return found;
+}
+
+/* After a barrier behind the additions to its tile. */
+static __device__ __forceinline__ void pass_turn(const fgqa_bwd_workspace &w, const walk_step &step)
+{
+    red_release_add_s32(&w.turn[step.tile], 1);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, const __grid_constant__ launch launch)
+{
+    extern __shared__ __align__(128) char memory[];
+    shared &mem = *(shared *)memory;
+    const fgqa_problem &p = params.problem;
+    const task &t = mem.task;
+    const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+
+    for (;;) {
+        __syncthreads();                                   /* the previous task is no longer read */
+        if (threadIdx.x == 0) { take_task(mem, params, w, launch); }
+        __syncthreads();
+        if (t.done) { return; }
+        float dk[of_dk::MB][of_dk::NB][4] = {}, dv[of_dv::MB][of_dv::NB][4] = {};
+        if (mem.steps[0].i >= t.tiles.begin) {
+            load_keys(mem, params);
+            load_queries(mem, params, w, 0, mem.steps[0].i, mem.steps[0].h);
+            cp_async_commit();
+        }
+        bool poisoned = false;
+        int count = 0;
+        for (; mem.steps[count & 1].i >= t.tiles.begin; count++) {
+            const walk_step &step = mem.steps[count & 1];
+            const int stage = STAGES == 2 ? count & 1 : 0;
+            cp_async_wait<0>();
+            __syncthreads();                               /* the tile has arrived; Q, dO, P and dS of the last step are used up */
+            if (count == 0 && !t.all) { poisoned = __syncthreads_or(keys_poisoned(mem)); }
+            int32_t next_i = step.i, next_h = step.h;
+            next_step(&next_i, &next_h, w.splits, p.g);
+            if (warp == count % WARPS && lane == 0) {
+                walk_step &other = mem.steps[~count & 1];
+                if (count > 0) { pass_turn(w, other); }
+                describe_step(mem, params, w, other, next_i, next_h);
+            }
+            if (STAGES == 2 && next_i >= t.tiles.begin) {
+                load_queries(mem, params, w, stage ^ 1, next_i, next_h);
+                cp_async_commit();
+            }
+            const int32_t turn_seen = load_relaxed_s32(&w.turn[step.tile]);
+            if (warp < SCORE_WARPS) { score_tiles(mem, params, stage, step, warp); }
+            __syncthreads();                               /* P and dS are there */
+            {
+                float dq[of_dq::MB][of_dq::NB][4] = {};
+                const int here = lane_here();
+                const ds_along a(smem_address(mem.ds), of_dq::row(warp), here);
+                const qk_across b(smem_address(mem.k), of_dq::col(warp), here);
+                if (poisoned) {
+                    warp_gemm_finite<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
+                } else {
+                    warp_gemm<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
+                }
+                add_dq(mem, params, w, dq, step, turn_seen, launch.pair_dq, warp, here);
+            }
+            warp_gemm<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p), of_dv::row(warp), lane_here()),
+                                                        dout_across(smem_address(mem.dout[stage]), of_dv::col(warp), lane_here()));
+            warp_gemm<T, BLOCK_Q, of_dk::MB, of_dk::NB>(dk, p_across(smem_address(mem.ds), of_dk::row(warp), lane_here()),
+                                                        qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane_here()));
+            if (STAGES == 1) {
+                __syncthreads();                           /* Q and dO are used up, the next step is described */
+                const walk_step &next = mem.steps[~count & 1];
+                if (next.i >= t.tiles.begin) {
+                    load_queries(mem, params, w, 0, next.i, next.h);
+                    cp_async_commit();
+                }
+            }
+        }
+        __syncthreads();                                   /* every warp has added its part of the last dQ */
+        if (threadIdx.x == 0 && count > 0) { pass_turn(w, mem.steps[~count & 1]); }
+        store_keys<of_dk, D>(mem, params, w, dk, p.view[FGQA_ARG_dk], w.dk, p.d, params.scale, launch.pair_dk, warp, lane);
+        store_keys<of_dv, DV>(mem, params, w, dv, p.view[FGQA_ARG_dv], w.dv, p.dv, GENERAL ? params.dropout_scale : 1.0f, launch.pair_dv, warp, lane);
+    }
+}
+
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
+
+#if FGQA_BWD_GENERAL
+#include "bwd_dbias.cuh"
+#endif
+
+/* Whether two neighbouring elements of every row can be stored as one word. */
+static int32_t pairs_aligned(const fgqa_view &view)
+{
+    const int64_t word = 2 * sizeof(T);
+    return (uintptr_t)view.data % word == 0 && (view.stride_b | view.stride_h | view.stride_s) % 2 == 0;
+}
+
+extern "C" size_t FGQA_SUFFIX(FGQA_ROW, _workspace)(const fgqa_problem *problem, int32_t splits, void *base, fgqa_bwd_workspace *w)
+{
+    return fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, splits, base, w);
+}
+
+extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
+{
+    const cudaStream_t stream = (cudaStream_t)exec->stream;
+    const fgqa_params params = fgqa_params_make(problem);
+    fgqa_bwd_workspace w;
+    fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, workspace, &w);
+    int device, sms;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device); }
+    if (error == cudaSuccess) {
+        error = cudaFuncSetAttribute((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(shared));
+    }
+    if (error == cudaSuccess) { error = (cudaError_t)fgqa_bwd_delta(problem, &w, stream); }
+    if (error != cudaSuccess) { return error; }
+
+    launch launch;
+    const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
+    launch.sections = (int64_t)problem->b * problem->hk * w.splits;
+    /* without a mask all tasks are equal, and one section at a time shares its Q and dO in L2; with one, long tasks first */
+    const bool masked = problem->left != FGQA_UNBOUNDED || problem->right != FGQA_UNBOUNDED || problem->chunk > 0;
+    launch.band = masked ? (4 * sms + key_tiles - 1) / key_tiles : 1;
+    launch.pair_dq = pairs_aligned(problem->view[FGQA_ARG_dq]);
+    launch.pair_dk = pairs_aligned(problem->view[FGQA_ARG_dk]);
+    launch.pair_dv = pairs_aligned(problem->view[FGQA_ARG_dv]);
+    const int64_t tasks = launch.sections * key_tiles, most = (int64_t)sms * (232448 / (int64_t)sizeof(shared) + 1);
+    if (tasks > 0) {
+        FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)(tasks < most ? tasks : most), THREADS, sizeof(shared), stream>>>(params, w, launch);
+        error = cudaGetLastError();
+    }
+    if (error == cudaSuccess && w.splits > 1) { error = (cudaError_t)fgqa_bwd_reduce(problem, &w, D, DV, stream); }
+    if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = (cudaError_t)fgqa_bwd_dsink(problem, &w, stream); }
+#if FGQA_BWD_GENERAL
+    if (error == cudaSuccess && problem->view[FGQA_ARG_dbias].data) { error = (cudaError_t)dbias_launch(params, w, stream); }
+#endif
+    return error;
+}
