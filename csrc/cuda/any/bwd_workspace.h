@@ -70,7 +70,7 @@ static __device__ __forceinline__ fgqa_range bwd_key_tiles(const fgqa_mask &mask
     fgqa_range r = {fgqa_kv_begin(&mask, i0) / block_k, 0};
     const int32_t end = fgqa_kv_end(&mask, i1 - 1);
     r.end = (int32_t)(((int64_t)end + block_k - 1) / block_k);
-    if (r.end < r.begin) { r.end = r.begin; }
+    if (r.end < r.begin || fgqa_kv_begin(&mask, i0) >= mask.sk) { r.end = r.begin; }
     return r;
 }
 

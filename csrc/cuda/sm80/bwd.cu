@@ -279,50 +279,50 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
     constexpr int MB = of_s::MB, NB = of_s::NB;
     const int lane = lane_here(), row0 = of_s::row(warp), col0 = of_s::col(warp);
     float ds[MB][NB][4] = {};
-    if constexpr (GENERAL) {
-        scores_general<false>(mem, params, stage, warp, ds);
-    } else {
-        const int32_t j0 = mem.task.n * BLOCK_K + col0;
-        float s[MB][NB][4] = {};
-        warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
-        const float scale_log2 = params.scale * (float)FGQA_LOG2E;
-        const float2 *stats = mem.stats[stage] + row0 + lane / 4;
+#if FGQA_BWD_GENERAL
+    scores_general<false>(mem, params, stage, warp, ds);
+#else
+    const int32_t j0 = mem.task.n * BLOCK_K + col0;
+    float s[MB][NB][4] = {};
+    warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
+    const float scale_log2 = params.scale * (float)FGQA_LOG2E;
+    const float2 *stats = mem.stats[stage] + row0 + lane / 4;
 #pragma unroll
-        for (int mb = 0; mb < MB; mb++) {
+    for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
-            for (int r = 0; r < 4; r++) {
-                const float lse2 = stats[16 * mb + 8 * (r / 2)].x;
+        for (int r = 0; r < 4; r++) {
+            const float lse2 = stats[16 * mb + 8 * (r / 2)].x;
 #pragma unroll
-                for (int n = 0; n < NB; n++) { s[mb][n][r] = ex2(fmaf(s[mb][n][r], scale_log2, -lse2)); }
-            }
+            for (int n = 0; n < NB; n++) { s[mb][n][r] = ex2(fmaf(s[mb][n][r], scale_log2, -lse2)); }
         }
-        if (!step.full) { hide_tile(s, mem.seen[stage] + row0, j0, lane); }
-        uint32_t p[MB][NB][2];                             /* as dV will see it, and half the registers */
+    }
+    if (!step.full) { hide_tile(s, mem.seen[stage] + row0, j0, lane); }
+    uint32_t p[MB][NB][2];                             /* as dV will see it, and half the registers */
 #pragma unroll
-        for (int mb = 0; mb < MB; mb++) {
+    for (int mb = 0; mb < MB; mb++) {
+#pragma unroll
+        for (int n = 0; n < NB; n++) {
+            p[mb][n][0] = pack2(s[mb][n][0], s[mb][n][1], T());
+            p[mb][n][1] = pack2(s[mb][n][2], s[mb][n][3], T());
+        }
+    }
+    store_packed(smem_address(mem.p), p, row0, col0, lane);
+    warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
+#pragma unroll
+    for (int mb = 0; mb < MB; mb++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float delta = stats[16 * mb + 8 * half].y;
 #pragma unroll
             for (int n = 0; n < NB; n++) {
-                p[mb][n][0] = pack2(s[mb][n][0], s[mb][n][1], T());
-                p[mb][n][1] = pack2(s[mb][n][2], s[mb][n][3], T());
+                const float2 weight = unpack2(p[mb][n][half], T());
+                ds[mb][n][2 * half] = weight.x * (ds[mb][n][2 * half] - delta);
+                ds[mb][n][2 * half + 1] = weight.y * (ds[mb][n][2 * half + 1] - delta);
             }
         }
-        store_packed(smem_address(mem.p), p, row0, col0, lane);
-        warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
-#pragma unroll
-        for (int mb = 0; mb < MB; mb++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float delta = stats[16 * mb + 8 * half].y;
-#pragma unroll
-                for (int n = 0; n < NB; n++) {
-                    const float2 weight = unpack2(p[mb][n][half], T());
-                    ds[mb][n][2 * half] = weight.x * (ds[mb][n][2 * half] - delta);
-                    ds[mb][n][2 * half + 1] = weight.y * (ds[mb][n][2 * half + 1] - delta);
-                }
-            }
-        }
-        if (!step.full) { hide_tile(ds, mem.seen[stage] + row0, j0, lane); }
     }
+    if (!step.full) { hide_tile(ds, mem.seen[stage] + row0, j0, lane); }
+#endif
     store_scores(smem_address(mem.ds), ds, row0, col0, lane);
 }
 
