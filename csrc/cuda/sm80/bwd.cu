@@ -13,10 +13,12 @@
  * whose turn it is. Tasks are handed out by a ticket, lower key tiles first, so a block only ever waits for blocks that are
  * already running: no deadlock whatever the card does. Blocks that start together walk the tiles one turn behind each other.
  *
- *     one step     barrier: tile arrived, P and dS free | fetch the next tile | S, P, dP, dS | barrier | dQ, dV, dK
+ *     STAGES 1, 2   barrier: tile arrived, P and dS free | fetch the next tile | S, P, dP, dS | barrier | dQ, dV, dK
+ *     STAGES 3      barrier | fetch tile t + 2 | half of the warps: S .. dS of tile t + 1, then dQ, dV, dK of tile t; the other
+ *                   half, which shares the schedulers with them: the other way round. P and dS have two buffers.
  *
- * Each product is spread over the warps in its own way (constants below). The barrier of the next step is also what makes the
- * additions of this one complete: after it one warp, a different one each step, passes the turn on.
+ * Each product is spread over the warps in its own way (constants below). A barrier is also what makes the additions to dQ
+ * complete: after the next one one warp, a different one each step, passes the turn on.
  */
 #include "../common/params.cuh"
 #include "../common/ptx_global.cuh"
@@ -34,7 +36,8 @@ static constexpr int WARPS = FGQA_WARPS, THREADS = 32 * WARPS;
 #define FGQA_BWD_IS_plain 0
 #define FGQA_BWD_IS_general 1
 static constexpr bool GENERAL = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_general;
-static_assert(STAGES == 1 || STAGES == 2, "kernels.def: one or two stages");
+static_assert(STAGES >= 1 && STAGES <= 3, "kernels.def: one to three stages");
+static constexpr int BUFFERS = STAGES == 3 ? 2 : 1, ROW_BUFFERS = STAGES == 1 ? 1 : 2;     /* of P and dS; of what scores need of a row */
 static_assert(BLOCK_Q <= THREADS, "kernels.def: one thread fetches one row's statistics");
 
 /* How `warps` warps share a product of rows x cols: the squarest parts read the least. */
@@ -86,13 +89,13 @@ struct shared {
     alignas(128) char v[BLOCK_K * V_BYTES];
     alignas(128) char q[STAGES][BLOCK_Q * Q_BYTES];
     alignas(128) char dout[STAGES][BLOCK_Q * V_BYTES];
-    alignas(128) char p[BLOCK_Q * P_BYTES];
-    alignas(128) char ds[BLOCK_Q * P_BYTES];
-    float2 stats[STAGES][BLOCK_Q];            /* lse2, delta */
-    score_row rows[GENERAL ? STAGES : 1][GENERAL ? BLOCK_Q : 1];
-    fgqa_range seen[GENERAL ? 1 : STAGES][GENERAL ? 1 : BLOCK_Q];
+    alignas(128) char p[BUFFERS][BLOCK_Q * P_BYTES];
+    alignas(128) char ds[BUFFERS][BLOCK_Q * P_BYTES];
+    float2 stats[ROW_BUFFERS][BLOCK_Q];       /* lse2, delta */
+    score_row rows[GENERAL ? ROW_BUFFERS : 1][GENERAL ? BLOCK_Q : 1];
+    fgqa_range seen[GENERAL ? 1 : ROW_BUFFERS][GENERAL ? 1 : BLOCK_Q];
     struct task task;
-    walk_step steps[2];
+    walk_step steps[4];                       /* ring */
 };
 
 /* Scalars of a launch. Tasks come in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile. */
@@ -101,19 +104,29 @@ struct launch {
     int32_t pair_dq, pair_dk, pair_dv;        /* two neighbouring elements may be stored as one word */
 };
 
-static __device__ __forceinline__ void describe_step(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, walk_step &step, int32_t i, int32_t h)
+/* By one warp; `before`: the step before it, or NULL. Two lanes' rows are looked at, the first and the last of the tile. */
+static __device__ __forceinline__ void describe_step(const task &t, const fgqa_params &params, const fgqa_bwd_workspace &w, walk_step &step, const walk_step *before,
+                                                     int32_t i, int32_t h, int lane)
 {
-    const task &t = mem.task;
     const fgqa_mask &mask = t.sequence.mask;
-    const int32_t i0 = i * BLOCK_Q, i1 = min(mask.sq, i0 + BLOCK_Q), j0 = t.n * BLOCK_K;
-    step.i = i;
-    step.h = h;
-    if (i < t.tiles.begin) { return; }
-    const fgqa_range order = bwd_key_tiles(mask, BLOCK_K, i0, i1);
-    step.rank = t.n - order.begin;
-    step.last = t.n + 1 == order.end;
-    step.full = t.all || fgqa_tile_is_full(&mask, i0, i1, j0, j0 + BLOCK_K);
-    step.tile = bwd_q_tile(params.problem, w, t.b, t.kv_head * params.problem.g + h, t.sequence.q_row, i);
+    walk_step next = {i, h, 0, false, false, 0};
+    if (i >= t.tiles.begin) {
+        if (before && before->i == i) {
+            next = *before;
+            next.h = h;
+        } else {
+            const int32_t j0 = t.n * BLOCK_K, row = min(mask.sq, i * BLOCK_Q + (lane % 2 ? BLOCK_Q : 1)) - 1;
+            const int32_t begin = fgqa_kv_begin(&mask, row), end = fgqa_kv_end(&mask, row);
+            const int32_t last_begin = __shfl_sync(0xFFFFFFFFu, begin, 1), last_end = __shfl_sync(0xFFFFFFFFu, end, 1);
+            const int32_t first_begin = __shfl_sync(0xFFFFFFFFu, begin, 0), first_end = __shfl_sync(0xFFFFFFFFu, end, 0);
+            next.rank = t.n - first_begin / BLOCK_K;
+            next.last = j0 + BLOCK_K >= last_end;
+            next.full = last_begin <= j0 && j0 + BLOCK_K <= first_end;
+        }
+        next.tile = bwd_q_tile(params.problem, w, t.b, t.kv_head * params.problem.g + h, t.sequence.q_row, i);
+    }
+    __syncwarp();
+    if (lane == 0) { step = next; }
 }
 
 /* The step after (i, h): heads and then tiles downwards, in strides of the number of parts. */
@@ -123,35 +136,62 @@ static __device__ __forceinline__ void next_step(int32_t *i, int32_t *h, int32_t
     while (*h < 0) { *h += group; *i -= 1; }
 }
 
-/* Thread 0 fills mem.task and the first step from the next ticket. */
-static __device__ __forceinline__ void take_task(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, const launch &launch)
+/* First row from `lo` on whose begin (or end) of the keys it sees is at least `bound`, or mask.sq: 32 rows are tried at a time. */
+template <bool BEGIN> static __device__ __forceinline__ int32_t first_row(const fgqa_mask &mask, int32_t lo, int32_t bound, int lane)
+{
+    int32_t hi = mask.sq;
+    while (lo < hi) {
+        const int32_t stride = (hi - lo + 31) / 32;
+        const int64_t row = lo + (int64_t)lane * stride;
+        const bool there = row >= hi || (BEGIN ? fgqa_kv_begin(&mask, (int32_t)row) : fgqa_kv_end(&mask, (int32_t)row)) >= bound;
+        const uint32_t votes = __ballot_sync(0xFFFFFFFFu, there);
+        const int first = votes ? __ffs((int)votes) - 1 : 32;
+        if (first == 0) { return lo; }
+        hi = (int32_t)min((int64_t)hi, lo + (int64_t)first * stride);
+        lo += (first - 1) * stride + 1;
+    }
+    return lo;
+}
+
+/* One warp fills a task and its first step from the next ticket. */
+static __device__ __forceinline__ void take_task(task &t, walk_step &step, const fgqa_params &params, const fgqa_bwd_workspace &w, const launch &launch, int lane)
 {
     const fgqa_problem &p = params.problem;
-    task &t = mem.task;
+    task next;
     const int64_t key_tiles = w.control->key_tiles;
-    const int64_t ticket = (int64_t)atomicAdd((unsigned long long *)&w.control->ticket, 1ull);
-    t.done = ticket >= launch.sections * key_tiles;
-    if (t.done) { return; }
+    int64_t ticket = 0;
+    if (lane == 0) { ticket = (int64_t)atomicAdd((unsigned long long *)&w.control->ticket, 1ull); }
+    ticket = __shfl_sync(0xFFFFFFFFu, ticket, 0);
+    next.done = ticket >= launch.sections * key_tiles;
+    if (next.done) {
+        if (lane == 0) { t.done = true; }
+        return;
+    }
     const int64_t first = ticket / (launch.band * key_tiles) * launch.band, rest = ticket % (launch.band * key_tiles);
     const int64_t width = min(launch.band, launch.sections - first);
     const int64_t section = first + rest % width;
-    t.n = (int32_t)(rest / width);
-    t.part = (int32_t)(section % w.splits);
-    t.kv_head = (int32_t)(section / w.splits % p.hk);
-    t.b = (int32_t)(section / w.splits / p.hk);
+    next.n = (int32_t)(rest / width);
+    next.part = (int32_t)(section % w.splits);
+    next.kv_head = (int32_t)(section / w.splits % p.hk);
+    next.b = (int32_t)(section / w.splits / p.hk);
     int32_t rows;
-    t.sequence = fgqa_device_sequence(p, t.b, &rows);
-    const fgqa_mask &mask = t.sequence.mask;
-    t.key_rows = p.varlen ? mask.sk : p.sk;
-    const int32_t j0 = t.n * BLOCK_K, j1 = min(mask.sk, j0 + BLOCK_K);
-    t.tiles.begin = t.tiles.end = 0;
-    if (j0 < mask.sk) { t.tiles = bwd_query_tiles(mask, BLOCK_Q, j0, j1); }
-    t.all = j0 + BLOCK_K <= mask.sk && t.tiles.begin < t.tiles.end
-         && fgqa_tile_is_full(&mask, t.tiles.begin * BLOCK_Q, min(mask.sq, t.tiles.end * BLOCK_Q), j0, j1);
+    next.sequence = fgqa_device_sequence(p, next.b, &rows);
+    const fgqa_mask &mask = next.sequence.mask;
+    next.key_rows = p.varlen ? mask.sk : p.sk;
+    /* query tiles to walk: from the first row that sees past j0 to the last tile whose first row does not start past the keys */
+    const int32_t j0 = next.n * BLOCK_K, j1 = min(mask.sk, j0 + BLOCK_K);
+    const int32_t begin = j0 < mask.sk ? first_row<false>(mask, 0, j0 + 1, lane) : mask.sq;
+    const int32_t end = begin < mask.sq ? first_row<true>(mask, 0, j1, lane) : 0;
+    next.tiles.begin = begin / BLOCK_Q;
+    next.tiles.end = max(next.tiles.begin, (int32_t)(((int64_t)end + BLOCK_Q - 1) / BLOCK_Q));
+    next.all = j0 + BLOCK_K <= mask.sk && next.tiles.begin < next.tiles.end
+            && fgqa_tile_is_full(&mask, next.tiles.begin * BLOCK_Q, min(mask.sq, next.tiles.end * BLOCK_Q), j0, j0 + BLOCK_K);
+    if (lane == 0) { t = next; }
+    __syncwarp();
     /* this part's last (query tile, head): the highest index below tiles.end * g that is `part` modulo splits */
-    const int64_t last = (int64_t)t.tiles.end * p.g - 1;
-    const int64_t mine = last - ((last - t.part) % w.splits + w.splits) % w.splits;
-    describe_step(mem, params, w, mem.steps[0], mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g));
+    const int64_t last = (int64_t)next.tiles.end * p.g - 1;
+    const int64_t mine = last - ((last - next.part) % w.splits + w.splits) % w.splits;
+    describe_step(t, params, w, step, NULL, mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g), lane);
 }
 
 static __device__ __forceinline__ tile_access access_of(int32_t vector)
@@ -172,7 +212,7 @@ static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params 
 }
 
 /* Query tile i of head h of the group: Q, dO, statistics, what each row sees. */
-static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, int stage, int32_t i, int32_t h)
+static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, int stage, int at, int32_t i, int32_t h)
 {
     const fgqa_problem &p = params.problem;
     const task &t = mem.task;
@@ -184,11 +224,11 @@ static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_para
                                        dout.stride_s * (int64_t)sizeof(T), valid, p.dv, access_of(params.vector_dout));
     if (threadIdx.x < BLOCK_Q) {
         const int row = threadIdx.x;
-        cp_async_8(smem_address(&mem.stats[stage][row]), w.stats + 2 * (bwd_q_row(p, t.b, head, t.sequence.q_row, i0) + row), row < valid);
+        cp_async_8(smem_address(&mem.stats[at][row]), w.stats + 2 * (bwd_q_row(p, t.b, head, t.sequence.q_row, i0) + row), row < valid);
         if (GENERAL) {
-            mem.rows[stage][row] = score_row_make(params, t.sequence.mask, t.b, head, i0 + row);
+            mem.rows[at][row] = score_row_make(params, t.sequence.mask, t.b, head, i0 + row);
         } else if (!t.all) {
-            mem.seen[stage][row] = row_range(t.sequence.mask, i0 + row);
+            mem.seen[at][row] = row_range(t.sequence.mask, i0 + row);
         }
     }
 }
@@ -260,33 +300,33 @@ typedef gemm_operand<T, V_BYTES, ACROSS, false> dout_across;
 
 /* Every option: dS of one tile, by the warps that share it, and P into its tile. BIAS: instead the gradient of the bias. */
 template <bool BIAS>
-static __device__ __forceinline__ void scores_general(shared &mem, const fgqa_params &params, int stage, int warp, float (&ds)[of_s::MB][of_s::NB][4])
+static __device__ __forceinline__ void scores_general(shared &mem, const fgqa_params &params, int stage, int at, int buffer, int warp, float (&ds)[of_s::MB][of_s::NB][4])
 {
     constexpr int MB = of_s::MB, NB = of_s::NB;
     const int lane = lane_here(), row0 = of_s::row(warp), col0 = of_s::col(warp);
     float s[MB][NB][4] = {}, weight[MB][NB][4];
     score_memory<MB, NB> memory;
     warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
-    weights_general<MB, NB>(params, mem.task.sequence.mask.diag, mem.rows[stage], mem.stats[stage], row0, mem.task.n * BLOCK_K + col0, lane, s, weight, memory);
-    if (!BIAS) { store_scores(smem_address(mem.p), weight, row0, col0, lane); }
+    weights_general<MB, NB>(params, mem.task.sequence.mask.diag, mem.rows[at], mem.stats[at], row0, mem.task.n * BLOCK_K + col0, lane, s, weight, memory);
+    if (!BIAS) { store_scores(smem_address(mem.p[buffer]), weight, row0, col0, lane); }
     warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
-    gradients_general<BIAS ? 0 : 1, MB, NB>(params, mem.stats[stage], row0, lane, ds, s, memory);
+    gradients_general<BIAS ? 0 : 1, MB, NB>(params, mem.stats[at], row0, lane, ds, s, memory);
 }
 
 /* P and dS of one tile into theirs, by the warps that share it. */
-static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_params &params, int stage, const walk_step &step, int warp)
+static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_params &params, int stage, int at, int buffer, const walk_step &step, int warp)
 {
     constexpr int MB = of_s::MB, NB = of_s::NB;
     const int lane = lane_here(), row0 = of_s::row(warp), col0 = of_s::col(warp);
     float ds[MB][NB][4] = {};
 #if FGQA_BWD_GENERAL
-    scores_general<false>(mem, params, stage, warp, ds);
+    scores_general<false>(mem, params, stage, at, buffer, warp, ds);
 #else
     const int32_t j0 = mem.task.n * BLOCK_K + col0;
     float s[MB][NB][4] = {};
     warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
     const float scale_log2 = params.scale * (float)FGQA_LOG2E;
-    const float2 *stats = mem.stats[stage] + row0 + lane / 4;
+    const float2 *stats = mem.stats[at] + row0 + lane / 4;
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
@@ -296,7 +336,7 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
             for (int n = 0; n < NB; n++) { s[mb][n][r] = ex2(fmaf(s[mb][n][r], scale_log2, -lse2)); }
         }
     }
-    if (!step.full) { hide_tile(s, mem.seen[stage] + row0, j0, lane); }
+    if (!step.full) { hide_tile(s, mem.seen[at] + row0, j0, lane); }
     uint32_t p[MB][NB][2];                             /* as dV will see it, and half the registers */
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
@@ -306,7 +346,7 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
             p[mb][n][1] = pack2(s[mb][n][2], s[mb][n][3], T());
         }
     }
-    store_packed(smem_address(mem.p), p, row0, col0, lane);
+    store_packed(smem_address(mem.p[buffer]), p, row0, col0, lane);
     warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
@@ -321,16 +361,16 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
             }
         }
     }
-    if (!step.full) { hide_tile(ds, mem.seen[stage] + row0, j0, lane); }
+    if (!step.full) { hide_tile(ds, mem.seen[at] + row0, j0, lane); }
 #endif
-    store_scores(smem_address(mem.ds), ds, row0, col0, lane);
+    store_scores(smem_address(mem.ds[buffer]), ds, row0, col0, lane);
 }
 
 /* Two neighbouring elements of a row of d elements. */
 static __device__ __forceinline__ void write_pair(char *row, int column, int d, float x, float y, bool pair, f32)
 {
     float *to = (float *)row + column;
-    if (pair && column + 1 < d) {
+    if ((!GENERAL || pair) && column + 1 < d) {
         *(float2 *)to = make_float2(x, y);
     } else {
         if (column < d) { to[0] = x; }
@@ -340,7 +380,7 @@ static __device__ __forceinline__ void write_pair(char *row, int column, int d, 
 template <typename E> static __device__ __forceinline__ void write_pair(char *row, int column, int d, float x, float y, bool pair, E)
 {
     E *to = (E *)row + column;
-    if (pair && column + 1 < d) {
+    if ((!GENERAL || pair) && column + 1 < d) {
         *(uint32_t *)to = pack2(x, y, E());
     } else {
         if (column < d) { from_float(to, x); }
@@ -380,15 +420,20 @@ static __device__ __forceinline__ void add_dq(const shared &mem, const fgqa_para
     const int64_t row_bytes = p.view[FGQA_ARG_dq].stride_s * (int64_t)sizeof(T);
 #pragma unroll
     for (int mb = 0; mb < of_dq::MB; mb++) {
+        if (rank > 0) {
+            float4 before[of_dq::NB];                      /* all on their way before the first is used */
+#pragma unroll
+            for (int n = 0; n < of_dq::NB; n++) { before[n] = load_relaxed_f32x4(sum + (mb * of_dq::NB + n) * 128); }
+#pragma unroll
+            for (int n = 0; n < of_dq::NB; n++) {
+                dq[mb][n][0] += before[n].x;
+                dq[mb][n][1] += before[n].y;
+                dq[mb][n][2] += before[n].z;
+                dq[mb][n][3] += before[n].w;
+            }
+        }
 #pragma unroll
         for (int n = 0; n < of_dq::NB; n++) {
-            if (rank > 0) {
-                const float4 before = load_relaxed_f32x4(sum + (mb * of_dq::NB + n) * 128);
-                dq[mb][n][0] += before.x;
-                dq[mb][n][1] += before.y;
-                dq[mb][n][2] += before.z;
-                dq[mb][n][3] += before.w;
-            }
             const int column = of_dq::col(warp) + 8 * n + fragment_column(lane, 0);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -439,12 +484,33 @@ static __device__ __forceinline__ bool keys_poisoned(const shared &mem)
 }
 
 /* After a barrier behind the additions to its tile. */
-static __device__ __forceinline__ void pass_turn(const fgqa_bwd_workspace &w, const walk_step &step)
+static __device__ __forceinline__ void pass_turn(const fgqa_bwd_workspace &w, const walk_step &step) { red_release_add_s32(&w.turn[step.tile], 1); }
+
+/* What a step does once P and dS are there: its part of dQ, and dV and dK. */
+static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, int stage, int buffer, const walk_step &step,
+                                                      int32_t turn_seen, bool pair, bool poisoned, int warp, float (&dk)[of_dk::MB][of_dk::NB][4],
+                                                      float (&dv)[of_dv::MB][of_dv::NB][4])
 {
-    red_release_add_s32(&w.turn[step.tile], 1);
+    {
+        float dq[of_dq::MB][of_dq::NB][4] = {};
+        const int lane = lane_here();
+        const ds_along a(smem_address(mem.ds[buffer]), of_dq::row(warp), lane);
+        const qk_across b(smem_address(mem.k), of_dq::col(warp), lane);
+        if (poisoned) {
+            warp_gemm_finite<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
+        } else {
+            warp_gemm<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
+        }
+        add_dq(mem, params, w, dq, step, turn_seen, pair, warp, lane);
+    }
+    const int lane = lane_here();
+    warp_gemm<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p[buffer]), of_dv::row(warp), lane),
+                                                dout_across(smem_address(mem.dout[stage]), of_dv::col(warp), lane));
+    warp_gemm<T, BLOCK_Q, of_dk::MB, of_dk::NB>(dk, p_across(smem_address(mem.ds[buffer]), of_dk::row(warp), lane),
+                                                qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, const __grid_constant__ launch launch)
 {
     extern __shared__ __align__(128) char memory[];
@@ -452,67 +518,68 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
     const fgqa_problem &p = params.problem;
     const task &t = mem.task;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
+    constexpr int AHEAD = STAGES == 3 ? 1 : 0;             /* scores run one step ahead of the gradients */
 
     for (;;) {
         __syncthreads();                                   /* the previous task is no longer read */
-        if (threadIdx.x == 0) { take_task(mem, params, w, launch); }
+        if (warp == 0) { take_task(mem.task, mem.steps[0], params, w, launch, lane); }
         __syncthreads();
         if (t.done) { return; }
         float dk[of_dk::MB][of_dk::NB][4] = {}, dv[of_dv::MB][of_dv::NB][4] = {};
         if (mem.steps[0].i >= t.tiles.begin) {
             load_keys(mem, params);
-            load_queries(mem, params, w, 0, mem.steps[0].i, mem.steps[0].h);
+            load_queries(mem, params, w, 0, 0, mem.steps[0].i, mem.steps[0].h);
             cp_async_commit();
         }
         bool poisoned = false;
-        int count = 0;
-        for (; mem.steps[count & 1].i >= t.tiles.begin; count++) {
-            const walk_step &step = mem.steps[count & 1];
-            const int stage = STAGES == 2 ? count & 1 : 0;
+        int count = 0, stage = 0;                          /* step whose scores are next, and where its tile is */
+        for (;; count++) {
+            const bool scores = mem.steps[count & 3].i >= t.tiles.begin;
+            if (!scores && (AHEAD == 0 || count == 0)) { break; }
             cp_async_wait<0>();
-            __syncthreads();                               /* the tile has arrived; Q, dO, P and dS of the last step are used up */
+            __syncthreads();                               /* the tile has arrived; what the step before the last used is free */
             if (count == 0 && !t.all) { poisoned = __syncthreads_or(keys_poisoned(mem)); }
+            const walk_step &step = mem.steps[count & 3], &behind = mem.steps[(count - AHEAD) & 3];
             int32_t next_i = step.i, next_h = step.h;
-            next_step(&next_i, &next_h, w.splits, p.g);
-            if (warp == count % WARPS && lane == 0) {
-                walk_step &other = mem.steps[~count & 1];
-                if (count > 0) { pass_turn(w, other); }
-                describe_step(mem, params, w, other, next_i, next_h);
+            if (scores) { next_step(&next_i, &next_h, w.splits, p.g); }
+            if (warp == count % WARPS) {
+                if (lane == 0 && count > AHEAD) { pass_turn(w, mem.steps[(count - 1 - AHEAD) & 3]); }
+                describe_step(t, params, w, mem.steps[(count + 1) & 3], scores ? &step : NULL, next_i, next_h, lane);
             }
-            if (STAGES == 2 && next_i >= t.tiles.begin) {
-                load_queries(mem, params, w, stage ^ 1, next_i, next_h);
+            const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, last_stage = stage == 0 ? STAGES - 1 : stage - 1;
+            if (STAGES > 1 && scores && next_i >= t.tiles.begin) {
+                load_queries(mem, params, w, next_stage, ~count & 1, next_i, next_h);
                 cp_async_commit();
             }
-            const int32_t turn_seen = load_relaxed_s32(&w.turn[step.tile]);
-            if (warp < SCORE_WARPS) { score_tiles(mem, params, stage, step, warp); }
-            __syncthreads();                               /* P and dS are there */
-            {
-                float dq[of_dq::MB][of_dq::NB][4] = {};
-                const int here = lane_here();
-                const ds_along a(smem_address(mem.ds), of_dq::row(warp), here);
-                const qk_across b(smem_address(mem.k), of_dq::col(warp), here);
-                if (poisoned) {
-                    warp_gemm_finite<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
-                } else {
-                    warp_gemm<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
+            if (AHEAD == 0) {
+                const int32_t turn_seen = load_relaxed_s32(&w.turn[step.tile]);
+                if (warp < SCORE_WARPS) { score_tiles(mem, params, stage, ROW_BUFFERS == 1 ? 0 : count & 1, 0, step, warp); }
+                __syncthreads();                           /* P and dS are there */
+                gradient_tiles(mem, params, w, stage, 0, step, turn_seen, launch.pair_dq, poisoned, warp, dk, dv);
+                if (STAGES == 1) {
+                    __syncthreads();                       /* Q and dO are used up, the next step is described */
+                    const walk_step &next = mem.steps[(count + 1) & 3];
+                    if (next.i >= t.tiles.begin) {
+                        load_queries(mem, params, w, 0, 0, next.i, next.h);
+                        cp_async_commit();
+                    }
                 }
-                add_dq(mem, params, w, dq, step, turn_seen, launch.pair_dq, warp, here);
-            }
-            warp_gemm<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p), of_dv::row(warp), lane_here()),
-                                                        dout_across(smem_address(mem.dout[stage]), of_dv::col(warp), lane_here()));
-            warp_gemm<T, BLOCK_Q, of_dk::MB, of_dk::NB>(dk, p_across(smem_address(mem.ds), of_dk::row(warp), lane_here()),
-                                                        qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane_here()));
-            if (STAGES == 1) {
-                __syncthreads();                           /* Q and dO are used up, the next step is described */
-                const walk_step &next = mem.steps[~count & 1];
-                if (next.i >= t.tiles.begin) {
-                    load_queries(mem, params, w, 0, next.i, next.h);
-                    cp_async_commit();
+            } else {
+                const int32_t turn_seen = count > 0 ? load_relaxed_s32(&w.turn[behind.tile]) : 0;
+#pragma unroll 1
+                for (int half = 0; half < 2; half++) {
+                    if ((warp / 4 + half) % 2 == 0) {
+                        if (scores) { score_tiles(mem, params, stage, count & 1, count & 1, step, warp); }
+                    } else if (count > 0) {
+                        gradient_tiles(mem, params, w, last_stage, ~count & 1, behind, turn_seen, launch.pair_dq, poisoned, warp, dk, dv);
+                    }
                 }
+                if (!scores) { count++; break; }
             }
+            stage = next_stage;
         }
         __syncthreads();                                   /* every warp has added its part of the last dQ */
-        if (threadIdx.x == 0 && count > 0) { pass_turn(w, mem.steps[~count & 1]); }
+        if (threadIdx.x == 0 && count > 0) { pass_turn(w, mem.steps[(count - 1 - AHEAD) & 3]); }
         store_keys<of_dk, D>(mem, params, w, dk, p.view[FGQA_ARG_dk], w.dk, p.d, params.scale, launch.pair_dk, warp, lane);
         store_keys<of_dv, DV>(mem, params, w, dv, p.view[FGQA_ARG_dv], w.dv, p.dv, GENERAL ? params.dropout_scale : 1.0f, launch.pair_dv, warp, lane);
     }

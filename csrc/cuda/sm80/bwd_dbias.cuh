@@ -40,13 +40,13 @@ static __device__ __forceinline__ void dbias_step(shared &mem, const fgqa_params
     }
     __syncthreads();
     load_keys(mem, params);
-    load_queries(mem, params, w, 0, i, head % p.g);
+    load_queries(mem, params, w, 0, 0, i, head % p.g);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
     if (warp < SCORE_WARPS) {
         float ds[of_s::MB][of_s::NB][4] = {};
-        scores_general<true>(mem, params, 0, warp, ds);
+        scores_general<true>(mem, params, 0, 0, 0, warp, ds);
 #pragma unroll
         for (int mb = 0; mb < of_s::MB; mb++) {
 #pragma unroll
