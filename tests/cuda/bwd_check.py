@@ -95,7 +95,7 @@ def equations(t, o, b, sq, sk, dtype=None, given=None):
     keep = 1.0
     if o.get("p"):
         threshold = round(65536 * o["p"])
-        keep = (t["halves"] >= threshold).double() * (0.0 if threshold == 65536 else 65536 / (65536 - threshold))
+        keep = (t["halves"] >= threshold).double() * (0.0 if threshold == 65536 else 65536 / (65536 - threshold or 1))
     pd = r(p * keep)
     out = r(pd @ v)
     if given is not None: out = given["out"].double()
@@ -230,7 +230,7 @@ def run_case(c, row_name=None, repeats=1, quiet=False):
         top = max((w.abs().max().item() for _, w, _ in pairs if w.numel()), default=0.0)
         err = max(((g.double() - w).abs().max().item() if torch.isfinite(g).all() else math.inf for g, w, _ in pairs if w.numel()), default=0.0)
         naive = max(((x.to(t[m].dtype).double() - w).abs().max().item() for _, w, x in pairs if w.numel()), default=0.0)
-        bound = 3 * naive + 2 * eps * top + 5e-6 * (dtype != torch.float32)
+        bound = (4 if dtype == torch.float32 else 3) * naive + 2 * eps * top + 5e-6 * (dtype != torch.float32)
         worst = max(worst, err / bound)
         if not err <= bound: bad.append(f"{m} err {err:.3g} bound {bound:.3g} top {top:.3g}")
     return "; ".join(bad), worst

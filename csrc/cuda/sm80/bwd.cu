@@ -68,20 +68,25 @@ typedef share<BLOCK_Q, D, WARPS> of_dq;
 
 static constexpr int Q_BYTES = D * sizeof(T), V_BYTES = DV * sizeof(T), P_BYTES = BLOCK_K * sizeof(T);   /* of a row */
 
+/* Where the data of a query tile of one head lies: base + head of the group * per_head + tile * per_tile, in bytes. */
+enum { AT_Q, AT_DOUT, AT_STATS, AT_SUM, AT_TURN, AT_DQ, PLACES };
+
 struct task {
     int32_t b, kv_head, part, n;              /* part of the query rows; key tile */
     fgqa_sequence sequence;
     fgqa_range tiles;                         /* query tiles to walk */
     int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
     bool all, done;                           /* every row of the walk sees every key of the tile; no task left */
+    char *base[PLACES];
+    int64_t per_head[PLACES], per_tile[PLACES];
 };
 
 /* One step of the walk; in shared memory, where reading it again is cheaper than registers beside the accumulators. */
 struct walk_step {
-    int32_t i, h;                             /* query tile; head of the group */
+    int32_t i, h;                             /* query tile, -1: none; head of the group */
     int32_t rank;                             /* key tiles that add to dQ of the tile before this one */
     bool last, full;                          /* none adds after this one; every row sees every key */
-    int64_t tile;                             /* index in the workspace */
+    char *at[PLACES];
 };
 
 struct shared {
@@ -104,36 +109,42 @@ struct launch {
     int32_t pair_dq, pair_dk, pair_dv;        /* two neighbouring elements may be stored as one word */
 };
 
-/* By one warp; `before`: the step before it, or NULL. Two lanes' rows are looked at, the first and the last of the tile. */
-static __device__ __forceinline__ void describe_step(const task &t, const fgqa_params &params, const fgqa_bwd_workspace &w, walk_step &step, const walk_step *before,
-                                                     int32_t i, int32_t h, int lane)
+/* By one warp: the step at query tile i, head h; `before` is the one before it, or NULL. */
+static __device__ __forceinline__ void describe_step(const task &t, walk_step &step, const walk_step *before, int32_t i, int32_t h, int lane)
 {
     const fgqa_mask &mask = t.sequence.mask;
-    walk_step next = {i, h, 0, false, false, 0};
-    if (i >= t.tiles.begin) {
-        if (before && before->i == i) {
-            next = *before;
-            next.h = h;
-        } else {
-            const int32_t j0 = t.n * BLOCK_K, row = min(mask.sq, i * BLOCK_Q + (lane % 2 ? BLOCK_Q : 1)) - 1;
-            const int32_t begin = fgqa_kv_begin(&mask, row), end = fgqa_kv_end(&mask, row);
-            const int32_t last_begin = __shfl_sync(0xFFFFFFFFu, begin, 1), last_end = __shfl_sync(0xFFFFFFFFu, end, 1);
-            const int32_t first_begin = __shfl_sync(0xFFFFFFFFu, begin, 0), first_end = __shfl_sync(0xFFFFFFFFu, end, 0);
-            next.rank = t.n - first_begin / BLOCK_K;
-            next.last = j0 + BLOCK_K >= last_end;
-            next.full = last_begin <= j0 && j0 + BLOCK_K <= first_end;
-        }
-        next.tile = bwd_q_tile(params.problem, w, t.b, t.kv_head * params.problem.g + h, t.sequence.q_row, i);
+    const bool exists = i >= t.tiles.begin;
+    int32_t rank = 0;
+    bool last = false, full = false;
+    if (exists && before && before->i == i) {
+        rank = before->rank;
+        last = before->last;
+        full = before->full;
+    } else if (exists) {                                   /* of the tile's first row (even lanes) and last row */
+        const int32_t j0 = t.n * BLOCK_K, row = min(mask.sq, i * BLOCK_Q + (lane % 2 ? BLOCK_Q : 1)) - 1;
+        const int32_t begin = fgqa_kv_begin(&mask, row), end = fgqa_kv_end(&mask, row);
+        rank = t.n - __shfl_sync(0xFFFFFFFFu, begin, 0) / BLOCK_K;
+        last = j0 + BLOCK_K >= __shfl_sync(0xFFFFFFFFu, end, 1);
+        full = __shfl_sync(0xFFFFFFFFu, begin, 1) <= j0 && j0 + BLOCK_K <= __shfl_sync(0xFFFFFFFFu, end, 0);
     }
     __syncwarp();
-    if (lane == 0) { step = next; }
+    if (exists && lane < PLACES) { step.at[lane] = t.base[lane] + h * t.per_head[lane] + i * t.per_tile[lane]; }
+    if (lane == 0) {
+        step.i = exists ? i : -1;
+        step.h = h;
+        step.rank = rank;
+        step.last = last;
+        step.full = full;
+    }
+    __syncwarp();
 }
 
-/* The step after (i, h): heads and then tiles downwards, in strides of the number of parts. */
-static __device__ __forceinline__ void next_step(int32_t *i, int32_t *h, int32_t splits, int32_t group)
+/* By one warp: the step after `before`: heads and then tiles downwards, in strides of the number of parts. */
+static __device__ __forceinline__ void describe_next(const task &t, walk_step &step, const walk_step &before, int32_t splits, int32_t group, int lane)
 {
-    *h -= splits;
-    while (*h < 0) { *h += group; *i -= 1; }
+    int32_t i = before.i, h = before.h - splits;
+    while (i >= 0 && h < 0) { h += group; i--; }
+    describe_step(t, step, &before, i, h, lane);
 }
 
 /* First row from `lo` on whose begin (or end) of the keys it sees is at least `bound`, or mask.sq: 32 rows are tried at a time. */
@@ -153,8 +164,8 @@ template <bool BEGIN> static __device__ __forceinline__ int32_t first_row(const 
     return lo;
 }
 
-/* One warp fills a task and its first step from the next ticket. */
-static __device__ __forceinline__ void take_task(task &t, walk_step &step, const fgqa_params &params, const fgqa_bwd_workspace &w, const launch &launch, int lane)
+/* One warp fills a task and its first two steps from the next ticket. */
+static __device__ __forceinline__ void take_task(task &t, walk_step *steps, const fgqa_params &params, const fgqa_bwd_workspace &w, const launch &launch, int lane)
 {
     const fgqa_problem &p = params.problem;
     task next;
@@ -186,12 +197,32 @@ static __device__ __forceinline__ void take_task(task &t, walk_step &step, const
     next.tiles.end = max(next.tiles.begin, (int32_t)(((int64_t)end + BLOCK_Q - 1) / BLOCK_Q));
     next.all = j0 + BLOCK_K <= mask.sk && next.tiles.begin < next.tiles.end
             && fgqa_tile_is_full(&mask, next.tiles.begin * BLOCK_Q, min(mask.sq, next.tiles.end * BLOCK_Q), j0, j0 + BLOCK_K);
+    const int32_t head = next.kv_head * p.g;
+    const fgqa_view *views[3] = {&p.view[FGQA_ARG_q], &p.view[FGQA_ARG_dout], &p.view[FGQA_ARG_dq]};
+    const int places[3] = {AT_Q, AT_DOUT, AT_DQ};
+#pragma unroll
+    for (int n = 0; n < 3; n++) {
+        next.base[places[n]] = fgqa_row_address(*views[n], sizeof(T), next.b, head, next.sequence.q_row);
+        next.per_head[places[n]] = views[n]->stride_h * (int64_t)sizeof(T);
+        next.per_tile[places[n]] = views[n]->stride_s * (int64_t)sizeof(T) * BLOCK_Q;
+    }
+    next.base[AT_STATS] = (char *)(w.stats + 2 * bwd_q_row(p, next.b, head, next.sequence.q_row, 0));
+    next.per_head[AT_STATS] = 2 * (int64_t)sizeof(float) * (p.varlen ? p.total_q : p.sq);
+    next.per_tile[AT_STATS] = 2 * (int64_t)sizeof(float) * BLOCK_Q;
+    const int64_t tile = bwd_q_tile(p, w, next.b, head, next.sequence.q_row, 0);
+    next.base[AT_SUM] = (char *)(w.dq + tile * (BLOCK_Q * D));
+    next.per_tile[AT_SUM] = (int64_t)sizeof(float) * BLOCK_Q * D;
+    next.per_head[AT_SUM] = w.head_tiles * next.per_tile[AT_SUM];
+    next.base[AT_TURN] = (char *)(w.turn + tile);
+    next.per_tile[AT_TURN] = sizeof(int32_t);
+    next.per_head[AT_TURN] = w.head_tiles * (int64_t)sizeof(int32_t);
     if (lane == 0) { t = next; }
     __syncwarp();
     /* this part's last (query tile, head): the highest index below tiles.end * g that is `part` modulo splits */
     const int64_t last = (int64_t)next.tiles.end * p.g - 1;
     const int64_t mine = last - ((last - next.part) % w.splits + w.splits) % w.splits;
-    describe_step(t, params, w, step, NULL, mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g), lane);
+    describe_step(t, steps[0], NULL, mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g), lane);
+    describe_next(t, steps[1], steps[0], w.splits, p.g, lane);
 }
 
 static __device__ __forceinline__ tile_access access_of(int32_t vector)
@@ -211,22 +242,21 @@ static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params 
                                        v.stride_s * (int64_t)sizeof(T), valid, p.dv, access_of(params.vector_v));
 }
 
-/* Query tile i of head h of the group: Q, dO, statistics, what each row sees. */
-static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, int stage, int at, int32_t i, int32_t h)
+/* A step's Q, dO, statistics, and what each row sees. */
+static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_params &params, int stage, int at, const walk_step &step)
 {
     const fgqa_problem &p = params.problem;
     const task &t = mem.task;
-    const fgqa_view &q = p.view[FGQA_ARG_q], &dout = p.view[FGQA_ARG_dout];
-    const int32_t i0 = i * BLOCK_Q, valid = t.sequence.mask.sq - i0, head = t.kv_head * p.g + h;
-    load_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q[stage]), fgqa_row_address(q, sizeof(T), t.b, head, t.sequence.q_row + i0),
-                                      q.stride_s * (int64_t)sizeof(T), valid, p.d, access_of(params.vector_q));
-    load_tile<T, BLOCK_Q, DV, THREADS>(smem_address(mem.dout[stage]), fgqa_row_address(dout, sizeof(T), t.b, head, t.sequence.q_row + i0),
-                                       dout.stride_s * (int64_t)sizeof(T), valid, p.dv, access_of(params.vector_dout));
+    const int32_t i0 = step.i * BLOCK_Q, valid = t.sequence.mask.sq - i0;
+    load_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q[stage]), step.at[AT_Q], p.view[FGQA_ARG_q].stride_s * (int64_t)sizeof(T), valid, p.d,
+                                      access_of(params.vector_q));
+    load_tile<T, BLOCK_Q, DV, THREADS>(smem_address(mem.dout[stage]), step.at[AT_DOUT], p.view[FGQA_ARG_dout].stride_s * (int64_t)sizeof(T), valid, p.dv,
+                                       access_of(params.vector_dout));
     if (threadIdx.x < BLOCK_Q) {
         const int row = threadIdx.x;
-        cp_async_8(smem_address(&mem.stats[at][row]), w.stats + 2 * (bwd_q_row(p, t.b, head, t.sequence.q_row, i0) + row), row < valid);
+        cp_async_8(smem_address(&mem.stats[at][row]), step.at[AT_STATS] + row * sizeof(float2), row < valid);
         if (GENERAL) {
-            mem.rows[at][row] = score_row_make(params, t.sequence.mask, t.b, head, i0 + row);
+            mem.rows[at][row] = score_row_make(params, t.sequence.mask, t.b, t.kv_head * p.g + step.h, i0 + row);
         } else if (!t.all) {
             mem.seen[at][row] = row_range(t.sequence.mask, i0 + row);
         }
@@ -238,7 +268,7 @@ static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_para
 static __device__ __forceinline__ int lane_here(void)
 {
     int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
 
@@ -388,36 +418,32 @@ template <typename E> static __device__ __forceinline__ void write_pair(char *ro
     }
 }
 
-/* This key tile's part of dQ of the step's query tile. `turn_seen`: the tile's counter as it was some time ago. */
-static __device__ __forceinline__ void add_dq(const shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, float (&dq)[of_dq::MB][of_dq::NB][4],
+/* This key tile's part of dQ of the step's query tile. `turn_seen`: the tile's counter as it was some time ago. A counter that
+ * is seen to have come so far has the additions before it behind it at L2, where ours are made, too. */
+static __device__ __forceinline__ void add_dq(const shared &mem, const fgqa_params &params, float (&dq)[of_dq::MB][of_dq::NB][4],
                                               const walk_step &step, int32_t turn_seen, bool pair, int warp, int lane)
 {
     const fgqa_problem &p = params.problem;
     const task &t = mem.task;
     const int32_t rank = step.rank;
-    float *sum = w.dq + step.tile * (BLOCK_Q * D) + ((warp * of_dq::MB * of_dq::NB) * 32 + lane) * 4;
-    if (turn_seen < rank) {
-        if (lane == 0) { while (load_acquire_s32(&w.turn[step.tile]) < rank) {} }
-        __syncwarp();
-    }
-    if (!step.last) {
+    float *sum = (float *)step.at[AT_SUM] + (warp * of_dq::MB * of_dq::NB * 32 + lane) * 4;
+    while (turn_seen < rank) { turn_seen = load_relaxed_s32((const int32_t *)step.at[AT_TURN]); }
+    if (!step.last && rank == 0) {
 #pragma unroll
-        for (int mb = 0; mb < of_dq::MB; mb++) {
-#pragma unroll
-            for (int n = 0; n < of_dq::NB; n++) {
-                float *to = sum + (mb * of_dq::NB + n) * 128;
-                if (rank == 0) {
-                    __stcg((float4 *)to, make_float4(dq[mb][n][0], dq[mb][n][1], dq[mb][n][2], dq[mb][n][3]));
-                } else {
-                    red_add_f32x4(to, dq[mb][n]);
-                }
-            }
+        for (int n = 0; n < of_dq::MB * of_dq::NB; n++) {
+            const float(&x)[4] = dq[n / of_dq::NB][n % of_dq::NB];
+            __stcg((float4 *)(sum + n * 128), make_float4(x[0], x[1], x[2], x[3]));
         }
         return;
     }
+    if (!step.last) {
+#pragma unroll
+        for (int n = 0; n < of_dq::MB * of_dq::NB; n++) { red_add_f32x4(sum + n * 128, dq[n / of_dq::NB][n % of_dq::NB]); }
+        return;
+    }
     const int32_t row0 = step.i * BLOCK_Q + of_dq::row(warp) + lane / 4;
-    char *out = fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), t.b, t.kv_head * p.g + step.h, t.sequence.q_row + row0);
     const int64_t row_bytes = p.view[FGQA_ARG_dq].stride_s * (int64_t)sizeof(T);
+    char *out = step.at[AT_DQ] + (of_dq::row(warp) + lane / 4) * row_bytes;
 #pragma unroll
     for (int mb = 0; mb < of_dq::MB; mb++) {
         if (rank > 0) {
@@ -484,10 +510,10 @@ static __device__ __forceinline__ bool keys_poisoned(const shared &mem)
 }
 
 /* After a barrier behind the additions to its tile. */
-static __device__ __forceinline__ void pass_turn(const fgqa_bwd_workspace &w, const walk_step &step) { red_release_add_s32(&w.turn[step.tile], 1); }
+static __device__ __forceinline__ void pass_turn(const walk_step &step) { red_release_add_s32((int32_t *)step.at[AT_TURN], 1); }
 
 /* What a step does once P and dS are there: its part of dQ, and dV and dK. */
-static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, int stage, int buffer, const walk_step &step,
+static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_params &params, int stage, int buffer, const walk_step &step,
                                                       int32_t turn_seen, bool pair, bool poisoned, int warp, float (&dk)[of_dk::MB][of_dk::NB][4],
                                                       float (&dv)[of_dv::MB][of_dv::NB][4])
 {
@@ -501,7 +527,7 @@ static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_pa
         } else {
             warp_gemm<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
         }
-        add_dq(mem, params, w, dq, step, turn_seen, pair, warp, lane);
+        add_dq(mem, params, dq, step, turn_seen, pair, warp, lane);
     }
     const int lane = lane_here();
     warp_gemm<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p[buffer]), of_dv::row(warp), lane),
@@ -522,64 +548,56 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
 
     for (;;) {
         __syncthreads();                                   /* the previous task is no longer read */
-        if (warp == 0) { take_task(mem.task, mem.steps[0], params, w, launch, lane); }
+        if (warp == 0) { take_task(mem.task, mem.steps, params, w, launch, lane); }
         __syncthreads();
         if (t.done) { return; }
         float dk[of_dk::MB][of_dk::NB][4] = {}, dv[of_dv::MB][of_dv::NB][4] = {};
-        if (mem.steps[0].i >= t.tiles.begin) {
+        if (mem.steps[0].i >= 0) {
             load_keys(mem, params);
-            load_queries(mem, params, w, 0, 0, mem.steps[0].i, mem.steps[0].h);
+            load_queries(mem, params, 0, 0, mem.steps[0]);
             cp_async_commit();
         }
         bool poisoned = false;
-        int count = 0, stage = 0;                          /* step whose scores are next, and where its tile is */
-        for (;; count++) {
-            const bool scores = mem.steps[count & 3].i >= t.tiles.begin;
-            if (!scores && (AHEAD == 0 || count == 0)) { break; }
+        int stage = 0;
+        for (int count = 0;; count++) {                    /* step whose scores are next; its tile is in `stage` */
             cp_async_wait<0>();
             __syncthreads();                               /* the tile has arrived; what the step before the last used is free */
+            const walk_step &step = mem.steps[count & 3], &ahead = mem.steps[(count + 1) & 3], &behind = mem.steps[(count - AHEAD) & 3];
+            const bool scores = step.i >= 0, gradients = count >= AHEAD && behind.i >= 0;
+            if (warp == count % WARPS && lane == 0 && count > AHEAD) { pass_turn(mem.steps[(count - 1 - AHEAD) & 3]); }
+            if (!scores && !gradients) { break; }
             if (count == 0 && !t.all) { poisoned = __syncthreads_or(keys_poisoned(mem)); }
-            const walk_step &step = mem.steps[count & 3], &behind = mem.steps[(count - AHEAD) & 3];
-            int32_t next_i = step.i, next_h = step.h;
-            if (scores) { next_step(&next_i, &next_h, w.splits, p.g); }
-            if (warp == count % WARPS) {
-                if (lane == 0 && count > AHEAD) { pass_turn(w, mem.steps[(count - 1 - AHEAD) & 3]); }
-                describe_step(t, params, w, mem.steps[(count + 1) & 3], scores ? &step : NULL, next_i, next_h, lane);
-            }
-            const int next_stage = stage + 1 == STAGES ? 0 : stage + 1, last_stage = stage == 0 ? STAGES - 1 : stage - 1;
-            if (STAGES > 1 && scores && next_i >= t.tiles.begin) {
-                load_queries(mem, params, w, next_stage, ~count & 1, next_i, next_h);
+            if (warp == count % WARPS) { describe_next(t, mem.steps[(count + 2) & 3], ahead, w.splits, p.g, lane); }
+            const int next_stage = stage + 1 == STAGES ? 0 : stage + 1;
+            if (STAGES > 1 && ahead.i >= 0) {
+                load_queries(mem, params, next_stage, ~count & 1, ahead);
                 cp_async_commit();
             }
+            const int32_t turn_seen = gradients ? load_relaxed_s32((const int32_t *)behind.at[AT_TURN]) : 0;
             if (AHEAD == 0) {
-                const int32_t turn_seen = load_relaxed_s32(&w.turn[step.tile]);
                 if (warp < SCORE_WARPS) { score_tiles(mem, params, stage, ROW_BUFFERS == 1 ? 0 : count & 1, 0, step, warp); }
                 __syncthreads();                           /* P and dS are there */
-                gradient_tiles(mem, params, w, stage, 0, step, turn_seen, launch.pair_dq, poisoned, warp, dk, dv);
+                gradient_tiles(mem, params, stage, 0, step, turn_seen, launch.pair_dq, poisoned, warp, dk, dv);
                 if (STAGES == 1) {
-                    __syncthreads();                       /* Q and dO are used up, the next step is described */
-                    const walk_step &next = mem.steps[(count + 1) & 3];
-                    if (next.i >= t.tiles.begin) {
-                        load_queries(mem, params, w, 0, 0, next.i, next.h);
+                    __syncthreads();                       /* Q and dO are used up */
+                    if (ahead.i >= 0) {
+                        load_queries(mem, params, 0, 0, ahead);
                         cp_async_commit();
                     }
                 }
             } else {
-                const int32_t turn_seen = count > 0 ? load_relaxed_s32(&w.turn[behind.tile]) : 0;
+                const int last_stage = stage == 0 ? STAGES - 1 : stage - 1;
 #pragma unroll 1
                 for (int half = 0; half < 2; half++) {
                     if ((warp / 4 + half) % 2 == 0) {
                         if (scores) { score_tiles(mem, params, stage, count & 1, count & 1, step, warp); }
-                    } else if (count > 0) {
-                        gradient_tiles(mem, params, w, last_stage, ~count & 1, behind, turn_seen, launch.pair_dq, poisoned, warp, dk, dv);
+                    } else if (gradients) {
+                        gradient_tiles(mem, params, last_stage, ~count & 1, behind, turn_seen, launch.pair_dq, poisoned, warp, dk, dv);
                     }
                 }
-                if (!scores) { count++; break; }
             }
             stage = next_stage;
         }
-        __syncthreads();                                   /* every warp has added its part of the last dQ */
-        if (threadIdx.x == 0 && count > 0) { pass_turn(w, mem.steps[(count - 1 - AHEAD) & 3]); }
         store_keys<of_dk, D>(mem, params, w, dk, p.view[FGQA_ARG_dk], w.dk, p.d, params.scale, launch.pair_dk, warp, lane);
         store_keys<of_dv, DV>(mem, params, w, dv, p.view[FGQA_ARG_dv], w.dv, p.dv, GENERAL ? params.dropout_scale : 1.0f, launch.pair_dv, warp, lane);
     }

@@ -37,10 +37,15 @@ static __device__ __forceinline__ void dbias_step(shared &mem, const fgqa_params
         mem.task.kv_head = fgqa_kv_head(head, p.g);
         mem.task.n = n;
         mem.task.sequence = sequence;
+        mem.steps[0].i = i;
+        mem.steps[0].h = head % p.g;
+        mem.steps[0].at[AT_Q] = fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, head, sequence.q_row + i0);
+        mem.steps[0].at[AT_DOUT] = fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, head, sequence.q_row + i0);
+        mem.steps[0].at[AT_STATS] = (char *)(w.stats + 2 * bwd_q_row(p, b, head, sequence.q_row, i0));
     }
     __syncthreads();
     load_keys(mem, params);
-    load_queries(mem, params, w, 0, 0, i, head % p.g);
+    load_queries(mem, params, 0, 0, mem.steps[0]);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();

@@ -57,24 +57,26 @@ static __device__ __forceinline__ void warp_gemm(float (&c)[MB][NB][4], const A 
 {
     constexpr int STEPS = K * (int)sizeof(T) / 32, PAIRS = NB / 2;
     static_assert(NB % 2 == 0, "one load fetches two n8 blocks of B");
-    uint32_t ra[2][MB][4], rb[2][4];
+    constexpr int LOADS = STEPS * PAIRS, DEEP = 3;         /* B is fetched DEEP - 1 loads ahead, A one step */
+    uint32_t ra[2][MB][4], rb[DEEP][4];
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) { a.load(ra[0][mb], mb, 0); }
-    b.load(rb[0], 0, 0);
+#pragma unroll
+    for (int n = 0; n < DEEP - 1 && n < LOADS; n++) { b.load(rb[n], n % PAIRS, n / PAIRS); }
 #pragma unroll
     for (int step = 0; step < STEPS; step++) {
 #pragma unroll
         for (int pair = 0; pair < PAIRS; pair++) {
-            const int now = step * PAIRS + pair;
-            if (now + 1 < STEPS * PAIRS) { b.load(rb[(now + 1) % 2], (now + 1) % PAIRS, (now + 1) / PAIRS); }
-            if (pair == PAIRS - 1 && step + 1 < STEPS) {
+            const int now = step * PAIRS + pair, next = now + DEEP - 1;
+            if (next < LOADS) { b.load(rb[next % DEEP], next % PAIRS, next / PAIRS); }
+            if (pair == 0 && step + 1 < STEPS) {
 #pragma unroll
                 for (int mb = 0; mb < MB; mb++) { a.load(ra[(step + 1) % 2][mb], mb, step + 1); }
             }
 #pragma unroll
             for (int mb = 0; mb < MB; mb++) {
-                mma_step(c[mb][2 * pair], ra[step % 2][mb], rb[now % 2][0], rb[now % 2][1], T());
-                mma_step(c[mb][2 * pair + 1], ra[step % 2][mb], rb[now % 2][2], rb[now % 2][3], T());
+                mma_step(c[mb][2 * pair], ra[step % 2][mb], rb[now % DEEP][0], rb[now % DEEP][1], T());
+                mma_step(c[mb][2 * pair + 1], ra[step % 2][mb], rb[now % DEEP][2], rb[now % DEEP][3], T());
             }
         }
     }
