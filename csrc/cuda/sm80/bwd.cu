@@ -536,7 +536,10 @@ static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_pa
                                                 qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+/* Where two blocks fit into an SM's shared memory, they must into its registers, too: each fills the other's waits. */
+static constexpr int RESIDENT = !GENERAL && sizeof(shared) <= 113 * 1024 ? 2 : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, const __grid_constant__ launch launch)
 {
     extern __shared__ __align__(128) char memory[];
@@ -573,7 +576,14 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
                 load_queries(mem, params, next_stage, ~count & 1, ahead);
                 cp_async_commit();
             }
-            const int32_t turn_seen = gradients ? load_relaxed_s32((const int32_t *)behind.at[AT_TURN]) : 0;
+            int32_t turn_seen = gradients ? load_relaxed_s32((const int32_t *)behind.at[AT_TURN]) : 0;
+            if (count == AHEAD) {                          /* start two tiles behind the key tile before, not one: slack for all that follows */
+                const walk_step &second = mem.steps[1];
+                if (gradients && second.i >= 0) {
+                    while (load_relaxed_s32((const int32_t *)second.at[AT_TURN]) < second.rank) {}
+                    turn_seen = behind.rank;
+                }
+            }
             if (AHEAD == 0) {
                 if (warp < SCORE_WARPS) { score_tiles(mem, params, stage, ROW_BUFFERS == 1 ? 0 : count & 1, 0, step, warp); }
                 __syncthreads();                           /* P and dS are there */
