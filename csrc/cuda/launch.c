@@ -1,6 +1,7 @@
 /* launch.c - the CUDA backend's table of kernels, made from kernels.def: which row can run a problem, in what tiles, and its launch. */
 #include "cuda.h"
 #include "kernel_table.h"
+#include "any/bwd_plan.h"
 #include "any/fwd_split.h"
 
 #include <cuda_runtime_api.h>
@@ -121,6 +122,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)) {
             return "rows must start on 16 bytes";
         }
+        if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
     }
     return NULL;
 }
@@ -133,6 +135,10 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     plan->block_k = k->row.block_k;
     plan->threads = 1;
     (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
+    if (k->row.pass == FGQA_PASS_BWD) {
+        fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
+        return;
+    }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;
     const int32_t resident = by_smem < by_registers ? by_smem : by_registers;
     fgqa_fwd_tile(p, plan, device.multiprocessors * (resident > 0 ? resident : 1));
