@@ -2,6 +2,7 @@
 strides, and results come back as NumPy arrays.
 """
 
+import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
@@ -84,6 +85,8 @@ class CudaBackend:
 
     def call(self, function, which, qkv, tensors, options):
         if qkv[0].dtype == np.float64:
+            if hypothesis.currently_in_test_context():
+                hypothesis.reject()      # this example, not the test
             pytest.skip("float64 runs on the CPU only")
         options = {name: put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
         kernel = self.kernel(which, qkv[0].dtype, qkv[0].shape[-1], qkv[2].shape[-1])

@@ -165,7 +165,7 @@ def test_explain_backward_plans_the_backward_pass():
 
 def test_explain_of_each_kernel():
     for kernel in flashgqa.kernels():
-        if kernel["pass"] in ("forward", "backward") and kernel["available"]:
+        if kernel["pass"] in ("forward", "backward") and kernel["available"] and kernel["device"] == "cpu":
             plan = flashgqa.explain(Q, K, V, kernel=kernel["name"], backward=kernel["pass"] == "backward")
             assert (plan["kernel"], plan["pass"]) == (kernel["name"], kernel["pass"])
 
@@ -173,7 +173,7 @@ def test_explain_of_each_kernel():
 def test_explain_raises_as_the_call_does():
     for options, error in (
         (dict(chunk=0), ValueError),
-        (dict(device="cuda"), NotImplementedError),
+        (dict(device="cuda:4096"), (NotImplementedError, ValueError)),
         (dict(kernel="x"), ValueError),
     ):
         for backward in (False, True):

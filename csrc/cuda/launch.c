@@ -1,7 +1,7 @@
 /* launch.c - the CUDA backend's table of kernels, made from kernels.def: which row can run a problem, in what tiles, and its launch. */
 #include "device.h"
 #include "kernel_table.h"
-#include "any/bwd_workspace.h"
+#include "any/bwd_plan.h"
 #include "any/fwd_split.h"
 
 #include <cuda_runtime_api.h>
@@ -118,28 +118,12 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
             snprintf(why, 128, "head dims must be multiples of %d", piece);
             return why;
         }
-        if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)
-            || (p->pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout))) {
+        if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)) {
             return "rows must start on 16 bytes";
         }
+        if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
     }
     return NULL;
-}
-
-/* A task is a key tile of a KV head; where those are fewer than the device can hold, its query rows are shared out as well. */
-static void tile_backward(const fgqa_cuda_row *row, const fgqa_problem *p, fgqa_plan *plan, int64_t slots)
-{
-    const int64_t key_tiles = p->sk > 0 ? ((int64_t)p->sk + row->block_k - 1) / row->block_k : 1;
-    const int64_t steps = ((int64_t)p->sq + row->block_q - 1) / row->block_q * p->g;      /* of one task */
-    int64_t splits = 1;
-    fgqa_bwd_workspace workspace;
-    plan->tasks = key_tiles * p->hk * p->b;
-    if (!p->batch_invariant && plan->tasks > 0) { splits = slots / plan->tasks; }
-    if (splits > steps / 4) { splits = steps / 4; }
-    if (splits > 8) { splits = 8; }
-    plan->splits = splits < 1 ? 1 : (int32_t)splits;
-    plan->tasks *= plan->splits;
-    plan->workspace_bytes = fgqa_bwd_workspace_take(p, row->block_q, row->block_k, row->d, row->dv, plan->splits, NULL, &workspace);
 }
 
 static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
@@ -150,10 +134,13 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     plan->block_k = k->row.block_k;
     plan->threads = 1;
     (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
+    if (k->row.pass == FGQA_PASS_BWD) {
+        fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
+        return;
+    }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;
     const int32_t resident = by_smem < by_registers ? by_smem : by_registers;
-    const int32_t slots = device.multiprocessors * (resident > 0 ? resident : 1);
-    if (k->row.pass == FGQA_PASS_BWD) { tile_backward(&k->row, p, plan, slots); } else { fgqa_fwd_tile(p, plan, slots); }
+    fgqa_fwd_tile(p, plan, device.multiprocessors * (resident > 0 ? resident : 1));
 }
 
 /* Without a batch the gradients that have no batch dimension are 0. They are contiguous. */

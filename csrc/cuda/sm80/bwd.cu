@@ -11,7 +11,7 @@
  * the first key tile stores its part (in the order of its accumulators, which only blocks of this kernel read), those between
  * wait for their turn and add, the last one adds what is there to its own and writes dQ itself. A counter a query tile says
  * whose turn it is. Tasks are handed out by a ticket, lower key tiles first, so a block only ever waits for blocks that are
- * already running: no deadlock whatever the card does. Blocks that start together walk the tiles one turn behind each other.
+ * already running: no deadlock whatever the card does. Blocks of one KV head walk the tiles one turn behind each other.
  *
  *     STAGES 1, 2   barrier: tile arrived, P and dS free | fetch the next tile | S, P, dP, dS | barrier | dQ, dV, dK
  *     STAGES 3      barrier | fetch tile t + 2 | half of the warps: S .. dS of tile t + 1, then dQ, dV, dK of tile t; the other
@@ -225,11 +225,6 @@ static __device__ __forceinline__ void take_task(task &t, walk_step *steps, cons
     describe_next(t, steps[1], steps[0], w.splits, p.g, lane);
 }
 
-static __device__ __forceinline__ bool access_of(int32_t vector)
-{
-    return !GENERAL || vector;
-}
-
 static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params &params)
 {
     const fgqa_problem &p = params.problem;
@@ -237,9 +232,9 @@ static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params 
     const fgqa_view &k = p.view[FGQA_ARG_k], &v = p.view[FGQA_ARG_v];
     const int32_t j0 = t.n * BLOCK_K, valid = t.sequence.mask.sk - j0;
     load_tile<T, BLOCK_K, D, THREADS>(smem_address(mem.k), fgqa_row_address(k, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j0),
-                                      k.stride_s * (int64_t)sizeof(T), valid, p.d, access_of(params.vector_k));
+                                      k.stride_s * (int64_t)sizeof(T), valid, p.d, !GENERAL || params.vector_k);
     load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v), fgqa_row_address(v, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j0),
-                                       v.stride_s * (int64_t)sizeof(T), valid, p.dv, access_of(params.vector_v));
+                                       v.stride_s * (int64_t)sizeof(T), valid, p.dv, !GENERAL || params.vector_v);
 }
 
 /* A step's Q, dO, statistics, and what each row sees. */
@@ -249,9 +244,9 @@ static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_para
     const task &t = mem.task;
     const int32_t i0 = step.i * BLOCK_Q, valid = t.sequence.mask.sq - i0;
     load_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q[stage]), step.at[AT_Q], p.view[FGQA_ARG_q].stride_s * (int64_t)sizeof(T), valid, p.d,
-                                      access_of(params.vector_q));
+                                      !GENERAL || params.vector_q);
     load_tile<T, BLOCK_Q, DV, THREADS>(smem_address(mem.dout[stage]), step.at[AT_DOUT], p.view[FGQA_ARG_dout].stride_s * (int64_t)sizeof(T), valid, p.dv,
-                                       access_of(params.vector_dout));
+                                       !GENERAL || params.vector_dout);
     if (threadIdx.x < BLOCK_Q) {
         const int row = threadIdx.x;
         cp_async_8(smem_address(&mem.stats[at][row]), step.at[AT_STATS] + row * sizeof(float2), row < valid);
@@ -536,7 +531,10 @@ static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_pa
                                                 qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+/* Where two blocks fit into an SM's shared memory, they must into its registers, too: each fills the other's waits. */
+static constexpr int RESIDENT = !GENERAL && sizeof(shared) <= 113 * 1024 ? 2 : 1;
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, const __grid_constant__ launch launch)
 {
     extern __shared__ __align__(128) char memory[];
@@ -639,9 +637,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     launch launch;
     const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
     launch.sections = (int64_t)problem->b * problem->hk * w.splits;
-    /* without a mask all tasks are equal, and one section at a time shares its Q and dO in L2; with one, long tasks first */
-    const bool masked = problem->left != FGQA_UNBOUNDED || problem->right != FGQA_UNBOUNDED || problem->chunk > 0;
-    launch.band = masked ? (4 * sms + key_tiles - 1) / key_tiles : 1;
+    /* Key tiles of one section follow each other at one turn's distance at best, so blocks that become free together must get
+     * key tiles of different sections. It also hands out the long tasks of a causal mask first. */
+    launch.band = (4 * sms + key_tiles - 1) / key_tiles;
     launch.pair_dq = pairs_aligned(problem->view[FGQA_ARG_dq]);
     launch.pair_dk = pairs_aligned(problem->view[FGQA_ARG_dk]);
     launch.pair_dv = pairs_aligned(problem->view[FGQA_ARG_dv]);
