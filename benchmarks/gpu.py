@@ -119,9 +119,9 @@ def show(record, row):
           f"cudnn {cudnn:6.0f} ({ours / cudnn:.2f}x)", flush=True)
 
 
-def test_counts(junit):
-    """Passed, failed and skipped GPU tests of pytest's JUnit report; zeros without one."""
-    cases = [case for case in xml.parse(junit).iter("testcase")] if junit else []
+def test_counts(reports):
+    """Passed, failed and skipped GPU tests of pytest's JUnit reports; zeros without any."""
+    cases = [case for report in reports for case in xml.parse(report).iter("testcase")]
     bad = sum(case.find("failure") is not None or case.find("error") is not None for case in cases)
     skipped = sum(case.find("skipped") is not None for case in cases)
     return {"passed": len(cases) - bad - skipped, "failed": bad, "skipped": skipped}
