@@ -1,10 +1,12 @@
-"""Builds flashgqa._C: one abi3 extension of plain C.
+"""Builds flashgqa._C: one abi3 extension of plain C and, on request, of CUDA kernels.
 
-csrc/cpu/isa.def is read here and by the C code: the files in PER_ISA are compiled once per row of this machine's
-architecture and per precision, every other C file once. Environment:
+csrc/cpu/isa.def and csrc/cuda/kernels.def are read here and by the C code: the files in PER_ISA are compiled once per row of
+this machine's architecture and per precision, sm<arch>/<pass>.cu once per kernel, every other file once. Environment:
     FLASHGQA_WERROR=1     warnings are errors
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
-    FLASHGQA_CUDA=0       do not look for nvcc and say nothing; =1: an error if there can be no CUDA kernels
+    FLASHGQA_CUDA=1       with the CUDA kernels, a preview so far (README, Limits); an error if nvcc is not found
+    FLASHGQA_CUDA_ARCH    machine code to embed, as "80,90,ptx" (the default is "80,ptx": any card from Ampere on; newer ones
+                          compile the PTX once, into the driver's cache)
 """
 
 import os
@@ -26,6 +28,7 @@ CSRC = ROOT / "csrc"
 PER_ISA = ("fwd.c", "bwd.c", "bwd_bias.c", "weights.c", "decode.c")   # those that exist
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
+CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,ptx")
 
 CFLAGS = [
     "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden",
@@ -38,13 +41,10 @@ else:
     CFLAGS += ["-O3", "-g0"]
 if os.environ.get("FLASHGQA_WERROR") == "1":
     CFLAGS.append("-Werror")
-CPU_ONLY = """
-**********************************************************************
-flashgqa: built without CUDA kernels, for the CPU only
-reason:   {reason}
-FLASHGQA_CUDA=0 builds for the CPU without this note, =1 makes it an error.
-**********************************************************************
-"""
+NVCC_FLAGS = [
+    "-std=c++17", "-O3", "-Xptxas=-warn-spills", "-diag-suppress=177",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti",
+]
 LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-O1"])
 
 
@@ -66,13 +66,46 @@ def find_nvcc():
     return next((path for path in candidates if path.is_file()), None)
 
 
+def cuda_libraries(nvcc):
+    """(folder of cuda_runtime_api.h, folder of libcudart_static.a), or None."""
+    homes = [nvcc.parent.parent, nvcc.resolve().parent.parent]
+    if shutil.which(nvcc):      # a script in PATH that calls the one in another folder says where on a dry run
+        printed = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull, "-o", os.devnull],
+                                 capture_output=True, text=True, check=False)
+        homes += [Path(top) for top in re.findall(r"^#\$ TOP=(.+)$", printed.stderr + printed.stdout, re.M)]
+    for home in homes:
+        includes = (home / "include", *home.glob("targets/*/include"))
+        libraries = (home / "lib64", home / "lib", *home.glob("targets/*/lib"))
+        include = next((p for p in includes if (p / "cuda_runtime_api.h").is_file()), None)
+        library = next((p for p in libraries if (p / "libcudart_static.a").is_file()), None)
+        if include and library:
+            return include, library
+    return None
+
+
 def cuda_reason():
-    """Why this build has no CUDA kernels: baked into the module, because pip hides what a successful build prints."""
-    if os.environ.get("FLASHGQA_CUDA") == "0":
-        return "FLASHGQA_CUDA=0 was set when it was built"
-    if find_nvcc() is None:
+    """Why this build has no CUDA kernels, or None: baked into the module, because pip hides what a successful build prints."""
+    if os.environ.get("FLASHGQA_CUDA") != "1":
+        return "they are a preview, built on request: set FLASHGQA_CUDA=1 and install again"
+    nvcc = find_nvcc()
+    if nvcc is None:
         return "nvcc was not found at build time: looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip's nvidia packages"
-    return "this version of flashgqa has no CUDA kernels yet"
+    if cuda_libraries(nvcc) is None:
+        return "nvcc was found at build time, but not cuda_runtime_api.h and libcudart_static.a beside it"
+    return None
+
+
+def kernel_rows():
+    """The rows of kernels.def, each as {column: text}."""
+    columns = ("pass", "arch", "dtype", "d", "dv", "block_q", "block_k", "stages", "warps", "variant")
+    rows = re.findall(r"^FGQA_KERNEL\((.+)\)", (CSRC / "cuda" / "kernels.def").read_text(), re.M)
+    return [dict(zip(columns, (cell.strip() for cell in row.split(",")), strict=True)) for row in rows]
+
+
+def nvcc_targets():
+    """-gencode of every target. All code comes from the general family's virtual architecture."""
+    code = [f"sm_{name}" if name.isdigit() else "compute_80" for name in re.findall(r"\d+|ptx", CUDA_ARCH)]
+    return [f"-gencode=arch=compute_80,code=[{','.join(code)}]"]
 
 
 def version():
@@ -80,27 +113,32 @@ def version():
 
 
 class Build(build_ext):
-    """One compiler call per object, two at a time, skipped while the object is newer than all that it includes."""
+    """One compiler call per object, one a processor at a time, skipped while the object is newer than all that it includes."""
 
     def build_extension(self, ext):
+        reason = cuda_reason()
         objects = Path(self.build_temp) / ("sanitize" if SANITIZE else "release")
-        jobs = list(self.jobs(objects))
+        jobs = [*self.cuda_jobs(objects), *self.jobs(objects)] if reason is None else list(self.jobs(objects))
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with ThreadPoolExecutor(max(1, workers)) as pool:
             list(pool.map(lambda job: self.compile_one(*job), jobs))
         ext.extra_objects = [str(obj) for _, obj, _ in jobs]
+        if reason is None:
+            # nvcc's host code needs the C++ runtime, which goes into the module together with the CUDA one.
+            self.compiler.linker_so = [os.environ.get("CXX", "g++"), *self.compiler.linker_so[1:]]
+            ext.library_dirs = [str(cuda_libraries(find_nvcc())[1])]
+            ext.libraries = ["cudart_static", "rt", "dl", *ext.libraries]
+            ext.extra_link_args = [*LDFLAGS, "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL", "-Wl,--as-needed"]
         # A Python with a run-time path of its own hands it to every extension; this one needs nothing but libc.
         self.compiler.linker_so = [arg for arg in self.compiler.linker_so if not arg.startswith("-Wl,-rpath")]
         self.force = True       # the link: its output may stand from a build with other objects, as of FLASHGQA_SANITIZE
         super().build_extension(ext)
-        if os.environ.get("FLASHGQA_CUDA") != "0":
-            print(CPU_ONLY.format(reason=cuda_reason()), file=sys.stderr)
 
     def jobs(self, objects):
         include = [f"-I{p}" for p in self.compiler.include_dirs + self.include_dirs]
         python = include + [f"-I{numpy.get_include()}", f"-DPy_LIMITED_API={LIMITED_API}",
                             "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION", "-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION",
-                            f'-DFGQA_VERSION="{version()}"', f'-DFGQA_CUDA_REASON="{cuda_reason()}"']
+                            f'-DFGQA_VERSION="{version()}"']
         for source in sorted([*(CSRC / "core").glob("*.c"), *(CSRC / "cpu").glob("*.c"), *(CSRC / "python").glob("*.c")]):
             stem = f"{source.parent.name}_{source.stem}"
             if source.parent.name == "cpu" and source.name in PER_ISA:
@@ -110,9 +148,28 @@ class Build(build_ext):
                             [*flags, f"-DFGQA_ISA={name}", f"-DFGQA_REAL_F64={f64}"]
             else:
                 yield source, objects / f"{stem}.o", python if source.parent.name == "python" else []
+        if cuda_reason() is not None:
+            absent = f'-DFGQA_CUDA_REASON="{cuda_reason()}"'
+            yield CSRC / "cuda" / "absent.c", objects / "cuda_absent.o", [absent]
+
+    def cuda_jobs(self, objects):
+        """Kernels first, the largest tiles before the others: they take longest."""
+        folder, include = CSRC / "cuda", [f"-I{cuda_libraries(find_nvcc())[0]}"]
+        for row in sorted(kernel_rows(), key=lambda row: (row["pass"] != "bwd", -int(row["d"]))):
+            name = "{pass}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}".format(**row)
+            yield folder / f"sm{row['arch']}" / f"{row['pass']}.cu", objects / f"cuda_{name}.o", \
+                [f"-DFGQA_{column.upper()}={cell}" for column, cell in row.items()]
+        for source in sorted((folder / "any").glob("*.cu")):
+            yield source, objects / f"cuda_{source.stem}.o", []
+        for source in sorted(path for path in folder.glob("*.c") if path.name != "absent.c"):
+            yield source, objects / f"cuda_{source.stem}.o", include
 
     def compile_one(self, source, obj, flags):
-        command = [os.environ.get("CC", "cc"), *CFLAGS, *flags, "-MMD", "-c", str(source), "-o", str(obj)]
+        if source.suffix == ".cu":
+            command = [str(find_nvcc()), *NVCC_FLAGS, *nvcc_targets(), *flags, "-MMD", "-MF", str(obj.with_suffix(".d"))]
+        else:
+            command = [os.environ.get("CC", "cc"), *CFLAGS, *flags, "-MMD"]
+        command += ["-c", str(source), "-o", str(obj)]
         stamp, record = obj.with_suffix(".d"), obj.with_suffix(".cmd")
         if obj.exists() and stamp.exists() and record.exists() and record.read_text() == repr(command) and not self.force:
             needs = stamp.read_text().replace("\\\n", " ").split()[1:]
@@ -126,7 +183,7 @@ class Build(build_ext):
 
 def main():
     reason = cuda_reason()
-    if os.environ.get("FLASHGQA_CUDA") == "1":
+    if os.environ.get("FLASHGQA_CUDA") == "1" and reason is not None:
         sys.exit(f"FLASHGQA_CUDA=1: {reason}")
     setup(
         ext_modules=[Extension("flashgqa._C", sources=[], py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m"])],

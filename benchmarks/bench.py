@@ -1,6 +1,7 @@
 """The one benchmark: every row against PyTorch in alternating calls, ceilings of the same run, JSON and a plot.
 
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
+    python benchmarks/bench.py gpu [--junit FILE ...]     one NVIDIA GPU, see gpu.py
 
 A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
 above 1 we are faster. A whole run is written to benchmarks/results/cpu.json, from which benchmarks/report.py makes README's
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 import counting
+import gpu
 import shapes
 from peers import FlashGQA, TorchSDPA
 from timing import alternate, once
@@ -113,7 +115,7 @@ def processor():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu"])
+    parser.add_argument("device", choices=["cpu", "gpu"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pass", dest="which", nargs="+", default=["forward", "backward", "decode"],
                         choices=["forward", "backward", "decode"])
@@ -121,7 +123,12 @@ def main():
     parser.add_argument("--rows", default="", help="only rows whose label contains this text")
     parser.add_argument("--quick", action="store_true", help="half a second a row instead of three")
     parser.add_argument("--out", help="JSON file; by default results/cpu.json if all rows are measured at full length, else none")
-    cpu(parser.parse_args())
+    parser.add_argument("--junit", nargs="*", default=[], help="gpu: pytest's JUnit reports of the same build, counted into the record")
+    options = parser.parse_args()
+    if options.device == "cpu":
+        cpu(options)
+    else:
+        gpu.run(options)
 
 
 if __name__ == "__main__":

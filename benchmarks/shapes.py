@@ -33,3 +33,10 @@ _DTYPES = ("float32", "bfloat16")
 
 CPU_TRAIN = tuple(Row(t, 1, hq, hk, s, d, causal) for t in _DTYPES for hq, hk, d, s, causal in _HEADS)
 CPU_DECODE = tuple(Row(t, b, hq, hk, s, 128, queries=1) for t in _DTYPES for b, s, hq, hk in _CACHES)
+
+# 16,384 tokens a row, as training batches are made.
+GPU_TRAIN = tuple(
+    Row("bfloat16", 16384 // s, hq, hk, s, d, causal)
+    for hq, hk, d in ((16, 16, 128), (32, 8, 128), (64, 8, 128), (32, 1, 128), (32, 8, 64), (16, 4, 256))
+    for causal in (False, True) for s in (1024, 4096, 16384)
+)

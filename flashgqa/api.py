@@ -125,8 +125,9 @@ def attention(
         Also return lse.
     out : array, optional
         Where to write the result: exact shape and dtype, contiguous last axis, writable, no overlap with inputs.
-    stream : optional
-        CUDA stream; for tensors on a GPU only.
+    stream : int or stream object, optional
+        CUDA stream to work on, for tensors on a GPU: its address, or a stream of torch, CuPy or any with ``__cuda_stream__``.
+        The default is the current stream of q's library. Nothing waits for the GPU.
     deterministic : bool
         The same bits run to run. The CPU is always deterministic, whatever the number of threads.
     batch_invariant : bool
@@ -134,9 +135,9 @@ def attention(
     precision : {"bf16x3"}, optional
         A faster arithmetic than the dtype's own.
     check : bool
-        Check the contents of lengths on a GPU, too; on the CPU they always are.
+        Check the contents of lengths, offsets and seeds on a GPU, too, which waits for it; on the CPU they always are.
     device : {"cpu", "cuda", "cuda:N"}, optional
-        Where NumPy arrays are computed.
+        Where NumPy arrays are computed; they are copied to a GPU, and the results back.
     kernel : str, optional
         Force one of `kernels`; by default the plan chooses, see `explain`.
 
@@ -533,7 +534,7 @@ class Config(dict):
 
 
 def _text(value):
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return (", ".join(map(str, value)) or "none") if isinstance(value, list) else str(value)
 
 
 def show_config():
@@ -543,7 +544,8 @@ def show_config():
     -------
     Config
         A dict that prints as a table. Keys: version, isa (in use), isa_compiled, isa_supported (of those), cpu_features,
-        threads, numpy, dlpack, compiler, cuda, cuda_reason (None if cuda).
+        threads, numpy, dlpack, compiler, cuda (whether a GPU can be used), cuda_reason (why not, or None), cuda_devices,
+        cuda_runtime (built in), cuda_driver.
     """
     build = _C.build_info()
     compiled = [name for name, is_compiled, _ in build["isa"] if is_compiled]
@@ -559,11 +561,19 @@ def show_config():
         compiler=build["compiler"],
         cuda=build["cuda"],
         cuda_reason=build["cuda_reason"],
+        cuda_devices=build["cuda_devices"],
+        cuda_runtime=_cuda_version(build["cuda_runtime"]),
+        cuda_driver=_cuda_version(build["cuda_driver"]),
     )
 
 
+def _cuda_version(number):
+    """13000 -> "13.0"; None where there is none."""
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
 def kernels():
-    """The kernels of this build, fastest first.
+    """The kernels of this build, fastest first on each device.
 
     Returns
     -------
@@ -581,6 +591,8 @@ def kernels():
             rows.append(
                 dict(zip(_KERNEL_KEYS, (stem + name, which, device, available, None if available else reason), strict=True))
             )
+    for name, which, reason in _C.cuda_kernels():
+        rows.append(dict(zip(_KERNEL_KEYS, (name, which, "cuda", reason is None, reason), strict=True)))
     return rows
 
 

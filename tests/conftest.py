@@ -1,4 +1,5 @@
-"""Which kernels the tests run: every row of isa.def that this processor has, each forced in turn.
+"""Which kernels the tests run: every row of isa.def that this processor has, each forced in turn, and those of a GPU where
+there is one.
 
 A test that takes the `backend` fixture runs once for each; it calls `backend.attention(...)` as users call
 `flashgqa.attention(...)`. Cases and their oracles come from cases.py, which knows no device.
@@ -27,7 +28,7 @@ def cpu_isas():
 
 
 class Backend:
-    """One instruction set of the CPU. A GPU is another class with these methods, `put` and `get` moving arrays."""
+    """One instruction set of the CPU. A GPU is another class with these methods (gpu.py), `put` and `get` moving arrays."""
 
     device = "cpu"
 
@@ -54,8 +55,20 @@ class Backend:
         return flashgqa.attention_weights(*inputs, **options, kernel=f"{which}_{self.isa}")
 
 
+def has_gpu():
+    return any(kernel["device"] == "cuda" and kernel["available"] for kernel in flashgqa.kernels())
+
+
 def backends():
-    return [Backend(isa) for isa in cpu_isas()]
+    rows = [Backend(isa) for isa in cpu_isas()]
+    if has_gpu():
+        from gpu import CudaBackend
+
+        rows += [CudaBackend(), CudaBackend("general")]
+    return rows
+
+
+collect_ignore = [] if has_gpu() else ["test_cuda.py"]
 
 
 @pytest.hookimpl(trylast=True)
@@ -79,5 +92,8 @@ def pytest_configure(config):
 
 
 def pytest_report_header(config):
-    lacking = [f"{kernel['name']} ({kernel['reason']})" for kernel in flashgqa.kernels() if not kernel["available"]]
-    return f"flashgqa: cpu rows {', '.join(cpu_isas())}; not collected: {', '.join(lacking) or 'none'}"
+    lacking = [kernel for kernel in flashgqa.kernels() if not kernel["available"]]
+    names = [f"{kernel['name']} ({kernel['reason']})" for kernel in lacking if kernel["device"] == "cpu"]
+    if not has_gpu():
+        names.append(f"cuda ({flashgqa.show_config()['cuda_reason']})")
+    return f"flashgqa: cpu rows {', '.join(cpu_isas())}; not collected: {', '.join(names) or 'none'}"

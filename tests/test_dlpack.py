@@ -147,7 +147,7 @@ HOSTILE = {
     "unknown code": (dict(code=99, bits=32), TypeError, r"DLPack dtype \(code 99, bits 32, lanes 1\)"),
     "lanes": (dict(lanes=4), TypeError, "q has dtype float32x4"),
     "no lanes": (dict(lanes=0), TypeError, "q has dtype float32x0"),
-    "device of the tensor": (dict(device_type=2), NotImplementedError, "q is on CUDA device 0"),
+    "device of the tensor": (dict(device_type=2), (NotImplementedError, ValueError), "q is on (CUDA device |cuda:)0"),
 }
 
 

@@ -26,6 +26,8 @@ def test_every_row_has_every_pass_and_the_portable_one_is_always_there():
 
 
 def test_the_plan_takes_the_best_row_and_obeys_kernel(backend):
+    if backend.device != "cpu":
+        pytest.skip("rows of isa.def")
     call = build(SMOKE[0])
     assert flashgqa.explain(*call.inputs)["kernel"] == f"fwd_{cpu_isas()[0]}"
     assert flashgqa.explain(*call.inputs, kernel=f"fwd_{backend.isa}")["kernel"] == f"fwd_{backend.isa}"

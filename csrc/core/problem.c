@@ -314,9 +314,22 @@ static fgqa_status check_offsets(const int32_t *offsets, int32_t b, int64_t tota
     return FGQA_OK;
 }
 
-/* The extent to walk: the caller's bound if given, else the longest sequence; on a GPU, where offsets are not read, all rows. */
-static fgqa_status check_bound(const fgqa_problem *p, int64_t bound, int32_t longest, int64_t total, const char *name,
-                               const char *offsets, int32_t *extent)
+/* Of mask or bias, which are as wide as the longest sequence: their extent in the axis `from_end`; 0 if they are not there, or
+ * are broadcast. */
+static int64_t score_extent(const fgqa_request *r, int32_t from_end)
+{
+    static const fgqa_arg args[] = {FGQA_ARG_mask, FGQA_ARG_bias};
+    for (int n = 0; n < 2; n++) {
+        const fgqa_tensor *t = r->tensor[args[n]];
+        if (t && t->ndim >= 2 && t->shape[t->ndim - from_end] > 1) { return t->shape[t->ndim - from_end]; }
+    }
+    return 0;
+}
+
+/* The extent to walk: the caller's bound if given, else the longest sequence; on a GPU, where offsets are not read, what mask
+ * or bias were made for, else all rows. */
+static fgqa_status check_bound(const fgqa_problem *p, int64_t bound, int32_t longest, int64_t scores, int64_t total,
+                               const char *name, const char *offsets, int32_t *extent)
 {
     const int on_host = p->device.type == FGQA_CPU;
     if (bound < -1 || bound > INT32_MAX) {
@@ -324,7 +337,7 @@ static fgqa_status check_bound(const fgqa_problem *p, int64_t bound, int32_t lon
                          (long long)bound);
     }
     if (bound < 0) {
-        *extent = on_host ? longest : (int32_t)total;
+        *extent = on_host ? longest : (int32_t)(scores > 0 ? scores : total);
         return FGQA_OK;
     }
     if (on_host && bound < longest) {
@@ -355,8 +368,8 @@ static fgqa_status read_packed(const fgqa_request *r, fgqa_problem *p)
         FGQA_TRY(check_offsets(p->cu_seqlens_q, p->b, p->total_q, FGQA_ARG_cu_seqlens_q, "q", &longest_q));
         FGQA_TRY(check_offsets(p->cu_seqlens_kv, p->b, p->total_k, FGQA_ARG_cu_seqlens_kv, "k", &longest_kv));
     }
-    FGQA_TRY(check_bound(p, r->max_q, longest_q, p->total_q, "max_q", "cu_seqlens_q", &p->sq));
-    return check_bound(p, r->max_kv, longest_kv, p->total_k, "max_kv", "cu_seqlens_kv", &p->sk);
+    FGQA_TRY(check_bound(p, r->max_q, longest_q, score_extent(r, 2), p->total_q, "max_q", "cu_seqlens_q", &p->sq));
+    return check_bound(p, r->max_kv, longest_kv, score_extent(r, 1), p->total_k, "max_kv", "cu_seqlens_kv", &p->sk);
 }
 
 static fgqa_status read_padded_lengths(const fgqa_request *r, const fgqa_problem *p, fgqa_arg arg, int32_t extent,

@@ -7,34 +7,22 @@
 #include <string.h>
 
 #include "../cpu/cpu.h"
-#include "args.h"
+#include "../cuda/device.h"
+#include "call_state.h"
 #include "memory.h"
-#include "tensor_out.h"
-
-typedef struct {
-    fgqa_state *state;
-    fgqa_request request;
-    fgqa_extras extras;
-    fgqa_problem problem;
-    fgqa_plan plan;
-    uint32_t imported;                     /* bit per fgqa_arg: in[] holds something */
-    uint32_t allocated;                    /* bit per fgqa_arg: result[] holds something */
-    fgqa_import in[FGQA_ARG_COUNT];
-    fgqa_result result[FGQA_ARG_COUNT];
-    void *workspace;
-} fgqa_call;
-
-_Static_assert(FGQA_ARG_COUNT <= 32, "one bit for each argument");
 
 /* in[] and result[] are left as they are: a bit says which entries exist. */
-static void call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass)
+static void call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject *stream)
 {
     memset(&call->request, 0, sizeof call->request);
     memset(&call->extras, 0, sizeof call->extras);
     call->state = fgqa_module_state(module);
     call->request.pass = pass;
+    fgqa_place_begin(&call->place, stream);
+    call->plan_only = call->staged = 0;
     call->imported = call->allocated = 0;
-    call->workspace = NULL;
+    call->workspace = call->block = NULL;
+    call->n_scratch = 0;
 }
 
 static void call_end(fgqa_call *call)
@@ -43,13 +31,15 @@ static void call_end(fgqa_call *call)
         if (call->imported >> arg & 1) { fgqa_import_release(&call->in[arg]); }
         if (call->allocated >> arg & 1) { fgqa_result_drop(&call->result[arg]); }
     }
-    fgqa_block_drop(call->workspace);
+    fgqa_call_drop_scratch(call);
+    fgqa_block_drop(call->block);
+    fgqa_place_end(&call->place);
 }
 
 static int import_argument(fgqa_call *call, fgqa_arg arg, PyObject *object)
 {
     const fgqa_slot slot = fgqa_arg_slot(call->request.pass, arg);
-    if (fgqa_import_tensor(call->state, object, &slot, &call->in[arg]) < 0) { return -1; }
+    if (fgqa_import_tensor(call->state, object, &slot, &call->place, &call->in[arg]) < 0) { return -1; }
     call->imported |= 1u << arg;
     call->request.tensor[arg] = &call->in[arg].tensor;
     return 0;
@@ -66,19 +56,39 @@ static int import_options(fgqa_call *call, PyObject *const *options)
     return 0;
 }
 
+static int check_place_on_gpu(const fgqa_extras *extras, fgqa_device device)
+{
+    if (!extras->device_given || (extras->device.type == FGQA_CUDA && (extras->device.index < 0 || extras->device.index == device.index))) {
+        return 0;
+    }
+    PyErr_Format(PyExc_ValueError, "device is another one than that of q, which is on cuda:%d: device moves NumPy arrays only; leave it out",
+                 (int)device.index);
+    return -1;
+}
+
+/* device="cuda" with NumPy arrays. */
+static int enter_gpu(fgqa_call *call)
+{
+    const fgqa_device device = call->extras.device;
+    if (fgqa_cuda_reason() != NULL) {
+        PyErr_Format(PyExc_NotImplementedError, "device is \"cuda\", and %s (%s); leave device out to compute on the CPU",
+                     fgqa_cuda_built() ? "CUDA cannot be used here" : "this build has no CUDA kernels", fgqa_cuda_reason());
+        return -1;
+    }
+    call->staged = 1;
+    return fgqa_place_enter(&call->place, "q", &call->in[FGQA_ARG_q].type, device.index < 0 ? 0 : device.index);
+}
+
 /* device= and stream= against where q is. */
-static int check_place(const fgqa_call *call)
+static int check_place(fgqa_call *call)
 {
     const fgqa_extras *extras = &call->extras;
-    const int numpy = call->in[FGQA_ARG_q].type.kind == FGQA_KIND_NUMPY;
+    const fgqa_import *q = &call->in[FGQA_ARG_q];
+    if (q->tensor.device.type == FGQA_CUDA) { return check_place_on_gpu(extras, q->tensor.device); }
     if (extras->device_given && extras->device.type == FGQA_CUDA) {
-        if (!numpy) {
-            PyErr_SetString(PyExc_ValueError, "device is \"cuda\" but q is on cpu: device moves NumPy arrays only; move q, k and v "
-                            "to the GPU with their own library");
-        } else {
-            PyErr_Format(PyExc_NotImplementedError, "device is \"cuda\", and this build has no CUDA kernels (%s); leave device out to "
-                         "compute on the CPU", fgqa_cuda_reason());
-        }
+        if (q->type.kind == FGQA_KIND_NUMPY) { return enter_gpu(call); }
+        PyErr_SetString(PyExc_ValueError, "device is \"cuda\" but q is on cpu: device moves NumPy arrays only; move q, k and v "
+                        "to the GPU with their own library");
         return -1;
     }
     if (extras->stream != NULL) {
@@ -103,14 +113,38 @@ static int log_plan(fgqa_call *call)
     return 0;
 }
 
-static int plan_call(fgqa_call *call)
+/* The arguments to where they are computed, and the problem. */
+static int make_problem(fgqa_call *call)
+{
+    if (call->in[FGQA_ARG_q].tensor.device.type == FGQA_CPU) {
+        if (fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
+        if (!call->staged) { return 0; }
+        if (call->problem.varlen) {      /* the longest sequence: a GPU does not look into cu_seqlens */
+            call->request.max_q = call->problem.sq;
+            call->request.max_kv = call->problem.sk;
+        }
+        call->request.check = 0;         /* just done */
+        if (fgqa_call_place_arrays(call) < 0) { return -1; }
+    } else if (fgqa_call_gather(call) < 0) {
+        return -1;
+    }
+    if (fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
+    return call->request.check && !call->plan_only ? fgqa_call_check_contents(call) : 0;
+}
+
+static int make_plan(fgqa_call *call)
 {
     int32_t n_kernels = 0;
-    if (check_place(call) < 0) { return -1; }
-    if (fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
-    const fgqa_kernel *kernels = fgqa_cpu_kernels(&n_kernels);
+    const fgqa_kernel *kernels = call->problem.device.type == FGQA_CPU ? fgqa_cpu_kernels(&n_kernels) : fgqa_cuda_kernels(&n_kernels);
     if (fgqa_raise(fgqa_plan_make(&call->problem, kernels, n_kernels, call->extras.kernel, &call->plan)) < 0) { return -1; }
     return log_plan(call);
+}
+
+static int plan_call(fgqa_call *call)
+{
+    if (check_place(call) < 0 || make_problem(call) < 0 || make_plan(call) < 0) { return -1; }
+    if (!call->staged || call->plan_only) { return 0; }
+    return fgqa_call_stage(call) < 0 ? -1 : fgqa_raise(fgqa_problem_init(&call->request, &call->problem));
 }
 
 /* Memory of every result the caller did not bring. All have the type of q. */
@@ -120,12 +154,23 @@ static int allocate_results(fgqa_call *call)
         const fgqa_arg arg = (fgqa_arg)n;
         fgqa_tensor spec;
         if (call->request.tensor[arg] != NULL || !fgqa_problem_result(&call->problem, arg, &spec)) { continue; }
-        if (fgqa_result_new(call->state, &call->in[FGQA_ARG_q], &spec, &call->result[arg]) < 0) { return -1; }
+        if (call->staged) {
+            size_t bytes = fgqa_dtype_bytes(spec.dtype);      /* the problem has checked that they can be counted */
+            for (int32_t axis = 0; axis < spec.ndim; axis++) { bytes *= (size_t)spec.shape[axis]; }
+            memset(&call->result[arg], 0, sizeof call->result[arg]);
+            call->result[arg].tensor = spec;
+            if (fgqa_call_scratch(call, bytes, &call->result[arg].tensor.data) < 0) { return -1; }
+        } else if (fgqa_result_new(call->state, &call->in[FGQA_ARG_q], &spec, &call->result[arg]) < 0) {
+            return -1;
+        }
         call->allocated |= 1u << arg;
         fgqa_problem_bind(&call->problem, arg, &call->result[arg].tensor);
     }
+    if (call->plan.workspace_bytes > 0 && call->problem.device.type == FGQA_CUDA) {
+        return fgqa_call_scratch(call, call->plan.workspace_bytes, &call->workspace);
+    }
     if (call->plan.workspace_bytes > 0) {
-        call->workspace = fgqa_block_new(call->plan.workspace_bytes);
+        call->workspace = call->block = fgqa_block_new(call->plan.workspace_bytes);
         if (call->workspace == NULL) {
             PyErr_Format(PyExc_MemoryError, "a workspace of %zu bytes does not fit into memory", call->plan.workspace_bytes);
             return -1;
@@ -146,10 +191,11 @@ int fgqa_interrupted(void *context)
 static int run_call(fgqa_call *call)
 {
     PyThreadState *thread = PyEval_SaveThread();
-    const fgqa_exec exec = {NULL, fgqa_interrupted, &thread};
+    const fgqa_exec exec = {call->place.stream, fgqa_interrupted, &thread};
     const fgqa_status status = call->plan.kernel->run(&call->plan, &call->problem, call->workspace, &exec);
     PyEval_RestoreThread(thread);
-    return fgqa_raise(status);
+    if (fgqa_raise(status) < 0) { return -1; }
+    return call->staged ? fgqa_call_fetch(call) : 0;
 }
 
 /* The object of a result, `given` if the caller brought it, None if this pass has none. New reference. */
@@ -186,7 +232,7 @@ PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_call call;
     PyObject *result = NULL, *out, *lse;
     if (check_count("forward", n, 5 + FGQA_OPTION_COUNT) < 0) { return NULL; }
-    call_begin(&call, module, FGQA_PASS_FWD);
+    call_begin(&call, module, FGQA_PASS_FWD, args[5 + FGQA_OPTION_stream]);
     if (prepare_forward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
         out = take_result(&call, FGQA_ARG_out, args[4]);
         if (call.request.want_lse) {
@@ -222,7 +268,7 @@ PyObject *fgqa_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t n
     fgqa_call call;
     PyObject *result = NULL;
     if (check_count("backward", n, 8 + FGQA_OPTION_COUNT) < 0) { return NULL; }
-    call_begin(&call, module, FGQA_PASS_BWD);
+    call_begin(&call, module, FGQA_PASS_BWD, args[8 + FGQA_OPTION_stream]);
     if (prepare_backward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
         static const fgqa_arg order[] = {FGQA_ARG_dq, FGQA_ARG_dk, FGQA_ARG_dv, FGQA_ARG_dbias, FGQA_ARG_dsink};
         result = PyTuple_New(5);
@@ -241,7 +287,7 @@ PyObject *fgqa_py_weights(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_call call;
     PyObject *result = NULL;
     if (check_count("weights", n, 3 + FGQA_OPTION_COUNT) < 0) { return NULL; }
-    call_begin(&call, module, args[2] == Py_None ? FGQA_PASS_KEYSUM : FGQA_PASS_ROWS);
+    call_begin(&call, module, args[2] == Py_None ? FGQA_PASS_KEYSUM : FGQA_PASS_ROWS, args[3 + FGQA_OPTION_stream]);
     if (import_argument(&call, FGQA_ARG_q, args[0]) == 0 && import_argument(&call, FGQA_ARG_k, args[1]) == 0
         && (args[2] == Py_None || import_argument(&call, FGQA_ARG_rows, args[2]) == 0) && import_options(&call, args + 3) == 0
         && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
@@ -302,7 +348,7 @@ static int turn_backward(fgqa_call *call, fgqa_tensor stand_in[3])
     r->tensor[FGQA_ARG_dout] = &stand_in[2];
     r->want_dbias = r->tensor[FGQA_ARG_bias] != NULL;
     r->want_dsink = r->tensor[FGQA_ARG_sink] != NULL;
-    return plan_call(call);
+    return fgqa_raise(fgqa_problem_init(r, &call->problem)) < 0 ? -1 : make_plan(call);
 }
 
 /* explain(q, k, v, return_lse, out, backward, *options) -> dict */
@@ -316,13 +362,13 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
     PyObject *forward_args[5 + FGQA_OPTION_COUNT];
     memcpy(forward_args, args, 5 * sizeof args[0]);
     memcpy(forward_args + 5, args + 6, FGQA_OPTION_COUNT * sizeof args[0]);
-    call_begin(&call, module, FGQA_PASS_FWD);
+    call_begin(&call, module, FGQA_PASS_FWD, args[6 + FGQA_OPTION_stream]);
+    call.plan_only = 1;
     int failed = prepare_forward(&call, forward_args);
     if (failed == 0 && backward) {
         /* A forced kernel is one of the backward pass: the forward problem is only lowered, not planned. */
         call.request.want_lse = 1;
-        failed = check_place(&call) < 0 || fgqa_raise(fgqa_problem_init(&call.request, &call.problem)) < 0
-                 || turn_backward(&call, stand_in) < 0;
+        failed = check_place(&call) < 0 || make_problem(&call) < 0 || turn_backward(&call, stand_in) < 0;
     } else if (failed == 0) {
         failed = plan_call(&call);
     }

@@ -57,20 +57,22 @@ static int refuse_dtype(const fgqa_slot *slot, DLDataType type)
     return -1;
 }
 
-static int refuse_device(const fgqa_slot *slot, int64_t type, int64_t id)
+static int on_cpu(int64_t device_type) { return device_type == kDLCPU || device_type == kDLCUDAHost; }
+
+/* Takes note of where an argument is: on the CPU, or on a GPU that the call may run on. */
+static int read_device(const fgqa_slot *slot, int64_t type, int64_t id, fgqa_place *place, fgqa_import *in)
 {
-    const char *reason = fgqa_cuda_reason();
-    if (type == kDLCUDA || type == kDLCUDAManaged) {
-        PyErr_Format(PyExc_NotImplementedError, "%s is on CUDA device %lld, and this build has no CUDA kernels (%s); move it to "
-                     "the CPU", slot->name, (long long)id, reason);
-    } else {
-        PyErr_Format(PyExc_NotImplementedError, "%s is on a device of DLPack type %lld: only CPU memory is supported by this "
-                     "build; move it to the CPU", slot->name, (long long)type);
+    in->tensor.device = (fgqa_device){FGQA_CPU, 0};
+    if (on_cpu(type)) { return 0; }
+    if ((type == kDLCUDA || type == kDLCUDAManaged) && id >= 0 && id <= INT32_MAX) {
+        if (fgqa_place_enter(place, slot->name, &in->type, (int32_t)id) < 0) { return -1; }
+        in->tensor.device = (fgqa_device){FGQA_CUDA, (int32_t)id};
+        return 0;
     }
+    PyErr_Format(PyExc_NotImplementedError, "%s is on a device of DLPack type %lld: only the memory of CPUs and of NVIDIA GPUs is "
+                 "supported; move it to the CPU", slot->name, (long long)type);
     return -1;
 }
-
-static int on_cpu(int64_t device_type) { return device_type == kDLCPU || device_type == kDLCUDAHost; }
 
 /* Strides into `stride`: those given, but contiguous ones where none are given or none matter (an axis of extent 1, an
  * empty tensor). -1 without an exception if any element's address would not exist. */
@@ -99,9 +101,10 @@ static int take_strides(const DLTensor *dl, int64_t stride[FGQA_MAX_DIMS])
 }
 
 /* Checks the description and takes it over; `dl` may die after this. */
-static int take_tensor(const DLTensor *dl, const fgqa_slot *slot, fgqa_tensor *t)
+static int take_tensor(const DLTensor *dl, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
-    if (!on_cpu(dl->device.device_type)) { return refuse_device(slot, dl->device.device_type, dl->device.device_id); }
+    fgqa_tensor *t = &in->tensor;
+    if (read_device(slot, dl->device.device_type, dl->device.device_id, place, in) < 0) { return -1; }
     if (dl->ndim < 0 || (dl->ndim > 0 && dl->shape == NULL)) {
         PyErr_Format(PyExc_BufferError, "%s: its DLPack tensor has ndim %d%s", slot->name, (int)dl->ndim,
                      dl->ndim > 0 ? " and no shape" : "");
@@ -134,7 +137,6 @@ static int take_tensor(const DLTensor *dl, const fgqa_slot *slot, fgqa_tensor *t
         return -1;
     }
     t->ndim = dl->ndim;
-    t->device = (fgqa_device){FGQA_CPU, 0};
     return 0;
 }
 
@@ -164,27 +166,28 @@ static int wrap_producer_error(const fgqa_slot *slot, const char *what)
 
 /* ---- the C exchange table ---- */
 
-static int import_exchange(PyObject *object, const fgqa_slot *slot, fgqa_import *in)
+static int import_exchange(PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     const DLPackExchangeAPI *api = in->type.exchange;
     if (api->dltensor_from_py_object_no_sync != NULL) {
         /* Borrowed: the caller's reference keeps memory, shape and strides alive until the call returns. */
         DLTensor dl;
         if (api->dltensor_from_py_object_no_sync(object, &dl) != 0) { return wrap_producer_error(slot, "DLPack exchange"); }
-        return take_tensor(&dl, slot, &in->tensor);
+        return take_tensor(&dl, slot, place, in);
     }
     if (api->managed_tensor_from_py_object_no_sync(object, &in->versioned) != 0) {
         in->versioned = NULL;
         return wrap_producer_error(slot, "DLPack exchange");
     }
     in->tensor.readonly = (in->versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
-    return take_tensor(&in->versioned->dl_tensor, slot, &in->tensor);
+    return take_tensor(&in->versioned->dl_tensor, slot, place, in);
 }
 
 /* ---- the Python protocol ---- */
 
-/* Asked first, so that nothing is exported from a device that is refused anyway. */
-static int check_device(fgqa_state *state, PyObject *object, const fgqa_slot *slot)
+/* Asked first, so that nothing is exported from a device that is refused anyway, and the stream is known that the export is
+ * for. */
+static int ask_device(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     PyObject *pair = PyObject_CallMethodObjArgs(object, state->str___dlpack_device__, NULL);
     if (pair == NULL) { return wrap_producer_error(slot, "__dlpack_device__"); }
@@ -198,7 +201,7 @@ static int check_device(fgqa_state *state, PyObject *object, const fgqa_slot *sl
         id = number ? PyLong_AsLong(number) : -1;
         Py_XDECREF(number);
         if (PyErr_Occurred()) { wrap_producer_error(slot, "__dlpack_device__"); }
-        else { result = on_cpu(type) ? 0 : refuse_device(slot, type, id); }
+        else { result = read_device(slot, type, id, place, in); }
     } else {
         PyErr_Format(PyExc_BufferError, "%s: its __dlpack_device__ returned %R: it must be a pair (device type, id)", slot->name,
                      pair);
@@ -207,21 +210,32 @@ static int check_device(fgqa_state *state, PyObject *object, const fgqa_slot *sl
     return result;
 }
 
-static PyObject *export_capsule(fgqa_state *state, PyObject *object)
+/* The producer makes `place`'s stream wait for its own; on the CPU there is none to name. */
+static PyObject *export_capsule(fgqa_state *state, PyObject *object, const fgqa_place *place)
 {
-    PyObject *method = PyObject_GetAttr(object, state->str___dlpack__);
+    PyObject *method = PyObject_GetAttr(object, state->str___dlpack__), *kwargs = NULL, *capsule = NULL;
     if (method == NULL) { return NULL; }
-    PyObject *capsule = PyObject_Call(method, state->empty_tuple, state->dlpack_kwargs);
+    if (place != NULL) {
+        const unsigned long long handle = (uintptr_t)place->stream;
+        kwargs = Py_BuildValue("{s:K}", "stream", handle ? handle : 1);   /* 1: the legacy default stream, 0 is not allowed */
+        if (kwargs == NULL || PyDict_Update(kwargs, state->dlpack_kwargs) < 0) { goto done; }
+        capsule = PyObject_Call(method, state->empty_tuple, kwargs);
+    } else {
+        capsule = PyObject_Call(method, state->empty_tuple, state->dlpack_kwargs);
+    }
     if (capsule == NULL && PyErr_ExceptionMatches(PyExc_TypeError)) {   /* producers older than the array API of 2023 */
         PyErr_Clear();
-        capsule = PyObject_Call(method, state->empty_tuple, NULL);
+        if (kwargs != NULL && PyDict_DelItemString(kwargs, "max_version") < 0) { goto done; }
+        capsule = PyObject_Call(method, state->empty_tuple, kwargs);
     }
+done:
+    Py_XDECREF(kwargs);
     Py_DECREF(method);
     return capsule;
 }
 
 /* Takes the tensor out of the capsule: from here on its deleter is ours to call. */
-static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_import *in)
+static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     if (PyCapsule_IsValid(capsule, "dltensor_versioned")) {
         DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, "dltensor_versioned");
@@ -234,7 +248,7 @@ static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_import
             return -1;
         }
         in->tensor.readonly = (managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
-        return take_tensor(&managed->dl_tensor, slot, &in->tensor);
+        return take_tensor(&managed->dl_tensor, slot, place, in);
     }
     if (PyCapsule_IsValid(capsule, "dltensor")) {
         DLManagedTensor *managed = PyCapsule_GetPointer(capsule, "dltensor");
@@ -245,7 +259,7 @@ static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_import
                          "(JAX arrays may not); do without %s=", slot->name, slot->name);
             return -1;
         }
-        return take_tensor(&managed->dl_tensor, slot, &in->tensor);
+        return take_tensor(&managed->dl_tensor, slot, place, in);
     }
     if (!PyCapsule_CheckExact(capsule)) {
         PyErr_Format(PyExc_BufferError, "%s: its __dlpack__ returned %R instead of a capsule", slot->name, capsule);
@@ -316,18 +330,18 @@ static int check_torch_memory(const fgqa_slot *slot, const fgqa_tensor *t, const
     return -1;
 }
 
-int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in)
+int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     const int torch = in->type.kind == FGQA_KIND_TORCH;
     const void *data = NULL;
     if (torch && (check_torch(state, object, slot) < 0 || torch_memory(state, object, slot, &data) < 0)) { return -1; }
     if (in->type.exchange != NULL) {
-        if (import_exchange(object, slot, in) < 0) { return -1; }
+        if (import_exchange(object, slot, place, in) < 0) { return -1; }
     } else {
-        if (check_device(state, object, slot) < 0) { return -1; }
-        PyObject *capsule = export_capsule(state, object);
+        if (ask_device(state, object, slot, place, in) < 0) { return -1; }
+        PyObject *capsule = export_capsule(state, object, in->tensor.device.type == FGQA_CUDA ? place : NULL);
         if (capsule == NULL) { return wrap_producer_error(slot, "__dlpack__"); }
-        const int failed = consume_capsule(capsule, slot, in);
+        const int failed = consume_capsule(capsule, slot, place, in);
         Py_DECREF(capsule);
         if (failed < 0) { return -1; }
     }

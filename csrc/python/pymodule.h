@@ -28,6 +28,7 @@ typedef enum {
     FGQA_KIND_TORCH,            /* exactly torch.Tensor or torch.nn.Parameter */
     FGQA_KIND_TORCH_SUBCLASS,   /* may not be what its memory says (FakeTensor, DTensor, ...): refused */
     FGQA_KIND_TRACER,           /* of JAX: has no values */
+    FGQA_KIND_CUPY,             /* cupy.ndarray */
     FGQA_KIND_DLPACK,           /* anything else with __dlpack__ */
     FGQA_KIND_OTHER
 } fgqa_kind;
@@ -59,8 +60,5 @@ static inline fgqa_state *fgqa_module_state(PyObject *module) { return (fgqa_sta
 
 /* errors.c: the exception of a status, with the core's sentence; returns -1. FGQA_OK returns 0. */
 int fgqa_raise(fgqa_status status);
-
-/* Why this build cannot use a GPU; NULL if it can. */
-const char *fgqa_cuda_reason(void);
 
 #endif

@@ -137,7 +137,7 @@ static void inspect_type(fgqa_state *state, PyTypeObject *type, fgqa_type *entry
     } else if (is_subtype_of("jax.core", "Tracer", type)) {
         entry->kind = FGQA_KIND_TRACER;
     } else if (PyObject_HasAttr((PyObject *)type, state->str___dlpack__)) {
-        entry->kind = FGQA_KIND_DLPACK;
+        entry->kind = is_type_of("cupy", "ndarray", type) ? FGQA_KIND_CUPY : FGQA_KIND_DLPACK;
         entry->exchange = exchange_of(type, 0);
         if (type != state->tensor_type && entry->exchange == NULL) { entry->from_dlpack = importer_of(type); }
     }
@@ -162,41 +162,58 @@ void fgqa_find_type(fgqa_state *state, PyTypeObject *type, fgqa_type *found)
 
 /* ---- copies ---- */
 
-static void copy_elements(char *to, const fgqa_tensor *from, size_t bytes)
+/* Rows of the last axis, and where each begins in strided memory. */
+static void copy_elements(const fgqa_tensor *tensor, char *packed, int unpack)
 {
+    const size_t bytes = fgqa_dtype_bytes(tensor->dtype);
     int64_t shape[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
-    for (int32_t axis = 0; axis < from->ndim; axis++) {
-        shape[4 - from->ndim + axis] = from->shape[axis];
-        stride[4 - from->ndim + axis] = from->stride[axis] * (int64_t)bytes;
+    for (int32_t axis = 0; axis < tensor->ndim; axis++) {
+        shape[4 - tensor->ndim + axis] = tensor->shape[axis];
+        stride[4 - tensor->ndim + axis] = tensor->stride[axis] * (int64_t)bytes;
     }
-    const char *base = from->data;
+    char *base = tensor->data;
     for (int64_t a = 0; a < shape[0]; a++) {
         for (int64_t b = 0; b < shape[1]; b++) {
             for (int64_t c = 0; c < shape[2]; c++) {
-                const char *row = base + a * stride[0] + b * stride[1] + c * stride[2];
-                for (int64_t d = 0; d < shape[3]; d++, to += bytes) { memcpy(to, row + d * stride[3], bytes); }
+                char *row = base + a * stride[0] + b * stride[1] + c * stride[2];
+                for (int64_t d = 0; d < shape[3]; d++, packed += bytes) {
+                    char *element = row + d * stride[3];
+                    memcpy(unpack ? element : packed, unpack ? packed : element, bytes);
+                }
             }
         }
+    }
+}
+
+void fgqa_pack(void *to, const fgqa_tensor *from) { copy_elements(from, to, 0); }
+
+void fgqa_unpack(const fgqa_tensor *to, const void *from)
+{
+    char *packed = (char *)(uintptr_t)from;      /* only read */
+    copy_elements(to, packed, 1);
+}
+
+void fgqa_contiguous_strides(fgqa_tensor *tensor)
+{
+    int64_t stride = 1;
+    for (int32_t axis = tensor->ndim - 1; axis >= 0; axis--) {
+        tensor->stride[axis] = stride;
+        stride *= tensor->shape[axis] > 0 ? tensor->shape[axis] : 1;
     }
 }
 
 /* Replaces the tensor by a contiguous copy in memory of the import. */
 static int copy_contiguous(fgqa_import *in)
 {
-    const size_t bytes = fgqa_dtype_bytes(in->tensor.dtype);
-    int64_t size = (int64_t)bytes;
+    int64_t size = (int64_t)fgqa_dtype_bytes(in->tensor.dtype);
     for (int32_t axis = 0; axis < in->tensor.ndim; axis++) {
         if (__builtin_mul_overflow(size, in->tensor.shape[axis], &size)) { PyErr_NoMemory(); return -1; }
     }
     in->memory = fgqa_block_new((size_t)size);
     if (in->memory == NULL) { PyErr_NoMemory(); return -1; }
-    copy_elements(in->memory, &in->tensor, bytes);
+    fgqa_pack(in->memory, &in->tensor);
     in->tensor.data = in->memory;
-    int64_t stride = 1;
-    for (int32_t axis = in->tensor.ndim - 1; axis >= 0; axis--) {
-        in->tensor.stride[axis] = stride;
-        stride *= in->tensor.shape[axis];
-    }
+    fgqa_contiguous_strides(&in->tensor);
     return 0;
 }
 
@@ -206,9 +223,9 @@ static int strided(const fgqa_tensor *tensor, int32_t axis, int64_t wanted)
     return tensor->shape[axis] > 1 && tensor->stride[axis] != wanted;
 }
 
-static int needs_copy(const fgqa_tensor *tensor, unsigned flags)
+int fgqa_needs_copy(const fgqa_tensor *tensor, unsigned flags)
 {
-    if ((flags & FGQA_IN_WRITTEN) || tensor->ndim == 0 || tensor->device.type != FGQA_CPU) { return 0; }
+    if ((flags & FGQA_IN_WRITTEN) || tensor->ndim == 0) { return 0; }
     if (flags & FGQA_IN_UNIT_LAST) { return strided(tensor, tensor->ndim - 1, 1); }
     if (flags & FGQA_IN_CONTIGUOUS) {
         int64_t stride = 1;
@@ -303,7 +320,7 @@ static int refuse_object(PyObject *object, const fgqa_slot *slot, const fgqa_typ
     return -1;
 }
 
-int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in)
+int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     memset(in, 0, sizeof *in);
     in->object = object;
@@ -313,12 +330,13 @@ int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slo
     switch (in->type.kind) {
     case FGQA_KIND_NUMPY:  failed = import_numpy(state, object, slot, in); break;
     case FGQA_KIND_TORCH:
-    case FGQA_KIND_DLPACK: failed = fgqa_import_dlpack(state, object, slot, in); break;
+    case FGQA_KIND_CUPY:
+    case FGQA_KIND_DLPACK: failed = fgqa_import_dlpack(state, object, slot, place, in); break;
     case FGQA_KIND_TORCH_SUBCLASS:
     case FGQA_KIND_TRACER:
     case FGQA_KIND_OTHER:  failed = refuse_object(object, slot, &in->type); break;
     }
-    if (failed == 0 && needs_copy(&in->tensor, slot->flags)) { failed = copy_contiguous(in); }
+    if (failed == 0 && in->tensor.device.type == FGQA_CPU && fgqa_needs_copy(&in->tensor, slot->flags)) { failed = copy_contiguous(in); }
     if (failed < 0) { fgqa_import_release(in); }
     return failed;
 }

@@ -1,7 +1,7 @@
 /* tensor_in.h - Python objects as fgqa_tensor: NumPy arrays by the C API, everything else by DLPack. */
 #ifndef FGQA_TENSOR_IN_H
 #define FGQA_TENSOR_IN_H
-#include "pymodule.h"
+#include "place.h"
 
 enum {
     FGQA_IN_UNIT_LAST = 1,    /* kernels want unit stride in the last axis: any other array is copied once */
@@ -28,8 +28,19 @@ typedef struct {
     DLManagedTensor *unversioned;
 } fgqa_import;
 
-/* Fills `in`; on failure nothing is held. */
-int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in);
+/* Fills `in`; on failure nothing is held. place: of the call, NULL where only the CPU serves. A tensor on a GPU is never
+ * copied here, see fgqa_needs_copy(). */
+int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in);
+
+/* Whether kernels could not read the tensor in place. */
+int fgqa_needs_copy(const fgqa_tensor *tensor, unsigned flags);
+
+/* Strides of contiguous memory of the tensor's shape. */
+void fgqa_contiguous_strides(fgqa_tensor *tensor);
+
+/* All elements in the order of their indices into contiguous memory, and back. */
+void fgqa_pack(void *to, const fgqa_tensor *from);
+void fgqa_unpack(const fgqa_tensor *to, const void *from);
 
 /* Gives back what the import holds: each deleter is called once. Keeps a pending exception. */
 void fgqa_import_release(fgqa_import *in);
@@ -39,7 +50,7 @@ void fgqa_import_release(fgqa_import *in);
 /* How objects of this exact type are handled; cached. */
 void fgqa_find_type(fgqa_state *state, PyTypeObject *type, fgqa_type *found);
 
-int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_import *in);
+int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in);
 
 /* 0 and *dtype, or -1 if no argument takes it. */
 int fgqa_dtype_from_dlpack(DLDataType type, fgqa_dtype *dtype);

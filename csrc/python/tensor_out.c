@@ -1,6 +1,6 @@
-/* tensor_out.c - memory of results, and the objects that own it: a torch tensor made by torch, memory of a library with an
- * exchange table, a NumPy array or a flashgqa.Tensor over a block of our own, the latter handed to the from_dlpack of the
- * caller's library.
+/* tensor_out.c - memory of results, and the objects that own it: a torch tensor made by torch, a CuPy array made by CuPy,
+ * memory of a library with an exchange table, a NumPy array or a flashgqa.Tensor over a block of our own, the latter handed to
+ * the from_dlpack of the caller's library.
  */
 #include "tensor_out.h"
 
@@ -27,7 +27,8 @@ static void set_error(void *context, const char *kind, const char *message)
 
 static int allocate_foreign(const DLPackExchangeAPI *api, const fgqa_tensor *spec, fgqa_result *result)
 {
-    DLTensor prototype = {NULL, {kDLCPU, 0}, spec->ndim, fgqa_dtype_to_dlpack(spec->dtype), result->tensor.shape,
+    const DLDevice device = {spec->device.type == FGQA_CPU ? kDLCPU : kDLCUDA, spec->device.index};
+    DLTensor prototype = {NULL, device, spec->ndim, fgqa_dtype_to_dlpack(spec->dtype), result->tensor.shape,
                           result->tensor.stride, 0};
     if (api->managed_tensor_allocator(&prototype, &result->managed, NULL, set_error) != 0) {
         result->managed = NULL;
@@ -40,11 +41,21 @@ static int allocate_foreign(const DLPackExchangeAPI *api, const fgqa_tensor *spe
     return 0;
 }
 
+static PyObject *shape_tuple(const fgqa_tensor *spec)
+{
+    PyObject *shape = PyTuple_New(spec->ndim);
+    for (int32_t axis = 0; axis < spec->ndim && shape != NULL; axis++) {
+        PyObject *extent = PyLong_FromLongLong(spec->shape[axis]);
+        if (extent == NULL) { Py_CLEAR(shape); } else { PyTuple_SetItem(shape, axis, extent); }
+    }
+    return shape;
+}
+
 /* q.new_empty(shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
  * resized and recorded on streams), and no default device applies. */
 static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
 {
-    PyObject *shape = PyTuple_New(spec->ndim), *kwargs = NULL, *result = NULL;
+    PyObject *shape = shape_tuple(spec), *kwargs = NULL, *result = NULL;
     PyObject *method = PyObject_GetAttr(q->object, state->str_new_empty);
     int failed = shape == NULL || method == NULL;
     if (!failed && spec->dtype != q->tensor.dtype) {
@@ -54,10 +65,6 @@ static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa
         failed = kwargs == NULL;
         Py_XDECREF(dtype);
         Py_XDECREF(torch);
-    }
-    for (int32_t axis = 0; axis < spec->ndim && !failed; axis++) {
-        PyObject *extent = PyLong_FromLongLong(spec->shape[axis]);
-        failed = extent == NULL || PyTuple_SetItem(shape, axis, extent) < 0;
     }
     PyObject *args = failed ? NULL : PyTuple_Pack(1, shape);
     if (args != NULL) { result = PyObject_Call(method, args, kwargs); }
@@ -89,12 +96,43 @@ static int allocate_torch(fgqa_state *state, const fgqa_import *q, const fgqa_te
     return 0;
 }
 
+/* cupy.empty(shape, dtype), from CuPy's pool of its current device and stream. */
+static int allocate_cupy(fgqa_state *state, const fgqa_tensor *spec, fgqa_result *result)
+{
+    PyObject *library = PyImport_ImportModule("cupy"), *shape = shape_tuple(spec), *number = NULL;
+    PyArray_Descr *dtype = fgqa_numpy_descr(state, spec->dtype);
+    if (library != NULL && shape != NULL && dtype != NULL) {
+        result->object = PyObject_CallMethod(library, "empty", "OO", shape, (PyObject *)dtype);
+    }
+    PyObject *data = result->object ? PyObject_GetAttrString(result->object, "data") : NULL;
+    if (data != NULL) { number = PyObject_GetAttrString(data, "ptr"); }
+    if (number != NULL) { result->tensor.data = PyLong_AsVoidPtr(number); }
+    Py_XDECREF(number);
+    Py_XDECREF(data);
+    Py_XDECREF(dtype);
+    Py_XDECREF(shape);
+    Py_XDECREF(library);
+    if (!PyErr_Occurred()) { return 0; }
+    Py_CLEAR(result->object);
+    return -1;
+}
+
 int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
 {
     memset(result, 0, sizeof *result);
     result->tensor = *spec;
     if (like->type.kind == FGQA_KIND_TORCH) { return allocate_torch(state, like, spec, result); }
     if (like->type.exchange != NULL) { return allocate_foreign(like->type.exchange, spec, result); }
+    if (like->type.kind == FGQA_KIND_CUPY) { return allocate_cupy(state, spec, result); }
+    if (spec->device.type == FGQA_CUDA) {
+        PyObject *name = PyObject_GetAttrString((PyObject *)like->type.type, "__name__");
+        if (name != NULL) {
+            PyErr_Format(PyExc_NotImplementedError, "q is a %U on cuda:%d: on a GPU results are made for torch tensors and CuPy arrays; "
+                         "pass q, k and v as one of these, as by torch.from_dlpack(q)", name, (int)spec->device.index);
+            Py_DECREF(name);
+        }
+        return -1;
+    }
     result->block = fgqa_block_new(result_bytes(spec));
     if (result->block == NULL) {
         PyErr_Format(PyExc_MemoryError, "a result of %zu bytes does not fit into memory", result_bytes(spec));

@@ -4,6 +4,7 @@
 #include "../cpu/cpu.h"
 #include "../cpu/cpu_features.h"
 #include "../cpu/threads.h"
+#include "../cuda/device.h"
 #include "args.h"
 #include "call.h"
 #include "memory.h"
@@ -35,7 +36,7 @@ static int import_part(fgqa_state *state, PyObject *object, Py_ssize_t k, const 
     fgqa_slot slot = fgqa_arg_slot(FGQA_PASS_BWD, arg);
     PyOS_snprintf(text, sizeof text, "%s[%zd]", name, k);
     slot.name = text;
-    return fgqa_import_tensor(state, object, &slot, in);
+    return fgqa_import_tensor(state, object, &slot, NULL, in);
 }
 
 static int import_parts(fgqa_state *state, PyObject *outs, PyObject *lses, fgqa_parts *parts)
@@ -213,7 +214,7 @@ static int read_seed_option(fgqa_state *state, PyObject *object, uint64_t *seed,
     if (fgqa_is_integer(object)) { return fgqa_read_seed(object, seed); }
     const fgqa_slot slot = fgqa_arg_slot(FGQA_PASS_FWD, FGQA_ARG_seed);
     fgqa_import in;
-    if (fgqa_import_tensor(state, object, &slot, &in) < 0) { return -1; }
+    if (fgqa_import_tensor(state, object, &slot, NULL, &in) < 0) { return -1; }
     const fgqa_tensor *t = &in.tensor;
     int failed = t->dtype != FGQA_I64 || t->ndim != 1 || t->shape[0] != 2;
     if (failed) {
@@ -297,6 +298,42 @@ PyObject *fgqa_py_kernels(PyObject *module, PyObject *unused)
     return list;
 }
 
+/* [(name, pass, reason), ...] of the CUDA kernels of this build, fastest first; reason None: it runs on some GPU here */
+PyObject *fgqa_py_cuda_kernels(PyObject *module, PyObject *unused)
+{
+    int32_t n = 0;
+    const fgqa_kernel *kernels = fgqa_cuda_kernels(&n);
+    const char *missing = fgqa_cuda_reason();
+    PyObject *list = PyList_New(0);
+    (void)module;
+    (void)unused;
+    for (int32_t k = 0; k < n && list != NULL; k++) {
+        char why[128];
+        const char *reason = missing;
+        for (int32_t device = 0; missing == NULL && device < fgqa_cuda_device_count(); device++) {
+            reason = fgqa_cuda_refuse(&kernels[k], device, why);
+            if (reason == NULL) { break; }
+        }
+        PyObject *row = Py_BuildValue("(ssz)", kernels[k].name, pass_text(kernels[k].pass), reason);
+        if (row == NULL || PyList_Append(list, row) < 0) { Py_CLEAR(list); }
+        Py_XDECREF(row);
+    }
+    return list;
+}
+
+/* ["NVIDIA H200, ...", ...] */
+static PyObject *device_texts(void)
+{
+    PyObject *list = PyList_New(0);
+    for (int32_t device = 0; device < fgqa_cuda_device_count() && list != NULL; device++) {
+        char text[192];
+        PyObject *line = fgqa_cuda_device_text(device, text) == FGQA_OK ? PyUnicode_FromString(text) : PyUnicode_FromString(fgqa_message());
+        if (line == NULL || PyList_Append(list, line) < 0) { Py_CLEAR(list); }
+        Py_XDECREF(line);
+    }
+    return list;
+}
+
 /* [(name, compiled, supported), ...] */
 static PyObject *isa_rows(void)
 {
@@ -324,20 +361,18 @@ PyObject *fgqa_py_build_info(PyObject *module, PyObject *unused)
     (void)module;
     (void)unused;
     PyObject *rows = isa_rows();
-    if (rows == NULL) { return NULL; }
+    PyObject *devices = rows ? device_texts() : NULL;
+    if (devices == NULL) {
+        Py_XDECREF(rows);
+        return NULL;
+    }
     const char *reason = fgqa_cuda_reason();
-    return Py_BuildValue("{s:N,s:s,s:s,s:O,s:z,s:s,s:s}", "isa", rows, "isa_in_use", fgqa_cpu_isa(), "cpu_features", fgqa_cpu_feature_names(), "cuda", reason ? Py_False : Py_True,
-                         "cuda_reason", reason, "compiler", FGQA_COMPILER, "dlpack",
-                         Py_STRINGIFY(DLPACK_MAJOR_VERSION) "." Py_STRINGIFY(DLPACK_MINOR_VERSION));
-}
-
-const char *fgqa_cuda_reason(void)
-{
-#if defined(FGQA_CUDA_REASON)
-    return FGQA_CUDA_REASON;
-#else
-    return "built without CUDA";
-#endif
+    int32_t runtime, driver;
+    fgqa_cuda_versions(&runtime, &driver);
+    return Py_BuildValue("{s:N,s:s,s:s,s:O,s:O,s:z,s:N,s:i,s:i,s:s,s:s}", "isa", rows, "isa_in_use", fgqa_cpu_isa(), "cpu_features",
+                         fgqa_cpu_feature_names(), "cuda", reason ? Py_False : Py_True, "cuda_built", fgqa_cuda_built() ? Py_True : Py_False,
+                         "cuda_reason", reason, "cuda_devices", devices, "cuda_runtime", (int)runtime, "cuda_driver", (int)driver,
+                         "compiler", FGQA_COMPILER, "dlpack", Py_STRINGIFY(DLPACK_MAJOR_VERSION) "." Py_STRINGIFY(DLPACK_MINOR_VERSION));
 }
 
 PyObject *fgqa_py_set_num_threads(PyObject *module, PyObject *n)

@@ -117,6 +117,14 @@ static void packed_sequences(void)
     on_gpu(&f);      /* offsets are not read there: every row might be one sequence's */
     p = lowered(&f);
     CHECK(p.sq == 5 && p.sk == 7 && p.b == 3);
+    give(&f, FGQA_ARG_mask, FGQA_BOOL, 3, 1, 1, 4);      /* made for sequences of up to 4 keys */
+    give(&f, FGQA_ARG_bias, FGQA_F32, 3, 1, 3, 4);
+    on_gpu(&f);
+    p = lowered(&f);
+    CHECK(p.sq == 3 && p.sk == 4);
+    f.r.tensor[FGQA_ARG_bias] = NULL;
+    p = lowered(&f);
+    CHECK(p.sq == 5 && p.sk == 4);
 
     /* no sequence at all */
     const int32_t zero = 0;

@@ -1,0 +1,82 @@
+/* absent.c - the CUDA backend of a build without CUDA kernels: no kernel, no device, and the reason. */
+#include "device.h"
+
+/* From setup.py: what it lacked to build them. */
+#ifndef FGQA_CUDA_REASON
+#define FGQA_CUDA_REASON "built without CUDA"
+#endif
+
+static fgqa_status fail(void) { return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "this build has no CUDA kernels (%s)", FGQA_CUDA_REASON); }
+
+int fgqa_cuda_built(void) { return 0; }
+const char *fgqa_cuda_reason(void) { return FGQA_CUDA_REASON; }
+int32_t fgqa_cuda_device_count(void) { return 0; }
+void fgqa_cuda_leave(int32_t before) { (void)before; }
+int fgqa_cuda_capturing(void *stream) { (void)stream; return 0; }
+
+const fgqa_kernel *fgqa_cuda_kernels(int32_t *count)
+{
+    *count = 0;
+    return NULL;
+}
+
+void fgqa_cuda_versions(int32_t *runtime, int32_t *driver) { *runtime = *driver = 0; }
+
+fgqa_status fgqa_cuda_device_text(int32_t device, char text[192])
+{
+    (void)device;
+    text[0] = '\0';
+    return fail();
+}
+
+const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why[128])
+{
+    (void)kernel;
+    (void)device;
+    (void)why;
+    return FGQA_CUDA_REASON;
+}
+
+fgqa_status fgqa_cuda_enter(int32_t device, int32_t *before)
+{
+    (void)device;
+    (void)before;
+    return fail();
+}
+
+fgqa_status fgqa_cuda_allocate(size_t bytes, void *stream, void **memory)
+{
+    (void)bytes;
+    (void)stream;
+    *memory = NULL;
+    return fail();
+}
+
+void fgqa_cuda_free(void *memory, void *stream)
+{
+    (void)memory;
+    (void)stream;
+}
+
+fgqa_status fgqa_cuda_copy(void *to, const void *from, size_t bytes, void *stream)
+{
+    (void)to;
+    (void)from;
+    (void)bytes;
+    (void)stream;
+    return fail();
+}
+
+fgqa_status fgqa_cuda_gather(const fgqa_tensor *from, void *to, void *stream)
+{
+    (void)from;
+    (void)to;
+    (void)stream;
+    return fail();
+}
+
+fgqa_status fgqa_cuda_synchronize(void *stream)
+{
+    (void)stream;
+    return fail();
+}

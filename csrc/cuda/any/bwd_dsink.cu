@@ -1,0 +1,53 @@
+/* bwd_dsink.cu - gradient of the sink logits: the sink is one more key with value 0.
+ *
+ *     dsink[h] = - sum over b, i of 2^(sink log2(e) - lse2) delta          (delta has dLSE in it)
+ *
+ * One block a head: every thread sums its rows in order, then the threads in a fixed tree.
+ */
+#include "../common/numeric.cuh"
+#include "../common/params.cuh"
+#include "bwd_workspace.h"
+
+static constexpr int THREADS = 512;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w)
+{
+    __shared__ float sums[THREADS];
+    const fgqa_problem &p = params.problem;
+    const fgqa_view &sink = p.view[FGQA_ARG_sink], &dsink = p.view[FGQA_ARG_dsink];
+    const int32_t h = (int32_t)blockIdx.x;
+    const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype) * (float)FGQA_LOG2E;
+    float sum = 0.0f;
+    for (int32_t b = 0; b < p.b; b++) {
+        int32_t rows;
+        const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
+        for (int32_t i = threadIdx.x; i < sequence.mask.sq; i += THREADS) {
+            const float2 stats = ((const float2 *)w.stats)[bwd_q_row(p, b, h, sequence.q_row, i)];
+            sum -= ex2(logit - stats.x) * stats.y;
+        }
+    }
+    sums[threadIdx.x] = sum;
+    for (int step = THREADS / 2; step > 0; step /= 2) {
+        __syncthreads();
+        if (threadIdx.x < step) { sums[threadIdx.x] += sums[threadIdx.x + step]; }
+    }
+    if (threadIdx.x == 0) {
+        char *to = (char *)dsink.data;
+        const int64_t index = h * dsink.stride_h;
+        switch (dsink.dtype) {
+        case FGQA_F16: from_float((f16 *)to + index, sums[0]); break;
+        case FGQA_BF16: from_float((bf16 *)to + index, sums[0]); break;
+        case FGQA_F64: ((double *)to)[index] = sums[0]; break;
+        default: ((float *)to)[index] = sums[0]; break;
+        }
+    }
+}
+
+extern "C" int fgqa_bwd_dsink(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream)
+{
+    const fgqa_params params = fgqa_params_make(problem);
+    if (problem->hq == 0) { return cudaSuccess; }
+    fgqa_bwd_dsink_kernel<<<(uint32_t)problem->hq, THREADS, 0, (cudaStream_t)stream>>>(params, *w);
+    return cudaGetLastError();
+}

@@ -1,0 +1,98 @@
+/* bwd_workspace.h - scratch memory of a backward pass, and the index arithmetic its kernels share. C11 and CUDA.
+ *
+ *   stats    [q_rows][2]       lse * log2(e) (+inf for a row that sees nothing) and delta = rowsum(dO O) - dLSE
+ *   dq       [q_tiles][block_q * d]   float32 sums; order inside a tile is the main kernel's own (its accumulators')
+ *   turn     [q_tiles]         key tiles that have been added to the tile
+ *   control  ticket of the next task; key tiles of the longest sequence
+ *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
+ */
+#ifndef FGQA_BWD_WORKSPACE_H
+#define FGQA_BWD_WORKSPACE_H
+#include "../../core/problem.h"
+#include "../../core/workspace.h"
+
+typedef struct { int64_t ticket, key_tiles; } fgqa_bwd_control;
+
+typedef struct {
+    float *stats, *dq, *dk, *dv;
+    int32_t *turn;
+    fgqa_bwd_control *control;
+    int64_t q_rows, k_rows, q_tiles;      /* over batch and heads */
+    int64_t head_tiles;                   /* q tiles of one head: of one sequence, or of all when they are packed */
+    int32_t block_q, block_k, splits;        /* of the main kernel's row */
+} fgqa_bwd_workspace;
+
+/* Carves, or with base NULL measures. */
+static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t d, int32_t dv,
+                                             int32_t splits, void *base, fgqa_bwd_workspace *w)
+{
+    fgqa_arena arena = fgqa_arena_begin(base);
+    const fgqa_bwd_workspace zero = {0};
+    *w = zero;
+    w->block_q = block_q;
+    w->block_k = block_k;
+    w->splits = splits;
+    w->q_rows = p->varlen ? (int64_t)p->hq * p->total_q : (int64_t)p->b * p->hq * p->sq;
+    w->k_rows = p->varlen ? (int64_t)p->hk * p->total_k : (int64_t)p->b * p->hk * p->sk;
+    /* packed: sequence b starts at tile floor(its first row / block_q) + b, which leaves room for every sequence's last tile */
+    w->head_tiles = p->varlen ? p->total_q / block_q + p->b + 1 : ((int64_t)p->sq + block_q - 1) / block_q;
+    w->q_tiles = p->varlen ? p->hq * w->head_tiles : (int64_t)p->b * p->hq * w->head_tiles;
+    w->control = (fgqa_bwd_control *)fgqa_arena_take(&arena, 1, sizeof(fgqa_bwd_control));
+    w->stats = (float *)fgqa_arena_take(&arena, (size_t)w->q_rows * 2, sizeof(float));
+    w->turn = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
+    w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float));
+    if (splits > 1) {
+        w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));
+        w->dv = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)dv, sizeof(float));
+    }
+    return arena.used;
+}
+
+#if defined(__CUDACC__)
+static __device__ __forceinline__ int64_t bwd_q_row(const fgqa_problem &p, int32_t b, int32_t h, int64_t q_row, int32_t i)
+{
+    return p.varlen ? (int64_t)h * p.total_q + q_row + i : ((int64_t)b * p.hq + h) * p.sq + i;
+}
+
+static __device__ __forceinline__ int64_t bwd_k_row(const fgqa_problem &p, int32_t b, int32_t kv_head, int64_t k_row, int32_t j)
+{
+    return p.varlen ? (int64_t)kv_head * p.total_k + k_row + j : ((int64_t)b * p.hk + kv_head) * p.sk + j;
+}
+
+static __device__ __forceinline__ int64_t bwd_q_tile(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int64_t q_row, int32_t tile)
+{
+    return p.varlen ? h * w.head_tiles + q_row / w.block_q + b + tile : ((int64_t)b * p.hq + h) * w.head_tiles + tile;
+}
+
+/* Key tiles that add to dQ of the rows [i0, i1) of a tile, in the order in which they do. Any tile with a visible score is in. */
+static __device__ __forceinline__ fgqa_range bwd_key_tiles(const fgqa_mask &mask, int32_t block_k, int32_t i0, int32_t i1)
+{
+    fgqa_range r = {fgqa_kv_begin(&mask, i0) / block_k, 0};
+    const int32_t end = fgqa_kv_end(&mask, i1 - 1);
+    r.end = (int32_t)(((int64_t)end + block_k - 1) / block_k);
+    if (r.end < r.begin || fgqa_kv_begin(&mask, i0) >= mask.sk) { r.end = r.begin; }
+    return r;
+}
+
+/* The same seen from a key tile: query tiles to whose dQ it adds. */
+static __device__ __forceinline__ fgqa_range bwd_query_tiles(const fgqa_mask &mask, int32_t block_q, int32_t j0, int32_t j1)
+{
+    const fgqa_range rows = fgqa_q_range(&mask, j0, j1);
+    fgqa_range r = {rows.begin / block_q, (int32_t)(((int64_t)rows.end + block_q - 1) / block_q)};
+    if (rows.begin >= mask.sq) { r.end = r.begin; }
+    while (r.end > r.begin && fgqa_kv_begin(&mask, (r.end - 1) * block_q) >= j1) { r.end--; }
+    return r;
+}
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+/* Kernels around the main one; each returns a cudaError_t. `stream` is a cudaStream_t. */
+int fgqa_bwd_delta(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
+int fgqa_bwd_reduce(const fgqa_problem *problem, const fgqa_bwd_workspace *w, int32_t dk_width, int32_t dv_width, void *stream);
+int fgqa_bwd_dsink(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
+#ifdef __cplusplus
+}
+#endif
+#endif

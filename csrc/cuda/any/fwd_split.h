@@ -1,0 +1,66 @@
+/* fwd_split.h - how a forward pass is cut into blocks, and the workspace of one that is split over keys.
+ *
+ * With too few row blocks to fill the device (decode, short sequences) the keys of each are shared out to `splits` blocks.
+ * Each leaves, per packed row, its normalised output and its LSE (float32); fwd_combine.cu merges them.
+ */
+#ifndef FGQA_FWD_SPLIT_H
+#define FGQA_FWD_SPLIT_H
+#include "../../core/plan.h"
+#include "../../core/workspace.h"
+
+enum { FGQA_MAX_SPLITS = 128, FGQA_MIN_TILES_PER_SPLIT = 4 };
+
+typedef struct {
+    int32_t first_b;            /* sequence this launch begins with */
+    uint32_t blocks, splits;    /* row blocks of one KV head; parts of its keys */
+    int64_t rows;               /* ((b * hq) + h) * sq + i, or h * total_q + (row of the packed tensor) */
+    float *o, *lse;             /* [splits][rows][dv], [splits][rows]; NULL when splits is 1 */
+} fgqa_split;
+
+/* Carves, or with base NULL measures, the workspace. Returns its size. */
+static inline size_t fgqa_split_workspace(const fgqa_problem *p, uint32_t splits, void *base, fgqa_split *split)
+{
+    fgqa_arena arena = fgqa_arena_begin(base);
+    split->splits = splits;
+    split->rows = p->varlen ? (int64_t)p->hq * p->total_q : (int64_t)p->b * p->hq * p->sq;
+    split->o = split->lse = NULL;
+    if (splits > 1) {
+        split->o = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows * (size_t)p->dv, sizeof(float));
+        split->lse = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows, sizeof(float));
+    }
+    return arena.used;
+}
+
+/* Most tiles of keys that one block of rows sees. */
+static inline int64_t fgqa_fwd_tiles_of_block(const fgqa_problem *p, const fgqa_plan *plan)
+{
+    int64_t keys = p->sk;
+    if (p->left != FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED) {
+        const int64_t window = (int64_t)p->left + p->right + 1 + plan->block_q / p->g + 1;
+        if (window < keys) { keys = window; }
+    }
+    return (keys + plan->block_k - 1) / plan->block_k;
+}
+
+/* block_q and block_k are set; `slots` is how many blocks the device holds at once. With batch_invariant, the split comes
+ * from the shape of one sequence alone; packed sequences, whose lengths are on the device, are not split then. */
+static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t slots)
+{
+    const int64_t blocks = ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
+    const int64_t most = fgqa_fwd_tiles_of_block(p, plan) / FGQA_MIN_TILES_PER_SPLIT;
+    int64_t splits = 1;
+    fgqa_split split;
+    plan->tasks = blocks * p->hk * p->b;
+    if (p->batch_invariant) {
+        splits = blocks == 1 && !p->varlen ? most / 4 : 1;
+    } else if (plan->tasks > 0 && plan->tasks * 5 < (int64_t)slots * 4) {
+        splits = slots / plan->tasks;
+    }
+    if (splits > most) { splits = most; }
+    if (splits > FGQA_MAX_SPLITS) { splits = FGQA_MAX_SPLITS; }
+    plan->splits = splits < 1 ? 1 : (int32_t)splits;
+    plan->tasks *= plan->splits;
+    plan->workspace_bytes = fgqa_split_workspace(p, (uint32_t)plan->splits, NULL, &split);
+}
+
+#endif

@@ -1,0 +1,202 @@
+/* launch.c - the CUDA backend's table of kernels, made from kernels.def: which row can run a problem, in what tiles, and its launch. */
+#include "device.h"
+#include "kernel_table.h"
+#include "any/bwd_plan.h"
+#include "any/fwd_split.h"
+
+#include <cuda_runtime_api.h>
+#include <float.h>
+#include <stdio.h>
+#include <string.h>
+
+/* ---- errors and devices ---- */
+
+fgqa_status fgqa_cuda_check(int error, const char *call)
+{
+    if (error == cudaSuccess) { return FGQA_OK; }
+    const fgqa_status status = error == cudaErrorMemoryAllocation ? FGQA_ERROR_MEMORY : FGQA_ERROR_RUNTIME;
+    return fgqa_fail(status, "%s failed: %s (%s, code %d)", call, cudaGetErrorString((cudaError_t)error),
+                     cudaGetErrorName((cudaError_t)error), error);
+}
+
+enum { MAX_DEVICES = 64 };
+
+fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
+{
+    static fgqa_cuda_properties known[MAX_DEVICES];        /* capability 0: not read yet; threads that race write the same */
+    if (device < 0 || device >= MAX_DEVICES) { return fgqa_fail(FGQA_ERROR_VALUE, "CUDA device %d: devices 0 to %d are supported", device, MAX_DEVICES - 1); }
+    if (known[device].capability == 0) {
+        int major = 0, minor = 0, count = 0, block = 0, whole = 0;
+        FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"));
+        FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute"));
+        FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute"));
+        FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute"));
+        FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "cudaDeviceGetAttribute"));
+        known[device].multiprocessors = count;
+        known[device].smem_per_block = block;
+        known[device].smem_per_multiprocessor = whole;
+        known[device].capability = 10 * major + minor;
+    }
+    *properties = known[device];
+    return FGQA_OK;
+}
+
+/* ---- the rows ---- */
+
+typedef struct {
+    fgqa_cuda_row row;
+    fgqa_cuda_launch *launch;
+    fgqa_cuda_smem *smem;
+} cuda_kernel;
+
+#define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant) \
+    fgqa_cuda_launch FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant);                   \
+    fgqa_cuda_smem FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem);
+#include "kernels.def"
+#undef FGQA_KERNEL
+
+#define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
+    {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, FGQA_VARIANT_##variant},                              \
+     FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
+static const cuda_kernel rows[] = {
+#include "kernels.def"
+};
+#undef FGQA_KERNEL
+
+/* Why a plain row cannot serve; NULL if it can. */
+static const char *refuse_options(const fgqa_problem *p)
+{
+    static const struct { fgqa_arg arg; const char *reason; } tensors[] = {
+        {FGQA_ARG_mask, "mask"}, {FGQA_ARG_bias, "bias"}, {FGQA_ARG_alibi_slopes, "alibi_slopes"}};
+    for (size_t n = 0; n < sizeof tensors / sizeof tensors[0]; n++) {
+        if (p->view[tensors[n].arg].data) { return tensors[n].reason; }
+    }
+    if (p->softcap != 0.0) { return "softcap"; }
+    if (p->dropout_threshold != 0) { return "dropout"; }
+    if (!(p->scale >= FLT_MIN && p->scale <= FLT_MAX)) { return "a scale that is not positive"; }
+    return NULL;
+}
+
+static int is_vector(const fgqa_problem *p, fgqa_arg arg)
+{
+    const fgqa_view *v = &p->view[arg];
+    const int64_t bytes = (int64_t)fgqa_dtype_bytes(p->dtype);
+    return (uintptr_t)v->data % 16 == 0 && v->stride_b * bytes % 16 == 0 && v->stride_h * bytes % 16 == 0 && v->stride_s * bytes % 16 == 0;
+}
+
+static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    const cuda_kernel *k = kernel->row;
+    fgqa_cuda_properties device;
+    if (p->dtype != k->row.dtype) {      /* of most rows: a call should not wait for the text */
+        return k->row.dtype == FGQA_F32 ? "computes float32" : k->row.dtype == FGQA_F16 ? "computes float16" : "computes bfloat16";
+    }
+    if (p->d > k->row.d || p->dv > k->row.dv) {
+        snprintf(why, 128, "head dims up to %d, %d", k->row.d, k->row.dv);
+        return why;
+    }
+    if (fgqa_cuda_device_properties(p->device.index, &device) != FGQA_OK) {
+        snprintf(why, 128, "%.127s", fgqa_message());
+        return why;
+    }
+    if (device.capability < k->row.arch) {
+        snprintf(why, 128, "needs compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
+        return why;
+    }
+    if (k->smem() > device.smem_per_block) {
+        snprintf(why, 128, "needs %d bytes of shared memory a block, the device has %d", k->smem(), device.smem_per_block);
+        return why;
+    }
+    if (!k->row.general) {
+        const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
+        const char *option = refuse_options(p);
+        if (option) {
+            snprintf(why, 128, "has no %s", option);
+            return why;
+        }
+        if (p->d % piece != 0 || p->dv % piece != 0) {
+            snprintf(why, 128, "head dims must be multiples of %d", piece);
+            return why;
+        }
+        if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)) {
+            return "rows must start on 16 bytes";
+        }
+        if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
+    }
+    return NULL;
+}
+
+static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
+{
+    const cuda_kernel *k = kernel->row;
+    fgqa_cuda_properties device = {80, 108, 0, 0};
+    plan->block_q = k->row.block_q;
+    plan->block_k = k->row.block_k;
+    plan->threads = 1;
+    (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
+    if (k->row.pass == FGQA_PASS_BWD) {
+        fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
+        return;
+    }
+    const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;
+    const int32_t resident = by_smem < by_registers ? by_smem : by_registers;
+    fgqa_fwd_tile(p, plan, device.multiprocessors * (resident > 0 ? resident : 1));
+}
+
+/* Without a batch the gradients that have no batch dimension are 0. They are contiguous. */
+static int run_empty(const fgqa_problem *p, cudaStream_t stream)
+{
+    const fgqa_view *dbias = &p->view[FGQA_ARG_dbias], *dsink = &p->view[FGQA_ARG_dsink];
+    size_t bytes = fgqa_dtype_bytes(dbias->dtype);
+    cudaError_t error = cudaSuccess;
+    for (int n = 0; n < 4; n++) { bytes *= (size_t)p->bias_shape[n]; }
+    if (dbias->data && bytes > 0) { error = cudaMemsetAsync(dbias->data, 0, bytes, stream); }
+    if (dsink->data && error == cudaSuccess) { error = cudaMemsetAsync(dsink->data, 0, (size_t)p->hq * fgqa_dtype_bytes(dsink->dtype), stream); }
+    return error;
+}
+
+static fgqa_status run(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
+{
+    const cuda_kernel *k = plan->kernel->row;
+    if (plan->tasks == 0 && p->pass != FGQA_PASS_BWD) { return FGQA_OK; }
+    int before = 0;
+    FGQA_TRY(fgqa_cuda_check(cudaGetDevice(&before), "cudaGetDevice"));
+    if (before != p->device.index) { FGQA_TRY(fgqa_cuda_check(cudaSetDevice(p->device.index), "cudaSetDevice")); }
+    const int error = plan->tasks == 0 ? run_empty(p, exec->stream) : k->launch(plan, p, workspace, exec);
+    if (before != p->device.index) { FGQA_TRY(fgqa_cuda_check(cudaSetDevice(before), "cudaSetDevice")); }
+    return fgqa_cuda_check(error, plan->kernel->name);
+}
+
+enum {
+#define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant) FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _index),
+#include "kernels.def"
+#undef FGQA_KERNEL
+};
+
+#define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                          \
+    {#pass "_sm" #arch "_" #dtype "_d" #d "_dv" #dv "_" #variant, FGQA_PASS_##pass, FGQA_CUDA, refuse, tile, run, \
+     &rows[FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _index)]},
+static const fgqa_kernel kernels[] = {
+#include "kernels.def"
+};
+#undef FGQA_KERNEL
+
+const fgqa_kernel *fgqa_cuda_kernels(int32_t *count)
+{
+    *count = (int32_t)(sizeof kernels / sizeof kernels[0]);
+    return kernels;
+}
+
+const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why[128])
+{
+    const cuda_kernel *k = kernel->row;
+    fgqa_problem p;
+    memset(&p, 0, sizeof p);
+    p.dtype = k->row.dtype;
+    p.d = k->row.d;
+    p.dv = k->row.dv;
+    p.scale = 1.0;
+    p.device.type = FGQA_CUDA;
+    p.device.index = device;
+    return refuse(kernel, &p, why);
+}

@@ -1,0 +1,53 @@
+/* call_state.h - one attention call while it lasts; what call.c and call_cuda.c share. */
+#ifndef FGQA_CALL_STATE_H
+#define FGQA_CALL_STATE_H
+#include "args.h"
+#include "tensor_out.h"
+
+enum { FGQA_SCRATCH = FGQA_ARG_COUNT + 1 };      /* a copy of each argument, and a workspace */
+
+typedef struct {
+    fgqa_state *state;
+    fgqa_request request;
+    fgqa_extras extras;
+    fgqa_place place;
+    fgqa_problem problem;
+    fgqa_plan plan;
+    int plan_only;                         /* explain: nothing is copied or computed */
+    int staged;                            /* NumPy arrays that are computed on a GPU */
+    uint32_t imported;                     /* bit per fgqa_arg: in[] holds something */
+    uint32_t allocated;                    /* bit per fgqa_arg: result[] holds something */
+    fgqa_import in[FGQA_ARG_COUNT];
+    fgqa_result result[FGQA_ARG_COUNT];
+    void *workspace;                       /* on the device of the call */
+    void *block;                           /* owns it on the CPU */
+    fgqa_result scratch[FGQA_SCRATCH];     /* device memory from q's library; .object NULL: tensor.data is our own */
+    int32_t n_scratch;
+    fgqa_tensor host[FGQA_ARG_COUNT];      /* staged: the caller's arrays */
+} fgqa_call;
+
+_Static_assert(FGQA_ARG_COUNT <= 32, "one bit for each argument");
+
+/* ---- call_cuda.c ---- */
+
+/* Tensors on a GPU that kernels cannot read in place are replaced by copies (plan_only: by their description). */
+int fgqa_call_gather(fgqa_call *call);
+
+/* device="cuda" with NumPy arrays: the request is turned into one of arrays on that device that do not exist yet. */
+int fgqa_call_place_arrays(fgqa_call *call);
+
+/* Their memory, filled. The problem has to be made anew. */
+int fgqa_call_stage(fgqa_call *call);
+
+/* Results back into host memory, where the call's last work is done. */
+int fgqa_call_fetch(fgqa_call *call);
+
+/* check=True: the contents of index arrays, by the checks that arrays on the CPU go through. */
+int fgqa_call_check_contents(fgqa_call *call);
+
+/* Device memory until the call ends, in the order of its stream. */
+int fgqa_call_scratch(fgqa_call *call, size_t bytes, void **memory);
+
+void fgqa_call_drop_scratch(fgqa_call *call);
+
+#endif

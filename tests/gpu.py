@@ -1,0 +1,108 @@
+"""A GPU as a backend of the tests: arguments become torch tensors over copies of the same poisoned memory, with the same
+strides, and results come back as NumPy arrays.
+"""
+
+import hypothesis
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from checking import memory_of
+
+import flashgqa
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SPARSE = 2**30      # bytes from which on an array's address space is not copied, only its elements
+
+
+def _as_torch(flat):
+    flat = np.array(flat)
+    return torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if flat.dtype == BFLOAT16 else torch.from_numpy(flat)
+
+
+def _address(x):
+    return x.__array_interface__["data"][0]
+
+
+def put(x, device="cuda"):
+    """x on the GPU, in the same storage; torch has no negative strides, so that such an array is moved alone."""
+    x = np.asarray(x)
+    if x.size == 0 or min(x.strides, default=0) < 0:
+        return _as_torch(np.ascontiguousarray(x).reshape(-1)).to(device).view(x.shape)
+    strides = [s // x.itemsize for s in x.strides]
+    base = memory_of(x)
+    if base.nbytes > SPARSE:
+        return torch.empty_strided(x.shape, strides, dtype=_as_torch(x[:0].reshape(-1)).dtype, device=device).copy_(
+            _as_torch(np.ascontiguousarray(x).reshape(-1)).view(x.shape)
+        )
+    if base.dtype != x.dtype or not base.flags.c_contiguous:
+        base = x = np.ascontiguousarray(x)
+        strides = [s // x.itemsize for s in x.strides]
+    flat = _as_torch(base.reshape(-1)).to(device)
+    return flat.as_strided(x.shape, strides, (_address(x) - _address(base)) // x.itemsize)
+
+
+def get(t):
+    if t is None:
+        return None
+    t = t.detach().cpu()
+    return t.contiguous().view(torch.int16).numpy().view(BFLOAT16) if t.dtype == torch.bfloat16 else t.numpy()
+
+
+def _write_back(out, t):
+    """Everything that the kernel wrote, around the result too, into the memory of `out`."""
+    base = memory_of(out)
+    if t._base is not None and base.nbytes <= SPARSE and base.dtype == out.dtype and t._base.numel() == base.size:
+        base.reshape(-1)[...] = get(t._base)
+    else:
+        out[...] = get(t)
+
+
+class CudaBackend:
+    """variant None: the plan chooses; "general": the smallest kernel of that variant that fits."""
+
+    device = "cuda"
+
+    def __init__(self, variant=None):
+        self.variant = variant
+
+    def __repr__(self):
+        return "cuda" if self.variant is None else f"cuda-{self.variant}"
+
+    put = staticmethod(put)
+    get = staticmethod(get)
+
+    def kernel(self, which, dtype, d, dv):
+        if self.variant is None:
+            return None
+        stem = f"{which}_sm80_{ {'float16': 'f16', 'bfloat16': 'bf16', 'float32': 'f32'}[dtype.name] }_d"
+        for row in flashgqa.kernels():
+            if row["name"].startswith(stem) and row["name"].endswith(self.variant):
+                widths = row["name"].removeprefix(stem).split("_")
+                if int(widths[0]) >= d and int(widths[1].removeprefix("dv")) >= dv:
+                    return row["name"]
+        raise AssertionError(f"no {self.variant} kernel for {stem}{d}")
+
+    def call(self, function, which, qkv, tensors, options):
+        if qkv[0].dtype == np.float64:
+            if hypothesis.currently_in_test_context():
+                hypothesis.reject()      # this example, not the test
+            pytest.skip("float64 runs on the CPU only")
+        options = {name: put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        kernel = self.kernel(which, qkv[0].dtype, qkv[0].shape[-1], qkv[2].shape[-1])
+        return function(*map(put, tensors), **options, kernel=kernel)
+
+    def attention(self, q, k, v, out=None, **options):
+        placed = None if out is None else put(out)
+        result = self.call(flashgqa.attention, "fwd", (q, k, v), (q, k, v), options | {"out": placed})
+        if out is not None:
+            _write_back(out, placed)
+        first = get(result[0] if isinstance(result, tuple) else result) if out is None else out
+        return (first, get(result[1])) if isinstance(result, tuple) else first
+
+    def attention_backward(self, dout, q, k, v, out, lse, **options):
+        result = self.call(flashgqa.attention_backward, "bwd", (q, k, v), (dout, q, k, v, out, lse), options)
+        return flashgqa.Gradients(*map(get, result))
+
+    def attention_weights(self, *inputs, **options):
+        pytest.skip("attention_weights runs on the CPU only")
