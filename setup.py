@@ -5,8 +5,8 @@ this machine's architecture and per precision, sm<arch>/<pass>.cu once per kerne
     FLASHGQA_WERROR=1     warnings are errors
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
     FLASHGQA_CUDA=1       with the CUDA kernels, a preview so far (README, Limits); an error if nvcc is not found
-    FLASHGQA_CUDA_ARCH    machine code to embed, as "80,90,ptx" (the default is "80,ptx": any card from Ampere on; newer ones
-                          compile the PTX once, into the driver's cache)
+    FLASHGQA_CUDA_ARCH    machine code to embed, "80,90,ptx" by default: cards from Ampere on; those without code of their own
+                          compile the PTX once, into the driver's cache
 """
 
 import os
@@ -28,7 +28,7 @@ CSRC = ROOT / "csrc"
 PER_ISA = ("fwd.c", "bwd.c", "bwd_bias.c", "weights.c", "decode.c")   # those that exist
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
-CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,ptx")
+CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
 
 CFLAGS = [
     "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden",
@@ -103,9 +103,9 @@ def kernel_rows():
 
 
 def nvcc_targets():
-    """-gencode of every target. All code comes from the general family's virtual architecture."""
-    code = [f"sm_{name}" if name.isdigit() else "compute_80" for name in re.findall(r"\d+|ptx", CUDA_ARCH)]
-    return [f"-gencode=arch=compute_80,code=[{','.join(code)}]"]
+    """-gencode of every target: a card's code from its own virtual architecture, to use its instructions; PTX of the lowest."""
+    code = [(name, f"sm_{name}") if name.isdigit() else ("80", "compute_80") for name in re.findall(r"\d+|ptx", CUDA_ARCH)]
+    return [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in code]
 
 
 def version():

@@ -123,7 +123,7 @@ def main():
     parser.add_argument("--rows", default="", help="only rows whose label contains this text")
     parser.add_argument("--quick", action="store_true", help="half a second a row instead of three")
     parser.add_argument("--out", help="JSON file; by default results/cpu.json if all rows are measured at full length, else none")
-    parser.add_argument("--junit", nargs="*", default=[], help="gpu: pytest's JUnit reports of the same build, counted into the record")
+    parser.add_argument("--junit", nargs="*", default=[], help="gpu: pytest's JUnit reports of the same build, to be counted")
     options = parser.parse_args()
     if options.device == "cpu":
         cpu(options)

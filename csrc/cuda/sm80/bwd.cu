@@ -543,6 +543,7 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
     const task &t = mem.task;
     const int lane = threadIdx.x % 32, warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
     constexpr int AHEAD = STAGES == 3 ? 1 : 0;             /* scores run one step ahead of the gradients */
+    const bool tensors_hide = GENERAL && (p.view[FGQA_ARG_mask].data != nullptr || p.view[FGQA_ARG_bias].data != nullptr);
 
     for (;;) {
         __syncthreads();                                   /* the previous task is no longer read */
@@ -564,7 +565,7 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
             const bool scores = step.i >= 0, gradients = count >= AHEAD && behind.i >= 0;
             if (warp == count % WARPS && lane == 0 && count > AHEAD) { pass_turn(mem.steps[(count - 1 - AHEAD) & 3]); }
             if (!scores && !gradients) { break; }
-            if (count == 0 && !t.all) { poisoned = __syncthreads_or(keys_poisoned(mem)); }
+            if (count == 0 && (!t.all || tensors_hide)) { poisoned = __syncthreads_or(keys_poisoned(mem)); }
             if (warp == count % WARPS) { describe_next(t, mem.steps[(count + 2) & 3], ahead, w.splits, p.g, lane); }
             const int next_stage = stage + 1 == STAGES ? 0 : stage + 1;
             if (STAGES > 1 && ahead.i >= 0) {
