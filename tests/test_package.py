@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 
+import numpy
 import pytest
 
 import flashgqa
@@ -35,7 +36,9 @@ def test_source_folder_says_that_it_is_not_built(tmp_path):
     package.mkdir()
     for source in (ROOT / "flashgqa").glob("*.py"):
         shutil.copy(source, package)
-    ran = run_python("-c", "import flashgqa", cwd=tmp_path, check=False, PYTHONPATH=str(tmp_path))
+    # -S: without the finder of an editable install, which would bring the module of another folder.
+    path = os.pathsep.join([str(tmp_path), str(pathlib.Path(numpy.__file__).parent.parent)])
+    ran = run_python("-S", "-c", "import flashgqa", cwd=tmp_path, check=False, PYTHONPATH=path)
     assert ran.returncode == 1 and "pip install -e ." in ran.stderr.splitlines()[-1]
 
 
