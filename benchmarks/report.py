@@ -1,4 +1,4 @@
-"""README's section on speed and its figure, made from benchmarks/results/cpu.json; nothing in it is typed by hand.
+"""README's section on speed and its figure, made from benchmarks/results/{cpu,gpu}.json; nothing in it is typed by hand.
 
     python benchmarks/report.py             writes README.md, and results/cpu.png if matplotlib is installed
     python benchmarks/report.py --check     fails if README.md does not say what the JSON says
@@ -68,6 +68,30 @@ Forward and backward:
     return "\n".join([text, *training_table(rows), "", decode, "", *decode_table(rows)]) + "\n"
 
 
+def gpu_section(record):
+    """The GPU rows, one line a shape; the ratios are our rate over that of torch's backends in the same run."""
+    tests, limit, passes = record["tests"], record["ceilings"], {}
+    for row in record["rows"]:
+        key = heads(row), row["d"], row["s"], "yes" if row["causal"] else "no"
+        passes.setdefault(key, {})[row["which"]] = row
+    machine = f"{record['device']}, bfloat16, 16,384 tokens a row, {record['date']}, torch {record['torch']}"
+    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped (float64)"
+    lines = [f"""
+{machine}: TFLOP/s of one launch behind queued work,
+and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
+{limit["matmul_tflops"]:.0f} TFLOP/s. GPU tests of that build: {counts}.
+""",
+             "| heads q/kv | d | length | causal | forward | to FA2 | to cuDNN | backward | to FA2 | to cuDNN |",
+             "|---|---|---|---|---|---|---|---|---|---|"]
+    for key, both in passes.items():
+        cells = [str(x) for x in key]
+        for which in ("forward", "backward"):
+            rates = [both[which][f"{name}_tflops"] for name in ("flashgqa", "fa2", "cudnn")]
+            cells += [f"{rates[0]:.0f}", f"{rates[0] / rates[1]:.2f}", f"{rates[0] / rates[2]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(result, path):
     """A dot per row at its ratio with the quartiles as a bar. Without matplotlib there is no figure."""
     try:
@@ -102,13 +126,15 @@ def plot(result, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", default=str(HERE / "results" / "cpu.json"))
+    parser.add_argument("--gpu", default=str(HERE / "results" / "gpu.json"))
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     result = json.loads(Path(options.result).read_text(encoding="utf-8"))
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest[rest.index(END):]
-    wanted = before + BEGIN + section(result) + after
+    gpu = json.loads(Path(options.gpu).read_text(encoding="utf-8"))
+    wanted = before + BEGIN + section(result) + gpu_section(gpu) + after
     if options.check:
         sys.exit(None if text == wanted else "README.md does not say what the result says: run benchmarks/report.py")
     README.write_text(wanted, encoding="utf-8")
