@@ -2,6 +2,8 @@
 import statistics
 import time
 
+SETTLE = 0.02   # seconds
+
 
 def once(call):
     start = time.perf_counter()
@@ -12,6 +14,9 @@ def once(call):
 def alternate(ours, theirs, seconds=2.0, least=5, most=200):
     """Runs the two in turn for about `seconds`; medians in seconds, and the ratio theirs/ours as median, low and high quartile.
 
+    Each timed call follows untimed ones of the same contestant: the other's idle threads spin for a while before they
+    sleep (OpenMP's do, for milliseconds), and would take a core from whoever comes next.
+
     theirs may be None: then only ours is timed and the ratio is None.
     """
     calls = [ours] + ([theirs] if theirs else [])
@@ -20,7 +25,13 @@ def alternate(ours, theirs, seconds=2.0, least=5, most=200):
     times, start = [], time.perf_counter()
     while len(times) < least or (len(times) < most and time.perf_counter() - start < seconds):
         order = calls if len(times) % 2 == 0 else calls[::-1]
-        taken = {id(call): once(call) for call in order}
+        taken = {}
+        for call in order:
+            settled = time.perf_counter() + SETTLE
+            call()
+            while time.perf_counter() < settled:
+                call()
+            taken[id(call)] = once(call)
         times.append([taken[id(call)] for call in calls])
     columns = list(zip(*times, strict=True))
     mine = statistics.median(columns[0])
