@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-PER_ISA = ("fwd.c", "bwd.c", "bwd_bias.c", "weights.c", "decode.c")   # those that exist
+PER_ISA = ("fwd.c", "bwd.c", "weights.c")
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
