@@ -54,8 +54,7 @@ static const char *function_name(fgqa_pass pass)
     return pass == FGQA_PASS_FWD ? "attention" : pass == FGQA_PASS_BWD ? "attention_backward" : "attention_weights";
 }
 
-/* Extents below 2^31 (kernels count rows in 32 bits) and every element's byte offset within 63 bits. */
-static fgqa_status check_extents(const fgqa_tensor *t, const char *name)
+fgqa_status fgqa_check_extents(const fgqa_tensor *t, const char *name)
 {
     int64_t low = 0, high = 0, bytes = (int64_t)fgqa_dtype_bytes(t->dtype);
     int empty = 0, overflow = 0;
@@ -100,7 +99,7 @@ static fgqa_status check_arrays(const fgqa_request *r)
         if (allowed == REFUSED) {
             return fgqa_fail(FGQA_ERROR_VALUE, "%s is not an argument of %s; leave it out", name, function_name(r->pass));
         }
-        FGQA_TRY(check_extents(t, name));
+        FGQA_TRY(fgqa_check_extents(t, name));
         const fgqa_device home = r->tensor[FGQA_ARG_q]->device;
         if (t->device.type != home.type || t->device.index != home.index) {
             return fgqa_fail(FGQA_ERROR_VALUE, "%s is on %s but q is on %s: all arrays of a call must be on one device; move %s to %s",
@@ -110,10 +109,8 @@ static fgqa_status check_arrays(const fgqa_request *r)
     return FGQA_OK;
 }
 
-/* A contiguous vector of integers; `length` -1: any. */
-static fgqa_status check_vector(const fgqa_tensor *t, fgqa_arg arg, fgqa_dtype dtype, int64_t length, const char *form, const char *fix)
+fgqa_status fgqa_check_vector(const fgqa_tensor *t, const char *name, fgqa_dtype dtype, int64_t length, const char *form, const char *fix)
 {
-    const char *name = fgqa_arg_name(arg);
     if (t->dtype != dtype) {
         return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: it must be %s; convert it to %s", name, fgqa_dtype_name(t->dtype),
                          fgqa_dtype_name(dtype), fgqa_dtype_name(dtype));
@@ -356,11 +353,11 @@ static fgqa_status read_packed(const fgqa_request *r, fgqa_problem *p)
         return fgqa_fail(FGQA_ERROR_VALUE, "%s is given together with cu_seqlens: packed sequences carry their lengths in cu_seqlens; "
                          "leave it out", r->tensor[FGQA_ARG_q_lens] ? "q_lens" : "kv_lens");
     }
-    FGQA_TRY(check_vector(cu_q, FGQA_ARG_cu_seqlens_q, FGQA_I32, -1, "[b + 1]", "give running sums of the lengths"));
+    FGQA_TRY(fgqa_check_vector(cu_q, "cu_seqlens_q", FGQA_I32, -1, "[b + 1]", "give running sums of the lengths"));
     if (cu_q->shape[0] < 1) {
         return fgqa_fail(FGQA_ERROR_VALUE, "cu_seqlens_q is empty: it must hold b + 1 offsets, [0] for no sequence");
     }
-    FGQA_TRY(check_vector(cu_kv, FGQA_ARG_cu_seqlens_kv, FGQA_I32, cu_q->shape[0], "[b + 1]", "give as many offsets as cu_seqlens_q has"));
+    FGQA_TRY(fgqa_check_vector(cu_kv, "cu_seqlens_kv", FGQA_I32, cu_q->shape[0], "[b + 1]", "give as many offsets as cu_seqlens_q has"));
     p->b = (int32_t)(cu_q->shape[0] - 1);
     p->cu_seqlens_q = cu_q->data;
     p->cu_seqlens_kv = cu_kv->data;
@@ -377,7 +374,7 @@ static fgqa_status read_padded_lengths(const fgqa_request *r, const fgqa_problem
 {
     const fgqa_tensor *t = r->tensor[arg];
     if (t == NULL) { return FGQA_OK; }
-    FGQA_TRY(check_vector(t, arg, FGQA_I32, p->b, "[b]", "give one length a sequence"));
+    FGQA_TRY(fgqa_check_vector(t, fgqa_arg_name(arg), FGQA_I32, p->b, "[b]", "give one length a sequence"));
     *lengths = t->data;
     for (int32_t n = 0; n < p->b && p->device.type == FGQA_CPU; n++) {
         if ((*lengths)[n] < 0 || (*lengths)[n] > extent) {
@@ -456,7 +453,7 @@ static fgqa_status read_seed(const fgqa_request *r, fgqa_problem *p)
         p->seed = r->seed;
         p->offset = r->offset;
     } else {
-        FGQA_TRY(check_vector(t, FGQA_ARG_seed, FGQA_I64, 2, "[2]", "give [seed, offset]"));
+        FGQA_TRY(fgqa_check_vector(t, "seed", FGQA_I64, 2, "[2]", "give [seed, offset]"));
         if (p->device.type != FGQA_CPU) {
             p->seed_on_device = t->data;
             return FGQA_OK;
@@ -495,7 +492,7 @@ static fgqa_status read_rows(const fgqa_request *r, fgqa_problem *p)
 {
     const fgqa_tensor *t = r->tensor[FGQA_ARG_rows];
     if (t == NULL) { return FGQA_OK; }
-    FGQA_TRY(check_vector(t, FGQA_ARG_rows, FGQA_I64, -1, "[rows]", "give the indices of query rows"));
+    FGQA_TRY(fgqa_check_vector(t, "rows", FGQA_I64, -1, "[rows]", "give the indices of query rows"));
     p->rows = t->data;
     p->n_rows = (int32_t)t->shape[0];
     for (int32_t n = 0; n < p->n_rows && p->device.type == FGQA_CPU; n++) {

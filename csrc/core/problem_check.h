@@ -11,6 +11,16 @@ typedef struct { char s[192]; } fgqa_text;
 fgqa_text fgqa_shape_text(const fgqa_tensor *tensor);    /* "(2, 16, 128, 64)" */
 fgqa_text fgqa_device_text(fgqa_device device);          /* "cpu", "cuda:0" */
 
+/* Extents below 2^31 (kernels count rows in 32 bits) and every element's byte offset within 63 bits. */
+fgqa_status fgqa_check_extents(const fgqa_tensor *t, const char *name);
+
+/* A contiguous vector; `length` -1: any. */
+fgqa_status fgqa_check_vector(const fgqa_tensor *t, const char *name, fgqa_dtype dtype, int64_t length, const char *form, const char *fix);
+
+/* Whether two indices of an array of n axes may name the same element: each axis, from the smallest stride up, must step
+ * over all that the smaller ones span. */
+int fgqa_strides_overlap(int32_t n, const int64_t *shape, const int64_t *stride);
+
 /* What a tensor must look like: for each letter of b h s d the caller's axis (-1: none), its extent and its name. */
 typedef struct {
     fgqa_dtype dtype;

@@ -225,24 +225,22 @@ fgqa_status fgqa_check_form(const fgqa_request *r, fgqa_problem *p, fgqa_arg arg
     return FGQA_OK;
 }
 
-/* Whether two indices of a written array may name the same element: each axis, from the smallest stride up, must step
- * over all that the smaller ones span. */
-static int overlaps_itself(const fgqa_tensor *t)
+int fgqa_strides_overlap(int32_t n, const int64_t *shape, const int64_t *stride)
 {
-    int32_t order[FGQA_MAX_DIMS];
-    int32_t n = 0;
-    for (int32_t axis = 0; axis < t->ndim; axis++) {
-        if (t->shape[axis] == 0) { return 0; }
-        if (t->shape[axis] == 1) { continue; }
-        int32_t at = n++;
-        for (; at > 0 && llabs(t->stride[order[at - 1]]) > llabs(t->stride[axis]); at--) { order[at] = order[at - 1]; }
+    int32_t order[FGQA_MAX_DIMS + 1];
+    int32_t used = 0;
+    for (int32_t axis = 0; axis < n; axis++) {
+        if (shape[axis] == 0) { return 0; }
+        if (shape[axis] == 1) { continue; }
+        int32_t at = used++;
+        for (; at > 0 && llabs(stride[order[at - 1]]) > llabs(stride[axis]); at--) { order[at] = order[at - 1]; }
         order[at] = axis;
     }
     int64_t span = 0;
-    for (int32_t k = 0; k < n; k++) {
-        const int64_t stride = llabs(t->stride[order[k]]);
-        if (stride <= span) { return 1; }
-        span += stride * (t->shape[order[k]] - 1);
+    for (int32_t k = 0; k < used; k++) {
+        const int64_t step = llabs(stride[order[k]]);
+        if (step <= span) { return 1; }
+        span += step * (shape[order[k]] - 1);
     }
     return 0;
 }
@@ -262,7 +260,7 @@ static fgqa_status check_written(const fgqa_request *r, const fgqa_problem *p, f
         return fgqa_fail(FGQA_ERROR_VALUE, "%s has stride %lld in its last axis: it must be 1 element; "
                          "pass an array that is contiguous in its last axis", name, (long long)t->stride[last]);
     }
-    if (overlaps_itself(t)) {
+    if (fgqa_strides_overlap(t->ndim, t->shape, t->stride)) {
         return fgqa_fail(FGQA_ERROR_VALUE, "%s has overlapping elements (a broadcast or stride-tricked view of shape %s): "
                          "each result needs memory of its own; pass a copy", name, fgqa_shape_text(t).s);
     }

@@ -12,7 +12,7 @@
 #include "memory.h"
 
 /* in[] and result[] are left as they are: a bit says which entries exist. */
-static void call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject *stream)
+void fgqa_call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject *stream)
 {
     memset(&call->request, 0, sizeof call->request);
     memset(&call->extras, 0, sizeof call->extras);
@@ -25,7 +25,7 @@ static void call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObje
     call->n_scratch = 0;
 }
 
-static void call_end(fgqa_call *call)
+void fgqa_call_end(fgqa_call *call)
 {
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
         if (call->imported >> arg & 1) { fgqa_import_release(&call->in[arg]); }
@@ -36,7 +36,7 @@ static void call_end(fgqa_call *call)
     fgqa_place_end(&call->place);
 }
 
-static int import_argument(fgqa_call *call, fgqa_arg arg, PyObject *object)
+int fgqa_call_import(fgqa_call *call, fgqa_arg arg, PyObject *object)
 {
     const fgqa_slot slot = fgqa_arg_slot(call->request.pass, arg);
     if (fgqa_import_tensor(call->state, object, &slot, &call->place, &call->in[arg]) < 0) { return -1; }
@@ -45,13 +45,13 @@ static int import_argument(fgqa_call *call, fgqa_arg arg, PyObject *object)
     return 0;
 }
 
-static int import_options(fgqa_call *call, PyObject *const *options)
+int fgqa_call_import_options(fgqa_call *call, PyObject *const *options)
 {
     if (fgqa_read_options(options, &call->request, &call->extras) < 0) { return -1; }
     for (int option = 0; option < FGQA_OPTION_COUNT; option++) {
         fgqa_arg arg;
         PyObject *object;
-        if (fgqa_option_tensor(options, (fgqa_option)option, &arg, &object) && import_argument(call, arg, object) < 0) { return -1; }
+        if (fgqa_option_tensor(options, (fgqa_option)option, &arg, &object) && fgqa_call_import(call, arg, object) < 0) { return -1; }
     }
     return 0;
 }
@@ -132,7 +132,7 @@ static int make_problem(fgqa_call *call)
     return call->request.check && !call->plan_only ? fgqa_call_check_contents(call) : 0;
 }
 
-static int make_plan(fgqa_call *call)
+int fgqa_call_make_plan(fgqa_call *call)
 {
     int32_t n_kernels = 0;
     const fgqa_kernel *kernels = call->problem.device.type == FGQA_CPU ? fgqa_cpu_kernels(&n_kernels) : fgqa_cuda_kernels(&n_kernels);
@@ -142,13 +142,13 @@ static int make_plan(fgqa_call *call)
 
 static int plan_call(fgqa_call *call)
 {
-    if (check_place(call) < 0 || make_problem(call) < 0 || make_plan(call) < 0) { return -1; }
+    if (check_place(call) < 0 || make_problem(call) < 0 || fgqa_call_make_plan(call) < 0) { return -1; }
     if (!call->staged || call->plan_only) { return 0; }
     return fgqa_call_stage(call) < 0 ? -1 : fgqa_raise(fgqa_problem_init(&call->request, &call->problem));
 }
 
-/* Memory of every result the caller did not bring. All have the type of q. */
-static int allocate_results(fgqa_call *call)
+/* Results have the type of q. */
+int fgqa_call_allocate(fgqa_call *call)
 {
     for (int n = FGQA_ARG_out; n < FGQA_ARG_COUNT; n++) {
         const fgqa_arg arg = (fgqa_arg)n;
@@ -198,8 +198,7 @@ static int run_call(fgqa_call *call)
     return call->staged ? fgqa_call_fetch(call) : 0;
 }
 
-/* The object of a result, `given` if the caller brought it, None if this pass has none. New reference. */
-static PyObject *take_result(fgqa_call *call, fgqa_arg arg, PyObject *given)
+PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given)
 {
     if (given != NULL && given != Py_None) {
         Py_INCREF(given);
@@ -221,10 +220,10 @@ static int check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted)
 static int prepare_forward(fgqa_call *call, PyObject *const *args)
 {
     for (int n = 0; n < 3; n++) {
-        if (import_argument(call, (fgqa_arg)(FGQA_ARG_q + n), args[n]) < 0) { return -1; }
+        if (fgqa_call_import(call, (fgqa_arg)(FGQA_ARG_q + n), args[n]) < 0) { return -1; }
     }
-    if (fgqa_read_bool(args[3], "return_lse", &call->request.want_lse) < 0 || import_options(call, args + 5) < 0) { return -1; }
-    return args[4] == Py_None ? 0 : import_argument(call, FGQA_ARG_out, args[4]);
+    if (fgqa_read_bool(args[3], "return_lse", &call->request.want_lse) < 0 || fgqa_call_import_options(call, args + 5) < 0) { return -1; }
+    return args[4] == Py_None ? 0 : fgqa_call_import(call, FGQA_ARG_out, args[4]);
 }
 
 PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
@@ -232,11 +231,11 @@ PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_call call;
     PyObject *result = NULL, *out, *lse;
     if (check_count("forward", n, 5 + FGQA_OPTION_COUNT) < 0) { return NULL; }
-    call_begin(&call, module, FGQA_PASS_FWD, args[5 + FGQA_OPTION_stream]);
-    if (prepare_forward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
-        out = take_result(&call, FGQA_ARG_out, args[4]);
+    fgqa_call_begin(&call, module, FGQA_PASS_FWD, args[5 + FGQA_OPTION_stream]);
+    if (prepare_forward(&call, args) == 0 && plan_call(&call) == 0 && fgqa_call_allocate(&call) == 0 && run_call(&call) == 0) {
+        out = fgqa_call_take(&call, FGQA_ARG_out, args[4]);
         if (call.request.want_lse) {
-            lse = out ? take_result(&call, FGQA_ARG_lse, NULL) : NULL;
+            lse = out ? fgqa_call_take(&call, FGQA_ARG_lse, NULL) : NULL;
             result = lse ? PyTuple_Pack(2, out, lse) : NULL;
             Py_XDECREF(lse);
             Py_XDECREF(out);
@@ -244,7 +243,7 @@ PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
             result = out;
         }
     }
-    call_end(&call);
+    fgqa_call_end(&call);
     return result;
 }
 
@@ -253,11 +252,11 @@ static int prepare_backward(fgqa_call *call, PyObject *const *args)
 {
     static const fgqa_arg order[] = {FGQA_ARG_dout, FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out, FGQA_ARG_lse};
     for (int n = 0; n < 6; n++) {
-        if (import_argument(call, order[n], args[n]) < 0) { return -1; }
+        if (fgqa_call_import(call, order[n], args[n]) < 0) { return -1; }
     }
-    if (args[6] != Py_None && import_argument(call, FGQA_ARG_dlse, args[6]) < 0) { return -1; }
+    if (args[6] != Py_None && fgqa_call_import(call, FGQA_ARG_dlse, args[6]) < 0) { return -1; }
     int32_t want_dbias = 0;
-    if (fgqa_read_bool(args[7], "want_dbias", &want_dbias) < 0 || import_options(call, args + 8) < 0) { return -1; }
+    if (fgqa_read_bool(args[7], "want_dbias", &want_dbias) < 0 || fgqa_call_import_options(call, args + 8) < 0) { return -1; }
     call->request.want_dbias = want_dbias && call->request.tensor[FGQA_ARG_bias] != NULL;
     call->request.want_dsink = call->request.tensor[FGQA_ARG_sink] != NULL;
     return 0;
@@ -268,16 +267,16 @@ PyObject *fgqa_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t n
     fgqa_call call;
     PyObject *result = NULL;
     if (check_count("backward", n, 8 + FGQA_OPTION_COUNT) < 0) { return NULL; }
-    call_begin(&call, module, FGQA_PASS_BWD, args[8 + FGQA_OPTION_stream]);
-    if (prepare_backward(&call, args) == 0 && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
+    fgqa_call_begin(&call, module, FGQA_PASS_BWD, args[8 + FGQA_OPTION_stream]);
+    if (prepare_backward(&call, args) == 0 && plan_call(&call) == 0 && fgqa_call_allocate(&call) == 0 && run_call(&call) == 0) {
         static const fgqa_arg order[] = {FGQA_ARG_dq, FGQA_ARG_dk, FGQA_ARG_dv, FGQA_ARG_dbias, FGQA_ARG_dsink};
         result = PyTuple_New(5);
         for (int at = 0; at < 5 && result != NULL; at++) {
-            PyObject *gradient = take_result(&call, order[at], NULL);
+            PyObject *gradient = fgqa_call_take(&call, order[at], NULL);
             if (gradient == NULL) { Py_CLEAR(result); } else { PyTuple_SetItem(result, at, gradient); }
         }
     }
-    call_end(&call);
+    fgqa_call_end(&call);
     return result;
 }
 
@@ -287,13 +286,13 @@ PyObject *fgqa_py_weights(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_call call;
     PyObject *result = NULL;
     if (check_count("weights", n, 3 + FGQA_OPTION_COUNT) < 0) { return NULL; }
-    call_begin(&call, module, args[2] == Py_None ? FGQA_PASS_KEYSUM : FGQA_PASS_ROWS, args[3 + FGQA_OPTION_stream]);
-    if (import_argument(&call, FGQA_ARG_q, args[0]) == 0 && import_argument(&call, FGQA_ARG_k, args[1]) == 0
-        && (args[2] == Py_None || import_argument(&call, FGQA_ARG_rows, args[2]) == 0) && import_options(&call, args + 3) == 0
-        && plan_call(&call) == 0 && allocate_results(&call) == 0 && run_call(&call) == 0) {
-        result = take_result(&call, FGQA_ARG_weights, NULL);
+    fgqa_call_begin(&call, module, args[2] == Py_None ? FGQA_PASS_KEYSUM : FGQA_PASS_ROWS, args[3 + FGQA_OPTION_stream]);
+    if (fgqa_call_import(&call, FGQA_ARG_q, args[0]) == 0 && fgqa_call_import(&call, FGQA_ARG_k, args[1]) == 0
+        && (args[2] == Py_None || fgqa_call_import(&call, FGQA_ARG_rows, args[2]) == 0) && fgqa_call_import_options(&call, args + 3) == 0
+        && plan_call(&call) == 0 && fgqa_call_allocate(&call) == 0 && run_call(&call) == 0) {
+        result = fgqa_call_take(&call, FGQA_ARG_weights, NULL);
     }
-    call_end(&call);
+    fgqa_call_end(&call);
     return result;
 }
 
@@ -348,7 +347,7 @@ static int turn_backward(fgqa_call *call, fgqa_tensor stand_in[3])
     r->tensor[FGQA_ARG_dout] = &stand_in[2];
     r->want_dbias = r->tensor[FGQA_ARG_bias] != NULL;
     r->want_dsink = r->tensor[FGQA_ARG_sink] != NULL;
-    return fgqa_raise(fgqa_problem_init(r, &call->problem)) < 0 ? -1 : make_plan(call);
+    return fgqa_raise(fgqa_problem_init(r, &call->problem)) < 0 ? -1 : fgqa_call_make_plan(call);
 }
 
 /* explain(q, k, v, return_lse, out, backward, *options) -> dict */
@@ -362,7 +361,7 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
     PyObject *forward_args[5 + FGQA_OPTION_COUNT];
     memcpy(forward_args, args, 5 * sizeof args[0]);
     memcpy(forward_args + 5, args + 6, FGQA_OPTION_COUNT * sizeof args[0]);
-    call_begin(&call, module, FGQA_PASS_FWD, args[6 + FGQA_OPTION_stream]);
+    fgqa_call_begin(&call, module, FGQA_PASS_FWD, args[6 + FGQA_OPTION_stream]);
     call.plan_only = 1;
     int failed = prepare_forward(&call, forward_args);
     if (failed == 0 && backward) {
@@ -373,6 +372,6 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
         failed = plan_call(&call);
     }
     if (failed == 0) { result = plan_data(&call); }
-    call_end(&call);
+    fgqa_call_end(&call);
     return result;
 }

@@ -1,4 +1,4 @@
-/* call_state.h - one attention call while it lasts; what call.c and call_cuda.c share. */
+/* call_state.h - one attention call while it lasts; what call*.c share. */
 #ifndef FGQA_CALL_STATE_H
 #define FGQA_CALL_STATE_H
 #include "args.h"
@@ -27,6 +27,23 @@ typedef struct {
 } fgqa_call;
 
 _Static_assert(FGQA_ARG_COUNT <= 32, "one bit for each argument");
+
+/* ---- call.c ---- */
+
+/* `stream`: the option of that name. Whatever follows, the call is ended. */
+void fgqa_call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject *stream);
+void fgqa_call_end(fgqa_call *call);
+
+/* Arguments into the request: one; those among the options, whose other values are read as well. */
+int fgqa_call_import(fgqa_call *call, fgqa_arg arg, PyObject *object);
+int fgqa_call_import_options(fgqa_call *call, PyObject *const *options);
+
+/* The plan of the problem; memory of its workspace and of every result that the caller did not bring. */
+int fgqa_call_make_plan(fgqa_call *call);
+int fgqa_call_allocate(fgqa_call *call);
+
+/* The object of a result, `given` if the caller brought it, None if this pass has none. New reference. */
+PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given);
 
 /* ---- call_cuda.c ---- */
 
