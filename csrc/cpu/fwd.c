@@ -223,8 +223,6 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
     const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
     if (panel->few) {
         few_accumulate(panel->rows, keys, p->dv, s, w, v.data, v.stride, o, columns(p->dv), scratch->factor);
-    } else if (block->stream) {
-        gemm_col_scale_ahead(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor, k.data + keys * k.stride, k.stride);
     } else {
         gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
     }

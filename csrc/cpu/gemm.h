@@ -59,11 +59,9 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
     }
     for (int n = 0; n < k; n++) {
         vreal row[NV];
-        if (ahead && by_row && n % LINE == 0) {
+        if (ahead && n % LINE == 0) {
             UNROLL(8)
             for (int m = 0; m < mr; m++) { __builtin_prefetch(ahead + m * ld_ahead + n, 0, 2); }
-        } else if (ahead && !by_row) {
-            __builtin_prefetch(ahead + n * ld_ahead, 0, 2);
         }
         UNROLL(3)
         for (int v = 0; v < nv; v++) { row[v] = v_load(b + v * VL); }
@@ -101,7 +99,7 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
 SIMD void gemm_strip(const int nv, const int by_row, const gemm_store store, int m, int k, const real *a, ptrdiff_t lda,
                      const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor, const real *ahead, ptrdiff_t ld_ahead)
 {
-    const ptrdiff_t step = by_row ? lda : 1, step_ahead = !ahead ? 0 : by_row ? ld_ahead : 1;
+    const ptrdiff_t step = by_row ? lda : 1, step_ahead = ahead ? ld_ahead : 0;
     for (; m >= MR; m -= MR, a += MR * step, c += MR * ldc, ahead += MR * step_ahead) {
         gemm_tile(MR, nv, by_row, store, k, a, lda, b, ldb, c, ldc, factor, ahead, ld_ahead);
     }
@@ -141,17 +139,14 @@ GEMM_DEFINE(gemm_row_add, 1, GEMM_ADD)
 GEMM_DEFINE(gemm_col_add, 0, GEMM_ADD)
 GEMM_DEFINE(gemm_col_scale, 0, GEMM_SCALE)
 
-/* The same where A is read once only (decode: one panel), so that memory, not arithmetic, sets the pace. While one operand
- * is multiplied, `ahead` (rows ld_ahead apart, as many as a block has keys) is brought into L2 for the product that comes next. */
-#define GEMM_DEFINE_AHEAD(name, by_row, store)                                                                        \
-    FGQA_SHARED __attribute__((noinline)) void name(int m, int nv, int k, const real *a, ptrdiff_t lda, const real *b, \
-                                                    ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor,        \
-                                                    const real *ahead, ptrdiff_t ld_ahead)                            \
-    {                                                                                                                 \
-        GEMM_BY_NV(by_row, store, ahead, ld_ahead);                                                                   \
-    }
-
-GEMM_DEFINE_AHEAD(gemm_row_set_ahead, 1, GEMM_SET)
-GEMM_DEFINE_AHEAD(gemm_col_scale_ahead, 0, GEMM_SCALE)
+/* gemm_row_set() where A is read once only (decode: one panel), so that memory, not arithmetic, sets the pace: `ahead` (rows
+ * ld_ahead apart, as many as m) is brought into L2 for the product that comes next. That one walks down the columns of its
+ * operand, which the processor's own prefetchers follow badly; rows they follow by themselves. */
+FGQA_SHARED __attribute__((noinline)) void gemm_row_set_ahead(int m, int nv, int k, const real *a, ptrdiff_t lda, const real *b, ptrdiff_t ldb,
+                                                              real *c, ptrdiff_t ldc, const real *ahead, ptrdiff_t ld_ahead)
+{
+    const real *const factor = NULL;
+    GEMM_BY_NV(1, GEMM_SET, ahead, ld_ahead);
+}
 
 #endif

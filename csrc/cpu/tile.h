@@ -362,7 +362,7 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     if (panel->few) {
         few_scores(panel->rows, j1 - j0, t->p->d, k->data, k->stride, q, ROUND_UP(t->p->d, VL), s, panel->w);
     } else if (panel->ahead) {
-        gemm_row_set_ahead(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL, panel->ahead, panel->ld_ahead);
+        gemm_row_set_ahead(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, panel->ahead, panel->ld_ahead);
     } else {
         gemm_row_set(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL);
     }
