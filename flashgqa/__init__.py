@@ -8,6 +8,7 @@ if find_spec(f"{__name__}._C") is None:
         "or leave the checkout to import the installed package"
     )
 
+from ._heads import mean_pool_kv_heads
 from .api import (
     Config,
     Gradients,
@@ -41,6 +42,7 @@ __all__ = [
     "get_num_threads",
     "kernels",
     "kv_cache_bytes",
+    "mean_pool_kv_heads",
     "merge",
     "set_num_threads",
     "show_config",

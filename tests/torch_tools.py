@@ -1,8 +1,15 @@
 """What the tests of flashgqa.torch share: random leaves, gradients, comparisons."""
 
 import pytest
+from conftest import has_gpu
 
 torch = pytest.importorskip("torch")
+
+# Where the tests that take `device` run, in which dtype, and how near to the truth that comes.
+DEVICES = {"cpu": (torch.float64, 1e-12)}
+if has_gpu() and torch.cuda.is_available():
+    DEVICES["cuda"] = (torch.float32, 1e-4)
+on_devices = pytest.mark.parametrize("device", list(DEVICES))
 
 
 @pytest.fixture(autouse=True)
@@ -10,8 +17,8 @@ def seeded():
     torch.manual_seed(0)
 
 
-def randn(*shape, dtype=torch.float64, grad=True):
-    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_(grad)
+def randn(*shape, dtype=torch.float64, grad=True, device="cpu"):
+    return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
 
 
 def inputs(b=2, hq=4, hk=2, sq=5, sk=7, d=8, dv=6, dtype=torch.float64, grad=True):

@@ -3,8 +3,8 @@
 Nothing of flashgqa imports torch but this module, and only when it is asked for.
 """
 
-from ._torch_attention import attention, merge
-from ._torch_flash_attn import (
+from .._torch_attention import attention, merge
+from .._torch_flash_attn import (
     flash_attn_func,
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -12,10 +12,11 @@ from ._torch_flash_attn import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
-from ._torch_modules import FlashMHA, mean_pool_kv_heads
-from ._torch_sdpa import scaled_dot_product_attention, use_flashgqa
+from .._torch_modules import FlashGQA, FlashMHA, mean_pool_kv_heads
+from .._torch_sdpa import scaled_dot_product_attention, use_flashgqa
 
 __all__ = [
+    "FlashGQA",
     "FlashMHA",
     "attention",
     "flash_attn_func",

@@ -1,0 +1,6 @@
+from typing import Any, TypeVar
+
+A = TypeVar("A")
+
+def mean_pool_kv_heads(source: A, num_kv_heads: int, *, axis: int = 1) -> A: ...
+def check_division(heads: Any, num_kv_heads: int) -> None: ...
