@@ -1,0 +1,106 @@
+"""The functions of FlashAttention-3 (hopper/flash_attn_interface) under their own names, with its signatures and return values.
+
+qv and the descales of float8 raise NotImplementedError; num_splits, pack_gqa and sm_margin choose between kernels there and
+change nothing here. The log-sum-exp is returned by return_attn_probs, float32 [b, hq, sq], or [hq, total_q].
+"""
+
+import torch
+
+from .._torch_attention import attention
+from .._torch_attention import merge as _merge
+from .._torch_packing import packed_rows, unpacked_rows
+
+
+def _refuse(qv=None, **scales):
+    for name, value in {"qv": qv, **scales}.items():
+        if value is not None:
+            what = "second query" if name == "qv" else "float8"
+            raise NotImplementedError(f"{name} is given: there is no {what} here, and it must be None")
+
+
+def _run(q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, deterministic, **more):
+    left, right = window_size
+    return attention(
+        q, k, v,
+        scale=softmax_scale,
+        causal=causal,
+        window=(None if left is None or left < 0 else left, None if right is None or right < 0 else right),
+        chunk=attention_chunk or None,
+        softcap=softcap or None,
+        deterministic=deterministic,
+        return_lse=True,
+        **more,
+    )  # fmt: skip
+
+
+def flash_attn_func(
+    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
+):  # fmt: skip
+    """q [b, sq, hq, d], k [b, sk, hk, d], v [b, sk, hk, dv]: out [b, sq, hq, dv], or (out, lse) with return_attn_probs."""
+    _refuse(qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    result = _run(q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, deterministic, layout="bshd")
+    return result if return_attn_probs else result[0]
+
+
+def flash_attn_qkvpacked_func(
+    qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
+    attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_attn_probs=False,
+):  # fmt: skip
+    """`flash_attn_func` with qkv [b, s, 3, h, d], or [b, s, hq + 2 hk, d] with num_heads_q = hq."""
+    if qkv.dim() == 5:
+        q, k, v = qkv.unbind(-3)
+    elif num_heads_q is None or qkv.dim() != 4 or (qkv.shape[2] - num_heads_q) % 2 != 0 or qkv.shape[2] <= num_heads_q:
+        raise ValueError(
+            f"qkv is {list(qkv.shape)} and num_heads_q {num_heads_q}: it must be [batch, seq, 3, heads, head dim], or "
+            "[batch, seq, num_heads_q + 2 KV heads, head dim] with num_heads_q given"
+        )
+    else:
+        heads_k = (qkv.shape[2] - num_heads_q) // 2
+        q, k, v = qkv.split((num_heads_q, heads_k, heads_k), -2)
+    return flash_attn_func(
+        q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,
+        deterministic=deterministic, return_attn_probs=return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
+    causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
+    num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
+):  # fmt: skip
+    """q [total_q, hq, d], k [total_k, hk, d], v [total_k, hk, dv], cu_seqlens int32 [b + 1]: out, or (out, lse [hq, total_q]).
+
+    seqused_q, seqused_k: int32 [b], how many rows of each sequence count, its first; others are moved out of the way, which
+    copies. Query rows that do not count have out 0 and lse -inf.
+    """
+    _refuse(qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    total, starts = q.shape[0], cu_seqlens_q[:-1]
+    if seqused_k is not None:
+        rows = [packed_rows(x, cu_seqlens_k[:-1], seqused_k) for x in (k, v)]
+        (k, cu_seqlens_k), (v, _) = rows
+    if seqused_q is not None:
+        q, cu_seqlens_q = packed_rows(q, starts, seqused_q)
+    out, lse = _run(
+        q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, deterministic,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, max_q=max_seqlen_q, max_kv=max_seqlen_k,
+    )  # fmt: skip
+    if seqused_q is not None:
+        out = unpacked_rows(out, cu_seqlens_q, starts, total, 0)
+        lse = unpacked_rows(lse.T, cu_seqlens_q, starts, total, -torch.inf).T
+    return (out, lse) if return_attn_probs else out
+
+
+def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
+    """out_partial [splits, b, s, h, d] and lse_partial [splits, b, s, h] over disjoint keys: out [b, s, h, d], lse [b, s, h]."""
+    merged, lse = _merge(tuple(out_partial), tuple(lse_partial.transpose(-1, -2)), layout="bshd")
+    merged = merged.to(out_partial.dtype if out_dtype is None else out_dtype)
+    return merged if out is None else out.copy_(merged), lse.transpose(-1, -2)
+
+
+def get_scheduler_metadata(
+    batch_size, max_seqlen_q, max_seqlen_k, num_heads_q, num_heads_kv, headdim, cache_seqlens, qkv_dtype=torch.bfloat16,
+    headdim_v=None, cu_seqlens_q=None, cu_seqlens_k_new=None, cache_leftpad=None, page_size=None, max_seqlen_k_new=0,
+    causal=False, window_size=(-1, -1), attention_chunk=0, has_softcap=False, num_splits=0, pack_gqa=None, sm_margin=0,
+):  # fmt: skip
+    """None: what FlashAttention-3 precomputes here, flashgqa's plan makes in the call. Functions take scheduler_metadata=None."""
