@@ -1,0 +1,166 @@
+"""flashgqa in Hugging Face transformers: ``attn_implementation="fgqa"``.
+
+    import flashgqa.transformers
+    flashgqa.transformers.register()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="fgqa")      # or model.set_attn_implementation("fgqa")
+
+It serves every model that asks transformers' AttentionInterface for its attention: forward, training and `generate`, with
+grouped heads (never repeated in memory), causal masks, sliding windows, chunks, padding on either side, packed sequences,
+softcap, sinks, dropout, dynamic and static caches, cross attention and encoders. Tested with transformers 4.57 and 5.24.
+
+- Masks stay intervals and lengths (`flashgqa._transformers_masks`); only one that is something else is a [b, 1, sq, sk] bool
+  tensor, as it is for transformers' own "sdpa". A padding token's row that sees no key gives 0; in "eager" it gives the mean
+  of all values. What a model makes of it differs at padding tokens only.
+- ``output_attentions=True`` given to a call returns the weights, and they have gradients. Of a config transformers refuses it;
+  of transformers 4, models that keep the argument to themselves (GPT-2) give None.
+- Compiled training without an attention_mask has a dense mask: transformers then assumes packed sequences.
+- `head_mask` and continuous batching are NotImplementedError.
+"""
+
+import torch
+
+from ._torch_attention import attention, draw_seed
+from ._transformers_masks import IntervalMask, create
+
+__all__ = ["IntervalMask", "attention_forward", "register"]
+
+# Of an argument that changes the result and has no option here, in whatever version of transformers passes it.
+_UNSERVED = {"head_mask": "a mask of heads", "read_index": "the paged cache of continuous batching"}
+
+
+def register(name="fgqa"):
+    """Makes flashgqa known to transformers as ``attn_implementation=name``; returns name. To be called once in a process.
+
+    Parameters
+    ----------
+    name : str
+        Anything without "flash" in it, which transformers 5 takes for a request of its own FlashAttention.
+
+    Notes
+    -----
+    It goes through `transformers.AttentionInterface` and `transformers.AttentionMaskInterface`, and changes nothing else.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    if "flash" in name or "|" in name or "/" in name:
+        raise ValueError(
+            f'name is {name!r}: transformers takes "flash", "|" and "/" in names for its own and for those of the Hub; use "fgqa"'
+        )
+    AttentionInterface.register(name, attention_forward)
+    AttentionMaskInterface.register(name, create)
+    return name
+
+
+def _weights_wanted(output_attentions):
+    """Whether the call wants weights: by its argument or, of models that keep it to themselves, by what transformers records."""
+    if output_attentions or torch.compiler.is_compiling():
+        return bool(output_attentions)
+    try:
+        from transformers.utils.output_capturing import _active_collector
+    except ImportError:     # transformers 4
+        return False
+    recorded = _active_collector.get() or ()
+    return any("attentions" in name for name in recorded)
+
+
+def _mask_options(mask, module, is_causal, q_length):
+    """The options of `attention` for what a model passes as attention_mask."""
+    if isinstance(mask, IntervalMask):
+        return dict(mask.options)
+    if mask is None:
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        # One row is the last one of a cache; more rows than one are the first ones (`create` says so, as does "sdpa").
+        return dict(causal=bool(causal), align="top-left") if q_length > 1 else {}
+    if mask.dim() != 4:
+        raise ValueError(f"attention_mask has shape {list(mask.shape)}: it must be [b, heads or 1, sq, sk]")
+    return dict(mask=mask) if mask.dtype == torch.bool else dict(bias=mask)
+
+
+def _separated(options, mask, query, key, cu_seq_lens_q, cu_seq_lens_k):
+    """options of a mask that does not know of packed sequences -> those that keep the sequences apart."""
+    if "bias" in options:
+        raise ValueError("attention_mask is a float tensor and cu_seq_lens_q is given: give one of them")
+    if "mask" not in options:
+        options = {name: x for name, x in options.items() if name not in ("align", "kv_lens")}
+        return options | dict(cu_seqlens_q=cu_seq_lens_q.to(torch.int32), cu_seqlens_kv=cu_seq_lens_k.to(torch.int32))
+    if query.shape[0] != 1:
+        raise ValueError(f"attention_mask and cu_seq_lens_q are given for a batch of {query.shape[0]}: packed rows have batch 1")
+    numbers = [
+        torch.searchsorted(starts, torch.arange(x.shape[2], dtype=starts.dtype, device=x.device), right=True)
+        for x, starts in ((query, cu_seq_lens_q), (key, cu_seq_lens_k))
+    ]
+    return dict(mask=mask & (numbers[0][:, None] == numbers[1]))
+
+
+def attention_forward(
+    module,
+    query,
+    key,
+    value,
+    attention_mask=None,
+    dropout=0.0,
+    scaling=None,
+    is_causal=None,
+    softcap=None,
+    s_aux=None,
+    position_bias=None,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    output_attentions=False,
+    **kwargs,
+):
+    """The attention function of transformers' AttentionInterface.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        The model's layer; of it only ``is_causal`` (default True) is read, and only where there is no mask.
+    query, key, value : torch.Tensor
+        [b, hq, sq, d], [b, hk, sk, d] and [b, hk, sk, dv], any strides.
+    attention_mask : IntervalMask or torch.Tensor, optional
+        As made by the mask function of `register`, or a tensor that broadcasts to [b, hq, sq, sk]: bool (True = may attend)
+        or float (added to the scores). Windows and chunks are part of it, as in "eager" and "sdpa".
+    dropout, scaling, softcap
+        Probability; factor of the scores, default 1 / sqrt(d); bound of the scores.
+    s_aux : torch.Tensor, optional
+        Sinks [hq].
+    position_bias : torch.Tensor, optional
+        Added to the scores, [1 or b, hq, sq, sk]; has a gradient.
+    cu_seq_lens_q, cu_seq_lens_k : torch.Tensor, optional
+        Bounds of packed sequences in the rows of all b one after the other, int [n + 1].
+
+    Returns
+    -------
+    out : torch.Tensor
+        [b, sq, hq, dv], contiguous.
+    weights : torch.Tensor or None
+        [b, hq, sq, sk] after dropout if output_attentions, differentiable like out: each is the attention to one row of the
+        identity in place of the values.
+    """
+    for name, what in _UNSERVED.items():
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(f'{name}: attn_implementation="fgqa" does not serve {what}; use "eager" or "sdpa" for it')
+    batch, _, q_length, _ = query.shape
+    options = _mask_options(attention_mask, module, is_causal, q_length)
+    options |= dict(scale=scaling, softcap=softcap, sink=s_aux, dropout_p=dropout)
+    if cu_seq_lens_q is not None and "cu_seqlens_q" not in options:
+        options = _separated(options, attention_mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
+    if position_bias is not None:
+        options["bias"] = position_bias if "bias" not in options else position_bias + options["bias"]
+    wanted = _weights_wanted(output_attentions)
+    if wanted and dropout > 0:
+        options["seed"] = draw_seed(query.device)       # the same for out and weights
+
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+
+    def run(v):
+        if "cu_seqlens_q" not in options:
+            return attention(q, k, v, layout="bshd", **options)
+        return attention(*(x.flatten(0, 1) for x in (q, k, v)), **options).unflatten(0, (batch, q_length))
+
+    out = run(v)
+    if not wanted:
+        return out, None
+    identity = torch.eye(k.shape[1], dtype=v.dtype, device=v.device)
+    columns = [run(part[:, None, :].expand(*k.shape[:3], -1)) for part in identity.split(256, dim=1)]
+    return out, torch.cat(columns, dim=-1).transpose(1, 2)

@@ -1,0 +1,541 @@
+"""flashgqa.transformers: what Hugging Face models compute with attn_implementation="fgqa" is what they compute with "eager"."""
+
+import copy
+import functools
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from torch_tools import seeded  # noqa: E402, F401
+from transformers import masking_utils  # noqa: E402
+
+import flashgqa.transformers as ft  # noqa: E402
+from flashgqa import _transformers_masks as masks  # noqa: E402
+
+transformers.logging.set_verbosity_error()
+ft.register()
+VERSION_5 = int(transformers.__version__.split(".")[0]) >= 5
+version_5 = pytest.mark.skipif(not VERSION_5, reason="transformers 4 does not have it")
+
+# ---- tiny models ----
+
+COMMON = dict(
+    vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    head_dim=8, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+)  # fmt: skip
+GPT2 = dict(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=128, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+BERT = dict(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+MODELS = {
+    "llama": ("Llama", COMMON),
+    "mistral": ("Mistral", COMMON | dict(sliding_window=4)),
+    "gemma2": ("Gemma2", COMMON | dict(sliding_window=4, attn_logit_softcapping=3.0, query_pre_attn_scalar=8)),
+    "qwen2": ("Qwen2", COMMON),
+    "qwen3": ("Qwen3", COMMON | dict(num_key_value_heads=1)),
+    "gpt_oss": ("GptOss", COMMON | dict(sliding_window=4, num_local_experts=2, num_experts_per_tok=1, rope_scaling=None)),
+    "gpt2": ("GPT2", GPT2),
+}
+
+
+def randomized(model):
+    """Weights large enough that attention is far from uniform."""
+    for name, x in model.named_parameters():
+        if x.dim() > 1 or "sinks" in name:
+            torch.nn.init.normal_(x, std=0.4)
+    return model.eval()
+
+
+@functools.cache
+def decoder(name):
+    torch.manual_seed(1)
+    family, options = MODELS[name]
+    kind = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
+    return randomized(getattr(transformers, family + kind)(getattr(transformers, family + "Config")(**options)))
+
+
+def both(model, run):
+    """run(model) with eager attention and with ours."""
+    results = []
+    for name in ("eager", "fgqa"):
+        model.set_attn_implementation(name)
+        results.append(run(model))
+    return results
+
+
+def batch(padding, s=11, rows=2):
+    """Token ids and attention mask [rows, s]; the last row has two tokens less."""
+    ids = torch.randint(2, 97, (rows, s))
+    mask = torch.ones(rows, s, dtype=torch.long)
+    if padding == "left":
+        mask[-1, :2] = 0
+    elif padding == "right":
+        mask[-1, -2:] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+def close(a, b, tolerance=2e-5):
+    return (a - b).abs().max() <= tolerance * max(1, b.abs().max())
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_generate_gives_the_tokens_of_eager(name, padding):
+    ids, mask = batch(padding)
+    options = dict(max_new_tokens=10, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    eager, ours = both(decoder(name), lambda model: model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(ours.sequences, eager.sequences)
+    assert all(close(a, b) for a, b in zip(ours.logits, eager.logits, strict=True))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_static_cache(name, padding):
+    """Masks of keys that are not written yet; windows in caches that have become full."""
+    ids, mask = batch(padding)
+    options = dict(max_new_tokens=10, do_sample=False, cache_implementation="static")
+    eager, ours = both(decoder(name), lambda model: model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(ours, eager)
+
+
+def test_beams_and_sampling():
+    ids, mask = batch("left")
+
+    def sample(model):
+        torch.manual_seed(0)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=True)
+
+    for run in (lambda model: model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False, num_beams=3), sample):
+        eager, ours = both(decoder("llama"), run)
+        assert torch.equal(ours, eager)
+
+
+def loss_and_gradients(model, ids, mask, **more):
+    """Of the tokens that follow a token: what a padding token predicts is arbitrary in eager, too."""
+    labels = ids
+    if mask is not None:
+        labels = ids.masked_fill(mask == 0, -100)
+        labels[:, 1:].masked_fill_(mask[:, :-1] == 0, -100)
+    model.zero_grad()
+    loss = model(ids, attention_mask=mask, labels=labels, **more).loss
+    loss.backward()
+    return loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters() if x.grad is not None}
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients(name, padding):
+    ids, mask = batch(padding, s=13)
+    mask = None if padding is None else mask
+    (loss, expected), (ours, got) = both(decoder(name), lambda model: loss_and_gradients(model, ids, mask))
+    assert close(ours, loss)
+    assert got.keys() == expected.keys()
+    largest = max(x.abs().max() for x in expected.values())
+    assert largest > 1e-3
+    for key, x in expected.items():
+        assert (got[key] - x).abs().max() <= 1e-5 * largest, key
+    if name == "gpt_oss":
+        assert any("sinks" in key and x.abs().max() > 0 for key, x in got.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+def test_gradient_checkpointing(name):
+    ids, mask = batch("left")
+    model = copy.deepcopy(decoder(name)).train()
+    model.set_attn_implementation("fgqa")
+    loss, expected = loss_and_gradients(model, ids, mask)
+    model.gradient_checkpointing_enable(dict(use_reentrant=False))
+    again, got = loss_and_gradients(model, ids, mask)
+    assert torch.equal(loss, again) and all(torch.equal(got[key], x) for key, x in expected.items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_output_attentions(name):
+    if name == "gpt2" and not VERSION_5:
+        pytest.skip("this model of transformers 4 keeps the argument to itself")
+    ids, mask = batch("right")
+    eager, ours = both(decoder(name), lambda model: model(ids, attention_mask=mask, output_attentions=True))
+    assert len(ours.attentions) == len(eager.attentions) == 2
+    for got, expected in zip(ours.attentions, eager.attentions, strict=True):
+        assert got.shape == expected.shape and close(got, expected)
+    plain = decoder(name)(ids, attention_mask=mask)
+    assert plain.attentions is None and close(plain.logits, ours.logits)
+
+
+def test_gradients_of_attentions():
+    ids, mask = batch("left")
+
+    def run(model):
+        model.zero_grad()
+        weights = model(ids, attention_mask=mask, output_attentions=True).attentions
+        sum((x[:, :, 2:] ** 2).sum() for x in weights).backward()
+        return [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+    eager, ours = both(decoder("gemma2"), run)
+    largest = max(x.abs().max() for x in eager)
+    assert largest > 0 and len(eager) == len(ours)
+    assert all((a - b).abs().max() <= 1e-5 * largest for a, b in zip(ours, eager, strict=True))
+
+
+def packed_positions(*lengths):
+    return torch.cat([torch.arange(n) for n in lengths])[None]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_packed_sequences_are_as_if_alone(name):
+    """By position_ids, and by cu_seq_lens as transformers' padding-free collator gives them; in eager by position_ids only."""
+    lengths = (5, 1, 7)
+    ids, positions = torch.randint(2, 97, (1, 13)), packed_positions(*lengths)
+    eager, ours = both(decoder(name), lambda model: loss_and_gradients(model, ids, None, position_ids=positions, use_cache=False))
+    largest = max(x.abs().max() for x in eager[1].values())
+    assert close(ours[0], eager[0])
+    assert all((ours[1][key] - x).abs().max() <= 1e-5 * largest for key, x in eager[1].items())
+
+    model, starts = decoder(name), torch.tensor([0, 5, 6, 13])
+    alone = torch.cat([model(part).logits for part in ids.split(lengths, dim=1)], dim=1)
+    bounds = dict(cu_seq_lens_q=starts, cu_seq_lens_k=starts, max_length_q=7, max_length_k=7)
+    for more in ({}, bounds):
+        if more or name != "gpt_oss":       # gpt-oss makes its masks without position_ids
+            assert close(model(ids, position_ids=positions, use_cache=False, **more).logits, alone)
+    whole = model(ids, position_ids=positions, use_cache=False, output_attentions=True).attentions[0]
+    assert whole.shape == (1, 4, 13, 13)
+    if name != "gpt_oss":
+        assert whole[0, :, 5:, :5].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_packed_sequences_and_a_mask(name):
+    ids, starts, model = torch.randint(2, 97, (1, 13)), torch.tensor([0, 5, 6, 13]), decoder(name)
+    model.set_attn_implementation("fgqa")
+    alone = torch.cat([model(part).logits for part in ids.split((5, 1, 7), dim=1)], dim=1)
+    row = torch.arange(13)[:, None]
+    dense = (row >= row.T) & (row - row.T < (4 if name == "mistral" else 13))
+    padding = torch.arange(13)[None] < 12
+    options = dict(position_ids=packed_positions(5, 1, 7), use_cache=False, cu_seq_lens_q=starts, cu_seq_lens_k=starts)
+    for mask in (dense[None, None], padding):
+        assert close(model(ids, mask, **options).logits[:, :12], alone[:, :12])
+    with pytest.raises(ValueError, match="float tensor and cu_seq_lens_q"):
+        model(ids, torch.zeros(1, 1, 13, 13), **options)
+    with pytest.raises(ValueError, match="for a batch of 2"):
+        model(ids.expand(2, -1), padding.expand(2, -1), **options)
+
+
+def test_packed_sequences_in_a_batch():
+    ids = torch.randint(2, 97, (2, 9))
+    positions = torch.cat([packed_positions(4, 5), packed_positions(9)])
+
+    def run(model):
+        return model(ids, position_ids=positions, use_cache=False, output_attentions=True)
+
+    eager, ours = both(decoder("mistral"), run)
+    assert close(ours.logits, eager.logits)
+    assert all(close(a, b) for a, b in zip(ours.attentions, eager.attentions, strict=True))
+
+
+# ---- encoders, cross attention, other models ----
+
+
+@functools.cache
+def encoder():
+    torch.manual_seed(1)
+    return randomized(transformers.BertModel(transformers.BertConfig(**BERT)))
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_encoder(padding):
+    ids, mask = batch(padding, rows=3)
+
+    def run(model):
+        model.zero_grad()
+        result = model(ids, attention_mask=mask, output_attentions=True)
+        (result.last_hidden_state * mask[:, :, None]).square().sum().backward()
+        return result, [x.grad.clone() for x in model.parameters() if x.grad is not None]
+
+    (eager, expected), (ours, got) = both(encoder(), run)
+    assert close(ours.last_hidden_state, eager.last_hidden_state)
+    assert all(close(a, b) for a, b in zip(ours.attentions, eager.attentions, strict=True))
+    largest = max(x.abs().max() for x in expected)
+    assert all((a - b).abs().max() <= 1e-5 * largest for a, b in zip(got, expected, strict=True))
+
+
+def test_encoder_and_decoder():
+    """Self, causal and cross attention in one model, over caches."""
+    config = transformers.BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+        decoder_start_token_id=1, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = randomized(transformers.BartForConditionalGeneration(config))
+    ids, mask = batch("right")
+    targets = torch.randint(2, 97, (2, 7))
+    options = dict(max_new_tokens=8, do_sample=False)
+    eager, ours = both(model, lambda model: model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(eager, ours)
+    eager, ours = both(model, lambda model: model(ids, attention_mask=mask, labels=targets, output_attentions=True))
+    assert close(ours.logits, eager.logits)
+    for group in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert all(close(a, b) for a, b in zip(getattr(ours, group), getattr(eager, group), strict=True))
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_chunked_attention(padding):
+    config = transformers.Llama4TextConfig(
+        **COMMON | dict(attention_chunk_size=4, num_local_experts=2, intermediate_size_mlp=48, use_qk_norm=False,
+                        layer_types=["chunked_attention", "full_attention"], no_rope_layers=[1, 0]),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    model = randomized(transformers.Llama4ForCausalLM(config))
+    ids, mask = batch(padding)
+    eager, ours = both(model, lambda model: model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False))
+    assert torch.equal(eager, ours)
+
+
+@version_5
+def test_bidirectional_decoder():
+    """A decoder's layers without causality, with a window that is inclusive on both sides."""
+    model = copy.deepcopy(decoder("mistral"))
+    model.config.is_causal = False
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids, mask = batch("right")
+    eager, ours = both(model, lambda model: model(ids, attention_mask=mask, use_cache=False).logits)
+    assert close(ours, eager)
+    assert not close(ours, decoder("mistral")(ids, attention_mask=mask).logits)
+
+
+def test_dropout_in_training():
+    """The mask of flashgqa.dropout_mask, anew in every step, repeatable by torch's seed; weights are those after dropout."""
+    options = COMMON | dict(attention_dropout=0.4)
+    model = randomized(transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))).train()
+    model.set_attn_implementation("fgqa")
+    ids, _ = batch("none", s=40)
+
+    def run():
+        return model(ids, output_attentions=True, use_cache=False)
+
+    torch.manual_seed(3)
+    first, second = run(), run()
+    torch.manual_seed(3)
+    again = run()
+    assert torch.equal(first.logits, again.logits) and not torch.equal(first.logits, second.logits)
+    weights = first.attentions[0]
+    seen = torch.ones(40, 40, dtype=torch.bool).tril().expand_as(weights)
+    dropped = (weights[seen] == 0).float().mean()
+    assert abs(dropped - 0.4) < 0.05
+    model.eval()
+    kept = weights != 0
+    assert close(weights[kept] * 0.6, run().attentions[0][kept], 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_compile(name):
+    model = copy.deepcopy(decoder(name))
+    model.set_attn_implementation("fgqa")
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for ids, mask in (batch("left"), batch("none")):
+        wanted = loss_and_gradients(model, ids, mask, use_cache=False)
+        got = loss_and_gradients(compiled, ids, mask, use_cache=False)
+        assert close(got[0], wanted[0])
+        largest = max(x.abs().max() for x in wanted[1].values())
+        for key, x in wanted[1].items():
+            assert (got[1]["_orig_mod." + key] - x).abs().max() <= 1e-5 * largest
+
+
+# ---- masks ----
+
+PATTERNS = {
+    "causal": lambda: masking_utils.causal_mask_function,
+    "window": lambda: masking_utils.sliding_window_causal_mask_function(3),
+    "wide window": lambda: masking_utils.sliding_window_causal_mask_function(100),
+    "chunk": lambda: masking_utils.chunked_causal_mask_function(4, torch.zeros(2, dtype=torch.long)),
+    "chunks of their own": lambda: masking_utils.chunked_causal_mask_function(4, torch.tensor([0, 2])),
+    "window and chunk": lambda: masking_utils.and_masks(
+        masking_utils.sliding_window_overlay(3), PATTERNS["chunk"](), masking_utils.sliding_window_overlay(5)),
+    "unknown": lambda: masking_utils.and_masks(masking_utils.causal_mask_function, lambda b, h, i, j: (i + j) % 3 != 1),
+    "union": lambda: masking_utils.or_masks(masking_utils.causal_mask_function, lambda b, h, i, j: j == 4),
+}  # fmt: skip
+if VERSION_5:
+    PATTERNS |= {
+        "all": lambda: masking_utils.bidirectional_mask_function,
+        "both sides": lambda: masking_utils.sliding_window_bidirectional_mask_function(2),
+    }
+# (rows, keys, row 0's position, key 0's position)
+PLACES = {
+    "square": (6, 6, 0, 0), "step": (1, 9, 8, 0), "more": (3, 9, 6, 0), "static": (4, 12, 0, 0), "static more": (3, 12, 5, 0),
+    "rolled": (3, 7, 14, 10), "rolled chunk": (1, 4, 15, 12), "cross": (5, 9, 0, 0), "one of one": (1, 1, 0, 0),
+}  # fmt: skip
+PADDINGS = {"none": None, "ones": (0, 0), "left": (2, 0), "right": (0, 1), "both": (1, 1), "all of one": (30, 0)}
+
+
+def visible(mask, q_length, kv_length):
+    """bool [2, 1, sq, sk]: to which keys the attention function gives weight."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, q_length, 4), torch.randn(2, 1, kv_length, 4)
+    weights = ft.attention_forward(torch.nn.Identity(), q, k, k, mask, output_attentions=True)[1]
+    assert torch.equal(weights[:, :1] > 0, weights[:, 1:] > 0)
+    return weights[:, :1] > 0
+
+
+def mask_arguments(place, padding, **more):
+    q_length, kv_length, q_offset, kv_offset = PLACES[place]
+    tokens = None
+    if PADDINGS[padding] is not None:
+        left, right = PADDINGS[padding]
+        tokens = torch.ones(2, q_offset + q_length if "cross" not in place else kv_length, dtype=torch.bool)
+        tokens[1, :left] = False
+        tokens[0, tokens.shape[1] - right :] = False
+    where = dict(q_length=q_length, q_offset=q_offset)
+    if not VERSION_5:
+        where = dict(cache_position=torch.arange(q_length) + q_offset)
+    return dict(batch_size=2, kv_length=kv_length, kv_offset=kv_offset, attention_mask=tokens, **where, **more)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_mask_is_the_tensor_that_transformers_makes(pattern, place):
+    """Each pattern in each place, with each padding: the same keys are visible to our kernels as in the bool tensor."""
+    bidirectional = pattern in ("all", "both sides")
+    for padding in PADDINGS:
+        arguments = mask_arguments(place, padding, mask_function=PATTERNS[pattern]())
+        dense = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+        allowed = pattern not in ("unknown", "union") and not bidirectional
+        skips = [dict(allow_is_causal_skip=False)]
+        if allowed:
+            local = {"window": 3, "wide window": 100}.get(pattern, 4 if "chunk" in pattern else None)
+            skips.append(dict(allow_is_causal_skip=True, local_size=local))
+        if bidirectional:
+            skips.append(dict(allow_is_causal_skip=False, allow_is_bidirectional_skip=True,
+                              local_size=2 if pattern == "both sides" else None))
+        for skip in skips:
+            mask = masks.create(**arguments, **skip)
+            if isinstance(mask, masks.IntervalMask):
+                assert torch.equal(mask.dense(), dense) and mask.shape == dense.shape
+            if mask is None:        # then it is the module that says whether it is causal
+                assert True in skip.values()
+            module_is_causal = not bidirectional
+            if mask is None and not module_is_causal:
+                assert dense.all()
+            else:
+                sizes = PLACES[place][:2]
+                assert torch.equal(visible(mask, *sizes), dense), (padding, skip)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "window", "chunk", "window and chunk", "both sides"])
+@pytest.mark.parametrize("place", ["square", "more", "static", "static more"])
+def test_no_mask_of_the_square(pattern, place):
+    if pattern not in PATTERNS:
+        pytest.skip("transformers 4 has no bidirectional windows")
+    if pattern == "both sides" and place == "static more":
+        return                      # where the sequence ends is said by nothing but the tensor
+    for padding in ("none", "left", "right"):
+        mask = masks.create(**mask_arguments(place, padding, mask_function=PATTERNS[pattern]()))
+        held = [] if mask is None else [x for x in mask.options.values() if isinstance(x, torch.Tensor)]
+        assert mask is None or isinstance(mask, masks.IntervalMask)
+        assert all(x.numel() <= 2 * PLACES[place][1] for x in held)
+
+
+def test_offset_on_the_device_is_not_read():
+    """A static cache on a GPU has its length there: the diagonal comes from lengths made there, without waiting."""
+    arguments = mask_arguments("static more", "left", mask_function=PATTERNS["window"]())
+    dense = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    q_offset = torch.tensor(5, device="meta")
+    if VERSION_5:
+        arguments |= dict(q_offset=q_offset, device="meta")
+    else:
+        arguments |= dict(cache_position=torch.arange(3, device="meta") + q_offset)
+    arguments["attention_mask"] = None
+    options = masks.create(**arguments).options
+    assert options["kv_lens"].shape == (2,) and options["window"] == (2, 0) and options["causal"] and "align" not in options
+    real = masks.IntervalMask(options | dict(kv_lens=torch.tensor([8, 8], dtype=torch.int32)), None, dense.shape, dense.device)
+    arguments = mask_arguments("static more", "none", mask_function=PATTERNS["window"]())
+    assert torch.equal(visible(real, 3, 12), masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False))
+
+
+def test_interval_mask_acts_as_its_tensor():
+    arguments = mask_arguments("square", "left", mask_function=PATTERNS["window"]())
+    mask, dense = masks.create(**arguments), masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    assert isinstance(mask, masks.IntervalMask) and not isinstance(mask, torch.Tensor)
+    assert mask.ndim == mask.dim() == 4 and mask.shape == dense.shape and mask.dtype == torch.bool and mask.device == dense.device
+    assert torch.equal(mask[:, :, :, :3], dense[:, :, :, :3])
+    assert torch.equal(torch.cat([dense, mask], dim=-1), torch.cat([dense, dense], dim=-1))
+    assert torch.equal(torch.where(mask, 1.0, 0.0), dense.float()) and torch.equal(mask.float(), dense.float())
+    assert torch.equal(mask & dense, dense) and torch.equal(dense & mask, dense) and torch.equal(~mask, ~dense)
+    assert torch.equal((1.0 - mask.float()), 1.0 - dense.float()) and torch.equal(mask.to(torch.float64), dense.double())
+    assert torch.equal(mask == dense, torch.ones_like(dense)) and mask.sum() == dense.sum()
+    assert isinstance(mask.to("cpu"), masks.IntervalMask) and isinstance(mask.to(device="cpu"), masks.IntervalMask)
+    assert torch.equal(copy.deepcopy(mask).dense(), dense)
+    assert masks.create(**arguments | dict(attention_mask=mask)) is mask
+    moved = mask.to("meta")
+    assert moved.options["mask"].device.type == "meta" and moved.device.type == "meta"
+    assert not hasattr(mask, "no_such_thing")
+
+
+# ---- the attention function ----
+
+
+def test_heads_are_not_repeated_and_layout_is_kept():
+    """Of [b, s, h, d] memory, as projections give it, the result has the same layout and nothing was copied on the way."""
+    q, k = (torch.randn(2, 5, h, 8).transpose(1, 2) for h in (6, 2))
+    out, weights = ft.attention_forward(torch.nn.Identity(), q, k, k)
+    assert out.shape == (2, 5, 6, 8) and out.is_contiguous() and weights is None
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
+    assert close(out.transpose(1, 2), expected)
+
+
+def test_position_bias_and_float_masks():
+    q, k = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 7, 8)
+    bias, mask = torch.randn(1, 4, 5, 7, requires_grad=True), torch.randn(2, 1, 5, 7) * 3
+    keep = torch.rand(2, 1, 5, 7) > 0.3
+    keep[..., 0] = True
+
+    def expected(added, allowed=None):
+        scores = q @ k.repeat_interleave(2, 1).mT * 0.5 + added
+        scores = scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
+        return (scores.softmax(-1) @ k.repeat_interleave(2, 1)).transpose(1, 2)
+
+    module = torch.nn.Identity()
+    options = dict(scaling=0.5, position_bias=bias)
+    causal = torch.ones(5, 7, dtype=torch.bool).tril()
+    cases = [
+        (dict(attention_mask=mask, scaling=0.5), expected(mask)),
+        (options | dict(attention_mask=mask), expected(bias + mask)),
+        (options | dict(attention_mask=keep), expected(bias, keep)),
+        (options, expected(bias, causal)),
+        (options | dict(is_causal=False), expected(bias)),
+    ]
+    for given, wanted in cases:
+        out, _ = ft.attention_forward(module, q, k, k, **given)
+        assert close(out, wanted)
+        if "position_bias" in given:
+            cotangent = torch.randn_like(out)
+            got, right = (torch.autograd.grad(x, bias, cotangent)[0] for x in (out, wanted))
+            assert close(got, right)
+
+
+def test_more_columns_of_weights_than_a_head_is_wide():
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 300, 8)
+    _, weights = ft.attention_forward(torch.nn.Identity(), q, k, k, is_causal=False, output_attentions=True)
+    assert close(weights, (q @ k.mT * 8**-0.5).softmax(-1))
+
+
+def test_errors_name_what_works():
+    q = torch.randn(1, 2, 3, 8)
+    module = torch.nn.Identity()
+    with pytest.raises(NotImplementedError, match='head_mask.*"eager"'):
+        ft.attention_forward(module, q, q, q, head_mask=torch.ones(2))
+    with pytest.raises(NotImplementedError, match="continuous batching"):
+        ft.attention_forward(module, q, q, q, read_index=torch.ones(2))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 3\]"):
+        ft.attention_forward(module, q, q, q, torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match='name is "?\'flashgqa\'.*use "fgqa"'):
+        ft.register("flashgqa")
+
+
+def test_register_gives_another_name():
+    assert ft.register("fgqa_too") == "fgqa_too"
+    model = copy.deepcopy(encoder())
+    model.set_attn_implementation("fgqa_too")
+    ids, mask = batch("right")
+    encoder().set_attn_implementation("fgqa")
+    assert torch.equal(model(ids, attention_mask=mask)[0], encoder()(ids, attention_mask=mask)[0])
