@@ -27,6 +27,7 @@ from .api import (
     set_num_threads,
     show_config,
 )
+from .kvcache import attention_with_kvcache
 
 __all__ = [
     "Config",
@@ -37,6 +38,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_weights",
+    "attention_with_kvcache",
     "dropout_mask",
     "explain",
     "get_num_threads",

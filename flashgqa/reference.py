@@ -18,7 +18,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["attention", "attention_backward", "attention_weights", "dropout_mask", "merge", "philox4x32", "visible"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_weights",
+    "attention_with_kvcache",
+    "dropout_mask",
+    "merge",
+    "philox4x32",
+    "rotate",
+    "visible",
+]
 
 
 class Gradients(NamedTuple):
@@ -440,3 +450,99 @@ def merge(outs, lses, *, layout=None):
             weights = np.moveaxis(weights, -1, -2)
         parts = np.where(weights[..., None] == 0, 0, weights[..., None] * outs)
     return parts.sum(axis=0), lse
+
+
+# ---- KV caches ----
+
+
+def rotate(x, cos, sin, positions, interleaved=False):
+    """x [..., s, d] with row i turned by the angles of positions[i]: pair n is (n, n + pairs), or (2n, 2n + 1)."""
+    x, cos, sin = _real(x), _real(cos)[positions], _real(sin)[positions]
+    n = np.arange(cos.shape[-1])
+    first, second = (2 * n, 2 * n + 1) if interleaved else (n, n + len(n))
+    turned = x.copy()
+    turned[..., first] = x[..., first] * cos - x[..., second] * sin
+    turned[..., second] = x[..., first] * sin + x[..., second] * cos
+    return turned
+
+
+def _stored(x, scale, dtype):
+    """x as a cache of this dtype keeps it."""
+    if not str(dtype).startswith("float8"):
+        return x.astype(dtype)
+    return np.clip(x / _real(scale)[..., None, None], -448, 448).astype(dtype)
+
+
+def cached_sequences(
+    q,
+    k_cache,
+    v_cache,
+    k_new=None,
+    v_new=None,
+    *,
+    cache_lens=None,
+    new_lens=None,
+    q_lens=None,
+    page_table=None,
+    batch_index=None,
+    left_pad=None,
+    rotary=None,
+    rotary_interleaved=False,
+    rotary_offsets=None,
+    k_scale=None,
+    v_scale=None,
+    layout=None,
+):
+    """Appends to the cache, in place; then yields of each sequence q [hq, rows, d], k [hk, keys, d] and v [hk, keys, dv]."""
+    if layout == "bshd":
+        q, k_cache, v_cache = (x.swapaxes(1, 2) for x in (q, k_cache, v_cache))
+        k_new, v_new = (None if x is None else x.swapaxes(1, 2) for x in (k_new, v_new))
+    b, hk, page_size = q.shape[0], k_cache.shape[1], k_cache.shape[2]
+    table = np.arange(b)[:, None] if page_table is None else np.asarray(page_table)
+    table = table if batch_index is None else np.asarray(batch_index)[:, None]
+    before = np.broadcast_to(page_size if cache_lens is None else cache_lens, b)
+    added = np.broadcast_to((0 if k_new is None else k_new.shape[2]) if new_lens is None else new_lens, b)
+    pad = np.broadcast_to(0 if left_pad is None else left_pad, b)
+    rows = np.broadcast_to(q.shape[2] if q_lens is None else q_lens, b)
+    scales = [np.broadcast_to(1 if x is None else x, (b, hk)) for x in (k_scale, v_scale)]
+    shift = 0 if rotary_offsets is None else np.asarray(rotary_offsets) - before
+    shift = np.broadcast_to(shift, b)
+    for n in range(b):
+        slots = np.arange(before[n], before[n] + added[n])
+        for cache, new, scale, turns in ((k_cache, k_new, scales[0], rotary), (v_cache, v_new, scales[1], None)):
+            if new is not None:
+                x = _real(new[n, :, : added[n]])
+                x = rotate(x, *rotary, slots + shift[n], rotary_interleaved) if turns is not None else x
+                cache[table[n, slots // page_size], :, slots % page_size] = _stored(x, scale[n], cache.dtype).swapaxes(0, 1)
+    for n in range(b):
+        end = before[n] + added[n]
+        slots = np.arange(pad[n], end)
+        k, v = (
+            _real(cache[table[n, slots // page_size], :, slots % page_size]).swapaxes(0, 1) * _real(scale[n])[:, None, None]
+            for cache, scale in ((k_cache, scales[0]), (v_cache, scales[1]))
+        )
+        turned = _real(q[n, :, : rows[n]])
+        if rotary is not None:
+            turned = rotate(turned, *rotary, np.arange(end - rows[n], end) + shift[n], rotary_interleaved)
+        yield turned, k, v
+
+
+def attention_with_kvcache(
+    q, k_cache, v_cache, k_new=None, v_new=None, *, return_lse=False, out=None, alibi_slopes=None, **options
+):
+    """out, or (out, lse) with ``return_lse=True``; k_new and v_new are written into the caches, NumPy arrays of any dtype."""
+    scores = {name: options.pop(name) for name in ("causal", "window", "chunk", "scale", "softcap", "sink") if name in options}
+    no_meaning = ("stream", "batch_invariant", "check", "device", "kernel")
+    options = {name: x for name, x in options.items() if name not in no_meaning}
+    swap = (lambda x: x.swapaxes(1, 2)) if options.get("layout") == "bshd" else (lambda x: x)
+    b, hq, sq = swap(q).shape[:3]
+    o, lse = np.zeros((b, hq, sq, v_cache.shape[-1])), np.full((b, hq, sq), -np.inf)
+    for n, (q_n, k_n, v_n) in enumerate(cached_sequences(q, k_cache, v_cache, k_new, v_new, **options)):
+        slopes = alibi_slopes if alibi_slopes is None or np.ndim(alibi_slopes) == 1 else alibi_slopes[n]
+        rows = q_n.shape[1]
+        o[n, :, :rows], lse[n, :, :rows] = attention(q_n, k_n, v_n, return_lse=True, alibi_slopes=slopes, **scores)
+    o = swap(o)
+    if out is not None:
+        out[...] = o
+        o = out
+    return (o, lse) if return_lse else o

@@ -3,10 +3,11 @@
 import ml_dtypes
 import numpy as np
 
+from flashgqa._bounds import EPSILON as EPSILON_OF
 from flashgqa._bounds import Naive, accumulator, exact, judge, naive_backward, naive_forward, naive_weights
 
 # Of those imported, what other tests take from here.
-__all__ = ["Naive", "accumulator", "exact", "naive_backward", "naive_forward", "naive_weights"]
+__all__ = ["EPSILON_OF", "Naive", "accumulator", "exact", "naive_backward", "naive_forward", "naive_weights"]
 
 DTYPES = {name: np.dtype(getattr(np, name)) for name in ("float64", "float32", "float16")}
 DTYPES["bfloat16"] = np.dtype(ml_dtypes.bfloat16)

@@ -48,7 +48,7 @@ static fgqa_mask readable_mask(const fgqa_problem *p, int32_t n)
 
 double fgqa_problem_visible_scores(const fgqa_problem *p)
 {
-    const int own_lengths = p->device.type == FGQA_CPU && (p->varlen || p->q_lens || p->kv_lens);
+    const int own_lengths = p->device.type == FGQA_CPU && (p->varlen || p->q_lens || p->kv_lens || p->cache.page_size);
     double sum = 0, last = 0;
     fgqa_mask previous = {-1, -1, 0, 0, 0, 0};
     if (p->b > 0 && !own_lengths) {
@@ -230,6 +230,7 @@ int fgqa_plan_print(const fgqa_plan *plan, const fgqa_problem *p, char *text, si
     put(&w, "problem   %s, %s, b %d, hq %d, hk %d (%d query head%s a KV head), sq %d, sk %d, d %d", pass_name(p->pass),
         fgqa_dtype_name(p->dtype), (int)p->b, (int)p->hq, (int)p->hk, (int)p->g, p->g == 1 ? "" : "s", (int)p->sq, (int)p->sk, (int)p->d);
     if (p->dv > 0) { put(&w, ", dv %d", (int)p->dv); }
+    if (p->cache.page_size) { put(&w, ", KV cache of %s, pages of %d, %d new", fgqa_dtype_name(p->view[FGQA_ARG_k].dtype), (int)p->cache.page_size, (int)p->cache.new_max); }
     if (p->varlen) { put(&w, ", packed: %lld rows of q, %lld of k", (long long)p->total_q, (long long)p->total_k); }
     if (p->pass == FGQA_PASS_ROWS) { put(&w, ", %d rows", (int)p->n_rows); }
     put(&w, "\n");

@@ -203,7 +203,7 @@ static fgqa_status check_dtypes(const fgqa_request *r, fgqa_problem *p)
     return FGQA_OK;
 }
 
-static fgqa_status check_head_dim(const char *name, int64_t extent, const char *letter)
+fgqa_status fgqa_check_head_dim(const char *name, int64_t extent, const char *letter)
 {
     if (extent < 1) {
         return fgqa_fail(FGQA_ERROR_VALUE, "%s has head dim %s = %lld: it must be 1 to %d; is the last axis the head dim?", name, letter,
@@ -256,14 +256,14 @@ static fgqa_status read_qkv(const fgqa_request *r, fgqa_problem *p)
     const int64_t sq = q->shape[form.axis[S]], sk = k->shape[form.axis[S]];
     const int64_t d = q->shape[form.axis[D]], dv = v ? v->shape[form.axis[D]] : 0;
 
-    FGQA_TRY(check_head_dim("q", d, "d"));
+    FGQA_TRY(fgqa_check_head_dim("q", d, "d"));
     FGQA_TRY(check_same("k", k, "q", q, "head dim", k->shape[form.axis[D]], d, rank));
     if (form.axis[B] >= 0) {
         FGQA_TRY(check_same("k", k, "q", q, "batch size", k->shape[form.axis[B]], b, rank));
     }
     FGQA_TRY(check_heads(p, hq, hk, sq, sk));
     if (v) {
-        FGQA_TRY(check_head_dim("v", dv, "dv"));
+        FGQA_TRY(fgqa_check_head_dim("v", dv, "dv"));
         if (form.axis[B] >= 0) {
             FGQA_TRY(check_same("v", v, "k", k, "batch size", v->shape[form.axis[B]], b, rank));
         }

@@ -72,6 +72,32 @@ typedef struct {
     int64_t stride_b, stride_h, stride_s, stride_d;
 } fgqa_view;
 
+/* Rotary embedding of q and of new keys: pair n of a row at position t turns by the angle whose cosine is cos[t][n]. */
+typedef struct {
+    int32_t pairs;                          /* 0: none */
+    int32_t interleaved;
+    fgqa_view cos, sin;                     /* s = position, d = pair */
+    int64_t positions;                      /* rows of cos and sin */
+    const int32_t *offsets;                 /* [b] position of the first new token; NULL: the number of keys before it */
+} fgqa_rotary;
+
+/* A KV cache. k and v of the problem are then views of pages, [page, hk, slot, d], and slot s of sequence n is slot
+ * s % page_size of page table[n*table_stride + s/page_size]. A contiguous cache is one page a sequence.
+ * Of a sequence, keys j = 0.. are the slots from left_pad on, up to all that are in the cache once the new ones are. */
+typedef struct {
+    int32_t page_size;                      /* 0: no cache */
+    const int32_t *table;                   /* NULL: sequence n is page n */
+    int64_t table_stride;
+    const int32_t *lens;                    /* [b] slots in use before the append; NULL: `slots` */
+    int32_t slots;                          /* of a sequence of a contiguous cache */
+    const int32_t *left_pad;                /* [b] slots at the beginning that hold nothing; NULL: none */
+    const int32_t *new_lens;                /* [b]; NULL: new_max for all */
+    int32_t new_max;                        /* rows of k_new and v_new; 0: nothing is appended */
+    fgqa_view k_new, v_new;
+    fgqa_view k_scale, v_scale;             /* float32, b and h only: cached value = element * scale. data NULL: 1 */
+    fgqa_rotary rotary;
+} fgqa_cache;
+
 typedef struct {
     fgqa_pass pass;
     fgqa_dtype dtype;                       /* of q, k, v and their gradients */
@@ -105,9 +131,28 @@ typedef struct {
     /* dbias is reduced over the dimensions in which bias is broadcast (its extent is 1 there): */
     int32_t bias_shape[4];                  /* extents of [b, hq, sq, sk] in bias: 1 or full */
     int32_t bias_rank;                      /* 2, 3 or 4: the last axes of [b, hq, sq, sk] are the caller's; 0: no bias */
+
+    fgqa_cache cache;                       /* made by fgqa_cache_init() (cache.h) only */
 } fgqa_problem;
 
-/* Where one sequence of the batch lies and what it sees. q_row/k_row are offsets in rows (units of stride_s). */
+/* Sequence n of a cache, host pointers: slots in use before the append, slots appended, slots left out. */
+static inline int32_t fgqa_cache_before(const fgqa_cache *c, int32_t n) { return c->lens ? c->lens[n] : c->slots; }
+static inline int32_t fgqa_cache_new(const fgqa_cache *c, int32_t n) { return c->new_lens ? c->new_lens[n] : c->new_max; }
+static inline int32_t fgqa_cache_pad(const fgqa_cache *c, int32_t n) { return c->left_pad ? c->left_pad[n] : 0; }
+
+static inline int64_t fgqa_cache_page(const fgqa_cache *c, int32_t n, int32_t slot)
+{
+    return c->table ? c->table[n * c->table_stride + slot / c->page_size] : n;
+}
+
+/* Position of the token in slot `slot` of sequence n for the rotary embedding: consecutive, also before the first new one. */
+static inline int64_t fgqa_rotary_position(const fgqa_cache *c, int32_t n, int64_t slot)
+{
+    return c->rotary.offsets ? c->rotary.offsets[n] + slot - fgqa_cache_before(c, n) : slot;
+}
+
+/* Where one sequence of the batch lies and what it sees. q_row/k_row are offsets in rows (units of stride_s); of a cache, k_row
+ * is a slot. */
 typedef struct { int64_t q_row, k_row; fgqa_mask mask; } fgqa_sequence;
 
 /* Sequence b of the batch. Host pointers only (the CPU backend); CUDA kernels do the same from device memory. */
@@ -122,6 +167,10 @@ static inline fgqa_sequence fgqa_problem_sequence(const fgqa_problem *p, int32_t
     }
     if (p->q_lens) { s.mask.sq = p->q_lens[b]; }
     if (p->kv_lens) { s.mask.sk = p->kv_lens[b]; }
+    if (p->cache.page_size) {
+        s.k_row = fgqa_cache_pad(&p->cache, b);
+        s.mask.sk = (int32_t)(fgqa_cache_before(&p->cache, b) + fgqa_cache_new(&p->cache, b) - s.k_row);
+    }
     s.mask.diag = p->align == FGQA_ALIGN_BOTTOM_RIGHT ? s.mask.sk - s.mask.sq : 0;
     return s;
 }

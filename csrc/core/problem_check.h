@@ -17,6 +17,9 @@ fgqa_status fgqa_check_extents(const fgqa_tensor *t, const char *name);
 /* A contiguous vector; `length` -1: any. */
 fgqa_status fgqa_check_vector(const fgqa_tensor *t, const char *name, fgqa_dtype dtype, int64_t length, const char *form, const char *fix);
 
+/* 1 to the largest that kernels take; `letter`: "d" or "dv". */
+fgqa_status fgqa_check_head_dim(const char *name, int64_t extent, const char *letter);
+
 /* Whether two indices of an array of n axes may name the same element: each axis, from the smallest stride up, must step
  * over all that the smaller ones span. */
 int fgqa_strides_overlap(int32_t n, const int64_t *shape, const int64_t *stride);
@@ -48,5 +51,9 @@ fgqa_status fgqa_check_score_tensors(const fgqa_request *r, fgqa_problem *p);
 
 /* Results that the caller brought: form, writability and overlap. */
 fgqa_status fgqa_check_results(const fgqa_request *r, fgqa_problem *p);
+
+/* problem_cache_contents.c: lengths, page table, slots written twice, positions, on the CPU. `pages` exist; a sequence has
+ * `slots`; `paged`: the table is the caller's page_table, else his batch_index. */
+fgqa_status fgqa_check_cache_contents(const fgqa_problem *p, int64_t pages, int64_t slots, int paged);
 
 #endif

@@ -116,6 +116,13 @@ FGQA_FN int32_t fgqa_packed_row_head(int64_t r, int32_t kv_head, int32_t group) 
 #define FGQA_SOFTCAP_GRAD(y, inv_cap) (1 - ((y) * (inv_cap)) * ((y) * (inv_cap)))
 #define FGQA_ALIBI(slope, abs_distance) (-(slope) * (abs_distance))
 
+/* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864): of a row, elements a and b of pair n turn by one angle. Pairs are
+ * (n, n + pairs), or neighbours (2n, 2n + 1) where interleaved; elements from 2*pairs on stay as they are. */
+FGQA_FN int32_t fgqa_rotary_a(int32_t n, int32_t interleaved)                { return interleaved ? 2 * n : n; }
+FGQA_FN int32_t fgqa_rotary_b(int32_t n, int32_t pairs, int32_t interleaved) { return interleaved ? 2 * n + 1 : n + pairs; }
+#define FGQA_ROTARY_A(a, b, cosine, sine) ((a) * (cosine) - (b) * (sine))
+#define FGQA_ROTARY_B(a, b, cosine, sine) ((a) * (sine) + (b) * (cosine))
+
 /* Dropout: 16 random bits keep a weight if bits >= threshold, threshold = round(65536*p); survivors are scaled by
  * the realised rate 65536/(65536 - threshold). threshold = 65536 drops everything. */
 FGQA_FN uint32_t fgqa_dropout_threshold(double p)   /* 0 <= p <= 1; halves to even, like Python's round() */

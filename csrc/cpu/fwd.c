@@ -13,6 +13,7 @@
  * bits depend neither on the number of threads nor on the rest of the batch.
  */
 #include <math.h>
+#include "rotary.h"
 #include "threads.h"
 #include "tile.h"
 #include "../core/workspace.h"
@@ -315,6 +316,21 @@ static fwd_place task_place(const fwd_job *job, int64_t task)
     return at;
 }
 
+/* Rows of q as they are packed, [lane][ld], at the positions of the keys on their diagonals. */
+static void rotate_rows(real *q, int32_t ld, const tile_sequence *t, const tile_panel *panel)
+{
+    const fgqa_rotary *rotary = &t->p->cache.rotary;
+    rotary_angles angles;
+    int32_t loaded = -1;
+    if (rotary->pairs == 0 || t->seq.mask.sk == 0) { return; }     /* without keys, positions need not exist */
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        const int32_t i = fgqa_packed_row_q(panel->r0 + lane, t->p->g);
+        if (i != loaded) { rotary_load(&angles, rotary, fgqa_rotary_position(&t->p->cache, t->b, t->seq.k_row + t->seq.mask.diag + i)); }
+        loaded = i;
+        rotary_turn(q + (ptrdiff_t)lane * ld, &angles, rotary);
+    }
+}
+
 static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
 {
     const fwd_job *job = context;
@@ -337,9 +353,11 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         if (t.rows <= FEW_ROWS) {
             panel->few = 1;
             tile_pack_rows(scratch.q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
+            rotate_rows(scratch.q, d, &t, panel);
             memset(scratch.s, 0, KEYS * VL * sizeof(real));   /* idle lanes stay what they are: finite */
         } else {
             tile_pack_rows(scratch.rows, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
+            rotate_rows(scratch.rows, d, &t, panel);
             tile_transpose_rows(scratch.q + (size_t)n * PANEL * (size_t)d, scratch.rows, d, panel->w, p->d);
         }
         memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)(panel->w * dv) * sizeof(real));

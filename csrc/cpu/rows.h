@@ -37,6 +37,26 @@ SIMD uint16_t f16_from_float(float x)
     return (uint16_t)(sign | (magnitude >= 0x47800000u ? special : magnitude < 0x38800000u ? subnormal : normal));
 }
 
+/* float8 e4m3 without infinities: exponent bias 7, 0x7F is NaN; subnormals as those of float16 above. */
+SIMD float float_from_f8(uint8_t x)
+{
+    const uint32_t magnitude = (uint32_t)(x & 0x7Fu) << 20;
+    const float subnormal = float_from_bits(magnitude + 0x3C800000u) - float_from_bits(0x3C800000u);
+    const uint32_t normal = magnitude == 0x07F00000u ? 0x7FC00000u : magnitude + 0x3C000000u;
+    return float_from_bits((magnitude < 0x00800000u ? float_bits(subnormal) : normal) | (uint32_t)(x & 0x80u) << 24);
+}
+
+/* Beyond +-448, infinities included, the largest number: a cache has no use for the NaN that a cast would give. */
+SIMD uint8_t f8_from_float(float x)
+{
+    const uint32_t bits = float_bits(x), magnitude = bits & 0x7FFFFFFFu, sign = (bits >> 24) & 0x80u;
+    const uint32_t normal = (magnitude - 0x3C000000u + 0x7FFFFu + ((magnitude >> 20) & 1u)) >> 20;
+    /* below 2^-6: adding 2^14 leaves the multiples of 2^-9, rounded, at the bottom of the float */
+    const uint32_t subnormal = float_bits(float_from_bits(magnitude) + 16384.0f) - float_bits(16384.0f);
+    const uint32_t special = magnitude > 0x7F800000u ? 0x7Fu : 0x7Eu;
+    return (uint8_t)(sign | (magnitude >= 0x43E80000u ? special : magnitude < 0x3C800000u ? subnormal : normal));
+}
+
 /* to[n] = from[0], from[stride], ... as reals. */
 FGQA_SHARED void row_load(real *restrict to, const void *from, fgqa_dtype dtype, int64_t stride, int32_t n)
 {
@@ -53,6 +73,7 @@ FGQA_SHARED void row_load(real *restrict to, const void *from, fgqa_dtype dtype,
     case FGQA_F64: ROW_LOAD(double, ); break;
     case FGQA_F32: ROW_LOAD(float, ); break;
     case FGQA_BF16: ROW_LOAD(uint16_t, float_from_bf16); break;
+    case FGQA_F8E4M3: ROW_LOAD(uint8_t, float_from_f8); break;
     case FGQA_F16: {
         int32_t done = 0;
 #if defined(__F16C__) && !FGQA_REAL_F64
@@ -89,6 +110,7 @@ FGQA_SHARED void row_store(void *to, fgqa_dtype dtype, int64_t stride, const rea
     case FGQA_F64: ROW_STORE(double, ); break;
     case FGQA_F32: ROW_STORE(float, ); break;
     case FGQA_BF16: ROW_STORE(uint16_t, bf16_from_float); break;
+    case FGQA_F8E4M3: ROW_STORE(uint8_t, f8_from_float); break;
     case FGQA_F16: {
         int32_t done = 0;
 #if defined(__F16C__) && !FGQA_REAL_F64

@@ -172,19 +172,50 @@ FGQA_SHARED void tile_transpose_panel(real *to, int32_t ld, const real *from, in
  * already, else a copy in scratch (KEYS x ROUND_UP(cols, VL)). */
 typedef struct { const real *data; ptrdiff_t stride; } tile_block;
 
+/* The first of slots [s0, s1) of a KV cache, and how many of them follow each other in its page. */
+typedef struct { const char *row; int32_t rows; } tile_page;
+
+SIMD tile_page tile_page_at(const tile_sequence *t, const fgqa_view *view, int32_t s0, int32_t s1)
+{
+    const fgqa_cache *cache = &t->p->cache;
+    const int32_t row = s0 % cache->page_size, rest = cache->page_size - row;
+    const tile_page page = {view_at(view, fgqa_cache_page(cache, t->b, s0), t->kv_head, row), s1 - s0 < rest ? s1 - s0 : rest};
+    return page;
+}
+
+/* The factor of a float8 cache's elements; 1 for any other. */
+FGQA_SHARED real tile_cache_scale(const tile_sequence *t, const fgqa_view *view)
+{
+    const fgqa_view *scale = view == &t->p->view[FGQA_ARG_k] ? &t->p->cache.k_scale : &t->p->cache.v_scale;
+    real x = 1;
+    if (scale->data) { row_load(&x, view_at(scale, t->b, t->kv_head, 0), scale->dtype, 1, 1); }
+    return x;
+}
+
 FGQA_SHARED tile_block tile_block_load(const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols, real *scratch)
 {
     const fgqa_dtype own = FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32;
-    if (view->dtype == own && (view->stride_d == 1 || cols <= 1)) {
-        const tile_block in_place = {view_at(view, t->b, t->kv_head, t->seq.k_row + j0), (ptrdiff_t)view->stride_s};
+    const int32_t ld = ROUND_UP(cols, VL), s0 = (int32_t)t->seq.k_row + j0, s1 = (int32_t)t->seq.k_row + j1, cached = t->p->cache.page_size > 0;
+    const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
+    const tile_block copy = {scratch, ld};
+    tile_page page = {0};
+    page.rows = s1 - s0;
+    if (cached) { page = tile_page_at(t, view, s0, s1); } else { page.row = view_at(view, t->b, t->kv_head, s0); }
+    if (view->dtype == own && (view->stride_d == 1 || cols <= 1) && page.rows == s1 - s0) {
+        const tile_block in_place = {(const real *)(const void *)page.row, (ptrdiff_t)view->stride_s};
         return in_place;
     }
-    const int32_t ld = ROUND_UP(cols, VL);
-    for (int32_t j = j0; j < j1; j++) {
-        row_load(scratch + (ptrdiff_t)(j - j0) * ld, view_at(view, t->b, t->kv_head, t->seq.k_row + j), view->dtype, view->stride_d, cols);
+    const real factor = cached ? tile_cache_scale(t, view) : 1;
+    for (int32_t s = s0;;) {
+        for (int32_t n = 0; n < page.rows; n++) {
+            real *to = scratch + (ptrdiff_t)(s - s0 + n) * ld;
+            row_load(to, page.row + n * step, view->dtype, view->stride_d, cols);
+            for (int32_t c = 0; factor != 1 && c < cols; c++) { to[c] *= factor; }
+        }
+        s += page.rows;
+        if (s >= s1) { return copy; }
+        page = tile_page_at(t, view, s, s1);
     }
-    const tile_block copy = {scratch, ld};
-    return copy;
 }
 
 /* ---- rows that hold a NaN or an infinity ----

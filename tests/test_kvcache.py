@@ -1,0 +1,277 @@
+"""attention_with_kvcache against the oracle, against attention over all tokens at once, and bit by bit against itself."""
+
+import doctest
+import inspect
+
+import numpy as np
+import pytest
+from checking import DTYPES, EPSILON_OF, Guarded, assert_within, memory_of, naive_forward, place, same_bits
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from kvcases import CASES, FLOAT8_CASES, CacheCase, angles, build, expected
+
+import flashgqa
+from flashgqa import reference
+
+ISAS = [k["name"] for k in flashgqa.kernels() if k["device"] == "cpu" and k["available"] and k["pass"] == "forward"]
+
+
+def check(case, kernel=None):
+    tensors, options = build(case)
+    swap = (lambda x: x.swapaxes(1, 2)) if case.layout == "bshd" else (lambda x: x)
+    dtype, q = DTYPES[case.dtype], tensors[0]
+    others = [x for x in (q, *tensors[3:], *options.values(), *options.get("rotary", ())) if isinstance(x, np.ndarray)]
+    before = [memory_of(x).tobytes() for x in others]
+    shape = (*q.shape[:-1], tensors[2].shape[-1])
+    guarded = Guarded(shape, dtype, case.storage if case.storage in ("sliced", "negative") else "contiguous")
+    # The oracle appends to copies that keep the storage, so that memory around and between slots is compared as well.
+    copies = list(tensors)
+    for n in (1, 2):
+        memory = memory_of(tensors[n]).copy()
+        offset = tensors[n].__array_interface__["data"][0] - memory_of(tensors[n]).__array_interface__["data"][0]
+        copies[n] = np.ndarray(tensors[n].shape, tensors[n].dtype, memory, offset, tensors[n].strides)
+    answers = list(expected(case, copies, options))
+    out, lse = flashgqa.attention_with_kvcache(*tensors, **options, return_lse=True, out=guarded.array, kernel=kernel)
+    assert out is guarded.array
+    guarded.check()
+    assert [memory_of(x).tobytes() for x in others] == before, "an input other than the cache was written"
+    assert same_bits(memory_of(tensors[2]), memory_of(copies[2])), "v_cache is not what the oracle made of it"
+    if not case.pairs:
+        assert same_bits(memory_of(tensors[1]), memory_of(copies[1])), "k_cache is not what the oracle made of it"
+    kept, wanted = (memory_of(x).astype(np.float64) for x in (tensors[1], copies[1]))
+    np.testing.assert_allclose(kept, wanted, rtol=0.126 if case.float8 else EPSILON_OF[case.dtype], atol=1e-12)
+    rows = case.q_lens or [case.sq] * case.b
+    for n, (out_n, lse_n, naive) in enumerate(answers):
+        got_out, got_lse = swap(out)[n, :, : rows[n]], lse[n, :, : rows[n]]
+        assert_within("out", got_out, out_n, (x for x, _ in naive), dtype, 2)
+        assert_within("lse", got_lse, lse_n, (x for _, x in naive), lse.dtype, 2)
+        assert not swap(out)[n, :, rows[n] :].any() and (lse[n, :, rows[n] :] == -np.inf).all()
+
+
+@pytest.mark.parametrize("kernel", ISAS)
+@pytest.mark.parametrize("case", CASES + FLOAT8_CASES, ids=str)
+def test_within_the_error_rule(case, kernel):
+    check(case, kernel)
+
+
+@st.composite
+def cache_cases(draw):
+    b, new, slots = draw(st.integers(1, 3)), draw(st.integers(0, 9)), draw(st.integers(10, 300))
+    lens = tuple(draw(st.integers(0, slots - new)) for _ in range(b))
+    d = draw(st.integers(2, 40))
+    pages = draw(st.sampled_from((None, 1, 3, 16, 50, 128)))
+    return CacheCase(
+        b=b, lens=lens, slots=slots, new=new, d=d, pages=pages,
+        sq=draw(st.integers(0, 10)),
+        hk=draw(st.integers(1, 3)),
+        g=draw(st.integers(1, 9)),
+        dv=draw(st.integers(1, 40)),
+        dtype=draw(st.sampled_from(sorted(DTYPES))),
+        indexed=pages is None and draw(st.booleans()),
+        left_pad=draw(st.none() | st.just(tuple(n * draw(st.integers(0, 4)) // 4 for n in lens))),
+        new_lens=draw(st.none() | st.tuples(*[st.integers(0, new)] * b)),
+        causal=draw(st.booleans()),
+        window=draw(st.none() | st.tuples(st.none() | st.integers(0, 60), st.none() | st.integers(0, 9))),
+        softcap=draw(st.none() | st.just(1.5)),
+        alibi=draw(st.sampled_from(("", "h", "bh"))),
+        sink=draw(st.booleans()),
+        layout=draw(st.sampled_from((None, "bshd"))),
+        storage=draw(st.sampled_from(("contiguous", "sliced", "negative", "gaps"))),
+    )  # fmt: skip
+
+
+@given(cache_cases())
+@settings(max_examples=60)
+def test_random_calls_within_the_error_rule(case):
+    check(case)
+
+
+# ---- token by token ----
+
+STEPS = 11
+GROUPS = (1, 2, 3, 4, 5, 7, 8, 16, 71)
+KINDS = ("contiguous", "indexed", 1, 3, 16)
+OPTIONS = {
+    "plain": {},
+    "window": {"window": (4, None)},
+    "chunk": {"chunk": 4},
+    "softcap": {"softcap": 1.0},
+    "scale": {"scale": 0.3},
+    "sink": {"sink": True},
+    "alibi": {"alibi_slopes": True},
+    "halves": {"rotary": 8},
+    "neighbours": {"rotary": 4, "rotary_interleaved": True},
+    "left_pad": {"left_pad": 3},
+}
+
+
+def decode(kind, q, k, v, lens_at_start, **options):
+    """out [b, hq, s, dv] of s tokens, each its own call, on an empty cache of this kind."""
+    b, hk, s, d = k.shape
+    slots = lens_at_start + s
+    if isinstance(kind, int):
+        columns = -(-slots // kind)
+        options["page_table"] = np.random.default_rng(0).permutation(b * columns).astype(np.int32).reshape(b, columns)
+        shape = (b * columns, hk, kind)
+    else:
+        shape = (b + 1, hk, slots) if kind == "indexed" else (b, hk, slots)
+        if kind == "indexed":
+            options["batch_index"] = np.arange(b, 0, -1, dtype=np.int32)
+    caches = [place(np.full((*shape, x.shape[-1]), np.nan, x.dtype)) for x in (k, v)]
+    out = np.empty((*q.shape[:3], v.shape[-1]), q.dtype)
+    for i in range(s):
+        token = [x[:, :, i : i + 1] for x in (q, k, v)]
+        lens = lens_at_start + i
+        out[:, :, i : i + 1] = flashgqa.attention_with_kvcache(
+            token[0], *caches, *token[1:], cache_lens=lens, causal=True, **options
+        )
+    return out
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("g", GROUPS)
+def test_token_by_token_equals_the_whole_causal_forward(g, name, rng):
+    for n, kind in enumerate(KINDS):
+        dtype = DTYPES[sorted(DTYPES)[(n + g) % 4]]
+        options = dict(OPTIONS[name])
+        q, k, v = (rng.standard_normal((2, h, STEPS, 16)).astype(dtype) for h in (g, 1, 1))
+        if "sink" in options:
+            options["sink"] = rng.standard_normal(g).astype(dtype)
+        if "alibi_slopes" in options:
+            options["alibi_slopes"] = rng.random(g).astype(np.float32)
+        pad = options.pop("left_pad", 0)
+        whole = {key: x for key, x in options.items() if not key.startswith("rotary")}
+        if pad:
+            options["left_pad"] = np.full(2, pad, np.int32)
+        q_turned, k_turned = q.astype(np.float64), k
+        if "rotary" in options:
+            options["rotary"] = angles(STEPS, options["rotary"])
+            turn = (*options["rotary"], np.arange(STEPS), options.get("rotary_interleaved", False))
+            q_turned, k_turned = reference.rotate(q, *turn), reference.rotate(k, *turn).astype(dtype)
+        out = decode(kind, q, k, v, pad, **options)
+        right = reference.attention(q_turned, k_turned, v, causal=True, **whole)
+        naive = naive_forward(q_turned.astype(dtype), k_turned, v, causal=True, **whole)
+        assert_within(f"out of {kind}", out, right, (x for x, _ in naive), dtype, 2)
+
+
+def test_chunked_prefill_equals_the_whole_causal_forward(rng):
+    dtype, s = np.float32, 150
+    q, k, v = (rng.standard_normal((2, h, s, 32)).astype(dtype) for h in (6, 2, 2))
+    for page_size, chunks in ((None, (64, 64, 22)), (16, (1, 16, 16, 100, 17)), (48, (150,))):
+        slots = page_size or s
+        columns = -(-s // slots)
+        caches = [np.zeros((2 * columns, 2, slots, 32), dtype) for _ in range(2)]
+        table = np.arange(2 * columns, dtype=np.int32).reshape(columns, 2).T if page_size else None
+        out, start = np.empty_like(q), 0
+        for n in chunks:
+            rows = slice(start, start + n)
+            out[:, :, rows] = flashgqa.attention_with_kvcache(
+                q[:, :, rows], *caches, k[:, :, rows], v[:, :, rows], cache_lens=start, page_table=table, causal=True
+            )
+            start += n
+        right = reference.attention(q, k, v, causal=True)
+        assert_within("out", out, right, (x for x, _ in naive_forward(q, k, v, causal=True)), np.dtype(dtype), 2)
+
+
+# ---- bits ----
+
+
+@pytest.mark.parametrize("case", [
+    CacheCase(lens=(5, 300, 2000), slots=2050, d=64),
+    CacheCase(lens=(5, 300, 2000), slots=2050, d=64, g=16, dtype="bfloat16"),
+    CacheCase(lens=(5, 300, 2000), slots=2050, d=24, sq=5, new=5, pairs=8, dtype="float64"),
+    CacheCase(lens=(5, 300, 2000), slots=2050, d=64, float8=True, scales="h"),
+], ids=str)  # fmt: skip
+def test_bits_depend_on_the_sequence_alone(case):
+    """Not on the other sequences, the kind of cache, the size of pages or the number of threads."""
+    (q, k_cache, v_cache, k_new, v_new), options = build(case)
+    threads = flashgqa.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            flashgqa.set_num_threads(n)
+            call = q, k_cache.copy(), v_cache.copy(), k_new, v_new
+            results.append(flashgqa.attention_with_kvcache(*call, **options, return_lse=True))
+    finally:
+        flashgqa.set_num_threads(threads)
+    out, lse = results[0]
+    assert all(same_bits(a, out) and same_bits(b, lse) for a, b in results[1:])
+    for n in range(case.b):
+        own = {name: x[n : n + 1] if name == "cache_lens" else x for name, x in options.items()}
+        call = [x[n : n + 1].copy() for x in (q, k_cache, v_cache, k_new, v_new)]
+        assert same_bits(flashgqa.attention_with_kvcache(*call, **own), out[n : n + 1])
+    for page_size in (1, 16, 40, 128, 1000):
+        columns = -(-case.slots // page_size)
+        padded = [np.zeros((case.b, case.hk, columns * page_size, case.d), x.dtype) for x in (k_cache, v_cache)]
+        for to, x in zip(padded, (k_cache, v_cache), strict=True):
+            to[:, :, : case.slots] = x
+        pages = [
+            x.reshape(case.b, case.hk, columns, page_size, case.d).swapaxes(1, 2).reshape(-1, case.hk, page_size, case.d).copy()
+            for x in padded
+        ]
+        table = np.arange(case.b * columns, dtype=np.int32).reshape(case.b, columns)
+        assert same_bits(flashgqa.attention_with_kvcache(q, *pages, k_new, v_new, page_table=table, **options), out)
+
+
+def test_float8_rounds_to_nearest_and_saturates(rng):
+    import ml_dtypes
+
+    float8 = np.dtype(ml_dtypes.float8_e4m3fn)
+    every = np.arange(256, dtype=np.uint8).view(float8).astype(np.float32)
+    numbers = np.unique(every[np.isfinite(every)])
+    middle = (numbers[1:] + numbers[:-1]) / 2
+    x = np.concatenate([every, numbers, middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf),
+                        rng.standard_normal(300), [449, 463, 464, 465, 1e9, np.inf, -449, -464.5, -np.inf, 1e-9, -1e-9, -0.0]])
+    x = x.astype(np.float32)[:, None]
+    cache = np.zeros((1, 1, len(x), 1), float8)
+    new = x.reshape(cache.shape)
+    q = np.ones((1, 1, 1, 1), np.float32)
+    flashgqa.attention_with_kvcache(q[:, :, :0], cache, cache.copy(), new, new, cache_lens=0)
+    wanted = np.clip(new, -448, 448).astype(float8)
+    assert same_bits(np.nan_to_num(cache.astype(np.float32), nan=1e9), np.nan_to_num(wanted.astype(np.float32), nan=1e9))
+    # And back: attention to one key returns its value.
+    for n in range(256):
+        value = np.array([n], np.uint8).view(float8).reshape(1, 1, 1, 1)
+        out = flashgqa.attention_with_kvcache(q, np.zeros_like(value), value)
+        assert out.item() == value.astype(np.float32).item() or (np.isnan(out).all() and n % 128 == 127)
+
+
+# ---- arrays of others, and the documentation ----
+
+
+def test_torch_tensors_in_place():
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.float32, torch.bfloat16):
+        k_cache, v_cache = (torch.full((2, 10, 2, 16), float("nan"), dtype=dtype) for _ in range(2))
+        q, k_new, v_new = (torch.randn(2, 3, h, 16, dtype=dtype) for h in (8, 2, 2))
+        lens = torch.tensor([0, 0], dtype=torch.int32)
+        out, lse = flashgqa.attention_with_kvcache(
+            q, k_cache, v_cache, k_new, v_new, cache_lens=lens, causal=True, layout="bshd", return_lse=True
+        )
+        assert type(out) is torch.Tensor and out.dtype == dtype and lse.dtype == torch.float32
+        assert torch.equal(k_cache[:, :3], k_new) and torch.equal(v_cache[:, :3], v_new)
+        assert torch.isnan(k_cache[:, 3:]).all()
+        assert torch.equal(out, flashgqa.attention(q, k_new, v_new, causal=True, layout="bshd"))
+
+
+def test_torch_float8_cache():
+    torch = pytest.importorskip("torch")
+    k_cache = torch.zeros(1, 1, 4, 16, dtype=torch.float8_e4m3fn)
+    v_cache, new = k_cache.clone(), torch.randn(1, 1, 2, 16)
+    flashgqa.attention_with_kvcache(new, k_cache, v_cache, new, new, cache_lens=1)
+    assert torch.equal(k_cache[:, :, 1:3].float(), new.to(torch.float8_e4m3fn).float())
+
+
+def test_reference_takes_the_same_arguments():
+    ours = inspect.signature(flashgqa.attention_with_kvcache).parameters
+    case = CacheCase(sq=2, new=2)
+    tensors, options = build(case)
+    given = {name: p.default for name, p in ours.items() if p.kind is p.KEYWORD_ONLY} | options
+    out, lse = reference.attention_with_kvcache(*tensors, **given | {"return_lse": True})
+    assert out.shape == tensors[0].shape and lse.shape == out.shape[:3]
+
+
+def test_docstrings_run():
+    from flashgqa import kvcache
+
+    assert doctest.testmod(kvcache).failed == 0
