@@ -33,6 +33,28 @@ def forward(q: Any, k: Any, v: Any, return_lse: bool, out: Any, /, *options: Any
 def backward(dout: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, dlse: Any, /, *options: Any) -> tuple[Any, ...]: ...
 def weights(q: Any, k: Any, rows: Any, /, *options: Any) -> Any: ...
 def explain(q: Any, k: Any, v: Any, return_lse: bool, out: Any, backward: bool, /, *options: Any) -> dict[str, Any]: ...
+def attention_with_kvcache(
+    q: Any,
+    k_cache: Any,
+    v_cache: Any,
+    k_new: Any,
+    v_new: Any,
+    cache_lens: Any,
+    new_lens: Any,
+    page_table: Any,
+    batch_index: Any,
+    left_pad: Any,
+    rotary_cos: Any,
+    rotary_sin: Any,
+    rotary_offsets: Any,
+    k_scale: Any,
+    v_scale: Any,
+    rotary_interleaved: bool,
+    return_lse: bool,
+    out: Any,
+    /,
+    *options: Any,
+) -> Any: ...
 def merge(outs: tuple[Any, ...], lses: tuple[Any, ...], layout: str | None, /) -> tuple[Any, Any]: ...
 def dropout_mask(b: int, hq: int, sq: int, sk: int, dropout_p: float, seed: Any, /) -> Any: ...
 def kernels() -> list[tuple[str, str, str]]: ...

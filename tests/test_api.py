@@ -16,7 +16,7 @@ import pytest
 from capsules import inputs
 
 import flashgqa
-from flashgqa import _C, api, reference
+from flashgqa import _C, api, kvcache, reference
 
 Q, K, V = inputs("float64")
 CALLS = {"attention": (5, ()), "attention_backward": (8, ()), "explain": (6, ()), "attention_weights": (3, ())}
@@ -78,7 +78,8 @@ def test_stubs_name_what_exists():
     options = [n.target.id for c in ("_Scores", "_Options") for n in classes[c].body]
     assert sorted(options) == sorted(_C.OPTIONS)
     functions = {n.name for n in stub.body if isinstance(n, ast.FunctionDef)}
-    assert functions | {"Config", "Gradients", "Plan", "Tensor", "__version__"} == set(flashgqa.__all__) == set(api.__all__)
+    assert functions | {"Config", "Gradients", "Plan", "Tensor", "__version__"} == set(api.__all__)
+    assert set(api.__all__) | set(kvcache.__all__) | {"mean_pool_kv_heads"} == set(flashgqa.__all__)
     compiled = ast.parse((Path(api.__file__).parent / "_C.pyi").read_text())
     named = {getattr(n, "name", None) or n.target.id for n in compiled.body if hasattr(n, "name") or hasattr(n, "target")}
     assert named == {n for n in dir(_C) if not n.startswith("__")} | {"__version__"}

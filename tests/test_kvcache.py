@@ -1,7 +1,9 @@
 """attention_with_kvcache against the oracle, against attention over all tokens at once, and bit by bit against itself."""
 
+import ast
 import doctest
 import inspect
+import pathlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as st
 from kvcases import CASES, FLOAT8_CASES, CacheCase, angles, build, expected
 
 import flashgqa
-from flashgqa import reference
+from flashgqa import kvcache, reference
 
 ISAS = [k["name"] for k in flashgqa.kernels() if k["device"] == "cpu" and k["available"] and k["pass"] == "forward"]
 
@@ -271,7 +273,26 @@ def test_reference_takes_the_same_arguments():
     assert out.shape == tensors[0].shape and lse.shape == out.shape[:3]
 
 
-def test_docstrings_run():
-    from flashgqa import kvcache
+def test_arguments_are_handed_over_in_the_order_of_C():
+    calls = [n for n in ast.walk(ast.parse(inspect.getsource(kvcache))) if isinstance(n, ast.Call)]
+    call = next(n for n in calls if getattr(n.func, "id", "") == "_attention")
+    names = [getattr(argument, "id", None) for argument in call.args]
+    first = kvcache._C.attention_with_kvcache.__doc__.split("(")[1].split(", *OPTIONS")[0].split(", ")
+    local = {"rotary_cos": "cos", "rotary_sin": "sin"}
+    assert names[: len(first)] == [local.get(name, name) for name in first]
+    known = inspect.signature(flashgqa.attention_with_kvcache).parameters
+    assert names[len(first) :] == [name if name in known else None for name in kvcache._C.OPTIONS]
 
+
+def test_stubs_name_what_exists():
+    stub = ast.parse(pathlib.Path(kvcache.__file__).with_suffix(".pyi").read_text())
+    options = next(n for n in stub.body if getattr(n, "name", "") == "_CacheOptions")
+    known = inspect.signature(flashgqa.attention_with_kvcache).parameters
+    assert {n.target.id for n in options.body if hasattr(n, "target")} | {"return_lse"} == {
+        name for name, p in known.items() if p.kind is p.KEYWORD_ONLY
+    }
+    assert set(kvcache.__all__) <= {getattr(n, "name", "") for n in stub.body}
+
+
+def test_docstrings_run():
     assert doctest.testmod(kvcache).failed == 0
