@@ -27,11 +27,12 @@ from .api import (
     set_num_threads,
     show_config,
 )
-from .kvcache import attention_with_kvcache
+from .kvcache import KVCache, attention_with_kvcache
 
 __all__ = [
     "Config",
     "Gradients",
+    "KVCache",
     "Plan",
     "Tensor",
     "__version__",

@@ -9,7 +9,7 @@ import numpy
 
 from . import _C
 
-__all__ = ["attention_with_kvcache"]
+__all__ = ["KVCache", "attention_with_kvcache"]
 
 _attention = _C.attention_with_kvcache
 
@@ -147,3 +147,316 @@ def _cos_sin(rotary):
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or any(x is None for x in rotary):
         raise TypeError(f"rotary is {type(rotary).__name__}: it must be None or a pair of arrays (cos, sin), [positions, pairs]")
     return rotary
+
+
+class _Pool:
+    """Pages of keys and values that caches share: each counts the sequences that have it."""
+
+    def __init__(self, pages, page_size, num_kv_heads, dims, dtype, library, layout):
+        shape = (pages, page_size, num_kv_heads) if layout == "bshd" else (pages, num_kv_heads, page_size)
+        zeros = _zeros_of(library, dtype)
+        self.k, self.v = (zeros((*shape, dim)) for dim in dims)
+        self.references = numpy.zeros(pages, numpy.int64)
+        self.page_bytes = (self.k.nbytes + self.v.nbytes) // max(pages, 1)
+
+    def take(self, count):
+        """Page numbers, lowest first, each with one reference."""
+        free = numpy.flatnonzero(self.references == 0)
+        if count > len(free):
+            raise MemoryError(
+                f"the KV cache is full: {count} more pages are needed and {len(free)} of {len(self.references)} are free; crop "
+                "or drop sequences, or allocate it with more pages"
+            )
+        self.references[free[:count]] = 1
+        return free[:count]
+
+    def add(self, table, change):
+        """One reference more or less for each page in a table, whose empty places are -1."""
+        numpy.add.at(self.references, table[table >= 0], change)
+
+
+def _zeros_of(library, dtype):
+    """A function from a shape to an array of the library."""
+    name = dtype if isinstance(dtype, str) else dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
+    name = "float8_e4m3fn" if name == "float8_e4m3" else name
+    if name not in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn"):
+        raise TypeError(f"dtype is {dtype!r}: it must be float64, float32, float16, bfloat16 or float8_e4m3")
+    if library == "numpy":
+        if name in ("bfloat16", "float8_e4m3fn"):
+            import ml_dtypes
+
+            name = getattr(ml_dtypes, name)
+        return lambda shape: numpy.zeros(shape, name)
+    if library == "torch":
+        import torch
+
+        return lambda shape: torch.zeros(shape, dtype=getattr(torch, name))
+    raise ValueError(f'library is {library!r}: it must be "numpy" or "torch"')
+
+
+def _count(name, value, least):
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}: it must be an integer") from None
+    if number < least:
+        raise ValueError(f"{name} is {number}: it must be {least} or more")
+    return number
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, in pages, with the bookkeeping that `attention_with_kvcache` leaves to its caller.
+
+    Pages are taken from a pool as sequences grow. Sequences that begin alike share pages (`reorder`, `fork`); one that is
+    about to be written by one of them is copied first.
+
+    Parameters
+    ----------
+    batch : int
+        Number of sequences, all empty at first.
+    num_kv_heads, head_dim : int
+        hk and d.
+    capacity : int
+        Most slots that a sequence can have.
+    value_dim : int, optional
+        dv; default d.
+    dtype : str or dtype
+        "float32", "float16", "bfloat16", "float64" or "float8_e4m3"; NumPy needs ml_dtypes for bfloat16 and float8.
+    page_size : int
+        Slots of a page.
+    pages : int, optional
+        Of the pool; default: enough for ``batch`` full sequences that share nothing.
+    layout : {"bhsd", "bshd"}
+        Of q, new keys and values, results, and the pool.
+    library : {"numpy", "torch"}
+        Whose arrays the pool is made of, on the CPU. q and new keys may be of any library.
+    k_scale, v_scale : float32 array, [hk] or [b, hk], optional
+        Of a float8 cache.
+
+    Attributes
+    ----------
+    k, v : array
+        The pool, [pages, hk, page_size, d] and [.., dv] ("bshd": [pages, page_size, hk, d]).
+    page_table : numpy.ndarray, int32 [batch, columns]
+        Pages of each sequence; -1 where it has none.
+    lens : numpy.ndarray, int32 [batch]
+        Slots in use.
+    bytes_used, bytes_allocated : int
+        Of pages that some sequence has, those of forks included and shared ones once; of the pool.
+
+    Examples
+    --------
+    >>> import numpy, flashgqa
+    >>> cache = flashgqa.KVCache(2, 2, 64, capacity=1000)
+    >>> q, k = numpy.random.randn(2, 8, 5, 64).astype("f4"), numpy.random.randn(2, 2, 5, 64).astype("f4")
+    >>> cache.attention(q, k, k, causal=True).shape, cache.lens
+    ((2, 8, 5, 64), array([5, 5], dtype=int32))
+    >>> cache.reorder([1, 1])
+    >>> cache.bytes_used // 1024
+    128
+    """
+
+    def __init__(
+        self,
+        batch,
+        num_kv_heads,
+        head_dim,
+        *,
+        capacity,
+        value_dim=None,
+        dtype="float32",
+        page_size=128,
+        pages=None,
+        layout="bhsd",
+        library="numpy",
+        k_scale=None,
+        v_scale=None,
+    ):
+        batch, capacity, page_size = _count("batch", batch, 0), _count("capacity", capacity, 0), _count("page_size", page_size, 1)
+        dims = _count("head_dim", head_dim, 1), _count("value_dim", head_dim if value_dim is None else value_dim, 1)
+        columns = -(-capacity // page_size)
+        pages = batch * columns if pages is None else _count("pages", pages, 0)
+        if layout not in ("bhsd", "bshd"):
+            raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')
+        self._pool = _Pool(pages, page_size, _count("num_kv_heads", num_kv_heads, 1), dims, dtype, library, layout)
+        self.capacity, self.page_size, self.layout = capacity, page_size, layout
+        self._scales = {"k_scale": k_scale, "v_scale": v_scale}
+        self._table = numpy.full((batch, columns), -1, numpy.int32)
+        self._lens = numpy.zeros(batch, numpy.int32)
+
+    def __del__(self):
+        if hasattr(self, "_table"):
+            self._pool.add(self._table, -1)
+
+    def __repr__(self):
+        return f"<KVCache of {len(self)} sequences, {self.bytes_used:,} of {self.bytes_allocated:,} bytes used>"
+
+    def __len__(self):
+        return len(self._lens)
+
+    @property
+    def k(self):
+        return self._pool.k
+
+    @property
+    def v(self):
+        return self._pool.v
+
+    @property
+    def page_table(self):
+        return self._table.copy()
+
+    @property
+    def lens(self):
+        return self._lens.copy()
+
+    @property
+    def bytes_used(self):
+        return int((self._pool.references > 0).sum()) * self._pool.page_bytes
+
+    @property
+    def bytes_allocated(self):
+        return len(self._pool.references) * self._pool.page_bytes
+
+    def attention(self, q, k_new=None, v_new=None, *, new_lens=None, **options):
+        """Append k_new and v_new, if given, and attend to all that the sequences then hold: see `attention_with_kvcache`.
+
+        Parameters
+        ----------
+        q, k_new, v_new, new_lens
+            As there.
+        **options
+            Its options but for those that the cache itself answers (cache_lens, page_table, layout, scales).
+
+        Returns
+        -------
+        out, or (out, lse)
+            As there. A call that fails leaves the cache as it was.
+
+        Raises
+        ------
+        MemoryError
+            No page is free.
+        ValueError
+            A sequence would have more than ``capacity`` slots; and what `attention_with_kvcache` raises.
+        """
+        added = self._added(k_new, new_lens)
+        table, taken, left = self._grow(added)
+        try:
+            result = attention_with_kvcache(
+                q, self.k, self.v, k_new, v_new, cache_lens=self._lens, new_lens=new_lens, page_table=table, layout=self.layout,
+                **self._scales, **options,
+            )  # fmt: skip
+        except BaseException:
+            self._pool.add(taken, -1)
+            raise
+        self._pool.add(left, -1)
+        self._table = table
+        self._lens = self._lens + added
+        return result
+
+    def append(self, k_new, v_new, *, new_lens=None, **options):
+        """Append without attending. ``options``: rotary, rotary_interleaved, rotary_offsets."""
+        self.attention(k_new[:, :0] if self.layout == "bshd" else k_new[:, :, :0], k_new, v_new, new_lens=new_lens, **options)
+
+    def crop(self, lens):
+        """Forget all slots from ``lens`` on (an int, or one for each sequence) and give back pages that are no longer needed."""
+        lens = numpy.minimum(self._lens, self._per_sequence("lens", lens)).astype(numpy.int32)
+        keep = numpy.arange(self._table.shape[1]) < -(-lens // self.page_size)[:, None]
+        self._pool.add(self._table[~keep], -1)
+        self._table = numpy.where(keep, self._table, -1).astype(numpy.int32)
+        self._lens = lens
+
+    def reorder(self, sequences):
+        """Sequence n becomes what sequence ``sequences[n]`` was, as in a beam search; the batch gets as long as ``sequences``."""
+        sequences = self._sequences(sequences)
+        table = self._table[sequences]
+        self._pool.add(table, 1)
+        self._pool.add(self._table, -1)
+        self._table, self._lens = table, self._lens[sequences]
+        self._scales = self._scales_of(sequences)
+
+    def fork(self, sequences=None):
+        """Another KVCache with these sequences (default: all), in the same pool. They share pages until one is written."""
+        sequences = numpy.arange(len(self)) if sequences is None else self._sequences(sequences)
+        other = object.__new__(KVCache)
+        other.__dict__.update({name: x for name, x in self.__dict__.items() if name != "_table"})
+        other._lens, other._scales = self._lens[sequences], self._scales_of(sequences)
+        other._table = self._table[sequences]
+        self._pool.add(other._table, 1)
+        return other
+
+    def sequence(self, n):
+        """Copies of what sequence n holds, [hk, slots, d] and [hk, slots, dv] ("bshd": [slots, hk, d]), elements of the cache."""
+        columns, length = self._table[n, : -(-self._lens[n] // self.page_size)], self._lens[n]
+        axis = 0 if self.layout == "bshd" else 1
+        parts = ([pool[int(page)] for page in columns] or [pool[:0].reshape(self._empty(pool))] for pool in (self.k, self.v))
+        return tuple(_cut(_join(pages, axis), axis, length) for pages in parts)
+
+    # ---- bookkeeping ----
+
+    def _empty(self, pool):
+        return (0, *pool.shape[2:]) if self.layout == "bshd" else (pool.shape[1], 0, pool.shape[3])
+
+    def _per_sequence(self, name, value):
+        numbers = numpy.asarray(value)
+        if numbers.dtype.kind not in "iu" or numbers.ndim > 1 or numbers.size not in (1, len(self)) or (numbers < 0).any():
+            raise ValueError(f"{name} is {value!r}: it must be an integer of 0 or more, or one for each of {len(self)} sequences")
+        return numpy.broadcast_to(numbers, len(self))
+
+    def _sequences(self, sequences):
+        numbers = numpy.asarray(sequences)
+        if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+            raise TypeError(f"sequences is {sequences!r}: it must be a list of integers")
+        numbers = numbers.astype(numpy.int64)
+        if ((numbers < 0) | (numbers >= len(self))).any():
+            raise ValueError(f"sequences is {sequences!r}: the cache has sequences 0 to {len(self) - 1}")
+        return numbers
+
+    def _scales_of(self, sequences):
+        return {name: x if x is None or x.ndim == 1 else x[sequences] for name, x in self._scales.items()}
+
+    def _added(self, k_new, new_lens):
+        if k_new is None:
+            return numpy.zeros(len(self), numpy.int32)
+        rows = k_new.shape[1 if self.layout == "bshd" else 2] if len(k_new.shape) == 4 else 0     # else C says what is wrong
+        added = rows if new_lens is None else numpy.minimum(self._per_sequence("new_lens", new_lens), rows)
+        added = numpy.broadcast_to(added, len(self)).astype(numpy.int32)
+        for n, total in enumerate(self._lens.astype(numpy.int64) + added):
+            if total > self.capacity:
+                raise ValueError(
+                    f"sequence {n} has {self._lens[n]} slots in use and {added[n]} new keys are appended: {total} exceed the "
+                    f"capacity of {self.capacity}; allocate the cache with a larger one, or crop it"
+                )
+        return added
+
+    def _grow(self, added):
+        """(table, taken, left): a table with pages for the new slots; those it took for that; shared ones it left for a copy."""
+        table, size, references = self._table.copy(), self.page_size, self._pool.references.copy()
+        places, left = [], []
+        for n in numpy.flatnonzero(added):
+            for column in range(self._lens[n] // size, -(-(self._lens[n] + added[n]) // size)):
+                page = table[n, column]
+                if page < 0 or references[page] > 1:
+                    places.append((n, column))
+                    if page >= 0:
+                        left.append(page)
+                        references[page] -= 1       # of the sequences that share a page, the last one keeps it
+        taken = self._pool.take(len(places))
+        for place, page in zip(places, taken, strict=True):
+            for pool in (self.k, self.v) if table[place] >= 0 else ():
+                pool[int(page)] = pool[int(table[place])]
+            table[place] = page
+        return table, taken, numpy.array(left, numpy.int64)
+
+
+def _join(pages, axis):
+    if isinstance(pages[0], numpy.ndarray):
+        return numpy.concatenate(pages, axis)
+    import torch
+
+    return torch.cat(pages, axis)
+
+
+def _cut(x, axis, length):
+    return x[:length] if axis == 0 else x[:, :length]

@@ -1,7 +1,9 @@
 """Types of flashgqa.kvcache."""
 
+from collections.abc import Sequence
 from typing import Any, Literal, TypedDict, overload
 
+import numpy
 from typing_extensions import Unpack
 
 from .api import A, Array
@@ -55,3 +57,45 @@ def attention_with_kvcache(
     return_lse: Literal[True],
     **options: Unpack[_CacheOptions],
 ) -> tuple[A, A]: ...
+
+class KVCache:
+    capacity: int
+    page_size: int
+    layout: Literal["bhsd", "bshd"]
+    def __init__(
+        self,
+        batch: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        capacity: int,
+        value_dim: int | None = None,
+        dtype: Any = "float32",
+        page_size: int = 128,
+        pages: int | None = None,
+        layout: Literal["bhsd", "bshd"] = "bhsd",
+        library: Literal["numpy", "torch"] = "numpy",
+        k_scale: Array | None = None,
+        v_scale: Array | None = None,
+    ) -> None: ...
+    def __len__(self) -> int: ...
+    @property
+    def k(self) -> Any: ...
+    @property
+    def v(self) -> Any: ...
+    @property
+    def page_table(self) -> numpy.ndarray: ...
+    @property
+    def lens(self) -> numpy.ndarray: ...
+    @property
+    def bytes_used(self) -> int: ...
+    @property
+    def bytes_allocated(self) -> int: ...
+    def attention(
+        self, q: A, k_new: Array | None = None, v_new: Array | None = None, *, new_lens: Array | None = None, **options: Any
+    ) -> Any: ...
+    def append(self, k_new: Array, v_new: Array, *, new_lens: Array | None = None, **options: Any) -> None: ...
+    def crop(self, lens: int | Sequence[int] | numpy.ndarray) -> None: ...
+    def reorder(self, sequences: Sequence[int] | numpy.ndarray) -> None: ...
+    def fork(self, sequences: Sequence[int] | numpy.ndarray | None = None) -> KVCache: ...
+    def sequence(self, n: int) -> tuple[Any, Any]: ...

@@ -1,0 +1,171 @@
+"""KVCache against a plain model of it: one list of tokens a sequence, and a pool that is never larger than needed."""
+
+import gc
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+import flashgqa
+
+HK, D, DV, PAGE, CAPACITY = 2, 4, 3, 4, 14
+
+
+def tokens(rng, b, n):
+    return rng.standard_normal((b, HK, n, D)).astype(np.float32), rng.standard_normal((b, HK, n, DV)).astype(np.float32)
+
+
+class Machine(RuleBasedStateMachine):
+    """Two caches in one pool, a random life; after each step all their sequences hold what the model says."""
+
+    @initialize(batch=st.integers(1, 3), seed=st.integers(0, 1000))
+    def start(self, batch, seed):
+        self.rng = np.random.default_rng(seed)
+        self.caches = [flashgqa.KVCache(batch, HK, D, value_dim=DV, capacity=CAPACITY, page_size=PAGE, pages=24)]
+        self.model = [[(np.zeros((HK, 0, D), "f4"), np.zeros((HK, 0, DV), "f4"))] * batch]
+
+    def pick(self, which):
+        n = which % len(self.caches)
+        return n, self.caches[n], self.model[n]
+
+    @rule(which=st.integers(0, 1), rows=st.integers(0, 6), data=st.data())
+    def append(self, which, rows, data):
+        n, cache, model = self.pick(which)
+        lens = np.array([data.draw(st.integers(0, rows)) for _ in model], np.int32)
+        k, v = tokens(self.rng, len(model), rows)
+        before = cache.page_table, cache.lens
+        try:
+            cache.append(k, v, new_lens=lens)
+        except (ValueError, MemoryError) as error:
+            too_long = any(x[0].shape[1] + added > CAPACITY for x, added in zip(model, lens, strict=True))
+            assert isinstance(error, ValueError if too_long else MemoryError)
+            assert (cache.page_table == before[0]).all() and (cache.lens == before[1]).all()
+            return
+        self.model[n] = [
+            tuple(np.concatenate([old, new[i, :, : lens[i]]], axis=1) for old, new in zip(model[i], (k, v), strict=True))
+            for i in range(len(model))
+        ]
+
+    @rule(which=st.integers(0, 1), data=st.data())
+    def reorder(self, which, data):
+        n, cache, model = self.pick(which)
+        order = data.draw(st.lists(st.integers(0, len(model) - 1), min_size=1, max_size=4))
+        cache.reorder(order)
+        self.model[n] = [model[i] for i in order]
+
+    @rule(which=st.integers(0, 1), length=st.integers(0, CAPACITY))
+    def crop(self, which, length):
+        n, cache, model = self.pick(which)
+        cache.crop(length)
+        self.model[n] = [tuple(x[:, :length] for x in both) for both in model]
+
+    @precondition(lambda self: len(self.caches) == 1)
+    @rule(data=st.data())
+    def fork(self, data):
+        chosen = data.draw(st.none() | st.lists(st.integers(0, len(self.model[0]) - 1), min_size=1, max_size=3))
+        self.caches.append(self.caches[0].fork(chosen))
+        self.model.append(list(self.model[0]) if chosen is None else [self.model[0][i] for i in chosen])
+
+    @precondition(lambda self: len(self.caches) == 2)
+    @rule(which=st.integers(0, 1))
+    def drop(self, which):
+        del self.caches[which], self.model[which]
+        gc.collect()
+
+    @invariant()
+    def holds_what_the_model_says(self):
+        pages = set()
+        for cache, model in zip(getattr(self, "caches", ()), getattr(self, "model", ()), strict=True):
+            assert len(cache) == len(model)
+            for n, both in enumerate(model):
+                for got, wanted in zip(cache.sequence(n), both, strict=True):
+                    assert got.shape == wanted.shape and (got == wanted).all()
+            table = cache.page_table
+            assert ((table >= 0).sum(axis=1) == -(-cache.lens // PAGE)).all()
+            pages |= set(table[table >= 0].tolist())
+        if hasattr(self, "caches"):
+            assert self.caches[0].bytes_used == len(pages) * PAGE * HK * (D + DV) * 4, "a page leaks, or is counted twice"
+
+
+Machine.TestCase.settings = settings(max_examples=25, stateful_step_count=15)
+TestKVCache = Machine.TestCase
+
+
+def test_attention_is_that_over_all_tokens():
+    rng = np.random.default_rng(0)
+    for layout in ("bhsd", "bshd"):
+        swap = (lambda x: x.swapaxes(1, 2)) if layout == "bshd" else (lambda x: x)
+        q = swap(rng.standard_normal((2, 3 * HK, 10, D)).astype(np.float32))
+        k, v = (swap(x) for x in tokens(rng, 2, 10))
+        cache = flashgqa.KVCache(2, HK, D, value_dim=DV, capacity=10, page_size=3, layout=layout)
+        whole = flashgqa.attention(q, k, v, causal=True, layout=layout)
+        for rows in (slice(0, 6), slice(6, 7), slice(7, 10)):
+            part = [x[:, rows] if layout == "bshd" else x[:, :, rows] for x in (q, k, v, whole)]
+            out, lse = cache.attention(*part[:3], causal=True, return_lse=True)
+            np.testing.assert_allclose(out, part[3], rtol=0, atol=1e-6)
+            assert lse.shape == (2, 3 * HK, rows.stop - rows.start)
+        assert (cache.lens == 10).all()
+        last = (slice(None), slice(9, 10)) if layout == "bshd" else (slice(None), slice(None), slice(9, 10))
+        np.testing.assert_allclose(cache.attention(q[last], causal=True), whole[last], rtol=0, atol=1e-6)
+
+
+def test_torch_and_float8():
+    torch = pytest.importorskip("torch")
+    q, new = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
+    scale = torch.full((2,), 0.01)
+    options = {"dtype": "float8_e4m3", "page_size": 2, "library": "torch", "k_scale": scale, "v_scale": scale}
+    cache = flashgqa.KVCache(1, 2, 16, capacity=8, **options)
+    assert cache.k.dtype == torch.float8_e4m3fn and cache.bytes_allocated == 8 * 2 * 2 * 16
+    out = cache.attention(q, new, new, causal=True)
+    held = cache.sequence(0)[0].float() * 0.01
+    assert type(out) is torch.Tensor
+    assert torch.equal(held, (new[0] / 0.01).clamp(-448, 448).to(torch.float8_e4m3fn).float() * 0.01)
+    torch.testing.assert_close(out, flashgqa.attention(q, held[None], held[None], causal=True))
+    fork = cache.fork()
+    fork.append(new, new)
+    assert fork.lens == [6] and torch.equal(cache.sequence(0)[0].float() * 0.01, held)
+
+
+def test_dtypes_by_any_name():
+    import ml_dtypes
+
+    for dtype in ("bfloat16", ml_dtypes.bfloat16, np.dtype(ml_dtypes.bfloat16)):
+        assert flashgqa.KVCache(1, 1, 8, capacity=4, dtype=dtype).k.dtype == ml_dtypes.bfloat16
+    for dtype in ("float32", np.float32, np.dtype("f4")):
+        assert flashgqa.KVCache(1, 1, 8, capacity=4, dtype=dtype).k.dtype == np.float32
+    torch = pytest.importorskip("torch")
+    assert flashgqa.KVCache(1, 1, 8, capacity=4, dtype=torch.float16, library="torch").v.dtype == torch.float16
+
+
+@pytest.mark.parametrize("error, text, arguments", [
+    (TypeError, "batch is 1.5: it must be an integer", {"batch": 1.5}),
+    (ValueError, "page_size is 0: it must be 1 or more", {"page_size": 0}),
+    (TypeError, "dtype is 'int8'", {"dtype": "int8"}),
+    (ValueError, "library is 'jax'", {"library": "jax"}),
+    (ValueError, "layout is 'sbhd'", {"layout": "sbhd"}),
+])  # fmt: skip
+def test_what_cannot_be_made(error, text, arguments):
+    with pytest.raises(error, match=text):
+        flashgqa.KVCache(**{"batch": 1, "num_kv_heads": 1, "head_dim": 8, "capacity": 9, **arguments})
+
+
+def test_what_cannot_be_done():
+    rng = np.random.default_rng(0)
+    cache = flashgqa.KVCache(2, HK, D, value_dim=DV, capacity=8, page_size=PAGE, pages=3)
+    k, v = tokens(rng, 2, 4)
+    cache.append(k, v)
+    table = cache.page_table
+    for error, text, call in (
+        (MemoryError, "2 more pages are needed and 1 of 3 are free", lambda: cache.append(k, v)),
+        (ValueError, "sequence 0 has 4 slots in use and 8 new keys .* capacity of 8", lambda: cache.append(*tokens(rng, 2, 8))),
+        (ValueError, "v_new has head dim", lambda: cache.append(k, k, new_lens=np.array([1, 0], np.int32))),
+        (ValueError, "the cache has sequences 0 to 1", lambda: cache.reorder([0, 2])),
+        (TypeError, "it must be a list of integers", lambda: cache.fork([0.5])),
+        (ValueError, "lens is -1", lambda: cache.crop(-1)),
+    ):
+        with pytest.raises(error, match=text):
+            call()
+        assert (cache.page_table == table).all() and (cache.lens == 4).all()
+        assert cache.bytes_used == 2 * PAGE * HK * (D + DV) * 4
