@@ -1,9 +1,8 @@
 """attention and merge of `flashgqa.torch`."""
 
 import torch
-from torch.autograd import forward_ad
 
-from . import _torch_ops
+from ._torch_eager import attend
 
 
 def draw_seed(device):
@@ -16,28 +15,6 @@ def seed_tensor(seed, device):
     key = torch.zeros(2, dtype=torch.int64, device=device)
     key[:1].fill_(seed - 2**64 if seed >= 2**63 else seed)
     return key
-
-
-def as_autocast(*tensors):
-    """The tensors as torch's autocast would hand them to scaled_dot_product_attention: wide floats become narrow."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    narrow = (torch.float16, torch.bfloat16, torch.float32)
-    return tuple(x.to(dtype) if x is not None and x.dtype in narrow else x for x in tensors)
-
-
-def check_tensors(**tensors):
-    for name, x in tensors.items():
-        if x is not None and not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor; flashgqa.attention takes other arrays")
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        for name, x in tensors.items():
-            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
-                raise NotImplementedError(
-                    f"flashgqa: {name} has a forward-mode tangent, and attention no forward-mode derivative; use backward()"
-                )
 
 
 def attention(
@@ -95,24 +72,21 @@ cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, ch
     out, lse : torch.Tensor
         As in `flashgqa.attention`.
     """
-    check_tensors(
-        q=q, k=k, v=v, mask=mask, bias=bias, alibi_slopes=alibi_slopes, sink=sink, q_lens=q_lens, kv_lens=kv_lens,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv,
-    )  # fmt: skip
-    q, k, v = as_autocast(q, k, v)
+    given = not (
+        mask is bias is alibi_slopes is sink is q_lens is kv_lens is cu_seqlens_q is cu_seqlens_kv is None and dropout_p == 0
+    )
     if dropout_p == 0:
         seed = None
     elif seed is None:
         seed = draw_seed(q.device)
     elif isinstance(seed, int):
         seed = seed_tensor(seed, q.device)
-    left, right = (None, None) if window is None else window
-    out, lse = _torch_ops.differentiable_forward(
-        q, k, v, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_kv, seed,
-        causal, left, right, align, chunk, scale, softcap, max_q, max_kv, dropout_p, layout,
-        deterministic or torch.are_deterministic_algorithms_enabled(), batch_invariant, precision, check,
+    options = (
+        causal, (None, None) if window is None else window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink,
+        q_lens, kv_lens, cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, None,
+        deterministic or torch.are_deterministic_algorithms_enabled(), batch_invariant, precision, check, None, None,
     )  # fmt: skip
-    return (out, lse) if return_lse else out
+    return attend(q, k, v, return_lse, options, given)
 
 
 def merge(outs, lses, *, layout=None):

@@ -3,24 +3,26 @@
 Here the log-sum-exp of a row that sees no key is -inf (there it is inf), and S_dmask is always None.
 """
 
-from ._torch_attention import attention
+import torch
+
+from ._torch_attention import draw_seed
+from ._torch_eager import attend
 
 
-def _run(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, **more):
+def _run(
+    q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, layout=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+):  # fmt: skip
     left, right = window_size
-    out, lse = attention(
-        q, k, v,
-        dropout_p=dropout_p,
-        scale=softmax_scale,
-        causal=causal,
-        window=(None if left < 0 else left, None if right < 0 else right),
-        softcap=softcap if softcap != 0 else None,
-        alibi_slopes=alibi_slopes,
-        deterministic=deterministic,
-        return_lse=True,
-        **more,
+    options = (
+        causal, (None if left < 0 else left, None if right < 0 else right), "bottom-right", None, softmax_scale,
+        softcap if softcap != 0 else None, None, None, alibi_slopes, None, None, None, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, dropout_p, None if dropout_p == 0 else draw_seed(q.device), layout, None,
+        deterministic or torch.are_deterministic_algorithms_enabled(), False, None, False, None, None,
     )  # fmt: skip
-    return (out, lse, None) if return_attn_probs else out
+    given = not (alibi_slopes is cu_seqlens_q is None and dropout_p == 0)
+    result = attend(q, k, v, return_attn_probs, options, given)
+    return (*result, None) if return_attn_probs else result
 
 
 def flash_attn_func(
@@ -32,9 +34,8 @@ def flash_attn_func(
     Returns out, or (out, lse [b, hq, sq], None) with return_attn_probs.
     """
     return _run(
-        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        layout="bshd",
-    )  # fmt: skip
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, "bshd"
+    )
 
 
 def flash_attn_kvpacked_func(
@@ -71,7 +72,7 @@ def flash_attn_varlen_func(
         raise NotImplementedError("block_table: this version has no paged KV cache; gather the pages into k and v")
     return _run(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_k, max_q=max_seqlen_q, max_kv=max_seqlen_k,
+        None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
     )  # fmt: skip
 
 

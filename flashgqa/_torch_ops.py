@@ -26,7 +26,7 @@ forward = torch.ops.flashgqa.forward.default
 backward = torch.ops.flashgqa.backward.default
 
 
-def _untraced(function):
+def untraced(function):
     """What torch.compile must not look into where it runs below code that it left to eager: torch.compiler.disable without its
     import of the compiler and its cost at every call.
     """
@@ -37,7 +37,7 @@ def _untraced(function):
 
 
 def _c_options(tensors, values):
-    """The options of an operator in the order of ``_C``."""
+    """The options of an operator in the order of ``_C``: what `operator_options` takes."""
     mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, cu_seqlens_kv, seed = tensors
     causal, left, right, align, chunk, scale, softcap, max_q, max_kv, dropout_p, layout, *rest = values
     deterministic, batch_invariant, precision, check = rest
@@ -48,31 +48,52 @@ def _c_options(tensors, values):
     )  # fmt: skip
 
 
+def operator_options(options):
+    """Options in the order of ``_C``, which all eager calls use, as those of an operator."""
+    causal, window, align, chunk, scale, softcap, *tensors, max_q, max_kv, dropout_p, seed, layout = options[:19]
+    return (
+        *tensors, seed, causal, *window, align, chunk, scale, softcap, max_q, max_kv, dropout_p, layout, *options[20:24]
+    )  # fmt: skip
+
+
 # ---- computing ----
 
 
-@_untraced
-def _forward(q, k, v, *options):
-    return _C.forward(q, k, v, True, None, *_c_options(options[:_N_TENSORS], options[_N_TENSORS:]))
+@untraced
+def c_forward(*inputs):
+    """_C.forward; torch's own error where memory does not suffice."""
+    try:
+        return _C.forward(*inputs)
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
-@_untraced
-def _backward(dout, q, k, v, out, lse, dlse, want_dbias, *options):
+@untraced
+def c_backward(dout, *inputs):
     # Gradients of sums and means are expanded scalars.
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    tensors, values = options[:_N_TENSORS], options[_N_TENSORS:]
-    return _C.backward(dout, q, k, v, out, lse, dlse, want_dbias, *_c_options(tensors, values))
+    if not dout.is_contiguous() and dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    try:
+        return _C.backward(dout, *inputs)
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
-@_untraced
-def _backward_operator(dout, q, *rest):
-    dq, dk, dv, dbias, dsink = _backward(dout, q, *rest)
+@untraced
+def _forward(q, k, v, *options):
+    return c_forward(q, k, v, True, None, *_c_options(options[:_N_TENSORS], options[_N_TENSORS:]))
+
+
+@untraced
+def _backward(dout, q, k, v, out, lse, dlse, want_dbias, *options):
+    of_options = _c_options(options[:_N_TENSORS], options[_N_TENSORS:])
+    dq, dk, dv, dbias, dsink = c_backward(dout, q, k, v, out, lse, dlse, want_dbias, *of_options)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 
 for _device in ("cpu", "cuda"):
     torch.library.impl("flashgqa::forward", _device, _forward, lib=_library)
-    torch.library.impl("flashgqa::backward", _device, _backward_operator, lib=_library)
+    torch.library.impl("flashgqa::backward", _device, _backward, lib=_library)
 
 
 # ---- shapes ----
@@ -128,7 +149,7 @@ def _map_forward(info, in_dims, *args):
 
 
 def _map_backward(info, in_dims, *args):
-    return _map(_differentiable_backward, 1, 8, info, in_dims, args)
+    return _map(differentiable_backward, 1, 8, info, in_dims, args)
 
 
 torch.library.register_vmap("flashgqa::forward", _map_forward, lib=_library)
@@ -138,7 +159,7 @@ torch.library.register_vmap("flashgqa::backward", _map_backward, lib=_library)
 # ---- autograd ----
 
 
-@_untraced
+@untraced
 def _keep(ctx, inputs, output):
     q, k, v, *options = inputs
     tensors, ctx.values = options[:_N_TENSORS], options[_N_TENSORS:]
@@ -146,15 +167,14 @@ def _keep(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-@_untraced
+@untraced
 def _differentiate(ctx, dout, dlse):
     q, k, v, out, lse, *tensors = ctx.saved_tensors
     want_dbias, want_dsink = ctx.needs_input_grad[4], ctx.needs_input_grad[6]
     if dout is None:
         dout = torch.zeros_like(out)
     inputs = (dout, q, k, v, out, lse, dlse, want_dbias, *tensors, *ctx.values)
-    eager = not _records(inputs) and _is_eager((dout, q, k, v, out, lse, dlse, *tensors))
-    dq, dk, dv, dbias, dsink = (_backward if eager else _differentiable_backward)(*inputs)
+    dq, dk, dv, dbias, dsink = differentiable_backward(*inputs)
     of_options = [None] * (_N_TENSORS + _N_VALUES)
     of_options[1] = dbias if want_dbias else None
     of_options[3] = dsink if want_dsink else None
@@ -203,41 +223,13 @@ class _BackwardInTransforms(torch.autograd.Function):
     vmap = staticmethod(_map_backward)
 
 
-# ---- eager calls: torch takes a quarter of a millisecond to carry thirty arguments through an operator with autograd ----
-
-
-class _Eager(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _forward(*inputs)
-        _keep(ctx, inputs, output)
-        return output
-
-    backward = staticmethod(_differentiate)
-
-
-def _is_eager(tensors):
-    """Whether nothing watches or transforms the call, and all tensors are plain memory."""
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None or _in_transforms():
-        return False
-    for x in tensors:
-        if x is not None and type(x) is not torch.Tensor and type(x) is not torch.nn.Parameter:
-            return False
-    return True
-
-
-def _records(inputs):
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
-
-
 def differentiable_forward(*inputs):
     """flashgqa::forward, whatever encloses the call."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _in_transforms():
         return forward(*inputs)
-    if _is_eager(inputs[: 3 + _N_TENSORS]):
-        return _Eager.apply(*inputs) if _records(inputs) else _forward(*inputs)
-    return _ForwardInTransforms.apply(*inputs) if _in_transforms() else forward(*inputs)
+    return _ForwardInTransforms.apply(*inputs)
 
 
-def _differentiable_backward(*inputs):
+def differentiable_backward(*inputs):
+    """flashgqa::backward, with the error that a second derivative is."""
     return _BackwardInTransforms.apply(*inputs) if _in_transforms() else backward(*inputs)

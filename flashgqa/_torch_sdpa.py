@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ._torch_attention import as_autocast, attention
+from ._torch_attention import attention
+from ._torch_eager import as_autocast, attend
 
 
 def _fold(x, batch, heads, matrix):
@@ -45,6 +46,15 @@ def scaled_dot_product_attention(
     attend), or float, added to the scores; or a torch.nn.attention.bias.CausalBias. is_causal is top-left. A row that sees no
     key gives 0. Grouped heads need enable_gqa=True, except that one KV head broadcasts, and are never repeated in memory.
     """
+    if attn_mask is None and dropout_p == 0 and query.dim() == key.dim() == value.dim() == 4:
+        # What models call, layer by layer.
+        (b, hq, _, _), (bk, hk, _, _), (bv, hv, _, _) = query.shape, key.shape, value.shape
+        if b == bk == bv and hk == hv and (hq == hk or enable_gqa and hk > 0 and hq % hk == 0):
+            options = (
+                is_causal, (None, None), "top-left", None, scale, None, None, None, None, None, None, None, None, None, None,
+                None, 0.0, None, None, None, True, False, None, False, None, None,
+            )  # fmt: skip
+            return attend(query, key, value, False, options, False)
     causal, align = is_causal, "top-left"
     if attn_mask is not None and is_causal:
         raise RuntimeError("attn_mask is set and is_causal is True: give one of them; attn_mask can hold both")

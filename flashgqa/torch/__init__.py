@@ -3,6 +3,7 @@
 Nothing of flashgqa imports torch but this module, and only when it is asked for.
 """
 
+from .. import _torch_flash_impl  # noqa: F401 - registers itself with torch
 from .._torch_attention import attention, merge
 from .._torch_flash_attn import (
     flash_attn_func,
