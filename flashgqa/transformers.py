@@ -63,14 +63,12 @@ def _weights_wanted(output_attentions):
     return any("attentions" in name for name in recorded)
 
 
-def _mask_options(mask, module, is_causal, q_length):
+def _mask_options(mask, is_causal, q_length):
     """The options of `attention` for what a model passes as attention_mask."""
     if isinstance(mask, IntervalMask):
         return dict(mask.options)
-    if mask is None:
-        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-        # One row is the last one of a cache; more rows than one are the first ones (`create` says so, as does "sdpa").
-        return dict(causal=bool(causal), align="top-left") if q_length > 1 else {}
+    if mask is None:        # one row is the last one of a cache, as for "sdpa"
+        return dict(causal=True, align="top-left") if is_causal and q_length > 1 else {}
     if mask.dim() != 4:
         raise ValueError(f"attention_mask has shape {list(mask.shape)}: it must be [b, heads or 1, sq, sk]")
     return dict(mask=mask) if mask.dtype == torch.bool else dict(bias=mask)
@@ -114,12 +112,14 @@ def attention_forward(
     Parameters
     ----------
     module : torch.nn.Module
-        The model's layer; of it only ``is_causal`` (default True) is read, and only where there is no mask.
+        The model's layer; nothing of it is read.
     query, key, value : torch.Tensor
         [b, hq, sq, d], [b, hk, sk, d] and [b, hk, sk, dv], any strides.
     attention_mask : IntervalMask or torch.Tensor, optional
         As made by the mask function of `register`, or a tensor that broadcasts to [b, hq, sq, sk]: bool (True = may attend)
-        or float (added to the scores). Windows and chunks are part of it, as in "eager" and "sdpa".
+        or float (added to the scores). Causality, windows and chunks are part of it, as in "eager".
+    is_causal : bool, optional
+        Whether row i sees no key after i, where there is no mask.
     dropout, scaling, softcap
         Probability; factor of the scores, default 1 / sqrt(d); bound of the scores.
     s_aux : torch.Tensor, optional
@@ -141,7 +141,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'{name}: attn_implementation="fgqa" does not serve {what}; use "eager" or "sdpa" for it')
     batch, _, q_length, _ = query.shape
-    options = _mask_options(attention_mask, module, is_causal, q_length)
+    options = _mask_options(attention_mask, is_causal, q_length)
     options |= dict(scale=scaling, softcap=softcap, sink=s_aux, dropout_p=dropout)
     if cu_seq_lens_q is not None and "cu_seqlens_q" not in options:
         options = _separated(options, attention_mask, query, key, cu_seq_lens_q, cu_seq_lens_k)

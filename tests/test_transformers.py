@@ -140,6 +140,7 @@ def test_loss_and_gradients(name, padding):
         assert any("sinks" in key and x.abs().max() > 0 for key, x in got.items())
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
 @pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
 def test_gradient_checkpointing(name):
     ids, mask = batch("left")
@@ -232,6 +233,16 @@ def test_packed_sequences_in_a_batch():
     eager, ours = both(decoder("mistral"), run)
     assert close(ours.logits, eager.logits)
     assert all(close(a, b) for a, b in zip(ours.attentions, eager.attentions, strict=True))
+
+
+def test_causality_does_not_hang_on_the_layer():
+    """Some layers say is_causal = False although their model is causal: the mask says it, as in eager."""
+    model = copy.deepcopy(decoder("llama"))
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    ids, mask = batch("none")
+    eager, ours = both(model, lambda model: model(ids, attention_mask=mask).logits)
+    assert close(ours, eager)
 
 
 # ---- encoders, cross attention, other models ----
@@ -356,7 +367,7 @@ def test_real_weights():
     texts = example.sentences(12)
     expected, ours = both(model, lambda model: example.embed(model, tokenizer, texts))
     assert (ours * expected).sum(1).min() >= 0.9999 and (ours - expected).abs().max() < 1e-5
-    for heads in (4, 1):
+    for heads in (4, 1) if VERSION_5 else ():       # in transformers 4 BERT's layers insist on as many KV heads
         pooled = example.with_kv_heads(model, heads)
         assert pooled.encoder.layer[0].attention.self.key.weight.shape == (32 * heads, 384)
         drift = (example.embed(pooled, tokenizer, texts) * expected).sum(1)
@@ -432,14 +443,9 @@ def test_every_mask_is_the_tensor_that_transformers_makes(pattern, place):
             mask = masks.create(**arguments, **skip)
             if isinstance(mask, masks.IntervalMask):
                 assert torch.equal(mask.dense(), dense) and mask.shape == dense.shape
-            if mask is None:        # then it is the module that says whether it is causal
-                assert True in skip.values()
-            module_is_causal = not bidirectional
-            if mask is None and not module_is_causal:
-                assert dense.all()
-            else:
-                sizes = PLACES[place][:2]
-                assert torch.equal(visible(mask, *sizes), dense), (padding, skip)
+            if mask is None:
+                assert True in skip.values() and dense.all()
+            assert torch.equal(visible(mask, *PLACES[place][:2]), dense), (padding, skip)
 
 
 @pytest.mark.parametrize("pattern", ["causal", "window", "chunk", "window and chunk", "both sides"])
@@ -451,8 +457,8 @@ def test_no_mask_of_the_square(pattern, place):
         return                      # where the sequence ends is said by nothing but the tensor
     for padding in ("none", "left", "right"):
         mask = masks.create(**mask_arguments(place, padding, mask_function=PATTERNS[pattern]()))
-        held = [] if mask is None else [x for x in mask.options.values() if isinstance(x, torch.Tensor)]
-        assert mask is None or isinstance(mask, masks.IntervalMask)
+        held = [x for x in mask.options.values() if isinstance(x, torch.Tensor)]
+        assert isinstance(mask, masks.IntervalMask)
         assert all(x.numel() <= 2 * PLACES[place][1] for x in held)
 
 
@@ -498,7 +504,7 @@ def test_interval_mask_acts_as_its_tensor():
 def test_heads_are_not_repeated_and_layout_is_kept():
     """Of [b, s, h, d] memory, as projections give it, the result has the same layout and nothing was copied on the way."""
     q, k = (torch.randn(2, 5, h, 8).transpose(1, 2) for h in (6, 2))
-    out, weights = ft.attention_forward(torch.nn.Identity(), q, k, k)
+    out, weights = ft.attention_forward(torch.nn.Identity(), q, k, k, is_causal=True)
     assert out.shape == (2, 5, 6, 8) and out.is_contiguous() and weights is None
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=True)
     assert close(out.transpose(1, 2), expected)
@@ -522,8 +528,8 @@ def test_position_bias_and_float_masks():
         (dict(attention_mask=mask, scaling=0.5), expected(mask)),
         (options | dict(attention_mask=mask), expected(bias + mask)),
         (options | dict(attention_mask=keep), expected(bias, keep)),
-        (options, expected(bias, causal)),
-        (options | dict(is_causal=False), expected(bias)),
+        (options | dict(is_causal=True), expected(bias, causal)),
+        (options, expected(bias)),
     ]
     for given, wanted in cases:
         out, _ = ft.attention_forward(module, q, k, k, **given)
