@@ -7,6 +7,7 @@ import torch
 
 from ._torch_attention import draw_seed
 from ._torch_eager import attend
+from ._torch_kvcache import gathered_pages, packed_again, padded_rows, with_kvcache
 
 
 def _run(
@@ -66,10 +67,22 @@ def flash_attn_varlen_func(
 ):  # fmt: skip
     """flash_attn.flash_attn_varlen_func: q [total_q, hq, d], k and v [total_k, hk, d], cu_seqlens int32 [b + 1].
 
+    With block_table int32 [b, columns] k and v are pages [pages, page_size, hk, d], of any page size: read where they are on the
+    CPU without gradients and dropout, copied together otherwise, with gradients.
+
     Returns out, or (out, lse [hq, total_q], None) with return_attn_probs. A max_seqlen that is too small is a ValueError.
     """
     if block_table is not None:
-        raise NotImplementedError("block_table: this version has no paged KV cache; gather the pages into k and v")
+        recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        if not recorded and dropout_p == 0 and q.device.type == "cpu":
+            out, lse = with_kvcache(
+                padded_rows(q, cu_seqlens_q, max_seqlen_q), k, v, cache_lens=cu_seqlens_k.diff(), q_lens=cu_seqlens_q.diff(),
+                page_table=block_table, scale=softmax_scale, causal=causal, window=window_size,
+                softcap=softcap if softcap != 0 else None, alibi_slopes=alibi_slopes,
+            )  # fmt: skip
+            out, lse = (packed_again(x, cu_seqlens_q, q.shape[0]) for x in (out, lse.transpose(1, 2)))
+            return (out, lse.T, None) if return_attn_probs else out
+        k, v = (gathered_pages(x, block_table, cu_seqlens_k, max_seqlen_k) for x in (k, v))
     return _run(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
         None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
@@ -98,3 +111,25 @@ def flash_attn_varlen_qkvpacked_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+    cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+    rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
+):  # fmt: skip
+    """flash_attn.flash_attn_with_kvcache: puts k and v [b, new, hk, d] behind what the cache holds, in place, and attends to all.
+
+    q [b, sq, hq, d]; k_cache and v_cache [rows, slots, hk, d], or pages [pages, page_size, hk, d] with block_table int32
+    [b, columns], of any page size. cache_seqlens: int, or int32 [b], slots in use before; it is not changed. num_splits changes
+    nothing. See `flashgqa.attention_with_kvcache`; on a GPU the same is put together of torch's indexing and `attention`.
+
+    Returns out, or (out, lse [b, hq, sq]) with return_softmax_lse. There is no backward.
+    """
+    out, lse = with_kvcache(
+        q, k_cache, v_cache, k, v, cache_lens=cache_seqlens, batch_index=cache_batch_idx, left_pad=cache_leftpad,
+        page_table=block_table, rotary=None if rotary_cos is None else (rotary_cos, rotary_sin),
+        rotary_interleaved=rotary_interleaved, causal=causal, window=window_size, scale=softmax_scale,
+        softcap=softcap if softcap != 0 else None, alibi_slopes=alibi_slopes,
+    )  # fmt: skip
+    return (out, lse) if return_softmax_lse else out

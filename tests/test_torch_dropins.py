@@ -370,8 +370,6 @@ def test_flash_attn_rows_without_keys_and_dropout():
 def test_flash_attn_errors():
     q, k, v = randn(4, 2, 8), randn(4, 2, 8), randn(4, 2, 8)
     cu = torch.tensor([0, 4], dtype=torch.int32)
-    with pytest.raises(NotImplementedError, match="block_table"):
-        fg.flash_attn_varlen_func(q, k, v, cu, cu, 4, 4, block_table=torch.zeros(1, 1, dtype=torch.int32))
     with pytest.raises(ValueError, match="max_q"):
         fg.flash_attn_varlen_func(q, k, v, cu, cu, 3, 4)
 

@@ -14,7 +14,7 @@ import flashgqa
 torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F  # noqa: E402
-from torch_tools import DEVICES, gradients, on_devices, randn, seeded  # noqa: E402, F401
+from torch_tools import DEVICES, gradients, on_devices, randn, seeded, turned  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 from flashgqa.torch import bert_padding  # noqa: E402
@@ -233,6 +233,14 @@ def test_flash_attns_mha_in_generation(device):
     assert params.key_value_memory_dict[3].shape == (3, 10, 2, 2, 8)
     with pytest.raises(ValueError, match="positions"), torch.no_grad():
         layer(x, inference_params=params)
+    # Sequences of different lengths, after a prompt.
+    params.seqlen_offset, params.lengths_per_sample, params.key_value_memory_dict = 0, torch.tensor([0, 0], device=device), {}
+    with torch.no_grad():
+        layer(x[:, :6], inference_params=params)
+        params.seqlen_offset, params.lengths_per_sample = 6, torch.tensor([6, 4], device=device)
+        step = layer(torch.stack([x[0, 6:7], x[1, 4:5]]), inference_params=params)
+    near(step[:, 0], torch.stack([whole[0, 6], whole[1, 4]]), device)
+    params.seqlen_offset, params.lengths_per_sample = 9, None
     plain = make(device, 32, 4, 2, kind=mha.MHA, layer_idx=3)
     with pytest.raises(ValueError, match="does not fit"), torch.no_grad():
         plain(x, inference_params=params)
@@ -277,15 +285,6 @@ def test_flash_mha_takes_flash_attns_arguments():
 
 
 # ---- rotary embeddings ----
-
-
-def turned(x, positions, dim, interleaved=False, base=10000.0):
-    """Rotation of pairs as multiplication by exp(i angle); x [..., seq, heads, d], positions [..., seq]."""
-    angles = positions.double()[..., None, None] * base ** -(torch.arange(0, dim, 2).double() / dim)
-    head, rest = x[..., :dim].double(), x[..., dim:].double()
-    pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).mT
-    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles))
-    return torch.cat([(pairs if interleaved else pairs.mT).flatten(-2), rest], -1)
 
 
 def tables(count, dim, dtype=torch.float64, device="cpu", base=10000.0):

@@ -33,6 +33,15 @@ def gradients(outputs, tensors, *cotangents):
     return torch.autograd.grad(outputs, tensors, cotangents or [torch.cos(x.detach()) for x in outputs])
 
 
+def turned(x, positions, dim, interleaved=False, base=10000.0):
+    """Rotation of pairs as multiplication by exp(i angle); x [..., seq, heads, d], positions [..., seq]."""
+    angles = positions.double()[..., None, None] * base ** -(torch.arange(0, dim, 2).double() / dim)
+    head, rest = x[..., :dim].double(), x[..., dim:].double()
+    pairs = head.unflatten(-1, (-1, 2)) if interleaved else head.unflatten(-1, (2, -1)).mT
+    pairs = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles))
+    return torch.cat([(pairs if interleaved else pairs.mT).flatten(-2), rest], -1)
+
+
 def assert_equal(got, expected):
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)

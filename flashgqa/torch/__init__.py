@@ -12,6 +12,7 @@ from .._torch_flash_attn import (
     flash_attn_varlen_func,
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
 )
 from .._torch_modules import FlashGQA, FlashMHA, mean_pool_kv_heads
 from .._torch_sdpa import scaled_dot_product_attention, use_flashgqa
@@ -26,6 +27,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
     "mean_pool_kv_heads",
     "merge",
     "scaled_dot_product_attention",

@@ -8,6 +8,7 @@ import torch
 
 from .._torch_attention import attention
 from .._torch_attention import merge as _merge
+from .._torch_kvcache import packed_again, padded_rows, with_kvcache
 from .._torch_packing import packed_rows, unpacked_rows
 
 
@@ -96,6 +97,41 @@ def flash_attn_combine(out_partial, lse_partial, out=None, out_dtype=None):
     merged, lse = _merge(tuple(out_partial), tuple(lse_partial.transpose(-1, -2)), layout="bshd")
     merged = merged.to(out_partial.dtype if out_dtype is None else out_dtype)
     return merged if out is None else out.copy_(merged), lse.transpose(-1, -2)
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
+    cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None, max_seqlen_q=None, rotary_seqlens=None,
+    q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0,
+    softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
+    return_softmax_lse=False,
+):  # fmt: skip
+    """`flashgqa.torch.flash_attn_with_kvcache` with FlashAttention-3's arguments.
+
+    cu_seqlens_q int32 [b + 1] with max_seqlen_q: q is [total_q, hq, d]; cu_seqlens_k_new: k and v are [total_new, hk, d].
+    rotary_seqlens int32 [b]: positions of the first new tokens instead of cache_seqlens. scheduler_metadata changes nothing.
+
+    Returns out, or with return_softmax_lse (out, lse [b, hq, sq] or [hq, total_q], empty, empty), as there. There is no backward.
+    """
+    _refuse(qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
+    total, q_lens, new_lens = q.shape[0], None, None
+    if cu_seqlens_q is not None:
+        if max_seqlen_q is None:
+            raise ValueError("cu_seqlens_q is given without max_seqlen_q: it must say how long the longest sequence is")
+        q, q_lens = padded_rows(q, cu_seqlens_q, max_seqlen_q), cu_seqlens_q.diff()
+    if cu_seqlens_k_new is not None and k is not None:
+        new_lens = cu_seqlens_k_new.diff()
+        longest = int(new_lens.max()) if new_lens.numel() else 0
+        k, v = (padded_rows(x, cu_seqlens_k_new, longest) for x in (k, v))
+    out, lse = with_kvcache(
+        q, k_cache, v_cache, k, v, cache_lens=cache_seqlens, new_lens=new_lens, q_lens=q_lens, batch_index=cache_batch_idx,
+        left_pad=cache_leftpad, page_table=page_table, rotary=None if rotary_cos is None else (rotary_cos, rotary_sin),
+        rotary_interleaved=rotary_interleaved, rotary_offsets=rotary_seqlens, causal=causal, window=window_size,
+        chunk=attention_chunk or None, scale=softmax_scale, softcap=softcap or None,
+    )  # fmt: skip
+    if cu_seqlens_q is not None:
+        out, lse = packed_again(out, cu_seqlens_q, total), packed_again(lse.transpose(1, 2), cu_seqlens_q, total).T
+    return (out, lse, out.new_empty(0), out.new_empty(0)) if return_softmax_lse else out
 
 
 def get_scheduler_metadata(

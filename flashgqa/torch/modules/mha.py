@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..._torch_attention import attention
+from ..._torch_flash_attn import flash_attn_with_kvcache
 from ..._torch_modules import alibi_slopes as _alibi_slopes
 from ..._torch_rotary import RotaryEmbedding
 
@@ -166,6 +167,25 @@ class MHA(nn.Module):
         cache[first : first + kv.shape[0], start:end] = kv
         return cache[first : first + kv.shape[0], :end]
 
+    def _step(self, q, kv, inference_params):
+        """Attention of q to the cache of this layer, with kv added to each sequence at its own length."""
+        if self.layer_idx not in inference_params.key_value_memory_dict:
+            raise ValueError("inference_params.seqlen_offset is not 0 and its key_value_memory_dict has no cache of this layer")
+        cache, inner = inference_params.key_value_memory_dict[self.layer_idx][: q.shape[0]], self.inner_cross_attn
+        rotary = {}
+        if self.rotary_emb_dim > 0:
+            if self.rotary_emb.scale is not None:
+                raise NotImplementedError("rotary_emb_scale_base is given: sequences of different lengths have no xPos")
+            self.rotary_emb._update_cos_sin_cache(inference_params.max_seqlen, q.device, q.dtype)
+            rotary = dict(rotary_cos=self.rotary_emb._cos_cached, rotary_sin=self.rotary_emb._sin_cached)
+            rotary["rotary_interleaved"] = self.rotary_emb.interleaved
+        slopes = inner.alibi_slopes
+        return flash_attn_with_kvcache(
+            q, *cache.unbind(2), *kv.unbind(2), cache_seqlens=inference_params.lengths_per_sample[: q.shape[0]].int(),
+            softmax_scale=inner.softmax_scale, causal=inner.causal, window_size=inner.window_size,
+            alibi_slopes=None if slopes is None else slopes.float(), **rotary,
+        )  # fmt: skip
+
     def forward(
         self, x, x_kv=None, key_padding_mask=None, cu_seqlens=None, max_seqlen=None, mixer_subset=None, inference_params=None,
         **kwargs,
@@ -175,16 +195,20 @@ class MHA(nn.Module):
 
         key_padding_mask [batch, seq]: True for a token. mixer_subset: rows of x that ask, with cross_attn.
         inference_params: an object with max_seqlen, max_batch_size, seqlen_offset, batch_size_offset, key_value_memory_dict and
-        lengths_per_sample (None), as flash_attn.utils.generation has it; keys and values of x go to positions seqlen_offset on.
+        lengths_per_sample (or None), as flash_attn.utils.generation has it; keys and values of x go to positions seqlen_offset
+        on, or after the first call, where seqlen_offset is 0, to lengths_per_sample [batch] on.
         """
         if cu_seqlens is not None and (key_padding_mask is not None or self.dwconv or self.rotary_emb_dim > 0):
             raise ValueError("cu_seqlens is given: key_padding_mask, dwconv and rotary embeddings do not go with it")
         if inference_params is not None:
             if key_padding_mask is not None or cu_seqlens is not None or self.dwconv:
                 raise ValueError("inference_params is given: key_padding_mask, cu_seqlens and dwconv do not go with it")
-            if inference_params.lengths_per_sample is not None:
-                raise NotImplementedError("inference_params.lengths_per_sample is given: all sequences must be of one length")
         q, kv = self._project(x, x_kv, mixer_subset)
+        params = inference_params
+        if params is not None and params.lengths_per_sample is not None and params.seqlen_offset > 0:
+            context = self._step(q, kv, inference_params)
+            out = self.out_proj(context.flatten(-2))
+            return (out, x) if self.return_residual else out
         if self.rotary_emb_dim > 0:
             start, most = (0, None) if inference_params is None else (inference_params.seqlen_offset, inference_params.max_seqlen)
             q, kv = self.rotary_emb(q, kv, seqlen_offset=start, max_seqlen=most)

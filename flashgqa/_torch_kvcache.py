@@ -1,0 +1,160 @@
+"""What flash_attn_with_kvcache and block tables are made of: on the CPU `flashgqa.attention_with_kvcache`, which reads pages
+where they are. On a GPU, where that does not run yet, the same by torch's indexing around `attention`: new keys are written into
+the cache in place, and pages, or rows that batch_index picks, are copied together before they are read.
+"""
+
+import torch
+
+from ._torch_attention import attention
+from ._torch_eager import as_autocast
+from ._torch_rotary import apply_rotary_emb
+from .kvcache import attention_with_kvcache
+
+
+def _has_kernel(q):
+    return q.device.type == "cpu"
+
+
+class _NoBackward(torch.autograd.Function):
+    """Its outputs remember that gradients were asked for."""
+
+    @staticmethod
+    def forward(ctx, function, *tensors):
+        return function(*tensors)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "flashgqa: attention over a KV cache that is written in place has no gradient; use flash_attn_func or attention"
+        )
+
+
+def with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, *, cache_lens=None, new_lens=None, q_lens=None, page_table=None, batch_index=None,
+    left_pad=None, rotary=None, rotary_interleaved=False, rotary_offsets=None, causal=False, window=(-1, -1), chunk=None,
+    scale=None, softcap=None, alibi_slopes=None,
+):  # fmt: skip
+    """out [b, sq, hq, dv] and lse [b, hq, sq], with flash_attn's meaning of rotary, window (-1: unbounded) and cache_lens.
+
+    All tensors are [b, s, h, d], pages [pages, page_size, hk, d]. An int for cache_lens counts for all sequences.
+    """
+    if (k is None) != (v is None):
+        raise ValueError("k and v: both must be given, or none")
+    if k is not None and cache_lens is None:
+        raise ValueError("k and v are given without cache_seqlens: it says where in the cache they go")
+    if rotary is not None and k is None:
+        raise ValueError("rotary_cos is given without k and v: rotary embeddings are for keys that are added to the cache")
+    if cache_lens is None and page_table is not None:
+        cache_lens = page_table.shape[1] * k_cache.shape[1]
+    if isinstance(cache_lens, int):
+        cache_lens = torch.full((q.shape[0],), cache_lens, dtype=torch.int32, device=q.device)
+    window = tuple(None if side is None or side < 0 else side for side in window)
+    options = dict(causal=causal, window=window, chunk=chunk, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
+    more = dict(
+        cache_lens=cache_lens, new_lens=new_lens, q_lens=q_lens, page_table=page_table, batch_index=batch_index, left_pad=left_pad
+    )
+    if rotary is not None:
+        q, k, rotary = _turned(q, k, rotary, rotary_interleaved, rotary_offsets, options, more)
+        if rotary is not None:
+            more.update(rotary=rotary, rotary_interleaved=rotary_interleaved, rotary_offsets=rotary_offsets)
+    q, k, v = as_autocast(q, k, v)
+    function = _in_place if _has_kernel(q) else _composed
+
+    def run(q, k, v):
+        with torch.no_grad():
+            return function(q, k_cache.detach(), v_cache.detach(), k, v, more, options)
+
+    recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
+    return _NoBackward.apply(run, q, k, v) if recorded else run(q, k, v)
+
+
+def _turned(q, k, rotary, interleaved, offsets, options, more):
+    """q and k after the rotary embedding, and what of it is left to the kernel, which knows only one kind: rows of q at the
+    positions of the last new keys.
+    """
+    moves = options["causal"] or options["window"] != (None, None)
+    simple = more["q_lens"] is None and more["new_lens"] is None and q.shape[1] == k.shape[1]
+    if _has_kernel(q) and simple and (moves or q.shape[1] == 1):
+        return q, k, rotary
+    start = more["cache_lens"] if offsets is None else offsets
+    k = apply_rotary_emb(k, *rotary, interleaved, seqlen_offsets=start)
+    if moves:
+        return apply_rotary_emb(q, *rotary, interleaved, seqlen_offsets=start), k, None
+    # Without a diagonal all rows of q stand at the first new position: as heads of one row.
+    b, sq, hq, d = q.shape
+    q = apply_rotary_emb(q.reshape(b, 1, sq * hq, d), *rotary, interleaved, seqlen_offsets=start)
+    return q.view(b, sq, hq, d), k, None
+
+
+def _in_place(q, k_cache, v_cache, k, v, more, options):
+    return attention_with_kvcache(q, k_cache, v_cache, k, v, layout="bshd", return_lse=True, **more, **options)
+
+
+def _composed(q, k_cache, v_cache, k, v, more, options):
+    lens, new_lens, table, rows = (more[name] for name in ("cache_lens", "new_lens", "page_table", "batch_index"))
+    if k is not None:
+        _append((k_cache, v_cache), (k, v), lens, new_lens, table, rows)
+        lens = lens + (k.shape[1] if new_lens is None else new_lens)
+    if table is not None:
+        pages = table.clamp(0, k_cache.shape[0] - 1)      # entries that no slot needs may hold anything
+        k_cache, v_cache = (x[pages].flatten(1, 2) for x in (k_cache, v_cache))
+    elif rows is not None:
+        k_cache, v_cache = (x.index_select(0, rows) for x in (k_cache, v_cache))
+    mask = None
+    if more["left_pad"] is not None:
+        mask = (torch.arange(k_cache.shape[1], device=q.device) >= more["left_pad"][:, None])[:, None, None]
+    return attention(
+        q, k_cache, v_cache, kv_lens=lens, q_lens=more["q_lens"], mask=mask, layout="bshd", return_lse=True, **options
+    )
+
+
+def _append(caches, added, lens, new_lens, table, rows):
+    """Rows of added [b, new, hk, d] into the slots lens + 0, 1, ... of the caches."""
+    page_size, device = caches[0].shape[1], caches[0].device
+    room = page_size if table is None else table.shape[1] * page_size
+    sequence = torch.arange(lens.shape[0], device=device)[:, None]
+    # Rows that do not fit write what the last one that fits writes: nothing outside of the cache, and nobody waits to know.
+    local = torch.minimum(torch.arange(added[0].shape[1], device=device), (room - 1 - lens).clamp(min=0)[:, None])
+    slots = (lens[:, None] + local).clamp(max=room - 1)
+    if table is None:
+        where = (sequence if rows is None else rows[:, None].long()).expand_as(slots), slots.long()
+    else:
+        where = table.gather(1, (slots // page_size).long()).clamp(0, caches[0].shape[0] - 1).long(), (slots % page_size).long()
+    picked = sequence.expand_as(slots), local.long()
+    if new_lens is not None:  # waits: how many rows are left decides about shapes
+        counted = torch.arange(added[0].shape[1], device=device) < new_lens[:, None]
+        where, picked = [x[counted] for x in where], [x[counted] for x in picked]
+    for cache, new in zip(caches, added, strict=True):
+        cache.index_put_(tuple(where), new[tuple(picked)])
+
+
+# ---- packed queries ----
+
+
+def padded_rows(x, cu_seqlens, longest):
+    """x [total, ...] as [sequences, longest, ...]; behind the end of a sequence any rows."""
+    rows = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
+    if x.shape[0] == 0:
+        return x.new_zeros(cu_seqlens.shape[0] - 1, longest, *x.shape[1:])
+    return x[rows.clamp(max=x.shape[0] - 1)]
+
+
+def packed_again(x, cu_seqlens, total):
+    """The inverse: x [sequences, longest, ...] as [total, ...]."""
+    row = torch.arange(total, device=x.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=x.shape[0] - 1)
+    return x[sequence, (row - cu_seqlens[sequence]).clamp(max=x.shape[1] - 1)]
+
+
+def gathered_pages(cache, page_table, cu_seqlens, longest):
+    """Slots of pages [pages, page_size, hk, d] as [total, hk, d]: those of the sequences, of cu_seqlens' lengths. With gradients.
+
+    On a GPU, where total is not known here, there are as many rows as there can be.
+    """
+    page_size, sequences = cache.shape[1], page_table.shape[0]
+    total = int(cu_seqlens[-1]) if cache.device.type == "cpu" else sequences * longest
+    row = torch.arange(total, device=cache.device)
+    sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=max(sequences - 1, 0))
+    slot = (row - cu_seqlens[sequence]).clamp(max=page_table.shape[1] * page_size - 1)
+    page = page_table[sequence, slot // page_size]
+    return cache[page.clamp(0, cache.shape[0] - 1), slot % page_size]
