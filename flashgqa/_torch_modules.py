@@ -9,6 +9,7 @@ from torch import nn
 from . import _heads
 from ._torch_attention import attention
 from ._torch_rotary import RotaryEmbedding, apply_rotary_emb
+from .kvcache import KVCache
 
 WEIGHTS_AT_ONCE = 256  # the widest dv there is
 
@@ -138,8 +139,9 @@ class FlashGQA(nn.Module):
             True: may attend.
         cu_seqlens : int32 tensor, [sequences + 1], optional
             Offsets of the sequences that x joins; max_seqlen: an upper bound of their lengths.
-        cache : LayerCache, optional
-            Keys and values of x go behind those it holds, and x attends to all of them. For inference.
+        cache : LayerCache or flashgqa.KVCache, optional
+            Keys and values of x go behind those it holds, and x attends to all of them. For inference. A KVCache is paged, its
+            sequences may differ in length, and it takes no masks; it must be made with layout="bshd".
         need_weights : bool
             Also return the weights, without dropout, float, [batch, num_heads, seq, keys]: O(seq * keys) memory.
 
@@ -156,6 +158,10 @@ class FlashGQA(nn.Module):
             if x_kv is not None:
                 raise ValueError("x_kv is given: rotary embeddings are for attention of x to itself; use rotary_dim=0")
             q, k = self._turn(q, k, cu_seqlens, cache)
+        if isinstance(cache, KVCache):
+            if need_weights or mask is not None or key_padding_mask is not None:
+                raise ValueError("cache is a KVCache: need_weights, mask and key_padding_mask do not go with it")
+            return self._joined(self._paged(q, k, v, cache).flatten(-2))
         if cache is not None:
             k, v = cache.append(k, v)
         if key_padding_mask is not None:
@@ -181,13 +187,25 @@ class FlashGQA(nn.Module):
         pairs = ((self.W_q, x), (self.W_k, x_kv), (self.W_v, x_kv))
         return [layer(y).unflatten(-1, (-1, self.head_dim)) for layer, y in pairs]
 
+    def _paged(self, q, k, v, cache):
+        if cache.layout != "bshd":
+            raise ValueError(f'cache has layout {cache.layout!r}: a layer needs KVCache(..., layout="bshd")')
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
+            raise RuntimeError("a cache is for inference: call the layer under torch.no_grad() or torch.inference_mode()")
+        slopes = None if self.alibi_slopes is None else self.alibi_slopes.float()
+        options = dict(causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap, alibi_slopes=slopes)
+        return cache.attention(q, k, v, **options)
+
     def _joined(self, heads):
         return self.W_o(heads)
 
     def _turn(self, q, k, cu_seqlens, cache):
-        rotary, start = self.rotary, 0 if cache is None else cache.length
-        length = q.shape[0] if cu_seqlens is not None else start + q.shape[1]
-        length = length if cache is None else max(length, cache.k.shape[1])
+        rotary, start = self.rotary, 0
+        length = q.shape[0] if cu_seqlens is not None else q.shape[1]
+        if isinstance(cache, KVCache):
+            start, length = torch.from_numpy(cache.lens).to(q.device), cache.capacity
+        elif cache is not None:
+            start, length = cache.length, max(cache.length + length, cache.k.shape[1])
         rotary._update_cos_sin_cache(length, q.device, torch.promote_types(q.dtype, torch.float32))
         tables = (rotary._cos_cached, rotary._sin_cached)
         tables_k = tables if rotary.scale is None else (rotary._cos_k_cached, rotary._sin_k_cached)

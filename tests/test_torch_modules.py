@@ -121,6 +121,27 @@ def test_flash_gqa_cache_is_the_whole_sequence_piece_by_piece(device, options):
         layer(x, cache=cache)
 
 
+def test_flash_gqa_and_a_paged_cache():
+    """Two prompts of different lengths, then tokens; a beam that goes on from the other sequence."""
+    layer, x = make("cpu", 32, 4, 2, causal=True, rotary_dim=8, window=(6, 0)).eval(), randn(2, 11, 32, grad=False)
+    cache = flashgqa.KVCache(2, 2, 8, capacity=16, page_size=4, dtype="float64", layout="bshd", library="torch")
+    with torch.no_grad():
+        whole = layer(x)
+        near(layer(x[:, :5], cache=cache), whole[:, :5])
+        cache.crop([5, 3])
+        step = layer(torch.stack([x[0, 5:6], x[1, 3:4]]), cache=cache)
+        near(step[:, 0], torch.stack([whole[0, 5], whole[1, 3]]))
+        cache.reorder([0, 0])
+        near(layer(x[:1, 6:8].expand(2, 2, 32), cache=cache), whole[:1, 6:8].expand(2, 2, 32))
+        for options in (dict(need_weights=True), dict(mask=torch.ones(2, 1, 1, 3, dtype=torch.bool))):
+            with pytest.raises(ValueError, match="KVCache"):
+                layer(x[:, :3], cache=cache, **options)
+        with pytest.raises(ValueError, match="bshd"):
+            layer(x[:, :3], cache=flashgqa.KVCache(2, 2, 8, capacity=16, dtype="float64", library="torch"))
+    with pytest.raises(RuntimeError, match="inference"):
+        layer(x[:, :3], cache=cache)
+
+
 def test_flash_gqa_dropout_training_and_compile():
     layer, x = make("cpu", 32, 4, 2, dropout=0.4, rotary_dim=8, causal=True), randn(2, 9, 32, grad=False)
     assert not torch.equal(layer(x), layer(x))
