@@ -26,13 +26,23 @@
 #define FEW_KEYS 32
 /* Rows of K and V are prefetched about this many bytes of them ahead; beyond the last row that does no harm. */
 #define FEW_AHEAD 8192
+#define LIST_AHEAD 64       /* rows behind those of a block whose addresses its list has, too */
+
+/* Rows of K or V: `stride` apart from `data` on, or where `list` says (pages of a cache). */
+typedef struct { const real *data; ptrdiff_t stride; const real *const *list; } few_source;
+
+SIMD const real *few_row(const few_source *from, const int listed, int j) { return listed ? from->list[j] : from->data + j * from->stride; }
 
 SIMD int few_min(int a, int b) { return a < b ? a : b; }
 
-SIMD void few_prefetch(const real *x, ptrdiff_t ld, int columns)
+SIMD void few_prefetch(const few_source *from, const int listed, int j, int c, int columns)
 {
     const ptrdiff_t rows = FEW_AHEAD / (columns * (ptrdiff_t)sizeof(real)) + 1;
-    __builtin_prefetch((const char *)x + rows * ld * (ptrdiff_t)sizeof(real));
+    if (listed) {
+        __builtin_prefetch(from->list[j + (rows < LIST_AHEAD ? rows : LIST_AHEAD)] + c);
+    } else {
+        __builtin_prefetch((const char *)(from->data + j * from->stride + c) + rows * from->stride * (ptrdiff_t)sizeof(real));
+    }
 }
 
 /* The sum over the lanes of each x[i], i < n, is lane i*VL/n of the result; n a power of two, at most VL. */
@@ -53,18 +63,21 @@ SIMD vreal few_fold(vreal *x, const int n)
     return sum;
 }
 
-/* `keys` keys at once for `rows` rows; both constants, keys*rows a power of two, at most FEW_SUMS and VL. */
-SIMD void few_dot(const int rows, const int keys, int d, const real *k, ptrdiff_t ldk, const real *q, ptrdiff_t ldq, real *s, int w)
+/* Keys j0.. , `keys` at once, for `rows` rows; listed, rows and keys are constants, keys*rows a power of two, at most FEW_SUMS and VL. */
+SIMD void few_dot(const int rows, const int listed, const int keys, int j0, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
 {
     vreal sum[FEW_SUMS], key[4];
+    const real *at[4];
+    UNROLL(4)
+    for (int j = 0; j < keys; j++) { at[j] = few_row(k, listed, j0 + j); }
     UNROLL(16)
     for (int i = 0; i < keys * rows; i++) { sum[i] = v_zero(); }
     int c = 0;
     for (; c + VL <= d; c += VL) {
         UNROLL(4)
         for (int j = 0; j < keys; j++) {
-            key[j] = v_load(k + j * ldk + c);
-            few_prefetch(k + j * ldk + c, ldk, d);
+            key[j] = v_load(at[j] + c);
+            few_prefetch(k, listed, j0 + j, c, d);
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -75,7 +88,7 @@ SIMD void few_dot(const int rows, const int keys, int d, const real *k, ptrdiff_
     }
     if (c < d) {
         UNROLL(4)
-        for (int j = 0; j < keys; j++) { key[j] = v_load_part(k + j * ldk + c, d - c); }
+        for (int j = 0; j < keys; j++) { key[j] = v_load_part(at[j] + c, d - c); }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             const vreal query = v_load(q + r * ldq + c);
@@ -91,31 +104,33 @@ SIMD void few_dot(const int rows, const int keys, int d, const real *k, ptrdiff_
     }
 }
 
-SIMD void few_scores_strip(const int rows, int n, int d, const real *k, ptrdiff_t ldk, const real *q, ptrdiff_t ldq, real *s, int w)
+SIMD void few_scores_strip(const int rows, const int listed, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
 {
     const int sums = FEW_SUMS < VL ? FEW_SUMS : VL, keys = sums / rows < 4 ? sums / rows : 4;
     int j = 0;
-    for (; j + keys <= n; j += keys) { few_dot(rows, keys, d, k + j * ldk, ldk, q, ldq, s + j * w, w); }
-    for (; j < n; j++) { few_dot(rows, 1, d, k + j * ldk, ldk, q, ldq, s + j * w, w); }
+    for (; j + keys <= n; j += keys) { few_dot(rows, listed, keys, j, d, k, q, ldq, s + j * w, w); }
+    for (; j < n; j++) { few_dot(rows, listed, 1, j, d, k, q, ldq, s + j * w, w); }
 }
 
-/* nv vectors of columns of `rows` rows, over at most FEW_KEYS keys. `part` > 0: nv is 1 and the vector has only that many columns. */
-SIMD void few_axpy(const int rows, const int nv, int part, int n, int dv, const real *p, int w, const real *v, ptrdiff_t ldv, real *o, ptrdiff_t ldo,
-                   const real *factor)
+/* nv vectors of columns, from c0 on, of `rows` rows, over keys j0.., at most FEW_KEYS. `part` > 0: nv is 1 and the vector has only
+ * that many columns. */
+SIMD void few_axpy(const int rows, const int listed, const int nv, int part, int j0, int n, int c0, int dv, const real *p, int w, const few_source *v,
+                   real *o, ptrdiff_t ldo, const real *factor)
 {
     vreal sum[FEW_SUMS];
     UNROLL(16)
     for (int i = 0; i < rows * nv; i++) { sum[i] = v_zero(); }
     for (int j = 0; j < n; j++) {
         vreal value[8];
+        const real *at = few_row(v, listed, j0 + j) + c0;
         UNROLL(8)
         for (int c = 0; c < nv; c++) {
-            value[c] = part ? v_load_part(v + j * ldv, part) : v_load(v + j * ldv + c * VL);
-            few_prefetch(v + j * ldv + c * VL, ldv, dv);
+            value[c] = part ? v_load_part(at, part) : v_load(at + c * VL);
+            few_prefetch(v, listed, j0 + j, c0 + c * VL, dv);
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
-            const vreal weight = v_set1(p[j * w + r]);
+            const vreal weight = v_set1(p[(j0 + j) * w + r]);
             UNROLL(8)
             for (int c = 0; c < nv; c++) { sum[r * nv + c] += weight * value[c]; }
         }
@@ -124,13 +139,13 @@ SIMD void few_axpy(const int rows, const int nv, int part, int n, int dv, const 
     for (int r = 0; r < rows; r++) {
         UNROLL(8)
         for (int c = 0; c < nv; c++) {
-            real *to = o + r * ldo + c * VL;
+            real *to = o + r * ldo + c0 + c * VL;
             v_store(to, v_load(to) * v_set1(factor ? factor[r] : 1) + sum[r * nv + c]);
         }
     }
 }
 
-SIMD void few_accumulate_strip(const int rows, int n, int dv, const real *p, int w, const real *v, ptrdiff_t ldv, real *o, ptrdiff_t ldo,
+SIMD void few_accumulate_strip(const int rows, const int listed, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
                                const real *factor)
 {
     const int nv = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
@@ -138,9 +153,9 @@ SIMD void few_accumulate_strip(const int rows, int n, int dv, const real *p, int
         const int keys = few_min(n - j, FEW_KEYS);
         const real *scale = j == 0 ? factor : NULL;
         int c = 0;
-        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, nv, 0, keys, dv, p + j * w, w, v + j * ldv + c, ldv, o + c, ldo, scale); }
-        for (; c + VL <= dv; c += VL) { few_axpy(rows, 1, 0, keys, dv, p + j * w, w, v + j * ldv + c, ldv, o + c, ldo, scale); }
-        if (c < dv) { few_axpy(rows, 1, dv - c, keys, dv, p + j * w, w, v + j * ldv + c, ldv, o + c, ldo, scale); }
+        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, listed, nv, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
+        for (; c + VL <= dv; c += VL) { few_axpy(rows, listed, 1, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
+        if (c < dv) { few_axpy(rows, listed, 1, dv - c, j, keys, c, dv, p, w, v, o, ldo, scale); }
     }
 }
 
@@ -159,15 +174,23 @@ SIMD void few_accumulate_strip(const int rows, int n, int dv, const real *p, int
         }                                                     \
     } while (0)
 
-FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, const real *k, ptrdiff_t ldk, const real *q, ptrdiff_t ldq, real *s, int w)
+FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
 {
-    FEW_BY_ROWS(few_scores_strip, rows, n, d, k, ldk, q, ldq, s, w);
+    if (k->list) {
+        FEW_BY_ROWS(few_scores_strip, rows, 1, n, d, k, q, ldq, s, w);
+    } else {
+        FEW_BY_ROWS(few_scores_strip, rows, 0, n, d, k, q, ldq, s, w);
+    }
 }
 
-FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, int w, const real *v, ptrdiff_t ldv, real *o,
-                                                          ptrdiff_t ldo, const real *factor)
+FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
+                                                          const real *factor)
 {
-    FEW_BY_ROWS(few_accumulate_strip, rows, n, dv, p, w, v, ldv, o, ldo, factor);
+    if (v->list) {
+        FEW_BY_ROWS(few_accumulate_strip, rows, 1, n, dv, p, w, v, o, ldo, factor);
+    } else {
+        FEW_BY_ROWS(few_accumulate_strip, rows, 0, n, dv, p, w, v, o, ldo, factor);
+    }
 }
 
 #endif

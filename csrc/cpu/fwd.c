@@ -67,6 +67,7 @@ typedef struct {
     real *factor;             /* [PANEL]: 2^(m_old - m) */
     real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
+    const real **k_list, **v_list;
 } fwd_scratch;
 
 static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q, void *base)
@@ -86,6 +87,8 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->k = fgqa_arena_take(&arena, KEYS * d, sizeof(real));
     scratch->v = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
     scratch->clean = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
+    scratch->k_list = fgqa_arena_take(&arena, p->cache.page_size ? KEYS + LIST_AHEAD : 0, sizeof(const real *));
+    scratch->v_list = fgqa_arena_take(&arena, p->cache.page_size ? KEYS + LIST_AHEAD : 0, sizeof(const real *));
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
     return arena.used;
@@ -173,6 +176,7 @@ static void softmax_tile(int nv, real *s, int32_t n, real scale, real *m, real *
 typedef struct {
     int32_t j0, j1;
     tile_block k, v, clean;
+    const real *const *k_list, *const *v_list;   /* addresses instead of k and v, or NULL */
     tile_bad_rows bad;
     int searched, stream;   /* stream: K and V lie in the caller's memory and only one panel reads them */
 } key_block;
@@ -202,6 +206,7 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
     const real *q = scratch->q + (size_t)n * PANEL * (size_t)columns(p->d), *add;
     real scale;
     const tile_block k = block_from(&block->k, first);
+    panel->k_list = block->k_list ? block->k_list + first : NULL;
     if (block->stream) {
         const tile_block values = block_from(&block->v, first);
         panel->ahead = values.data;
@@ -215,6 +220,10 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
         ireal *weight = (ireal *)(void *)s;
         for (int32_t i = 0; i < keys * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
     }
+    if (kind == TILE_PARTIAL && block->v_list) {      /* the search wants a block */
+        block->v = tile_block_load(t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv, scratch->v);
+        block->v_list = NULL;
+    }
     if (kind == TILE_PARTIAL && !block->searched) {
         tile_find_bad_rows(&block->bad, &block->v, block->j1 - block->j0, p->dv);
         if (block->bad.count) { block->clean = tile_without_bad_rows(&block->bad, &block->v, block->j1 - block->j0, p->dv, scratch->clean); }
@@ -223,7 +232,8 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
     const int dirty = kind == TILE_PARTIAL && block->bad.count;
     const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
     if (panel->few) {
-        few_accumulate(panel->rows, keys, p->dv, s, w, v.data, v.stride, o, columns(p->dv), scratch->factor);
+        const few_source values = {v.data, v.stride, block->v_list ? block->v_list + first : NULL};
+        few_accumulate(panel->rows, keys, p->dv, s, w, &values, o, columns(p->dv), scratch->factor);
     } else {
         gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
     }
@@ -378,9 +388,18 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     for (int32_t j0 = range.begin < range.end ? range.begin / KEYS * KEYS : range.end; j0 < range.end; j0 += KEYS) {
         if (fgqa_poll(worker)) { return; }
         key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
-        block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
-        block.v = tile_block_load(&t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv, scratch.v);
-        block.stream = panels == 1 && block.k.data != scratch.k && block.v.data != scratch.v;
+        const int few = scratch.panel->few;
+        if (few && tile_block_list(scratch.k_list, &t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d)) {
+            block.k_list = scratch.k_list;
+        } else {
+            block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
+        }
+        if (few && tile_block_list(scratch.v_list, &t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv)) {
+            block.v_list = scratch.v_list;
+        } else {
+            block.v = tile_block_load(&t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv, scratch.v);
+        }
+        block.stream = panels == 1 && !few && block.k.data != scratch.k && block.v.data != scratch.v;
         for (int32_t n = 0; n < panels; n++) {
             const fgqa_range keys = scratch.panel[n].keys;
             const int32_t begin = keys.begin > block.j0 ? keys.begin : block.j0, end = keys.end < block.j1 ? keys.end : block.j1;

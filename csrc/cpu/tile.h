@@ -100,6 +100,7 @@ typedef struct {
     _Alignas(64) ureal row[PANEL], head[PANEL];    /* i and b*hq + h: dropout's counter */
     const real *ahead;                             /* V of the keys at hand if the panel is alone and V in place, else NULL: prefetched */
     ptrdiff_t ld_ahead;
+    const real *const *k_list;                     /* few: addresses of the keys' rows instead of a block, or NULL */
     int64_t r0;                                    /* first packed row */
     int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
     int32_t few;                                   /* nonzero: at most FEW_ROWS rows, q is [lane][ROUND_UP(d, VL)] and products are decode.h's */
@@ -117,6 +118,7 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     panel->w = panel->nv * VL;
     panel->few = 0;
     panel->ahead = NULL;
+    panel->k_list = NULL;
     panel->i0 = fgqa_packed_row_q(r0, p->g);
     panel->i1 = fgqa_packed_row_q(r0 + panel->rows - 1, p->g) + 1;
     panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
@@ -192,16 +194,27 @@ FGQA_SHARED real tile_cache_scale(const tile_sequence *t, const fgqa_view *view)
     return x;
 }
 
+/* Where key j lies, whatever the cache. */
+SIMD const void *tile_key_row(const tile_sequence *t, const fgqa_view *view, int32_t j)
+{
+    const int32_t slot = (int32_t)t->seq.k_row + j;
+    return t->p->cache.page_size ? tile_page_at(t, view, slot, slot + 1).row : view_at(view, t->b, t->kv_head, slot);
+}
+
+SIMD int is_own(const fgqa_view *view, int32_t cols)
+{
+    return view->dtype == (FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32) && (view->stride_d == 1 || cols <= 1);
+}
+
 FGQA_SHARED tile_block tile_block_load(const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols, real *scratch)
 {
-    const fgqa_dtype own = FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32;
     const int32_t ld = ROUND_UP(cols, VL), s0 = (int32_t)t->seq.k_row + j0, s1 = (int32_t)t->seq.k_row + j1, cached = t->p->cache.page_size > 0;
     const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
     const tile_block copy = {scratch, ld};
     tile_page page = {0};
     page.rows = s1 - s0;
     if (cached) { page = tile_page_at(t, view, s0, s1); } else { page.row = view_at(view, t->b, t->kv_head, s0); }
-    if (view->dtype == own && (view->stride_d == 1 || cols <= 1) && page.rows == s1 - s0) {
+    if (is_own(view, cols) && page.rows == s1 - s0) {
         const tile_block in_place = {(const real *)(const void *)page.row, (ptrdiff_t)view->stride_s};
         return in_place;
     }
@@ -216,6 +229,22 @@ FGQA_SHARED tile_block tile_block_load(const tile_sequence *t, const fgqa_view *
         if (s >= s1) { return copy; }
         page = tile_page_at(t, view, s, s1);
     }
+}
+
+/* The addresses of the rows instead, for products that take a list (decode.h), so that nothing is copied where pages are small;
+ * 0 if that cannot be, or one page has them all. `list`: KEYS + LIST_AHEAD. */
+FGQA_SHARED int tile_block_list(const real **list, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+{
+    const int32_t s0 = (int32_t)t->seq.k_row + j0, end = (int32_t)t->seq.k_row + t->seq.mask.sk, most = KEYS + LIST_AHEAD;
+    if (t->p->cache.page_size == 0 || !is_own(view, cols) || tile_page_at(t, view, s0, s0 + j1 - j0).rows == j1 - j0) { return 0; }
+    int32_t n = 0;
+    while (n < most && s0 + n < end) {
+        const tile_page page = tile_page_at(t, view, s0 + n, end - s0 < most ? end : s0 + most);
+        const real *row = (const real *)(const void *)page.row;
+        for (int32_t k = 0; k < page.rows; k++, row += view->stride_s) { list[n++] = row; }
+    }
+    for (; n < most; n++) { list[n] = list[n - 1]; }      /* only prefetched */
+    return 1;
 }
 
 /* ---- rows that hold a NaN or an infinity ----
@@ -391,7 +420,8 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     }
     if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
     if (panel->few) {
-        few_scores(panel->rows, j1 - j0, t->p->d, k->data, k->stride, q, ROUND_UP(t->p->d, VL), s, panel->w);
+        const few_source keys = {k->data, k->stride, panel->k_list};
+        few_scores(panel->rows, j1 - j0, t->p->d, &keys, q, ROUND_UP(t->p->d, VL), s, panel->w);
     } else if (panel->ahead) {
         gemm_row_set_ahead(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, panel->ahead, panel->ld_ahead);
     } else {
