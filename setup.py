@@ -172,7 +172,8 @@ class Build(build_ext):
         command += ["-c", str(source), "-o", str(obj)]
         stamp, record = obj.with_suffix(".d"), obj.with_suffix(".cmd")
         if obj.exists() and stamp.exists() and record.exists() and record.read_text() == repr(command) and not self.force:
-            needs = stamp.read_text().replace("\\\n", " ").partition(":")[2].split()     # nvcc writes "object : source", cc "object: source"
+            # nvcc writes "object : source", cc "object: source".
+            needs = stamp.read_text().replace("\\\n", " ").partition(":")[2].split()
             if all(Path(p).exists() and Path(p).stat().st_mtime <= obj.stat().st_mtime for p in needs):
                 return
         obj.parent.mkdir(parents=True, exist_ok=True)
