@@ -1,6 +1,7 @@
 """The one benchmark: every row against PyTorch in alternating calls, ceilings of the same run, JSON and a plot.
 
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
+    python benchmarks/bench.py kvcache [the same]         decode through attention_with_kvcache, see kvcache.py
     python benchmarks/bench.py gpu [--junit FILE ...]     one NVIDIA GPU, see gpu.py
 
 A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
@@ -13,11 +14,13 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import counting
 import gpu
+import kvcache
 import shapes
 from peers import FlashGQA, TorchSDPA
 from timing import alternate, once
@@ -115,7 +118,7 @@ def processor():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu", "gpu"])
+    parser.add_argument("device", choices=["cpu", "kvcache", "gpu"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pass", dest="which", nargs="+", default=["forward", "backward", "decode"],
                         choices=["forward", "backward", "decode"])
@@ -127,6 +130,8 @@ def main():
     options = parser.parse_args()
     if options.device == "cpu":
         cpu(options)
+    elif options.device == "kvcache":
+        kvcache.run(options, FlashGQA(options.threads), TorchSDPA(options.threads), sys.modules[__name__])
     else:
         gpu.run(options)
 

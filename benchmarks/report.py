@@ -1,4 +1,4 @@
-"""README's section on speed and its figure, made from benchmarks/results/{cpu,gpu}.json; nothing in it is typed by hand.
+"""README's section on speed and its figure, made from benchmarks/results/{cpu,kvcache,gpu}.json; nothing in it is typed by hand.
 
     python benchmarks/report.py             writes README.md, and results/cpu.png if matplotlib is installed
     python benchmarks/report.py --check     fails if README.md does not say what the JSON says
@@ -68,6 +68,25 @@ Forward and backward:
     return "\n".join([text, *training_table(rows), "", decode, "", *decode_table(rows)]) + "\n"
 
 
+def cache_section(result):
+    """Decode through attention_with_kvcache, one line a shape, kinds of cache side by side; "" if it has not been measured."""
+    if result is None:
+        return ""
+    machine, limit, shapes = result["machine"], result["ceilings"], {}
+    for record in result["rows"]:
+        shapes.setdefault((record["dtype"], record["b"], record["s"], heads(record)), {})[record["cache"]] = record
+    kinds = list(dict.fromkeys(record["cache"] for record in result["rows"]))
+    lines = [f"""
+Decode through `attention_with_kvcache`, appending included: ms, share of the {limit["read_gbs"]:.0f} GB/s at which the run read
+memory, ratio to PyTorch over contiguous tensors of q's dtype ({machine["date"]}, commit {machine["commit"]}):
+""",
+             f"| dtype | batch | cached keys | heads q/kv | {' | '.join(kinds)} |", "|---" * (4 + len(kinds)) + "|"]
+    for key, row in shapes.items():
+        cells = [f"{x['ms']:.2f} ms, {100 * x['share']:.0f}%, {ratio(x)}" if (x := row.get(kind)) else "" for kind in kinds]
+        lines.append(f"| {' | '.join(map(str, (*key, *cells)))} |")
+    return "\n".join(lines) + "\n"
+
+
 def gpu_section(record):
     """The GPU rows, one line a shape; the ratios are our rate over that of torch's backends in the same run."""
     tests, limit, passes = record["tests"], record["ceilings"], {}
@@ -126,6 +145,7 @@ def plot(result, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", default=str(HERE / "results" / "cpu.json"))
+    parser.add_argument("--kvcache", default=str(HERE / "results" / "kvcache.json"))
     parser.add_argument("--gpu", default=str(HERE / "results" / "gpu.json"))
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
@@ -134,7 +154,9 @@ def main():
     before, rest = text.split(BEGIN)
     after = rest[rest.index(END):]
     gpu = json.loads(Path(options.gpu).read_text(encoding="utf-8"))
-    wanted = before + BEGIN + section(result) + gpu_section(gpu) + after
+    caches = Path(options.kvcache)
+    cached = cache_section(json.loads(caches.read_text(encoding="utf-8")) if caches.exists() else None)
+    wanted = before + BEGIN + section(result) + cached + gpu_section(gpu) + after
     if options.check:
         sys.exit(None if text == wanted else "README.md does not say what the result says: run benchmarks/report.py")
     README.write_text(wanted, encoding="utf-8")
