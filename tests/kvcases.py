@@ -172,6 +172,8 @@ CASES = [
     CacheCase(storage="gaps", pages=7, pairs=4),
     CacheCase(b=1, lens=(2100,), slots=2200, d=32),
     CacheCase(b=2, lens=(1900, 700), slots=2200, d=32, pages=48, g=3, sq=4, new=4),
+    CacheCase(b=1, lens=(900,), slots=1000, d=40, dv=72, pages=16, g=20, window=(500, 0), left_pad=(9,)),
+    CacheCase(b=1, lens=(900,), slots=1000, d=72, dv=40, pages=24, g=20, storage="sliced"),
     CacheCase(b=1, lens=(1900,), slots=2200, d=32, pages=16, dtype="bfloat16", sq=2, new=2, left_pad=(77,)),
 ]
 FLOAT8_CASES = [

@@ -181,6 +181,7 @@ def test_chunked_prefill_equals_the_whole_causal_forward(rng):
 @pytest.mark.parametrize("case", [
     CacheCase(lens=(5, 300, 2000), slots=2050, d=64),
     CacheCase(lens=(5, 300, 2000), slots=2050, d=64, g=16, dtype="bfloat16"),
+    CacheCase(lens=(5, 300, 2000), slots=2050, d=33, dv=33, g=12, sq=2, new=2),
     CacheCase(lens=(5, 300, 2000), slots=2050, d=24, sq=5, new=5, pairs=8, dtype="float64"),
     CacheCase(lens=(5, 300, 2000), slots=2050, d=64, float8=True, scales="h"),
 ], ids=str)  # fmt: skip

@@ -207,6 +207,7 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
     real scale;
     const tile_block k = block_from(&block->k, first);
     panel->k_list = block->k_list ? block->k_list + first : NULL;
+    panel->v_list = block->v_list ? block->v_list + first : NULL;
     if (block->stream) {
         const tile_block values = block_from(&block->v, first);
         panel->ahead = values.data;
@@ -220,7 +221,7 @@ static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n
         ireal *weight = (ireal *)(void *)s;
         for (int32_t i = 0; i < keys * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
     }
-    if (kind == TILE_PARTIAL && block->v_list) {      /* the search wants a block */
+    if (block->v_list && (kind == TILE_PARTIAL || !panel->few)) {      /* that product and the search for bad rows take blocks */
         block->v = tile_block_load(t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv, scratch->v);
         block->v_list = NULL;
     }
@@ -388,18 +389,17 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     for (int32_t j0 = range.begin < range.end ? range.begin / KEYS * KEYS : range.end; j0 < range.end; j0 += KEYS) {
         if (fgqa_poll(worker)) { return; }
         key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
-        const int few = scratch.panel->few;
-        if (few && tile_block_list(scratch.k_list, &t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d)) {
+        /* Pages are read in place where only one panel reads them, and they fill the rows of the micro-kernel. */
+        const int list = scratch.panel->few || (panels == 1 && p->cache.page_size >= MR);
+        if (list && tile_block_list(scratch.k_list, &t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d)
+            && tile_block_list(scratch.v_list, &t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv)) {
             block.k_list = scratch.k_list;
-        } else {
-            block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
-        }
-        if (few && tile_block_list(scratch.v_list, &t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv)) {
             block.v_list = scratch.v_list;
         } else {
+            block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
             block.v = tile_block_load(&t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv, scratch.v);
         }
-        block.stream = panels == 1 && !few && block.k.data != scratch.k && block.v.data != scratch.v;
+        block.stream = panels == 1 && !block.k_list && block.k.data != scratch.k && block.v.data != scratch.v;
         for (int32_t n = 0; n < panels; n++) {
             const fgqa_range keys = scratch.panel[n].keys;
             const int32_t begin = keys.begin > block.j0 ? keys.begin : block.j0, end = keys.end < block.j1 ? keys.end : block.j1;

@@ -100,7 +100,7 @@ typedef struct {
     _Alignas(64) ureal row[PANEL], head[PANEL];    /* i and b*hq + h: dropout's counter */
     const real *ahead;                             /* V of the keys at hand if the panel is alone and V in place, else NULL: prefetched */
     ptrdiff_t ld_ahead;
-    const real *const *k_list;                     /* few: addresses of the keys' rows instead of a block, or NULL */
+    const real *const *k_list, *const *v_list;     /* addresses of the rows instead of blocks, or NULL; V's to be prefetched */
     int64_t r0;                                    /* first packed row */
     int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
     int32_t few;                                   /* nonzero: at most FEW_ROWS rows, q is [lane][ROUND_UP(d, VL)] and products are decode.h's */
@@ -118,7 +118,7 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     panel->w = panel->nv * VL;
     panel->few = 0;
     panel->ahead = NULL;
-    panel->k_list = NULL;
+    panel->k_list = panel->v_list = NULL;
     panel->i0 = fgqa_packed_row_q(r0, p->g);
     panel->i1 = fgqa_packed_row_q(r0 + panel->rows - 1, p->g) + 1;
     panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
@@ -404,6 +404,16 @@ FGQA_SHARED void tile_transform(real *s, const tile_sequence *t, const tile_pane
     }
 }
 
+/* q.k of `keys` keys that lie in pages, page by page; the pages of V, which has the same, are brought into L2. */
+FGQA_SHARED void tile_scores_by_page(real *s, const tile_sequence *t, const tile_panel *panel, int32_t keys, const real *q)
+{
+    const ptrdiff_t step = (ptrdiff_t)t->p->view[FGQA_ARG_k].stride_s, step_v = (ptrdiff_t)t->p->view[FGQA_ARG_v].stride_s;
+    for (int32_t j = 0, n; j < keys; j += n) {
+        for (n = 1; j + n < keys && panel->k_list[j + n] == panel->k_list[j] + n * step; n++) {}
+        gemm_row_set_ahead(n, panel->nv, t->p->d, panel->k_list[j], step, q, panel->w, s + (ptrdiff_t)j * panel->w, panel->w, panel->v_list[j], step_v);
+    }
+}
+
 /* Scores of keys [j0, j1) (inside panel->keys and one key block) into s[key][lane].
  * `k` is row j0 of the block, `q` the panel [d][w] (rows where panel->few). On return score = s * *scale: scale is 1 once transformed.
  * `add`: KEYS x PANEL, `scratch`: VL x KEYS; used when the sequence has_add. *used_add is add, or NULL where it was not needed. */
@@ -422,6 +432,8 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     if (panel->few) {
         const few_source keys = {k->data, k->stride, panel->k_list};
         few_scores(panel->rows, j1 - j0, t->p->d, &keys, q, ROUND_UP(t->p->d, VL), s, panel->w);
+    } else if (panel->k_list) {
+        tile_scores_by_page(s, t, panel, j1 - j0, q);
     } else if (panel->ahead) {
         gemm_row_set_ahead(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, panel->ahead, panel->ld_ahead);
     } else {
