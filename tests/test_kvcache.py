@@ -11,6 +11,7 @@ from checking import DTYPES, EPSILON_OF, Guarded, assert_within, memory_of, naiv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvcases import CASES, FLOAT8_CASES, CacheCase, angles, build, expected
+from test_forward import FAR, sparse
 
 import flashgqa
 from flashgqa import kvcache, reference
@@ -214,6 +215,21 @@ def test_bits_depend_on_the_sequence_alone(case):
         ]
         table = np.arange(case.b * columns, dtype=np.int32).reshape(case.b, columns)
         assert same_bits(flashgqa.attention_with_kvcache(q, *pages, k_new, v_new, page_table=table, **options), out)
+
+
+@pytest.mark.parametrize("axis", ["page", "head", "slot"])
+def test_slots_more_than_2_31_elements_apart(axis, rng):
+    """float16: 4 GiB of address space, a few pages of memory."""
+    shape = (4, 2, 3, 16)
+    strides = {"page": (FAR, 4096, 64, 1), "head": (4096, FAR, 64, 1), "slot": (8192, 1024, FAR, 1)}[axis]
+    near = [rng.standard_normal(shape).astype(np.float16) for _ in range(2)]
+    far = [sparse(shape, strides, np.float16) for _ in range(2)]
+    for to, x in zip(far, near, strict=True):
+        to[...] = x
+    q, new = (rng.standard_normal((1, h, 2, 16)).astype(np.float16) for h in (6, 2))
+    options = {"cache_lens": 8, "page_table": np.array([[3, 0, 2, 1]], np.int32), "causal": True}
+    out = [flashgqa.attention_with_kvcache(q, *caches, new, new, **options) for caches in (near, far)]
+    assert same_bits(*out) and all(same_bits(a, b.copy()) for a, b in zip(near, far, strict=True))
 
 
 def test_float8_rounds_to_nearest_and_saturates(rng):

@@ -9,7 +9,7 @@
 #include <math.h>
 #include <string.h>
 
-#define MAX_HEAD_DIM 256
+#define MAX_HEAD_DIM FGQA_MAX_HEAD_DIM
 
 const char *fgqa_arg_name(fgqa_arg arg)
 {

@@ -10,6 +10,8 @@
 #include "status.h"
 #include "tensor.h"
 
+#define FGQA_MAX_HEAD_DIM 256   /* of q, k and of v */
+
 typedef enum {
     FGQA_PASS_FWD,      /* q k v -> out, lse */
     FGQA_PASS_BWD,      /* dout q k v out lse (dlse) -> dq dk dv (dbias) (dsink) */

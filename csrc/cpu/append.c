@@ -45,7 +45,7 @@ static void copy_row(char *to, int64_t to_stride, const char *from, int64_t from
 static void convert_row(const append_job *job, const fgqa_view *to, char *row, const fgqa_view *from, const char *source, int32_t cols,
                         const rotary_angles *angles, double scale)
 {
-    real x[2 * MAX_PAIRS];
+    real x[FGQA_MAX_HEAD_DIM];
     row_load(x, source, from->dtype, from->stride_d, cols);
     if (angles) { rotary_turn(x, angles, &job->p->cache.rotary); }
     for (int32_t c = 0; c < cols; c++) { x[c] /= scale; }

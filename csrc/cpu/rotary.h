@@ -4,9 +4,7 @@
 #include "../core/problem.h"
 #include "rows.h"
 
-#define MAX_PAIRS 128   /* half of the largest head dim */
-
-typedef struct { real cos[MAX_PAIRS], sin[MAX_PAIRS]; } rotary_angles;
+typedef struct { real cos[FGQA_MAX_HEAD_DIM / 2], sin[FGQA_MAX_HEAD_DIM / 2]; } rotary_angles;
 
 FGQA_SHARED void rotary_load(rotary_angles *angles, const fgqa_rotary *rotary, int64_t position)
 {

@@ -256,7 +256,7 @@ static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_place 
         in->unversioned = managed;
         if (slot->flags & FGQA_IN_WRITTEN) {
             PyErr_Format(PyExc_ValueError, "%s is exported by an unversioned DLPack capsule, which cannot say that it may be written "
-                         "(JAX arrays may not); do without %s=", slot->name, slot->name);
+                         "(JAX arrays may not); pass a NumPy array or a torch tensor", slot->name);
             return -1;
         }
         return take_tensor(&managed->dl_tensor, slot, place, in);
