@@ -4,6 +4,7 @@ csrc/cpu/isa.def and csrc/cuda/kernels.def are read here and by the C code: the 
 this machine's architecture and per precision, sm<arch>/<pass>.cu once per kernel, every other file once. Environment:
     FLASHGQA_WERROR=1     warnings are errors
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
+    FLASHGQA_AMX_EMULATED=1   the row "amx" on any processor with AVX-512, for tests: tests/c/amx_emulated.h
     FLASHGQA_CUDA=1       with the CUDA kernels, a preview so far (README, Limits); an error if nvcc is not found
     FLASHGQA_CUDA_ARCH    machine code to embed, "80,90,ptx" by default: cards from Ampere on; those without code of their own
                           compile the PTX once, into the driver's cache
@@ -26,6 +27,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 PER_ISA = ("fwd.c", "bwd.c", "weights.c")
+PER_BF16_ISA = ("fwd.c", "bwd.c")       # of an FGQA_ISA_BF16 row
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
@@ -39,6 +41,8 @@ if SANITIZE:
     CFLAGS += ["-O1", "-g", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 else:
     CFLAGS += ["-O3", "-g0"]
+if os.environ.get("FLASHGQA_AMX_EMULATED") == "1":
+    CFLAGS.append(f'-DFGQA_AMX_EMULATED="{ROOT / "tests" / "c" / "amx_emulated.h"}"')
 if os.environ.get("FLASHGQA_WERROR") == "1":
     CFLAGS.append("-Werror")
 NVCC_FLAGS = [
@@ -49,10 +53,10 @@ LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-W
 
 
 def isa_rows():
-    """(name, flags) of every row of isa.def that this machine's compiler can build."""
+    """(name, flags, whether for bfloat16 alone) of every row of isa.def that this machine's compiler can build."""
     machine = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-    rows = re.findall(r'^FGQA_ISA\((\w+),\s*(\w+),\s*"([^"]*)"\)', (CSRC / "cpu" / "isa.def").read_text(), re.M)
-    return [(name, flags.split()) for name, on, flags in rows if on in (machine, "any")]
+    rows = re.findall(r'^FGQA_ISA(_BF16)?\((\w+),\s*(\w+),\s*"([^"]*)"', (CSRC / "cpu" / "isa.def").read_text(), re.M)
+    return [(name, flags.split(), bool(bf16)) for bf16, name, on, flags in rows if on in (machine, "any")]
 
 
 def find_nvcc():
@@ -142,8 +146,10 @@ class Build(build_ext):
         for source in sorted([*(CSRC / "core").glob("*.c"), *(CSRC / "cpu").glob("*.c"), *(CSRC / "python").glob("*.c")]):
             stem = f"{source.parent.name}_{source.stem}"
             if source.parent.name == "cpu" and source.name in PER_ISA:
-                for name, flags in isa_rows():
-                    for f64 in (0, 1):
+                for name, flags, bf16 in isa_rows():
+                    if bf16 and source.name not in PER_BF16_ISA:
+                        continue
+                    for f64 in (0,) if bf16 else (0, 1):
                         yield source, objects / f"{stem}_{name}_{'f64' if f64 else 'f32'}.o", \
                             [*flags, f"-DFGQA_ISA={name}", f"-DFGQA_REAL_F64={f64}"]
             else:

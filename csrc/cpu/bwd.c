@@ -3,7 +3,7 @@
  * Task = (split, batch, KV head). A split owns some blocks of packed query rows (up to BLOCK_PANELS panels) of its KV head:
  *
  *     for each block:        Q, dO packed both ways; delta; dQ^T = 0
- *         for each 128 keys:
+ *         for each 128 keys:    bwd_block.h, on tiles amx_bwd.h
  *             for each panel:  P^T, dS^T (bwd_tile.h)      dQ^T += K^T dS^T
  *             dV += P^T dO     dK += dS^T Q                over all lanes of the block at once
  *         dQ = scale * dQ^T, written once, by its only owner
@@ -17,37 +17,17 @@
  */
 #include "../core/workspace.h"
 #include "bwd_tile.h"
+#if FGQA_AMX
+#include "amx_bwd.h"
+#else
+#include "bwd_block.h"
+#endif
 #include "threads.h"
 #include <math.h>
 
-#define MAX_BLOCK_PANELS 8
-#define BLOCK_BYTES (704 * 1024)  /* of Q, dO (both ways), dQ, P, dS; 512 KB to 1 MB measured alike, above slower */
-#define EDGE_KEYS 16             /* keys of a step where a mask's edge crosses the block */
 #define FINISH_KEYS 64           /* keys of one task of the finishing job */
 
 /* ---- shape ---- */
-
-typedef struct {
-    int32_t panels;              /* of a full block */
-    int32_t ldk, ldv;            /* reals between keys of the dK and dV buffers */
-    int32_t ldq, ldo;            /* between lanes of the packed Q and dO */
-    int32_t ldt;                 /* between keys of the block's P^T and dS^T */
-} bwd_shape;
-
-/* As many panels as leave room in the second-level cache for K, V, dK, dV of a few key blocks. */
-static bwd_shape shape_of(const fgqa_problem *p)
-{
-    bwd_shape shape;
-    const int32_t lane_bytes = (int32_t)sizeof(real) * (3 * p->d + 2 * p->dv + 2 * KEYS);
-    const int32_t panels = BLOCK_BYTES / (lane_bytes * PANEL);
-    shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
-    shape.ldk = ROUND_UP(p->d, VL);
-    shape.ldv = ROUND_UP(p->dv, VL);
-    shape.ldq = bwd_row_stride(p->d);
-    shape.ldo = bwd_row_stride(p->dv);
-    shape.ldt = bwd_row_stride(shape.panels * PANEL);
-    return shape;
-}
 
 static int64_t blocks_of(const bwd_shape *shape, int64_t rows) { return (rows + shape->panels * PANEL - 1) / (shape->panels * PANEL); }
 
@@ -75,46 +55,6 @@ static int32_t splits_of(const fgqa_problem *p, const bwd_shape *shape)
 
 /* ---- memory ---- */
 
-static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
-
-typedef struct {
-    bwd_panel *panels;                         /* [panels] */
-    bwd_tiles tiles;
-    real *q, *dout, *dq_t;                     /* [lane][ldq], [lane][ldo]; dQ^T panel after panel, each [d][w] */
-    real *weight, *ds;                         /* P^T and dS^T of the block: [KEYS][ldt] */
-    real *k_copy, *v_copy, *k_clean;           /* KEYS rows */
-    real *row;                                 /* one row of anything */
-    real *dq;                                  /* one panel of dQ */
-    real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
-} bwd_scratch;
-
-static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
-{
-    bwd_scratch s;
-    const size_t lanes = (size_t)shape->panels * PANEL;
-    s.panels = fgqa_arena_take(arena, (size_t)shape->panels, sizeof(bwd_panel));
-    for (int32_t n = 0; n < shape->panels; n++) { bwd_panel_carve(s.panels ? &s.panels[n] : NULL, arena, p); }
-    s.tiles = bwd_tiles_carve(arena, p);
-    s.q = fgqa_arena_take(arena, lanes * (size_t)shape->ldq, sizeof(real));
-    s.dout = fgqa_arena_take(arena, lanes * (size_t)shape->ldo, sizeof(real));
-    s.dq_t = fgqa_arena_take(arena, lanes * (size_t)shape->ldk, sizeof(real));
-    s.weight = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldt, sizeof(real));
-    s.ds = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldt, sizeof(real));
-    s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
-    s.v_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldv, sizeof(real));
-    s.k_clean = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
-    s.row = fgqa_arena_take(arena, (size_t)row_reals(shape), sizeof(real));
-    s.dq = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldk, sizeof(real));
-    s.dk = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldk, sizeof(real)) : NULL;
-    s.dv = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldv, sizeof(real)) : NULL;
-    return s;
-}
-
-typedef struct {
-    real *delta;                               /* [hq][total_q] */
-    real *dk, *dv;                             /* [splits][hk][total_k][ldk or ldv]; only where there are several */
-} bwd_workspace;
-
 static bwd_workspace workspace_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
 {
     bwd_workspace w = {NULL, NULL, NULL};
@@ -127,189 +67,7 @@ static bwd_workspace workspace_carve(fgqa_arena *arena, const fgqa_problem *p, c
     return w;
 }
 
-typedef struct {
-    const fgqa_problem *p;
-    bwd_shape shape;
-    bwd_workspace workspace;
-    int32_t splits;
-} bwd_job;
-
-/* Rows before sequence b in buffers that hold the whole batch. */
-static int64_t first_row(const fgqa_problem *p, const fgqa_sequence *seq, int32_t b) { return p->varlen ? seq->q_row : (int64_t)b * p->sq; }
-static int64_t first_key(const fgqa_problem *p, const fgqa_sequence *seq, int32_t b) { return p->varlen ? seq->k_row : (int64_t)b * p->sk; }
-
-/* Rows and keys of sequence b that its results have, padding included. */
-static int32_t result_rows(const fgqa_problem *p, const fgqa_sequence *seq) { return p->varlen ? seq->mask.sq : p->sq; }
-static int32_t result_keys(const fgqa_problem *p, const fgqa_sequence *seq) { return p->varlen ? seq->mask.sk : p->sk; }
-
-static real *delta_at(const bwd_job *job, const tile_sequence *t, int64_t r)
-{
-    const int32_t h = fgqa_packed_row_head(r, t->kv_head, t->p->g), i = fgqa_packed_row_q(r, t->p->g);
-    return job->workspace.delta + (int64_t)h * job->p->total_q + first_row(job->p, &t->seq, t->b) + i;
-}
-
 /* ---- main job: dq, and dk, dv of each split ---- */
-
-typedef struct { int32_t count; int16_t lane[MAX_BLOCK_PANELS * PANEL]; } bad_lanes;
-
-/* delta = rowsum(dO*O) - dLSE of a panel's rows, kept for dsink and dbias. */
-static void panel_delta(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, bwd_panel *bp, const real *dout)
-{
-    const fgqa_problem *p = job->p;
-    const fgqa_view *out = &p->view[FGQA_ARG_out], *dlse = &p->view[FGQA_ARG_dlse];
-    for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
-        const int64_t r = bp->panel.r0 + lane;
-        row_load(s->row, tile_packed_row(t, out, r), out->dtype, out->stride_d, p->dv);
-        const real *const x = dout + (ptrdiff_t)lane * job->shape.ldo;
-        vreal sums = v_zero();
-        real sum = 0;
-        int32_t c = 0;
-        for (; c + VL <= p->dv; c += VL) { sums += v_load(x + c) * v_load(s->row + c); }
-        for (; c < p->dv; c++) { sum += x[c] * s->row[c]; }
-        for (int32_t n = 0; n < VL; n++) { sum += sums[n]; }
-        if (dlse->data) { sum -= tile_lse_load(t, dlse, r); }
-        bp->delta[lane] = sum;
-        *delta_at(job, t, r) = sum;
-    }
-}
-
-/* Packs packed rows [r0, r1); returns the number of panels. */
-static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_lanes *bad)
-{
-    const bwd_shape *shape = &job->shape;
-    int32_t panels = 0;
-    bad->count = 0;
-    for (int64_t r = r0; r < r1; r += PANEL, panels++) {
-        bwd_panel *const bp = &s->panels[panels];
-        real *const q = s->q + (ptrdiff_t)panels * PANEL * shape->ldq, *const dout = s->dout + (ptrdiff_t)panels * PANEL * shape->ldo;
-        const bwd_rows to = {q, dout, shape->ldq, shape->ldo};
-        const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
-        bwd_panel_load(bp, t, t, r, r1, &to, &stats);
-        panel_delta(job, s, t, bp, dout);
-        for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
-            real *const q_row = q + (ptrdiff_t)lane * shape->ldq, *const dout_row = dout + (ptrdiff_t)lane * shape->ldo;
-            if (!row_is_finite(q_row, job->p->d)) { memset(q_row, 0, (size_t)job->p->d * sizeof(real)); }
-            if (!row_is_finite(dout_row, job->p->dv)) {
-                memset(dout_row, 0, (size_t)job->p->dv * sizeof(real));
-                bad->lane[bad->count++] = (int16_t)(panels * PANEL + lane);
-            }
-        }
-    }
-    return panels;
-}
-
-/* C[m][cols] += sum over n < k of A[m][n] * B[n][cols], in strips of nearly equal width. */
-static void accumulate(int32_t m, int32_t k, const real *a, ptrdiff_t lda, const real *b, ptrdiff_t ldb, real *c, int32_t ldc)
-{
-    const int32_t vectors = ldc / VL, strips = (vectors + NV - 1) / NV;
-    for (int32_t n = 0; n < strips; n++) {
-        const int32_t from = vectors * n / strips, to = vectors * (n + 1) / strips;
-        gemm_row_add(m, to - from, k, a, lda, b + from * VL, ldb, c + from * VL, ldc, NULL);
-    }
-}
-
-/* The part of a block of keys that some panel sees: tile rows [j0, j1) of panels [first, last). */
-typedef struct { int32_t j0, j1, first, last; } tile_extent;
-
-static fgqa_range panel_keys(const tile_panel *panel, int32_t j0, int32_t j1)
-{
-    fgqa_range r = {panel->keys.begin > j0 ? panel->keys.begin : j0, panel->keys.end < j1 ? panel->keys.end : j1};
-    if (r.end < r.begin) { r.end = r.begin; }
-    return r;
-}
-
-static tile_extent extent_of(const bwd_scratch *s, int32_t panels, int32_t j0, int32_t j1)
-{
-    tile_extent e = {j1, j0, panels, 0};
-    for (int32_t n = 0; n < panels; n++) {
-        const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);
-        if (r.begin == r.end) { continue; }
-        if (r.begin < e.j0) { e.j0 = r.begin; }
-        if (r.end > e.j1) { e.j1 = r.end; }
-        if (n < e.first) { e.first = n; }
-        e.last = n + 1;
-    }
-    return e;
-}
-
-static void zero_rows(real *tile, int32_t ldt, int32_t j0, int32_t j1, int32_t w)
-{
-    for (int32_t j = j0; j < j1; j++) { memset(tile + (ptrdiff_t)j * ldt, 0, (size_t)w * sizeof(real)); }
-}
-
-/* dV[j] += P[j][lane] * dO[lane] of the lanes whose dO is not finite. */
-static void add_bad_lanes(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const tile_extent *e, int32_t j0,
-                          const bad_lanes *bad, real *dv)
-{
-    const fgqa_view *dout = &t->p->view[FGQA_ARG_dout];
-    for (int32_t n = 0; n < bad->count; n++) {
-        const int32_t lane = bad->lane[n];
-        if (lane < e->first * PANEL || lane >= e->last * PANEL) { continue; }
-        row_load(s->row, tile_packed_row(t, dout, s->panels[0].panel.r0 + lane), dout->dtype, dout->stride_d, t->p->dv);
-        for (int32_t j = e->j0; j < e->j1; j++) {
-            const real weight = s->weight[(ptrdiff_t)(j - j0) * shape->ldt + lane];
-            if (weight == 0) { continue; }
-            real *const to = dv + (ptrdiff_t)j * shape->ldv;
-            for (int32_t c = 0; c < t->p->dv; c++) { to[c] += weight * s->row[c]; }
-        }
-    }
-}
-
-/* Keys [j0, j1), one key block, against the block of rows in `s`. */
-static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
-                       const bad_lanes *bad, real *dk, real *dv)
-{
-    const fgqa_problem *p = job->p;
-    const bwd_shape *shape = &job->shape;
-    const tile_extent e = extent_of(s, panels, j0, j1);
-    if (e.first >= e.last) { return; }
-    const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
-    const tile_block v = tile_block_load(t, &p->view[FGQA_ARG_v], j0, j1, p->dv, s->v_copy);
-    tile_block k_dq = k;
-    int k_checked = 0;
-    for (int32_t n = e.first; n < e.last; n++) {
-        const bwd_panel *const bp = &s->panels[n];
-        const int32_t w = bp->panel.w;
-        fgqa_range r = panel_keys(&bp->panel, j0, j1);
-        real *const weight = s->weight + n * PANEL, *const ds = s->ds + n * PANEL;
-        if (r.begin == r.end) { r.begin = r.end = e.j1; }
-        const ptrdiff_t at = (ptrdiff_t)(r.begin - j0) * shape->ldt;
-        if (r.begin < r.end) {
-            const tile_block k_part = {k.data + (r.begin - j0) * k.stride, k.stride}, v_part = {v.data + (r.begin - j0) * v.stride, v.stride};
-            const tile_kind kind = bwd_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, 0, weight + at, ds + at, shape->ldt);
-            if (kind == TILE_UNSEEN) { r.end = r.begin; }
-            if (kind == TILE_PARTIAL && !k_checked) {
-                tile_bad_rows bad_keys;
-                tile_find_bad_rows(&bad_keys, &k, j1 - j0, p->d);
-                if (bad_keys.count) { k_dq = tile_without_bad_rows(&bad_keys, &k, j1 - j0, p->d, s->k_clean); }
-                k_checked = 1;
-            }
-        }
-        zero_rows(weight, shape->ldt, e.j0 - j0, r.begin - j0, w);
-        zero_rows(ds, shape->ldt, e.j0 - j0, r.begin - j0, w);
-        zero_rows(weight, shape->ldt, r.end - j0, e.j1 - j0, w);
-        zero_rows(ds, shape->ldt, r.end - j0, e.j1 - j0, w);
-        gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_dq.data + (r.begin - j0) * k_dq.stride, k_dq.stride, ds + at, shape->ldt,
-                     s->dq_t + (ptrdiff_t)n * PANEL * shape->ldk, w, NULL);
-    }
-    /* Near a mask's edge the panels that see the keys differ from step to step; equal steps become one product. */
-    for (int32_t j = e.j0, end; j < e.j1; j = end) {
-        const tile_extent step = extent_of(s, panels, j, j + EDGE_KEYS < e.j1 ? j + EDGE_KEYS : e.j1);
-        for (end = j + EDGE_KEYS; end < e.j1; end += EDGE_KEYS) {
-            const tile_extent next = extent_of(s, panels, end, end + EDGE_KEYS < e.j1 ? end + EDGE_KEYS : e.j1);
-            if (next.first != step.first || next.last != step.last) { break; }
-        }
-        if (end > e.j1) { end = e.j1; }
-        if (step.first >= step.last) { continue; }
-        const int32_t lanes = (step.last - step.first - 1) * PANEL + s->panels[step.last - 1].panel.w, lane0 = step.first * PANEL;
-        const ptrdiff_t at = (ptrdiff_t)(j - j0) * shape->ldt + lane0;
-        accumulate(end - j, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
-                   dv + (ptrdiff_t)j * shape->ldv, shape->ldv);
-        accumulate(end - j, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
-                   dk + (ptrdiff_t)j * shape->ldk, shape->ldk);
-    }
-    if (bad->count) { add_bad_lanes(s, shape, t, &e, j0, bad, dv); }
-}
 
 /* dQ = scale * dQ^T of a panel. */
 static void store_dq(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const tile_panel *panel, const real *dq_t)
@@ -575,12 +333,23 @@ void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->workspace_bytes = workspace.used;
 }
 
+#if FGQA_AMX
+static void split_on_tiles(void *context, int64_t task, const fgqa_worker *worker)
+{
+    amx_begin();
+    split_task(context, task, worker);
+    amx_release();
+}
+#else
+#define split_on_tiles split_task
+#endif
+
 fgqa_status FGQA_ROW(bwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
     bwd_job job = {.p = p, .shape = shape_of(p), .splits = plan->splits};
     fgqa_arena arena = fgqa_arena_begin(workspace);
     job.workspace = workspace_carve(&arena, p, &job.shape, job.splits);
-    FGQA_TRY(fgqa_parallel(split_task, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
+    FGQA_TRY(fgqa_parallel(split_on_tiles, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
     if (job.splits > 1) {
         const int64_t chunks = (p->sk + FINISH_KEYS - 1) / FINISH_KEYS;
         FGQA_TRY(fgqa_parallel(finish_task, &job, chunks * p->b * p->hk, plan->threads, plan->scratch_bytes, exec));

@@ -10,6 +10,9 @@
 #define FGQA_BWD_TILE_H
 #include "../core/workspace.h"
 #include "row_stats.h"
+#if FGQA_AMX
+#include "amx.h"
+#endif
 
 typedef struct {
     tile_panel panel;
@@ -19,7 +22,7 @@ typedef struct {
     real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
 } bwd_panel;
 
-/* Scratch of one tile: KEYS x PANEL each, rows VL x KEYS. */
+/* Scratch of one tile: SCORE_KEYS x PANEL each, add KEYS x PANEL, rows VL x KEYS. */
 typedef struct { real *s, *dp, *tanh, *add, *rows; ireal *keep; } bwd_tiles;
 
 FGQA_SHARED void bwd_panel_carve(bwd_panel *panel, fgqa_arena *arena, const fgqa_problem *p)
@@ -36,12 +39,12 @@ FGQA_SHARED bwd_tiles bwd_tiles_carve(fgqa_arena *arena, const fgqa_problem *p)
 {
     const int has_add = p->view[FGQA_ARG_mask].data != NULL || p->view[FGQA_ARG_bias].data != NULL;
     bwd_tiles tiles = {NULL, NULL, NULL, NULL, NULL, NULL};
-    tiles.s = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
-    tiles.dp = fgqa_arena_take(arena, KEYS * PANEL, sizeof(real));
-    tiles.tanh = p->softcap > 0 ? fgqa_arena_take(arena, KEYS * PANEL, sizeof(real)) : NULL;
+    tiles.s = fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(real));
+    tiles.dp = fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(real));
+    tiles.tanh = p->softcap > 0 ? fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(real)) : NULL;
     tiles.add = has_add ? fgqa_arena_take(arena, KEYS * PANEL, sizeof(real)) : NULL;
     tiles.rows = has_add ? fgqa_arena_take(arena, VL * KEYS, sizeof(real)) : NULL;
-    tiles.keep = p->dropout_threshold ? fgqa_arena_take(arena, KEYS * PANEL, sizeof(ireal)) : NULL;
+    tiles.keep = p->dropout_threshold ? fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(ireal)) : NULL;
     return tiles;
 }
 
@@ -76,6 +79,20 @@ FGQA_SHARED void bwd_own_lse(bwd_panel *bp, const tile_sequence *t, const tile_s
     }
 }
 
+/* The LSE of packed rows r0 .. as it was given; what else depends on it is cleared. */
+FGQA_SHARED void bwd_panel_lse(bwd_panel *bp, const tile_sequence *t, int64_t r0)
+{
+    bp->exact = 0;
+    for (int32_t lane = 0; lane < bp->panel.w; lane++) {
+        const real lse = lane < bp->panel.rows ? tile_lse_load(t, &t->p->view[FGQA_ARG_lse], r0 + lane) : -REAL_INF;
+        const real size = lse < 0 ? -lse : lse;
+        bp->exact |= size > LARGEST_LSE && size < REAL_INF;
+        bp->lse.top[lane] = lse == -REAL_INF ? REAL_INF : lse * (real)FGQA_LOG2E;
+        bp->lse.log_sum[lane] = 0;
+        bp->delta[lane] = 0;
+    }
+}
+
 /* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. */
 FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const tile_sequence *kv, int64_t r0, int64_t r1,
                                 const bwd_rows *to, const stats_scratch *scratch)
@@ -86,48 +103,57 @@ FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const til
     tile_transpose_rows(bp->q_t, to->q, to->ldq, bp->panel.w, p->d);
     tile_pack_rows(to->dout, to->ldo, t, &bp->panel, &p->view[FGQA_ARG_dout], p->dv, 1);
     tile_transpose_rows(bp->dout_t, to->dout, to->ldo, bp->panel.w, p->dv);
-    bp->exact = 0;
-    for (int32_t lane = 0; lane < bp->panel.w; lane++) {
-        const real lse = lane < bp->panel.rows ? tile_lse_load(t, &p->view[FGQA_ARG_lse], r0 + lane) : -REAL_INF;
-        const real size = lse < 0 ? -lse : lse;
-        bp->exact |= size > LARGEST_LSE && size < REAL_INF;
-        bp->lse.top[lane] = lse == -REAL_INF ? REAL_INF : lse * (real)FGQA_LOG2E;
-        bp->lse.log_sum[lane] = 0;
-        bp->delta[lane] = 0;
-    }
+    bwd_panel_lse(bp, t, r0);
     if (bp->exact) { bwd_own_lse(bp, t, kv, scratch); }
 }
 
-/* weight (NULL: not wanted) and ds, `ld` reals between keys. The flags are constants where it pays. */
-SIMD void bwd_weights(const bwd_panel *bp, const bwd_tiles *tiles, int32_t n, real scale, real keep_scale, const int partial,
-                      const int capped, const int dropped, const int exact, real *weight, real *ds, ptrdiff_t ld)
+/* What a tile's scores are turned into; the flags are constants where it pays. */
+typedef struct { int partial, capped, dropped, exact; } bwd_flags;
+typedef struct { vreal weight, ds; } bwd_score;
+
+#if FGQA_AMX
+#define bwd_exp2 amx_exp2_short   /* P is rounded to bfloat16 for every use */
+#else
+#define bwd_exp2 v_exp2
+#endif
+
+/* Of one vector of scores, `at` in the tiles, whose lanes have this LSE and delta. */
+SIMD bwd_score bwd_score_grad(const bwd_tiles *tiles, ptrdiff_t at, vreal lse, vreal log_sum, vreal delta, real scale, real keep_scale,
+                              const bwd_flags flags)
+{
+    const vreal s = v_load(tiles->s + at), p = bwd_exp2(flags.exact ? (s * v_set1(scale) - lse) - log_sum : s * v_set1(scale) - lse);
+    vreal kept = p, dp = v_load(tiles->dp + at);
+    if (flags.dropped) {
+        const vint keep = v_load_int(tiles->keep + at);
+        kept = (vreal)((vint)(p * v_set1(keep_scale)) & keep);
+        dp = (vreal)((vint)(dp * v_set1(keep_scale)) & keep);
+    }
+    vreal d = p * (dp - delta);
+    if (flags.capped) {
+        const vreal tanh = v_load(tiles->tanh + at);
+        d *= FGQA_SOFTCAP_GRAD(tanh, v_set1(1));
+    }
+    if (flags.partial) {
+        /* Not p = 0 and products with it: lse, dp and delta may hold a NaN that an unseen key must not meet. */
+        const vmask unseen = m_eq(s, v_set1(-REAL_INF));
+        kept = v_select(unseen, v_zero(), kept);
+        d = v_select(unseen, v_zero(), d);
+    }
+    const bwd_score result = {kept, d};
+    return result;
+}
+
+/* weight (NULL: not wanted) and ds, `ld` reals between keys. */
+SIMD void bwd_weights(const bwd_panel *bp, const bwd_tiles *tiles, int32_t n, real scale, real keep_scale, const bwd_flags flags,
+                      real *weight, real *ds, ptrdiff_t ld)
 {
     const int32_t w = bp->panel.w;
     for (int32_t v = 0; v < bp->panel.nv; v++) {
         const vreal lse = v_load(bp->lse.top + v * VL), log_sum = v_load(bp->lse.log_sum + v * VL), delta = v_load(bp->delta + v * VL);
         for (int32_t j = 0; j < n; j++) {
-            const ptrdiff_t from = (ptrdiff_t)j * w + v * VL, to = j * ld + v * VL;
-            const vreal s = v_load(tiles->s + from);
-            vreal p = v_exp2(exact ? (s * v_set1(scale) - lse) - log_sum : s * v_set1(scale) - lse);
-            vreal kept = p, dp = v_load(tiles->dp + from);
-            if (dropped) {
-                const vint keep = v_load_int(tiles->keep + from);
-                kept = (vreal)((vint)(p * v_set1(keep_scale)) & keep);
-                dp = (vreal)((vint)(dp * v_set1(keep_scale)) & keep);
-            }
-            vreal d = p * (dp - delta);
-            if (capped) {
-                const vreal tanh = v_load(tiles->tanh + from);
-                d *= FGQA_SOFTCAP_GRAD(tanh, v_set1(1));
-            }
-            if (partial) {
-                /* Not p = 0 and products with it: lse, dp and delta may hold a NaN that an unseen key must not meet. */
-                const vmask unseen = m_eq(s, v_set1(-REAL_INF));
-                kept = v_select(unseen, v_zero(), kept);
-                d = v_select(unseen, v_zero(), d);
-            }
-            if (weight) { v_store(weight + to, kept); }
-            v_store(ds + to, d);
+            const bwd_score x = bwd_score_grad(tiles, (ptrdiff_t)j * w + v * VL, lse, log_sum, delta, scale, keep_scale, flags);
+            if (weight) { v_store(weight + j * ld + v * VL, x.weight); }
+            v_store(ds + j * ld + v * VL, x.ds);
         }
     }
 }
@@ -143,13 +169,12 @@ FGQA_SHARED tile_kind bwd_tile(const bwd_tiles *tiles, const tile_sequence *t, c
     const tile_kind kind = tile_scores(tiles->s, t, &bp->panel, j0, j1, k, bp->q_t, tiles->add, tiles->rows, tiles->tanh, &used_add, &scale);
     if (kind == TILE_UNSEEN) { return kind; }
     gemm_row_set(j1 - j0, bp->panel.nv, p->dv, v->data, v->stride, bp->dout_t, bp->panel.w, tiles->dp, bp->panel.w, NULL);
-    const int partial = kind == TILE_PARTIAL, capped = p->softcap > 0 && !by_score, dropped = p->dropout_threshold != 0;
-    if (dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }
-    if (!partial && !capped && !dropped && !bp->exact) {
-        bwd_weights(bp, tiles, j1 - j0, scale, 1, 0, 0, 0, 0, weight, ds, ld);
+    const bwd_flags plain = {0, 0, 0, 0}, flags = {kind == TILE_PARTIAL, p->softcap > 0 && !by_score, p->dropout_threshold != 0, bp->exact};
+    if (flags.dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }
+    if (flags.partial || flags.capped || flags.dropped || flags.exact) {
+        bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), flags, weight, ds, ld);
     } else {
-        bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), partial, capped, dropped, bp->exact,
-                    weight, ds, ld);
+        bwd_weights(bp, tiles, j1 - j0, scale, 1, plain, weight, ds, ld);
     }
     return kind;
 }

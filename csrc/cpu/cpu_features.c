@@ -6,6 +6,10 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -13,7 +17,7 @@
 
 #define FEATURES(X) \
     X(avx) X(avx2) X(fma) X(f16c) X(avx512f) X(avx512dq) X(avx512bw) X(avx512vl) X(avx512_bf16) X(avx512_fp16) \
-    X(amx_tile) X(amx_bf16) X(amx_int8) X(amx_fp16) X(asimd) X(fphp) X(asimdhp) X(bf16) X(sve)
+    X(amx_tile) X(amx_bf16) X(amx_int8) X(amx_fp16) X(amx_permitted) X(asimd) X(fphp) X(asimdhp) X(bf16) X(sve)
 
 typedef struct {
 #define FEATURE_FIELD(name) int name;
@@ -26,6 +30,18 @@ static char found_names[256];
 static pthread_once_t found_once = PTHREAD_ONCE_INIT;
 
 #if defined(__x86_64__)
+/* Linux gives a process the tile registers on request only; it refuses where a signal stack is too small for them, or a
+ * sandbox forbids the call. Granted once, it holds for all threads and children. */
+static int permit_tiles(void)
+{
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    const int request = 0x1023, tile_data = 18;             /* ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA */
+    return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+    return 0;
+#endif
+}
+
 static void detect(features *f)
 {
     unsigned eax, ebx, ecx, edx;
@@ -57,6 +73,7 @@ static void detect(features *f)
         f->avx512_bf16 = os_avx512 && (eax >> 5 & 1);
         f->amx_fp16 = os_amx && (eax >> 21 & 1);
     }
+    f->amx_permitted = f->amx_tile && permit_tiles();
 }
 #elif defined(__aarch64__)
 static void detect(features *f)
@@ -94,8 +111,14 @@ int fgqa_cpu_has(const char *isa)
 {
     pthread_once(&found_once, detect_once);
     const int avx2 = found.avx2 && found.fma && found.f16c;
+    const int avx512 = avx2 && found.avx512f && found.avx512dq && found.avx512bw && found.avx512vl;
     const struct { const char *name; int supported; } rows[] = {
-        {"avx512", avx2 && found.avx512f && found.avx512dq && found.avx512bw && found.avx512vl},
+#if defined(FGQA_AMX_EMULATED)
+        {"amx", avx512},
+#else
+        {"amx", avx512 && found.avx512_bf16 && found.amx_bf16 && found.amx_permitted},
+#endif
+        {"avx512", avx512},
         {"avx2", avx2},
         {"neon", found.asimd},
         {"portable", 1},

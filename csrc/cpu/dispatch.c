@@ -33,29 +33,41 @@ typedef struct {
     fgqa_status (*run)(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec);
 } cpu_code;
 
-typedef struct { const char *name, *isa; fgqa_pass pass; cpu_code f32, f64; } cpu_row;
+typedef struct { const char *name, *isa; fgqa_pass pass; cpu_code f32, f64, bf16; } cpu_row;
 
 #define DECLARE_CODE(pass, isa, real_name)                                              \
     void fgqa_##pass##_##isa##_##real_name##_tile(const fgqa_problem *, fgqa_plan *);     \
     fgqa_status fgqa_##pass##_##isa##_##real_name##_run(const fgqa_plan *, const fgqa_problem *, void *, const fgqa_exec *);
 #define DECLARE_PASS(pass, id, isa) DECLARE_CODE(pass, isa, f32) DECLARE_CODE(pass, isa, f64)
 #define FGQA_ISA(name, machine, flags) ON_##machine(CPU_PASSES(DECLARE_PASS, name), )
+#define FGQA_ISA_BF16(name, machine, flags, rest) ON_##machine(DECLARE_CODE(fwd, name, f32) DECLARE_CODE(bwd, name, f32), )
 #include "isa.def"
 #undef FGQA_ISA
+#undef FGQA_ISA_BF16
 
 #define CODE(pass, isa, real_name) {fgqa_##pass##_##isa##_##real_name##_tile, fgqa_##pass##_##isa##_##real_name##_run}
-#define ROW_OF_PASS(pass, id, isa) {#pass "_" #isa, #isa, id, CODE(pass, isa, f32), CODE(pass, isa, f64)},
+#define ROW(pass, id, isa, rest, bf16) {#pass "_" #isa, #isa, id, CODE(pass, rest, f32), CODE(pass, rest, f64), CODE(pass, bf16, f32)},
+#define ROW_OF_PASS(pass, id, isa) ROW(pass, id, isa, isa, isa)
+#define ROWS_BF16(isa, rest) \
+    ROW(fwd, FGQA_PASS_FWD, isa, rest, isa) \
+    ROW(bwd, FGQA_PASS_BWD, isa, rest, isa) \
+    ROW(rows, FGQA_PASS_ROWS, isa, rest, rest) \
+    ROW(keysum, FGQA_PASS_KEYSUM, isa, rest, rest)
 static const cpu_row rows[] = {
 #define FGQA_ISA(name, machine, flags) ON_##machine(CPU_PASSES(ROW_OF_PASS, name), )
+#define FGQA_ISA_BF16(name, machine, flags, rest) ON_##machine(ROWS_BF16(name, rest), )
 #include "isa.def"
 #undef FGQA_ISA
+#undef FGQA_ISA_BF16
 };
 #define ROW_COUNT ((int32_t)(sizeof rows / sizeof rows[0]))
 
 static const struct { const char *name; int32_t compiled; } isas[] = {
 #define FGQA_ISA(name, machine, flags) {#name, ON_##machine(1, 0)},
+#define FGQA_ISA_BF16(name, machine, flags, rest) FGQA_ISA(name, machine, flags)
 #include "isa.def"
 #undef FGQA_ISA
+#undef FGQA_ISA_BF16
 };
 #define ISA_COUNT ((int32_t)(sizeof isas / sizeof isas[0]))
 
@@ -76,7 +88,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
 static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
 {
     const cpu_row *row = kernel->row;
-    return p->dtype == FGQA_F64 ? &row->f64 : &row->f32;
+    const int float8_cache = p->view[FGQA_ARG_k].dtype != p->dtype;
+    return p->dtype == FGQA_F64 ? &row->f64 : p->dtype == FGQA_BF16 && !float8_cache ? &row->bf16 : &row->f32;
 }
 
 static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan) { code_for(kernel, p)->tile(p, plan); }

@@ -17,12 +17,17 @@
 #include "threads.h"
 #include "tile.h"
 #include "../core/workspace.h"
+#if FGQA_AMX
+#include "amx_fwd.h"
+#endif
 
 /* Superblocks: enough tasks for 16 cores, within half of a 2 MB L2 (Q^T and O^T). */
 #define WANTED_TASKS 32
 #define SUPERBLOCK_BYTES (768 * 1024)
 /* Parts: only for sequences of few packed rows, and never shorter than this many keys. */
 #define SPLIT_MAX_ROWS 512
+/* Tiles beat vectors along d from a full group of rows on. */
+#define FEW_MOST (FGQA_AMX ? FEW_ROWS - 1 : FEW_ROWS)
 #define SPLIT_MIN_KEYS 512
 
 /* ---- plan ---- */
@@ -68,6 +73,9 @@ typedef struct {
     real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
     const real **k_list, **v_list;
+#if FGQA_AMX
+    amx_keys keys;
+#endif
 } fwd_scratch;
 
 static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q, void *base)
@@ -76,7 +84,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     const size_t panels = (size_t)(block_q / PANEL), lanes = (size_t)block_q, d = (size_t)columns(p->d), dv = (size_t)columns(p->dv);
     const int has_add = p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data;
     const size_t widest = d > dv ? d : dv;
-    scratch->s = fgqa_arena_take(&arena, KEYS * PANEL, sizeof(real));
+    scratch->s = fgqa_arena_take(&arena, SCORE_KEYS * PANEL, sizeof(real));
     scratch->factor = fgqa_arena_take(&arena, PANEL, sizeof(real));
     scratch->panel = fgqa_arena_take(&arena, panels, sizeof(tile_panel));
     scratch->m = fgqa_arena_take(&arena, lanes, sizeof(real));
@@ -91,6 +99,9 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->v_list = fgqa_arena_take(&arena, p->cache.page_size ? KEYS + LIST_AHEAD : 0, sizeof(const real *));
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
+#if FGQA_AMX
+    amx_keys_carve(&scratch->keys, &arena, p);
+#endif
     return arena.used;
 }
 
@@ -181,6 +192,77 @@ typedef struct {
     int searched, stream;   /* stream: K and V lie in the caller's memory and only one panel reads them */
 } key_block;
 
+SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *block, int32_t panels)
+{
+    const fgqa_problem *p = t->p;
+#if FGQA_AMX
+    if (!scratch->panel->few) {
+        amx_keys_load(&scratch->keys, t, block->j0, block->j1);
+        return;
+    }
+#endif
+    /* Pages are read in place where only one panel reads them, and they fill the rows of the micro-kernel. */
+    const int list = scratch->panel->few || (panels == 1 && p->cache.page_size >= MR);
+    if (list && tile_block_list(scratch->k_list, t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d)
+        && tile_block_list(scratch->v_list, t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv)) {
+        block->k_list = scratch->k_list;
+        block->v_list = scratch->v_list;
+    } else {
+        block->k = tile_block_load(t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d, scratch->k);
+        block->v = tile_block_load(t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv, scratch->v);
+    }
+    block->stream = panels == 1 && !block->k_list && block->k.data != scratch->k && block->v.data != scratch->v;
+}
+
+/* Rows of q as they are packed, [lane][ld], at the positions of the keys on their diagonals. */
+static void rotate_rows(real *q, int32_t ld, const tile_sequence *t, const tile_panel *panel)
+{
+    const fgqa_rotary *rotary = &t->p->cache.rotary;
+    rotary_angles angles;
+    int32_t loaded = -1;
+    if (rotary->pairs == 0 || t->seq.mask.sk == 0) { return; }     /* without keys, positions need not exist */
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        const int32_t i = fgqa_packed_row_q(panel->r0 + lane, t->p->g);
+        if (i != loaded) { rotary_load(&angles, rotary, fgqa_rotary_position(&t->p->cache, t->b, t->seq.k_row + t->seq.mask.diag + i)); }
+        loaded = i;
+        rotary_turn(q + (ptrdiff_t)lane * ld, &angles, rotary);
+    }
+}
+
+/* Rows of panel n as the second operand of the scores. */
+#if FGQA_AMX
+SIMD bf16 *packed_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
+{
+    return (bf16 *)(void *)(scratch->q + (size_t)n * PANEL * (size_t)columns(t->p->d));
+}
+
+SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
+{
+    const fgqa_problem *p = t->p;
+    const tile_panel *const panel = &scratch->panel[n];
+    bf16 *const rows = (bf16 *)(void *)scratch->k;
+    if (p->cache.rotary.pairs == 0) {
+        amx_load_panel(rows, t, panel, &p->view[FGQA_ARG_q], p->d, t->q_sign < 0);
+    } else {
+        const int32_t d = columns(p->d), ld = AMX_PAD(p->d);
+        tile_pack_rows(scratch->rows, d, t, panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
+        rotate_rows(scratch->rows, d, t, panel);
+        memset(rows, 0, (size_t)(PANEL * ld) * sizeof(bf16));
+        for (int32_t lane = 0; lane < panel->rows; lane++) { row_store(rows + lane * ld, FGQA_BF16, 1, scratch->rows + lane * d, p->d); }
+    }
+    amx_pack_panel(packed_q(scratch, t, n), rows, panel, p->d);
+}
+#else
+SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
+{
+    const fgqa_problem *p = t->p;
+    const int32_t d = columns(p->d);
+    tile_pack_rows(scratch->rows, d, t, &scratch->panel[n], &p->view[FGQA_ARG_q], p->d, t->q_sign);
+    rotate_rows(scratch->rows, d, t, &scratch->panel[n]);
+    tile_transpose_rows(scratch->q + (size_t)n * PANEL * (size_t)d, scratch->rows, d, scratch->panel[n].w, p->d);
+}
+#endif
+
 SIMD tile_block block_from(const tile_block *block, int32_t row)
 {
     const tile_block rest = {block->data + row * block->stride, block->stride};
@@ -197,8 +279,17 @@ static void add_bad_row_to_few(const tile_panel *panel, const real *add, int32_t
 }
 
 /* Rows of panel n attend to keys [j0, j1). */
-static void attend(const fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
+static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
+#if FGQA_AMX
+    if (!scratch->panel[n].few) {
+        const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv),
+                               scratch->m + n * PANEL, scratch->l + n * PANEL};
+        const amx_scratch tile = {scratch->s, scratch->add, scratch->rows, scratch->factor, scratch->keep};
+        amx_attend(&tile, t, &rows, &scratch->keys, j0, j1, block->j1);
+        return;
+    }
+#endif
     const fgqa_problem *p = t->p;
     tile_panel *panel = &scratch->panel[n];
     const int32_t keys = j1 - j0, w = panel->w, first = j0 - block->j0;
@@ -327,21 +418,6 @@ static fwd_place task_place(const fwd_job *job, int64_t task)
     return at;
 }
 
-/* Rows of q as they are packed, [lane][ld], at the positions of the keys on their diagonals. */
-static void rotate_rows(real *q, int32_t ld, const tile_sequence *t, const tile_panel *panel)
-{
-    const fgqa_rotary *rotary = &t->p->cache.rotary;
-    rotary_angles angles;
-    int32_t loaded = -1;
-    if (rotary->pairs == 0 || t->seq.mask.sk == 0) { return; }     /* without keys, positions need not exist */
-    for (int32_t lane = 0; lane < panel->rows; lane++) {
-        const int32_t i = fgqa_packed_row_q(panel->r0 + lane, t->p->g);
-        if (i != loaded) { rotary_load(&angles, rotary, fgqa_rotary_position(&t->p->cache, t->b, t->seq.k_row + t->seq.mask.diag + i)); }
-        loaded = i;
-        rotary_turn(q + (ptrdiff_t)lane * ld, &angles, rotary);
-    }
-}
-
 static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
 {
     const fwd_job *job = context;
@@ -350,7 +426,6 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     const tile_sequence t = tile_sequence_init(p, at.b, at.kv_head);
     const key_parts parts = split_keys(p, &t.seq.mask);
     const int64_t r1 = at.r1 < t.rows ? at.r1 : t.rows;
-    const fgqa_view *kv = p->view;
     fwd_scratch scratch;
     carve(&scratch, p, job->plan->block_q, worker->scratch);
     if (at.part == 0 && !p->varlen && at.r1 > t.rows) { clear_rows(&t, at.r0 > t.rows ? at.r0 : t.rows, at.r1, scratch.rows); }
@@ -361,15 +436,13 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     for (int32_t n = 0; n < panels; n++) {
         tile_panel *panel = &scratch.panel[n];
         tile_panel_init(panel, &t, at.r0 + (int64_t)n * PANEL, r1);
-        if (t.rows <= FEW_ROWS) {
+        if (t.rows <= FEW_MOST) {
             panel->few = 1;
             tile_pack_rows(scratch.q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
             rotate_rows(scratch.q, d, &t, panel);
             memset(scratch.s, 0, KEYS * VL * sizeof(real));   /* idle lanes stay what they are: finite */
         } else {
-            tile_pack_rows(scratch.rows, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
-            rotate_rows(scratch.rows, d, &t, panel);
-            tile_transpose_rows(scratch.q + (size_t)n * PANEL * (size_t)d, scratch.rows, d, panel->w, p->d);
+            pack_q(&scratch, &t, n);
         }
         memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)(panel->w * dv) * sizeof(real));
         for (int32_t lane = 0; lane < PANEL; lane++) {
@@ -389,17 +462,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     for (int32_t j0 = range.begin < range.end ? range.begin / KEYS * KEYS : range.end; j0 < range.end; j0 += KEYS) {
         if (fgqa_poll(worker)) { return; }
         key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
-        /* Pages are read in place where only one panel reads them, and they fill the rows of the micro-kernel. */
-        const int list = scratch.panel->few || (panels == 1 && p->cache.page_size >= MR);
-        if (list && tile_block_list(scratch.k_list, &t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d)
-            && tile_block_list(scratch.v_list, &t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv)) {
-            block.k_list = scratch.k_list;
-            block.v_list = scratch.v_list;
-        } else {
-            block.k = tile_block_load(&t, &kv[FGQA_ARG_k], block.j0, block.j1, p->d, scratch.k);
-            block.v = tile_block_load(&t, &kv[FGQA_ARG_v], block.j0, block.j1, p->dv, scratch.v);
-        }
-        block.stream = panels == 1 && !block.k_list && block.k.data != scratch.k && block.v.data != scratch.v;
+        load_keys(&scratch, &t, &block, panels);
         for (int32_t n = 0; n < panels; n++) {
             const fgqa_range keys = scratch.panel[n].keys;
             const int32_t begin = keys.begin > block.j0 ? keys.begin : block.j0, end = keys.end < block.j1 ? keys.end : block.j1;
@@ -462,10 +525,21 @@ static void combine_task(void *context, int64_t task, const fgqa_worker *worker)
     }
 }
 
+#if FGQA_AMX
+static void forward_on_tiles(void *context, int64_t task, const fgqa_worker *worker)
+{
+    amx_begin();
+    forward_task(context, task, worker);
+    amx_release();
+}
+#else
+#define forward_on_tiles forward_task
+#endif
+
 fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
     fwd_job job = {plan, p, workspace};
-    FGQA_TRY(fgqa_parallel(forward_task, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
+    FGQA_TRY(fgqa_parallel(forward_on_tiles, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
     if (plan->splits <= 1) { return FGQA_OK; }
     return fgqa_parallel(combine_task, &job, (int64_t)p->b * p->hk, plan->threads, plan->scratch_bytes, exec);
 }

@@ -21,7 +21,10 @@
 #define FGQA_GEMM_H
 #include "simd.h"
 
-#if VBYTES == 64 || defined(__aarch64__)
+#if FGQA_AMX
+#define MR 8
+#define NV 2      /* panels of 32 lanes: two tiles */
+#elif VBYTES == 64 || defined(__aarch64__)
 #define MR 8
 #define NV 3
 #elif VBYTES == 32

@@ -42,6 +42,13 @@ typedef uint32_t ureal;
 #define FGQA_ROW_EXPAND(pass, isa, real_name, what) FGQA_ROW_PASTE(pass, isa, real_name, what)
 #define FGQA_ROW(pass, what) FGQA_ROW_EXPAND(pass, FGQA_ISA, FGQA_REAL_NAME, what)
 
+/* The row with tiles: the float kernels' frame around products of bfloat16. */
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)   /* gcc, clang */
+#define FGQA_AMX 1
+#else
+#define FGQA_AMX 0
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
 #define VBYTES 64
 #elif defined(__AVX2__) && defined(__FMA__)

@@ -17,13 +17,14 @@
 
 #define PANEL (NV * VL)
 #define KEYS 128
+#define SCORE_KEYS (KEYS + (FGQA_AMX ? 32 : 0))   /* room in a tile: tiles of keys start at multiples of 32 (amx.h) */
 #define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
 
 /* Workers worth waking for plan->flops and `bytes` of K and V: one below 50 us at about half of what a core reaches and a
  * slow core's share of memory bandwidth, else one for each 20 us. */
 FGQA_SHARED int32_t tile_threads(const fgqa_plan *plan, double bytes)
 {
-    const double microseconds = plan->flops / (VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
+    const double microseconds = plan->flops / (FGQA_AMX ? 500e3 : VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
     const double worth = microseconds < 50 || plan->tasks < 1 ? 1 : microseconds / 20;
     const double most = worth < (double)plan->tasks ? worth : (double)plan->tasks;
     return most < 1 ? 1 : most > INT32_MAX ? INT32_MAX : (int32_t)most;
@@ -414,21 +415,37 @@ FGQA_SHARED void tile_scores_by_page(real *s, const tile_sequence *t, const tile
     }
 }
 
-/* Scores of keys [j0, j1) (inside panel->keys and one key block) into s[key][lane].
- * `k` is row j0 of the block, `q` the panel [d][w] (rows where panel->few). On return score = s * *scale: scale is 1 once transformed.
- * `add`: KEYS x PANEL, `scratch`: VL x KEYS; used when the sequence has_add. *used_add is add, or NULL where it was not needed. */
-FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const tile_block *k,
-                                  const real *q, real *add, real *scratch, real *tanh_tile, const real **used_add, real *scale)
+/* What surrounds the product K q of keys [j0, j1), inside panel->keys and one key block. Before it: whether all is seen, and the
+ * additive tile. `add`: KEYS x PANEL, `scratch`: VL x KEYS; used when the sequence has_add. *used_add is add, or NULL where it
+ * is not needed. */
+FGQA_SHARED tile_kind tile_scores_begin(const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, real *add, real *scratch,
+                                        const real **used_add)
 {
     tile_kind kind = TILE_FULL;
     *used_add = NULL;
-    *scale = t->score_scale;
     if (t->has_add) {
         kind = tile_additive(add, t, panel, j0, j1, scratch);
         if (kind == TILE_UNSEEN) { return kind; }
         if (kind == TILE_PARTIAL) { *used_add = add; }
     }
-    if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
+    return fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1) ? kind : TILE_PARTIAL;
+}
+
+/* And after it: returns scale, with score = s*scale, which is 1 once transformed. */
+FGQA_SHARED real tile_scores_end(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, tile_kind kind,
+                                 const real *used_add, real *tanh_tile)
+{
+    if (kind != TILE_PARTIAL && !t->needs_transform) { return t->score_scale; }
+    tile_transform(s, t, panel, j0, j1, used_add, tanh_tile);
+    return 1;
+}
+
+/* All of it, into s[key][lane]. `k` is row j0 of the block, `q` the panel [d][w] (rows where panel->few). */
+FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const tile_block *k,
+                                  const real *q, real *add, real *scratch, real *tanh_tile, const real **used_add, real *scale)
+{
+    const tile_kind kind = tile_scores_begin(t, panel, j0, j1, add, scratch, used_add);
+    if (kind == TILE_UNSEEN) { return kind; }
     if (panel->few) {
         const few_source keys = {k->data, k->stride, panel->k_list};
         few_scores(panel->rows, j1 - j0, t->p->d, &keys, q, ROUND_UP(t->p->d, VL), s, panel->w);
@@ -439,10 +456,7 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     } else {
         gemm_row_set(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, NULL);
     }
-    if (kind == TILE_PARTIAL || t->needs_transform) {
-        tile_transform(s, t, panel, j0, j1, *used_add, tanh_tile);
-        *scale = 1;
-    }
+    *scale = tile_scores_end(s, t, panel, j0, j1, kind, *used_add, tanh_tile);
     return kind;
 }
 

@@ -1,0 +1,280 @@
+/* amx_bwd.h - the backward's products on the tile unit (bwd.c; bwd_block.h is the same in floats). bfloat16 only.
+ *
+ *     for each panel:   S^T = K Q^T      dP^T = V dO^T      P^T, dS^T rounded to bfloat16      dQ^T += K^T dS^T
+ *     dV += P^T dO      dK += dS^T Q     over all lanes of the block at once
+ *
+ * K and V are operands as they lie in memory; K^T is packed once a block of keys, Q and dO twice a block of rows: lanes as
+ * columns for the scores, lanes as terms for dK and dV. All sums are float32.
+ */
+#ifndef FGQA_AMX_BWD_H
+#define FGQA_AMX_BWD_H
+#include "amx_panel.h"
+#include "bwd_shared.h"
+
+/* As many panels as leave room in the second-level cache for K, V, dK, dV of a few key blocks. */
+static bwd_shape shape_of(const fgqa_problem *p)
+{
+    bwd_shape shape;
+    const int32_t lane_bytes = (int32_t)sizeof(bf16) * 2 * (p->d + p->dv + KEYS) + (int32_t)sizeof(real) * p->d;
+    const int32_t panels = BLOCK_BYTES / (lane_bytes * PANEL);
+    shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
+    shape.ldk = ROUND_UP(p->d, VL);
+    shape.ldv = ROUND_UP(p->dv, VL);
+    shape.ldq = bwd_row_stride(p->d);
+    shape.ldo = bwd_row_stride(p->dv);
+    shape.ldt = PANEL;
+    return shape;
+}
+
+static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
+
+typedef struct {
+    bwd_panel *panels;                         /* [panels]; q_t and dout_t only where a panel is `exact` */
+    bwd_tiles tiles;
+    bf16 *q_t, *dout_t;                        /* B, lanes as columns: [panel][step][nv] */
+    bf16 *q, *dout;                            /* B, lanes as terms: [panel][tile of columns]; rows with a NaN or an infinity 0 */
+    bf16 *weight, *ds;                         /* A, lanes as terms: P^T and dS^T of the block, [panel][KEYS][PANEL] */
+    bf16 *ds_t;                                /* B, keys as terms: dS^T of the panel at hand, [KEYS/AMX_DEPTH][nv] */
+    bf16 *k, *v, *k_t, *k_t_clean;             /* rows of the block of keys; A, keys as terms */
+    bf16 *rows;                                /* PANEL rows of anything */
+    real *k_copy;                              /* KEYS rows, for `exact` panels */
+    real *tail;                                /* [AMX_SIDE][row_reals] */
+    real *row;                                 /* one row of anything */
+    real *dq, *dq_t;                           /* one panel of dQ; dQ^T panel after panel, each [d][w] */
+    real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
+} bwd_scratch;
+
+static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
+{
+    bwd_scratch s;
+    const size_t lanes = (size_t)shape->panels * PANEL, d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv);
+    s.panels = fgqa_arena_take(arena, (size_t)shape->panels, sizeof(bwd_panel));
+    for (int32_t n = 0; n < shape->panels; n++) { bwd_panel_carve(s.panels ? &s.panels[n] : NULL, arena, p); }
+    s.tiles = bwd_tiles_carve(arena, p);
+    s.q_t = fgqa_arena_take(arena, lanes * d, sizeof(bf16));
+    s.dout_t = fgqa_arena_take(arena, lanes * dv, sizeof(bf16));
+    s.q = fgqa_arena_take(arena, lanes * d, sizeof(bf16));
+    s.dout = fgqa_arena_take(arena, lanes * dv, sizeof(bf16));
+    s.weight = fgqa_arena_take(arena, lanes * KEYS, sizeof(bf16));
+    s.ds = fgqa_arena_take(arena, lanes * KEYS, sizeof(bf16));
+    s.ds_t = fgqa_arena_take(arena, PANEL * KEYS, sizeof(bf16));
+    s.k = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
+    s.v = fgqa_arena_take(arena, AMX_BLOCK_ROWS * dv, sizeof(bf16));
+    s.k_t = fgqa_arena_take(arena, KEYS * d, sizeof(bf16));
+    s.k_t_clean = fgqa_arena_take(arena, KEYS * d, sizeof(bf16));
+    s.rows = fgqa_arena_take(arena, PANEL * (d > dv ? d : dv), sizeof(bf16));
+    s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
+    s.tail = fgqa_arena_take(arena, AMX_SIDE * (size_t)row_reals(shape), sizeof(real));
+    s.row = fgqa_arena_take(arena, (size_t)row_reals(shape), sizeof(real));
+    s.dq = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldk, sizeof(real));
+    s.dq_t = fgqa_arena_take(arena, lanes * (size_t)shape->ldk, sizeof(real));
+    s.dk = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldk, sizeof(real)) : NULL;
+    s.dv = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldv, sizeof(real)) : NULL;
+    return s;
+}
+
+/* Rows of a panel that are not finite: zeroed, and noted in `bad` (unless NULL). */
+static void zero_bad_lanes(bf16 *rows, int32_t cols, const tile_panel *panel, int32_t lane0, bad_lanes *bad)
+{
+    const int32_t ld = AMX_PAD(cols);
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        if (amx_row_is_finite(rows + lane * ld, ld)) { continue; }
+        memset(rows + lane * ld, 0, (size_t)ld * sizeof(bf16));
+        if (bad) { bad->lane[bad->count++] = (int16_t)(lane0 + lane); }
+    }
+}
+
+/* Packs packed rows [r0, r1); returns the number of panels. */
+static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_lanes *bad)
+{
+    const fgqa_problem *p = t->p;
+    const fgqa_view *q = &p->view[FGQA_ARG_q], *dout = &p->view[FGQA_ARG_dout];
+    const ptrdiff_t q_panel = PANEL * (ptrdiff_t)AMX_PAD(p->d), dout_panel = PANEL * (ptrdiff_t)AMX_PAD(p->dv);
+    int32_t panels = 0;
+    bad->count = 0;
+    for (int64_t r = r0; r < r1; r += PANEL, panels++) {
+        bwd_panel *const bp = &s->panels[panels];
+        tile_panel_init(&bp->panel, t, r, r1);
+        bwd_panel_lse(bp, t, r);
+        if (bp->exact) {
+            const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
+            tile_pack_rows(s->dq, job->shape.ldk, t, &bp->panel, q, p->d, t->q_sign);
+            tile_transpose_rows(bp->q_t, s->dq, job->shape.ldk, bp->panel.w, p->d);
+            bwd_own_lse(bp, t, t, &stats);
+        }
+        amx_load_panel(s->rows, t, &bp->panel, q, p->d, t->q_sign < 0);
+        amx_pack_panel(s->q_t + panels * q_panel, s->rows, &bp->panel, p->d);
+        zero_bad_lanes(s->rows, p->d, &bp->panel, panels * PANEL, NULL);
+        amx_pack_pairs(s->q + panels * q_panel, s->rows, AMX_PAD(p->d), amx_tiles(p->d));
+        amx_load_panel(s->rows, t, &bp->panel, dout, p->dv, 0);
+        amx_pack_panel(s->dout_t + panels * dout_panel, s->rows, &bp->panel, p->dv);
+        for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
+            row_load(s->dq, s->rows + lane * AMX_PAD(p->dv), dout->dtype, 1, p->dv);
+            bp->delta[lane] = row_delta(job, t, r + lane, s->dq, s->row);
+        }
+        zero_bad_lanes(s->rows, p->dv, &bp->panel, panels * PANEL, bad);
+        amx_pack_pairs(s->dout + panels * dout_panel, s->rows, AMX_PAD(p->dv), amx_tiles(p->dv));
+    }
+    return panels;
+}
+
+/* P^T and dS^T of n keys, a multiple of AMX_DEPTH, from the scores and dP^T in `tiles`: as A (weight, ds) and ds as B (ds_t). */
+SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv, int32_t n, real scale, real keep_scale, const bwd_flags flags,
+                      bf16 *weight, bf16 *ds, bf16 *ds_t)
+{
+    vreal lse[NV], log_sum[NV], delta[NV];
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) {
+        lse[v] = v_load(bp->lse.top + v * VL);
+        log_sum[v] = v_load(bp->lse.log_sum + v * VL);
+        delta[v] = v_load(bp->delta + v * VL);
+    }
+    for (int32_t j = 0; j < n; j += 2) {
+        vreal even[2], odd[2], ds_even[2], ds_odd[2];
+        UNROLL(2)
+        for (int v = 0; v < 2; v++) {
+            if (v >= nv) {
+                even[v] = odd[v] = ds_even[v] = ds_odd[v] = v_zero();
+                continue;
+            }
+            const ptrdiff_t at = (ptrdiff_t)j * nv * VL + v * VL;
+            const bwd_score a = bwd_score_grad(tiles, at, lse[v], log_sum[v], delta[v], scale, keep_scale, flags);
+            const bwd_score b = bwd_score_grad(tiles, at + nv * VL, lse[v], log_sum[v], delta[v], scale, keep_scale, flags);
+            even[v] = a.weight;
+            odd[v] = b.weight;
+            ds_even[v] = a.ds;
+            ds_odd[v] = b.ds;
+            _mm512_store_si512(ds_t + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, amx_narrow_pairs(a.ds, b.ds));
+        }
+        _mm512_store_si512(weight + j * PANEL, amx_narrow((__m512)even[0], (__m512)even[1]));
+        _mm512_store_si512(weight + (j + 1) * PANEL, amx_narrow((__m512)odd[0], (__m512)odd[1]));
+        _mm512_store_si512(ds + j * PANEL, amx_narrow((__m512)ds_even[0], (__m512)ds_even[1]));
+        _mm512_store_si512(ds + (j + 1) * PANEL, amx_narrow((__m512)ds_odd[0], (__m512)ds_odd[1]));
+    }
+}
+
+/* The block of keys at hand: K^T without its bad rows is made when the first tile needs it. */
+typedef struct { int32_t j0, j1, searched; tile_bad_rows bad; } key_block;
+
+/* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
+static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
+{
+    const fgqa_problem *p = t->p;
+    const bwd_panel *const bp = &s->panels[n];
+    const int32_t w = bp->panel.w, nv = bp->panel.nv, ld = AMX_PAD(p->d), ldv = AMX_PAD(p->dv);
+    const int32_t first = j0 - block->j0, before = first % AMX_DEPTH, from = first - before, all = AMX_PAD(before + j1 - j0);
+    const fgqa_range nothing = {0, 0}, written = {from, from + all};
+    const bwd_tiles tiles = s->tiles;
+    real *const seen = tiles.s + before * w, *const tanh = tiles.tanh ? tiles.tanh + before * w : NULL;
+    const real *add;
+    real scale;
+    tile_kind kind;
+    if (bp->exact) {
+        const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
+        kind = tile_scores(seen, t, &bp->panel, j0, j1, &k, bp->q_t, tiles.add, tiles.rows, tanh, &add, &scale);
+        if (kind == TILE_UNSEEN) { return nothing; }
+    } else {
+        kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles.add, tiles.rows, &add);
+        if (kind == TILE_UNSEEN) { return nothing; }
+        const amx_operand k = {s->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, ld};
+        const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0};
+        amx_product(0, amx_tiles(j1 - j0), nv, ld / AMX_DEPTH, &k, &q, seen, w);
+        scale = tile_scores_end(seen, t, &bp->panel, j0, j1, kind, add, tanh);
+    }
+    for (int32_t i = 0; i < before * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
+    for (int32_t i = (before + j1 - j0) * w; i < all * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
+    const amx_operand v = {s->v + (ptrdiff_t)first * ldv, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ldv, ldv};
+    const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldv, nv * AMX_TILE, AMX_TILE, 0};
+    amx_product(0, amx_tiles(j1 - j0), nv, ldv / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
+
+    const int partial = kind == TILE_PARTIAL || all != j1 - j0;
+    const bwd_flags plain = {0, 0, 0, 0}, flags = {partial, p->softcap > 0, p->dropout_threshold != 0, bp->exact};
+    const real keep_scale = (real)fgqa_dropout_scale(p->dropout_threshold);
+    bf16 *const weight = s->weight + ((ptrdiff_t)n * KEYS + from) * PANEL, *const ds = s->ds + ((ptrdiff_t)n * KEYS + from) * PANEL;
+    if (flags.dropped) { tile_dropout(tiles.keep + before * w, t, &bp->panel, j0, j1); }
+    if (nv == 1) {
+        amx_weights(bp, &tiles, 1, all, scale, keep_scale, flags, weight, ds, s->ds_t);
+    } else if (flags.partial || flags.capped || flags.dropped || flags.exact) {
+        amx_weights(bp, &tiles, 2, all, scale, keep_scale, flags, weight, ds, s->ds_t);
+    } else {
+        amx_weights(bp, &tiles, 2, all, scale, 1, plain, weight, ds, s->ds_t);
+    }
+    if (partial && !block->searched) {
+        if (amx_zero_bad_rows(&block->bad, s->k, p->d)) {
+            amx_pack_keys(s->k_t_clean, s->k, p->d);
+            amx_load_keys(s->k, t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d);
+        }
+        block->searched = 1;
+    }
+    const amx_operand k_t = {(partial && block->bad.count ? s->k_t_clean : s->k_t) + from * AMX_SIDE, AMX_TILE, AMX_KEYS_TILE, AMX_DEPTH};
+    const amx_operand ds_t = {s->ds_t, nv * AMX_TILE, AMX_TILE, 0};
+    amx_product(1, amx_tiles(p->d), nv, all / AMX_DEPTH, &k_t, &ds_t, s->dq_t + n * PANEL * (ptrdiff_t)AMX_SIDE * amx_tiles(p->d), w);
+    return written;
+}
+
+/* c[key][col] += sum over the lanes of panels [first, last): a is [panel][KEYS][PANEL] from the first key on, b [panel][tile of columns].
+ * Only n keys of c are touched. */
+static void amx_accumulate(int32_t n, int32_t panels, const bf16 *a, const bf16 *b, int32_t cols, real *c, int32_t ldc, real *tail)
+{
+    const amx_operand rows = {a, KEYS * PANEL, AMX_TILE, PANEL}, lanes = {b, PANEL * (ptrdiff_t)AMX_PAD(cols), AMX_TILE, 0};
+    const int32_t whole = n / AMX_SIDE, rest = n % AMX_SIDE;
+    amx_product(1, whole, amx_tiles(cols), panels, &rows, &lanes, c, ldc);
+    if (!rest) { return; }
+    const amx_operand last = {a + whole * AMX_TILE, KEYS * PANEL, AMX_TILE, PANEL};
+    amx_product(0, 1, amx_tiles(cols), panels, &last, &lanes, tail, ldc);
+    for (int32_t i = 0; i < rest * ldc; i += VL) {
+        real *const to = c + (ptrdiff_t)whole * AMX_SIDE * ldc + i;
+        v_store(to, v_load(to) + v_load(tail + i));
+    }
+}
+
+static void zero_keys(bf16 *tile, int32_t j0, int32_t j1)
+{
+    if (j0 < j1) { memset(tile + j0 * PANEL, 0, (size_t)((j1 - j0) * PANEL) * sizeof(bf16)); }
+}
+
+/* Keys [j0, j1), one key block, against the block of rows in `s`. */
+static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
+                       const bad_lanes *bad, real *dk, real *dv)
+{
+    const fgqa_problem *p = job->p;
+    const bwd_shape *shape = &job->shape;
+    const tile_extent e = extent_of(s->panels, panels, j0, j1);
+    if (e.first >= e.last) { return; }
+    key_block block = {.j0 = j0, .j1 = j1};
+    amx_load_keys(s->k, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
+    amx_load_keys(s->v, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
+    amx_pack_keys(s->k_t, s->k, p->d);
+    const int32_t begin = (e.j0 - j0) / AMX_SIDE * AMX_SIDE, end = ROUND_UP(e.j1 - j0, AMX_SIDE);
+    for (int32_t n = e.first; n < e.last; n++) {
+        const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);
+        fgqa_range written = {begin, begin};
+        if (r.begin < r.end) { written = block_panel(s, t, n, &block, r.begin, r.end); }
+        bf16 *const tiles[2] = {s->weight + (ptrdiff_t)n * KEYS * PANEL, s->ds + (ptrdiff_t)n * KEYS * PANEL};
+        for (int i = 0; i < 2; i++) {
+            zero_keys(tiles[i], begin, written.begin < end ? written.begin : end);
+            zero_keys(tiles[i], written.end > begin ? written.end : begin, end);
+        }
+    }
+    const ptrdiff_t q_panel = PANEL * (ptrdiff_t)AMX_PAD(p->d), dout_panel = PANEL * (ptrdiff_t)AMX_PAD(p->dv);
+    for (int32_t j = j0 + begin, next; j < j0 + end; j = next) {
+        tile_extent step;
+        next = step_end(s->panels, panels, j, j0 + end, &step);
+        if (step.first >= step.last) { continue; }
+        const ptrdiff_t at = ((ptrdiff_t)step.first * KEYS + j - j0) * PANEL;
+        const int32_t keys = (next < t->seq.mask.sk ? next : t->seq.mask.sk) - j, count = step.last - step.first;
+        amx_accumulate(keys, count, s->weight + at, s->dout + step.first * dout_panel, p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
+        amx_accumulate(keys, count, s->ds + at, s->q + step.first * q_panel, p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
+    }
+    for (int32_t n = 0; n < bad->count; n++) {
+        const int32_t lane = bad->lane[n];
+        real weight[KEYS];
+        if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
+        for (int32_t j = e.j0; j < e.j1; j++) {
+            weight[j - e.j0] = float_from_bf16(s->weight[((ptrdiff_t)(lane / PANEL) * KEYS + j - j0) * PANEL + lane % PANEL]);
+        }
+        add_bad_lane(t, s->panels[0].panel.r0 + lane, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
+    }
+}
+
+#endif

@@ -1,0 +1,164 @@
+/* amx_fwd.h - forward's products on the tile unit: the part of fwd.c that differs in the row "amx" (bfloat16 only).
+ *
+ *     S^T = K Q^T         K as it lies in memory, Q packed once a panel
+ *     P^T = 2^(S^T - m)   written as bfloat16, pairs of keys interleaved
+ *     O^T += V^T P^T      V transposed once a block of keys, for all panels of the task
+ *
+ * m follows the largest score only when that has grown by more than AMX_LAZY: weights up to 2^AMX_LAZY lose nothing in
+ * bfloat16, and O is rarely rescaled.
+ */
+#ifndef FGQA_AMX_FWD_H
+#define FGQA_AMX_FWD_H
+#include "../core/workspace.h"
+#include "amx_panel.h"
+
+#define AMX_LAZY ((real)8)
+
+typedef struct {
+    bf16 *k, *v;              /* rows of the block */
+    bf16 *v_t, *v_t_clean;    /* A: [tile of columns][KEYS/AMX_DEPTH]; without the rows that hold a NaN or an infinity */
+    bf16 *p;                  /* B: [KEYS/AMX_DEPTH][nv] */
+    tile_bad_rows bad;        /* of V, counted from origin */
+    int32_t origin, searched; /* the multiple of KEYS at which the block starts */
+} amx_keys;
+
+static void amx_keys_carve(amx_keys *keys, fgqa_arena *arena, const fgqa_problem *p)
+{
+    const size_t d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv);
+    keys->k = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
+    keys->v = fgqa_arena_take(arena, AMX_BLOCK_ROWS * dv, sizeof(bf16));
+    keys->v_t = fgqa_arena_take(arena, KEYS * dv, sizeof(bf16));
+    keys->v_t_clean = fgqa_arena_take(arena, KEYS * dv, sizeof(bf16));
+    keys->p = fgqa_arena_take(arena, KEYS * PANEL, sizeof(bf16));
+}
+
+/* Keys [j0, j1) of one block. */
+static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, int32_t j1)
+{
+    const fgqa_problem *p = t->p;
+    keys->origin = j0 / KEYS * KEYS;
+    keys->searched = 0;
+    amx_load_keys(keys->k, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
+    amx_load_keys(keys->v, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
+    amx_pack_keys(keys->v_t, keys->v, p->dv);
+}
+
+/* The block's bad rows of V, found when first asked for; then they are zeroed and the block is transposed again. */
+static int32_t amx_bad_values(amx_keys *keys, const fgqa_problem *p)
+{
+    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, p->dv)) { amx_pack_keys(keys->v_t_clean, keys->v, p->dv); }
+    keys->searched = 1;
+    return keys->bad.count;
+}
+
+/* ---- one tile ---- */
+
+/* p = 2^(s*scale - m) of n keys, a multiple of AMX_DEPTH, with m as it is after them; l = l*factor + sum p. Returns whether
+ * some factor is not 1. `keep`: s becomes p as well. */
+SIMD int amx_softmax_strip(const int nv, const int keep, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
+{
+    const int w = nv * VL;
+    vreal top[NV], shift[NV], sum[NV];
+    int grown = 0;
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) { top[v] = v_set1(-REAL_INF); }
+    for (int32_t j = 0; j < n; j++) {
+        UNROLL(2)
+        for (int v = 0; v < nv; v++) { top[v] = v_max(v_load(s + j * w + v * VL), top[v]); }
+    }
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) {
+        const vreal old = v_load(m + v * VL), highest = top[v] * v_set1(scale);
+        const vmask grows = m_lt(old + v_set1(AMX_LAZY), highest);
+        const vreal now = v_select(grows, highest, old);
+        shift[v] = v_select(m_eq(now, v_set1(-REAL_INF)), v_zero(), now);   /* nothing seen yet: 2^(-inf - 0) = 0 */
+        v_store(m + v * VL, now);
+        v_store(factor + v * VL, v_select(grows, v_exp2(old - shift[v]), v_set1(1)));
+        grown |= m_any(grows);
+        sum[v] = v_zero();
+    }
+    for (int32_t j = 0; j < n; j += 2) {
+        UNROLL(2)
+        for (int v = 0; v < nv; v++) {
+            real *const at = s + j * w + v * VL;
+            const vreal even = amx_exp2(v_load(at) * v_set1(scale) - shift[v]), odd = amx_exp2(v_load(at + w) * v_set1(scale) - shift[v]);
+            sum[v] += even + odd;
+            if (keep) {
+                v_store(at, even);
+                v_store(at + w, odd);
+            }
+            _mm512_store_si512(p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, amx_narrow_pairs(even, odd));
+        }
+    }
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) { v_store(l + v * VL, v_load(l + v * VL) * v_load(factor + v * VL) + sum[v]); }
+    return grown;
+}
+
+static int amx_softmax(int nv, int keep, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
+{
+    if (nv == 1) { return amx_softmax_strip(1, 1, s, n, scale, m, l, factor, p); }
+    return keep ? amx_softmax_strip(2, 1, s, n, scale, m, l, factor, p) : amx_softmax_strip(2, 0, s, n, scale, m, l, factor, p);
+}
+
+/* Weights as floats, [n keys][w], to B. */
+static void amx_pack_weights(bf16 *p, const real *s, int32_t n, int32_t nv)
+{
+    const int32_t w = nv * VL;
+    for (int32_t j = 0; j < n; j += 2) {
+        for (int32_t v = 0; v < nv; v++) {
+            const real *const at = s + j * w + v * VL;
+            _mm512_store_si512(p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, amx_narrow_pairs(v_load(at), v_load(at + w)));
+        }
+    }
+}
+
+/* A panel and where its results grow. */
+typedef struct { const tile_panel *panel; const bf16 *q; real *o, *m, *l; } amx_rows;
+
+/* Scratch of one tile: s has AMX_DEPTH keys more than KEYS. */
+typedef struct { real *s, *add, *rows, *factor; ireal *keep; } amx_scratch;
+
+/* Rows of a panel attend to keys [j0, j1) of the block. */
+static void amx_attend(const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1, int32_t block_end)
+{
+    const fgqa_problem *p = t->p;
+    const tile_panel *panel = to->panel;
+    const int32_t n = j1 - j0, w = panel->w, nv = panel->nv, first = j0 - keys->origin, before = first % AMX_DEPTH, ld = AMX_PAD(p->d);
+    const int32_t all = AMX_PAD(before + n);   /* keys of the steps */
+    real *const s = scratch->s, *const seen = s + before * w;
+    const real *add;
+    const tile_kind kind = tile_scores_begin(t, panel, j0, j1, scratch->add, scratch->rows, &add);
+    if (kind == TILE_UNSEEN) { return; }
+    const amx_operand k = {keys->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, ld}, q = {to->q, nv * AMX_TILE, AMX_TILE, 0};
+    amx_product(0, amx_tiles(n), nv, ld / AMX_DEPTH, &k, &q, seen, w);
+    const real scale = tile_scores_end(seen, t, panel, j0, j1, kind, add, NULL);
+    for (int32_t i = 0; i < before * w; i += VL) { v_store(s + i, v_set1(-REAL_INF)); }
+    for (int32_t i = (before + n) * w; i < all * w; i += VL) { v_store(s + i, v_set1(-REAL_INF)); }
+
+    /* Keys of the first and last step that the panel does not reach count as unseen ones do. */
+    const int others = before || (all != before + n && j1 < block_end);
+    const int dirty = (kind == TILE_PARTIAL || others) && amx_bad_values(keys, p), dropped = p->dropout_threshold != 0;
+    if (amx_softmax(nv, dirty || dropped, s, all, scale, to->m, to->l, scratch->factor, keys->p)) {
+        for (int32_t c = 0; c < p->dv; c++) {
+            for (int32_t v = 0; v < w; v += VL) { v_store(to->o + c * w + v, v_load(to->o + c * w + v) * v_load(scratch->factor + v)); }
+        }
+    }
+    if (dropped) {
+        tile_dropout(scratch->keep, t, panel, j0, j1);
+        ireal *const weight = (ireal *)(void *)seen;
+        for (int32_t i = 0; i < n * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
+        amx_pack_weights(keys->p, s, all, nv);
+    }
+    const amx_operand v_t = {(dirty ? keys->v_t_clean : keys->v_t) + (first - before) * AMX_SIDE, AMX_TILE, AMX_KEYS_TILE, AMX_DEPTH};
+    const amx_operand weights = {keys->p, nv * AMX_TILE, AMX_TILE, 0};
+    amx_product(1, amx_tiles(p->dv), nv, all / AMX_DEPTH, &v_t, &weights, to->o, w);
+    for (int32_t i = 0; dirty && i < keys->bad.count; i++) {
+        const int32_t j = keys->origin + keys->bad.row[i];
+        if (j < j0 || j >= j1) { continue; }
+        const tile_block row = tile_block_load(t, &p->view[FGQA_ARG_v], j, j + 1, p->dv, scratch->rows);
+        tile_add_bad_row(panel, add ? add + (ptrdiff_t)(j - j0) * w : NULL, j, seen + (ptrdiff_t)(j - j0) * w, row.data, p->dv, to->o);
+    }
+}
+
+#endif

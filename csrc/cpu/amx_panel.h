@@ -1,0 +1,76 @@
+/* amx_panel.h - panels and blocks of keys (tile.h) as bfloat16 rows and operands of the tile unit.
+ *
+ * Blocks start at multiples of KEYS and steps of AMX_DEPTH keys at multiples of that, so that, as elsewhere, a row's bits
+ * depend on its own sequence alone: where a panel's keys begin or end inside a step, the others take part with weight 0.
+ */
+#ifndef FGQA_AMX_PANEL_H
+#define FGQA_AMX_PANEL_H
+#include "amx.h"
+#include "tile.h"
+
+#define AMX_BLOCK_ROWS (KEYS + AMX_DEPTH)             /* rows of a block: those behind its end are read, never used */
+#define AMX_KEYS_TILE (KEYS / AMX_DEPTH * AMX_TILE)   /* from one tile of columns of a packed block to the next */
+
+SIMD int32_t amx_tiles(int32_t n) { return (n + AMX_SIDE - 1) / AMX_SIDE; }
+
+/* Keys [j0, j1) of one block as rows [AMX_BLOCK_ROWS][AMX_PAD(cols)], zeros where the block has no key. */
+static void amx_load_keys(bf16 *to, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+{
+    const int32_t ld = AMX_PAD(cols), before = j0 % KEYS, s0 = (int32_t)t->seq.k_row + j0, s1 = s0 + j1 - j0;
+    memset(to, 0, (size_t)before * (size_t)ld * sizeof(bf16));
+    to += (ptrdiff_t)before * ld;
+    tile_page page = {0};
+    for (int32_t s = s0; s < s1; s += page.rows) {
+        if (t->p->cache.page_size > 0) {
+            page = tile_page_at(t, view, s, s1);
+        } else {
+            page.row = view_at(view, t->b, t->kv_head, s0);
+            page.rows = s1 - s0;
+        }
+        for (int32_t n = 0; n < page.rows; n++, to += ld) {
+            amx_row(to, page.row + n * view->stride_s * (int64_t)sizeof(bf16), view->stride_d, cols);
+        }
+    }
+    memset(to, 0, (size_t)(AMX_BLOCK_ROWS - before - (j1 - j0)) * (size_t)ld * sizeof(bf16));
+}
+
+/* A block's rows to A with the keys as terms: [tile of columns][KEYS/AMX_DEPTH]. */
+static void amx_pack_keys(bf16 *to, const bf16 *rows, int32_t cols)
+{
+    for (int32_t j = 0; j < KEYS; j += AMX_DEPTH) {
+        amx_pack_columns(to + j * AMX_SIDE, AMX_KEYS_TILE, rows + (ptrdiff_t)j * AMX_PAD(cols), AMX_PAD(cols), amx_tiles(cols));
+    }
+}
+
+/* Zeroes the rows of a block that hold a NaN or an infinity; counted from its origin. Returns how many there are. */
+static int32_t amx_zero_bad_rows(tile_bad_rows *bad, bf16 *rows, int32_t cols)
+{
+    const int32_t ld = AMX_PAD(cols);
+    bad->count = 0;
+    for (int32_t j = 0; j < KEYS; j++) {
+        if (amx_row_is_finite(rows + j * ld, ld)) { continue; }
+        bad->row[bad->count++] = (int16_t)j;
+        memset(rows + j * ld, 0, (size_t)ld * sizeof(bf16));
+    }
+    return bad->count;
+}
+
+/* Packed rows of a panel as [PANEL][AMX_PAD(cols)], lanes beyond them 0; `negate`: with the other sign. */
+static void amx_load_panel(bf16 *rows, const tile_sequence *t, const tile_panel *panel, const fgqa_view *view, int32_t cols, int negate)
+{
+    const int32_t ld = AMX_PAD(cols);
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        bf16 *const row = rows + lane * ld;
+        amx_row(row, tile_packed_row(t, view, panel->r0 + lane), view->stride_d, cols);
+        for (int32_t c = 0; negate && c < cols; c++) { row[c] ^= 0x8000; }
+    }
+    memset(rows + panel->rows * ld, 0, (size_t)(PANEL - panel->rows) * (size_t)ld * sizeof(bf16));
+}
+
+/* Such rows to B with the lanes as columns: [step][nv]. */
+static void amx_pack_panel(bf16 *to, const bf16 *rows, const tile_panel *panel, int32_t cols)
+{
+    amx_pack_rows(to, rows, AMX_PAD(cols), panel->nv, AMX_PAD(cols) / AMX_DEPTH);
+}
+
+#endif

@@ -1,0 +1,158 @@
+/* bwd_block.h - the backward's products in floats: a block of packed rows against a block of keys (bwd.c; amx_bwd.h is the same
+ * on tiles).
+ *
+ *     for each panel:   P^T, dS^T (bwd_tile.h)      dQ^T += K^T dS^T
+ *     dV += P^T dO      dK += dS^T Q                over all lanes of the block at once
+ */
+#ifndef FGQA_BWD_BLOCK_H
+#define FGQA_BWD_BLOCK_H
+#include "bwd_shared.h"
+
+/* As many panels as leave room in the second-level cache for K, V, dK, dV of a few key blocks. */
+static bwd_shape shape_of(const fgqa_problem *p)
+{
+    bwd_shape shape;
+    const int32_t lane_bytes = (int32_t)sizeof(real) * (3 * p->d + 2 * p->dv + 2 * KEYS);
+    const int32_t panels = BLOCK_BYTES / (lane_bytes * PANEL);
+    shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
+    shape.ldk = ROUND_UP(p->d, VL);
+    shape.ldv = ROUND_UP(p->dv, VL);
+    shape.ldq = bwd_row_stride(p->d);
+    shape.ldo = bwd_row_stride(p->dv);
+    shape.ldt = bwd_row_stride(shape.panels * PANEL);
+    return shape;
+}
+
+static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
+
+typedef struct {
+    bwd_panel *panels;                         /* [panels] */
+    bwd_tiles tiles;
+    real *q, *dout, *dq_t;                     /* [lane][ldq], [lane][ldo]; dQ^T panel after panel, each [d][w] */
+    real *weight, *ds;                         /* P^T and dS^T of the block: [KEYS][ldt] */
+    real *k_copy, *v_copy, *k_clean;           /* KEYS rows */
+    real *row;                                 /* one row of anything */
+    real *dq;                                  /* one panel of dQ */
+    real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
+} bwd_scratch;
+
+static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
+{
+    bwd_scratch s;
+    const size_t lanes = (size_t)shape->panels * PANEL;
+    s.panels = fgqa_arena_take(arena, (size_t)shape->panels, sizeof(bwd_panel));
+    for (int32_t n = 0; n < shape->panels; n++) { bwd_panel_carve(s.panels ? &s.panels[n] : NULL, arena, p); }
+    s.tiles = bwd_tiles_carve(arena, p);
+    s.q = fgqa_arena_take(arena, lanes * (size_t)shape->ldq, sizeof(real));
+    s.dout = fgqa_arena_take(arena, lanes * (size_t)shape->ldo, sizeof(real));
+    s.dq_t = fgqa_arena_take(arena, lanes * (size_t)shape->ldk, sizeof(real));
+    s.weight = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldt, sizeof(real));
+    s.ds = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldt, sizeof(real));
+    s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
+    s.v_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldv, sizeof(real));
+    s.k_clean = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
+    s.row = fgqa_arena_take(arena, (size_t)row_reals(shape), sizeof(real));
+    s.dq = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldk, sizeof(real));
+    s.dk = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldk, sizeof(real)) : NULL;
+    s.dv = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldv, sizeof(real)) : NULL;
+    return s;
+}
+
+/* Packs packed rows [r0, r1); returns the number of panels. */
+static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_lanes *bad)
+{
+    const bwd_shape *shape = &job->shape;
+    int32_t panels = 0;
+    bad->count = 0;
+    for (int64_t r = r0; r < r1; r += PANEL, panels++) {
+        bwd_panel *const bp = &s->panels[panels];
+        real *const q = s->q + (ptrdiff_t)panels * PANEL * shape->ldq, *const dout = s->dout + (ptrdiff_t)panels * PANEL * shape->ldo;
+        const bwd_rows to = {q, dout, shape->ldq, shape->ldo};
+        const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
+        bwd_panel_load(bp, t, t, r, r1, &to, &stats);
+        for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
+            real *const q_row = q + (ptrdiff_t)lane * shape->ldq, *const dout_row = dout + (ptrdiff_t)lane * shape->ldo;
+            bp->delta[lane] = row_delta(job, t, bp->panel.r0 + lane, dout_row, s->row);
+            if (!row_is_finite(q_row, job->p->d)) { memset(q_row, 0, (size_t)job->p->d * sizeof(real)); }
+            if (!row_is_finite(dout_row, job->p->dv)) {
+                memset(dout_row, 0, (size_t)job->p->dv * sizeof(real));
+                bad->lane[bad->count++] = (int16_t)(panels * PANEL + lane);
+            }
+        }
+    }
+    return panels;
+}
+
+/* C[m][cols] += sum over n < k of A[m][n] * B[n][cols], in strips of nearly equal width. */
+static void accumulate(int32_t m, int32_t k, const real *a, ptrdiff_t lda, const real *b, ptrdiff_t ldb, real *c, int32_t ldc)
+{
+    const int32_t vectors = ldc / VL, strips = (vectors + NV - 1) / NV;
+    for (int32_t n = 0; n < strips; n++) {
+        const int32_t from = vectors * n / strips, to = vectors * (n + 1) / strips;
+        gemm_row_add(m, to - from, k, a, lda, b + from * VL, ldb, c + from * VL, ldc, NULL);
+    }
+}
+
+static void zero_rows(real *tile, int32_t ldt, int32_t j0, int32_t j1, int32_t w)
+{
+    for (int32_t j = j0; j < j1; j++) { memset(tile + (ptrdiff_t)j * ldt, 0, (size_t)w * sizeof(real)); }
+}
+
+/* Keys [j0, j1), one key block, against the block of rows in `s`. */
+static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
+                       const bad_lanes *bad, real *dk, real *dv)
+{
+    const fgqa_problem *p = job->p;
+    const bwd_shape *shape = &job->shape;
+    const tile_extent e = extent_of(s->panels, panels, j0, j1);
+    if (e.first >= e.last) { return; }
+    const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
+    const tile_block v = tile_block_load(t, &p->view[FGQA_ARG_v], j0, j1, p->dv, s->v_copy);
+    tile_block k_dq = k;
+    int k_checked = 0;
+    for (int32_t n = e.first; n < e.last; n++) {
+        const bwd_panel *const bp = &s->panels[n];
+        const int32_t w = bp->panel.w;
+        fgqa_range r = panel_keys(&bp->panel, j0, j1);
+        real *const weight = s->weight + n * PANEL, *const ds = s->ds + n * PANEL;
+        if (r.begin == r.end) { r.begin = r.end = e.j1; }
+        const ptrdiff_t at = (ptrdiff_t)(r.begin - j0) * shape->ldt;
+        if (r.begin < r.end) {
+            const tile_block k_part = {k.data + (r.begin - j0) * k.stride, k.stride}, v_part = {v.data + (r.begin - j0) * v.stride, v.stride};
+            const tile_kind kind = bwd_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, 0, weight + at, ds + at, shape->ldt);
+            if (kind == TILE_UNSEEN) { r.end = r.begin; }
+            if (kind == TILE_PARTIAL && !k_checked) {
+                tile_bad_rows bad_keys;
+                tile_find_bad_rows(&bad_keys, &k, j1 - j0, p->d);
+                if (bad_keys.count) { k_dq = tile_without_bad_rows(&bad_keys, &k, j1 - j0, p->d, s->k_clean); }
+                k_checked = 1;
+            }
+        }
+        zero_rows(weight, shape->ldt, e.j0 - j0, r.begin - j0, w);
+        zero_rows(ds, shape->ldt, e.j0 - j0, r.begin - j0, w);
+        zero_rows(weight, shape->ldt, r.end - j0, e.j1 - j0, w);
+        zero_rows(ds, shape->ldt, r.end - j0, e.j1 - j0, w);
+        gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_dq.data + (r.begin - j0) * k_dq.stride, k_dq.stride, ds + at, shape->ldt,
+                     s->dq_t + (ptrdiff_t)n * PANEL * shape->ldk, w, NULL);
+    }
+    for (int32_t j = e.j0, end; j < e.j1; j = end) {
+        tile_extent step;
+        end = step_end(s->panels, panels, j, e.j1, &step);
+        if (step.first >= step.last) { continue; }
+        const int32_t lanes = (step.last - step.first - 1) * PANEL + s->panels[step.last - 1].panel.w, lane0 = step.first * PANEL;
+        const ptrdiff_t at = (ptrdiff_t)(j - j0) * shape->ldt + lane0;
+        accumulate(end - j, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
+                   dv + (ptrdiff_t)j * shape->ldv, shape->ldv);
+        accumulate(end - j, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
+                   dk + (ptrdiff_t)j * shape->ldk, shape->ldk);
+    }
+    for (int32_t n = 0; n < bad->count; n++) {
+        const int32_t lane = bad->lane[n];
+        real weight[KEYS];
+        if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
+        for (int32_t j = e.j0; j < e.j1; j++) { weight[j - e.j0] = s->weight[(ptrdiff_t)(j - j0) * shape->ldt + lane]; }
+        add_bad_lane(t, s->panels[0].panel.r0 + lane, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
+    }
+}
+
+#endif

@@ -1,0 +1,115 @@
+/* bwd_shared.h - what bwd.c and its products (bwd_block.h, amx_bwd.h) know together. */
+#ifndef FGQA_BWD_SHARED_H
+#define FGQA_BWD_SHARED_H
+#include "bwd_tile.h"
+
+#if FGQA_AMX
+#define MAX_BLOCK_PANELS 16
+#else
+#define MAX_BLOCK_PANELS 8
+#endif
+#define BLOCK_BYTES (704 * 1024)  /* of Q, dO (both ways), dQ, P, dS; 512 KB to 1 MB measured alike, above slower */
+#define EDGE_KEYS 16             /* keys of a step where a mask's edge crosses the block */
+
+typedef struct {
+    int32_t panels;              /* of a full block */
+    int32_t ldk, ldv;            /* reals between keys of the dK and dV buffers */
+    int32_t ldq, ldo;            /* between lanes of the packed Q and dO */
+    int32_t ldt;                 /* between keys of the block's P^T and dS^T */
+} bwd_shape;
+
+typedef struct {
+    real *delta;                               /* [hq][total_q] */
+    real *dk, *dv;                             /* [splits][hk][total_k][ldk or ldv]; only where there are several */
+} bwd_workspace;
+
+typedef struct {
+    const fgqa_problem *p;
+    bwd_shape shape;
+    bwd_workspace workspace;
+    int32_t splits;
+} bwd_job;
+
+/* Rows before sequence b in buffers that hold the whole batch. */
+static int64_t first_row(const fgqa_problem *p, const fgqa_sequence *seq, int32_t b) { return p->varlen ? seq->q_row : (int64_t)b * p->sq; }
+static int64_t first_key(const fgqa_problem *p, const fgqa_sequence *seq, int32_t b) { return p->varlen ? seq->k_row : (int64_t)b * p->sk; }
+
+/* Rows and keys of sequence b that its results have, padding included. */
+static int32_t result_rows(const fgqa_problem *p, const fgqa_sequence *seq) { return p->varlen ? seq->mask.sq : p->sq; }
+static int32_t result_keys(const fgqa_problem *p, const fgqa_sequence *seq) { return p->varlen ? seq->mask.sk : p->sk; }
+
+static real *delta_at(const bwd_job *job, const tile_sequence *t, int64_t r)
+{
+    const int32_t h = fgqa_packed_row_head(r, t->kv_head, t->p->g), i = fgqa_packed_row_q(r, t->p->g);
+    return job->workspace.delta + (int64_t)h * job->p->total_q + first_row(job->p, &t->seq, t->b) + i;
+}
+
+/* delta = rowsum(dO*O) - dLSE of packed row r, kept for dsink and dbias. `row`: room for a row of O. */
+static real row_delta(const bwd_job *job, const tile_sequence *t, int64_t r, const real *dout, real *row)
+{
+    const fgqa_problem *p = job->p;
+    const fgqa_view *out = &p->view[FGQA_ARG_out], *dlse = &p->view[FGQA_ARG_dlse];
+    vreal sums = v_zero();
+    real sum = 0;
+    int32_t c = 0;
+    row_load(row, tile_packed_row(t, out, r), out->dtype, out->stride_d, p->dv);
+    for (; c + VL <= p->dv; c += VL) { sums += v_load(dout + c) * v_load(row + c); }
+    for (; c < p->dv; c++) { sum += dout[c] * row[c]; }
+    for (int32_t n = 0; n < VL; n++) { sum += sums[n]; }
+    if (dlse->data) { sum -= tile_lse_load(t, dlse, r); }
+    *delta_at(job, t, r) = sum;
+    return sum;
+}
+
+/* Lanes of a block whose dO is not finite. */
+typedef struct { int32_t count; int16_t lane[MAX_BLOCK_PANELS * PANEL]; } bad_lanes;
+
+/* The part of a block of keys that some panel sees: tile rows [j0, j1) of panels [first, last). */
+typedef struct { int32_t j0, j1, first, last; } tile_extent;
+
+static fgqa_range panel_keys(const tile_panel *panel, int32_t j0, int32_t j1)
+{
+    fgqa_range r = {panel->keys.begin > j0 ? panel->keys.begin : j0, panel->keys.end < j1 ? panel->keys.end : j1};
+    if (r.end < r.begin) { r.end = r.begin; }
+    return r;
+}
+
+static tile_extent extent_of(const bwd_panel *panel, int32_t panels, int32_t j0, int32_t j1)
+{
+    tile_extent e = {j1, j0, panels, 0};
+    for (int32_t n = 0; n < panels; n++) {
+        const fgqa_range r = panel_keys(&panel[n].panel, j0, j1);
+        if (r.begin == r.end) { continue; }
+        if (r.begin < e.j0) { e.j0 = r.begin; }
+        if (r.end > e.j1) { e.j1 = r.end; }
+        if (n < e.first) { e.first = n; }
+        e.last = n + 1;
+    }
+    return e;
+}
+
+/* dv[j] += weight[j] * dO of packed row r, whose dO is not finite, for n keys. `row`: room for a row of dO. */
+static void add_bad_lane(const tile_sequence *t, int64_t r, const real *weight, int32_t n, real *dv, int32_t ldv, real *row)
+{
+    const fgqa_view *dout = &t->p->view[FGQA_ARG_dout];
+    row_load(row, tile_packed_row(t, dout, r), dout->dtype, dout->stride_d, t->p->dv);
+    for (int32_t j = 0; j < n; j++) {
+        if (weight[j] == 0) { continue; }
+        for (int32_t c = 0; c < t->p->dv; c++) { dv[(ptrdiff_t)j * ldv + c] += weight[j] * row[c]; }
+    }
+}
+
+/* The end of a step from key j of an extent on: near a mask's edge the panels that see the keys differ from step to step; equal
+ * steps become one product. *step: the panels. */
+static int32_t step_end(const bwd_panel *panel, int32_t panels, int32_t j, int32_t j1, tile_extent *step)
+{
+    int32_t end = j + EDGE_KEYS;
+    *step = extent_of(panel, panels, j, end < j1 ? end : j1);
+    for (; end < j1; end += EDGE_KEYS) {
+        const tile_extent next = extent_of(panel, panels, end, end + EDGE_KEYS < j1 ? end + EDGE_KEYS : j1);
+        if (next.first != step->first || next.last != step->last) { break; }
+    }
+    return end < j1 ? end : j1;
+}
+
+#endif
