@@ -6,7 +6,8 @@
 
 It serves every model that asks transformers' AttentionInterface for its attention: forward, training and `generate`, with
 grouped heads (never repeated in memory), causal masks, sliding windows, chunks, padding on either side, packed sequences,
-softcap, sinks, dropout, dynamic and static caches, cross attention and encoders. Tested with transformers 4.57 and 5.24.
+softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attention and encoders. Tested with transformers 4.57,
+5.5, 5.17 and 5.24.
 
 - Masks stay intervals and lengths (`flashgqa._transformers_masks`); only one that is something else is a [b, 1, sq, sk] bool
   tensor, as it is for transformers' own "sdpa". A padding token's row that sees no key gives 0; in "eager" it gives the mean

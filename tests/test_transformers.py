@@ -374,6 +374,50 @@ def test_real_weights():
         assert 0 < drift.min() and drift.mean() < 0.99
 
 
+@version_5
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_generation_over_a_static_cache():
+    """Softcap and windows in one graph, prompt and steps, over caches that have become full."""
+    model, (ids, mask) = copy.deepcopy(decoder("gemma2")), batch("left")
+    model.set_attn_implementation("fgqa")
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, cache_implementation="static")
+    expected = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="eager")
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+def test_bfloat16(name, how):
+    """No further from float32 than eager is."""
+    ids, mask = batch("left")
+    model = copy.deepcopy(decoder(name))
+
+    def logits(model):
+        return model(ids, attention_mask=mask).logits.detach().float()[mask == 1]
+
+    exact = both(model, logits)[0]
+    if how == "weights":
+        eager, ours = both(model.to(torch.bfloat16), logits)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            eager, ours = both(model, logits)
+    error = (eager - exact).abs().max()
+    assert 0 < (ours - exact).abs().max() <= 2 * error + 2**-7 * exact.abs().max()
+
+
+def test_sinks_in_bfloat16():
+    query, key = torch.randn(1, 4, 6, 8).bfloat16(), torch.randn(1, 2, 6, 8).bfloat16()
+    sink = torch.randn(4).bfloat16().requires_grad_()
+    module = torch.nn.Identity()
+    narrow, _ = ft.attention_forward(module, query, key, key, s_aux=sink)
+    wide_sink = sink.detach().double().requires_grad_()
+    wide, _ = ft.attention_forward(module, query.double(), key.double(), key.double(), s_aux=wide_sink)
+    assert close(narrow.double(), wide, 2e-2)
+    got, expected = torch.autograd.grad(narrow.sum(), sink)[0], torch.autograd.grad(wide.sum(), wide_sink)[0]
+    assert got.dtype == torch.bfloat16 and close(got.double(), expected, 3e-2)
+
+
 # ---- masks ----
 
 PATTERNS = {
