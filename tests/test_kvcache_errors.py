@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 from checking import memory_of, place
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
 
 import flashgqa
 
@@ -263,3 +265,38 @@ def test_interrupted_call_leaves_the_cache_as_it_was():
             k_cache[...], v_cache[...] = cache, cache
     timer.join()
     assert (k_cache == cache).all() and (v_cache == cache).all()
+
+
+@given(st.data())
+@settings(max_examples=300)
+def test_tables_are_refused_exactly_where_they_must_be(data):
+    """Random tables against the definition, slot by slot."""
+    b, page_size, columns, new = (data.draw(st.integers(1, n)) for n in (3, 4, 3, 3))
+    slots, pages = columns * page_size, data.draw(st.integers(1, 9))
+    numbers = st.integers(0, pages - 1) if data.draw(st.booleans()) else st.integers(-1, pages)
+    table = [[data.draw(numbers) for _ in range(columns)] for _ in range(b)]
+    lens = [data.draw(st.integers(0, slots)) for _ in range(b)]
+    added = [data.draw(st.integers(0, new)) for _ in range(b)]
+    pad = [data.draw(st.integers(0, n // 2)) for n in lens]
+
+    def place_of(n, slot):
+        return table[n][slot // page_size], slot % page_size
+
+    good = all(length + more <= slots for length, more in zip(lens, added, strict=True))
+    if good:
+        written = [place_of(n, slot) for n in range(b) for slot in range(lens[n], lens[n] + added[n])]
+        read = [place_of(n, slot) for n in range(b) for slot in range(pad[n], lens[n])]
+        exist = all(0 <= page < pages for page, _ in written + read)
+        good = exist and len(set(written)) == len(written) and not set(written) & set(read)
+    caches = [np.zeros((pages, 1, page_size, 2), np.float32) for _ in range(2)]
+    rows = f32(b, 1, new, 2) + 1
+    options = {"cache_lens": lens, "new_lens": added, "left_pad": pad, "page_table": table}
+    options = {name: np.array(x, np.int32) for name, x in options.items()}
+    event(f"good: {good}")
+    if good:
+        flashgqa.attention_with_kvcache(rows, *caches, rows, rows, **options)
+        assert caches[0].sum() == 2 * len(written)
+    else:
+        with pytest.raises(ValueError):
+            flashgqa.attention_with_kvcache(rows, *caches, rows, rows, **options)
+        assert not caches[0].any() and not caches[1].any()
