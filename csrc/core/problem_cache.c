@@ -315,7 +315,7 @@ static fgqa_status read_scale(const call_form *f, fgqa_cache_arg arg, fgqa_view 
         return fgqa_fail(FGQA_ERROR_VALUE, "%s is given but the cache has dtype %s: scales belong to float8_e4m3 caches; leave it out", name,
                          fgqa_dtype_name(f->k_cache->dtype));
     }
-    FGQA_TRY(check_dtype(t, name, FGQA_F32, ""));
+    FGQA_TRY(check_dtype(t, name, FGQA_F32, "like every scale"));
     const int has_b = t->ndim == 2;
     if (!(t->ndim == 1 || has_b) || t->shape[t->ndim - 1] != f->hk || (has_b && t->shape[0] != f->b)) {
         return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must be [hk] = (%lld,) or [b, hk] = (%lld, %lld); give one scale a KV head", name,
