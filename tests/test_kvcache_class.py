@@ -169,3 +169,15 @@ def test_what_cannot_be_done():
             call()
         assert (cache.page_table == table).all() and (cache.lens == 4).all()
         assert cache.bytes_used == 2 * PAGE * HK * (D + DV) * 4
+
+
+def test_a_generation_of_a_thousand_tokens():
+    """Over the borders of blocks, pages and splits; float64, so that any wrong key would show."""
+    rng = np.random.default_rng(0)
+    s = 1000
+    q, (k, v) = rng.standard_normal((1, 2 * HK, s, D)), (x.astype(np.float64) for x in tokens(rng, 1, s))
+    cache = flashgqa.KVCache(1, HK, D, value_dim=DV, capacity=s, page_size=48, dtype="float64")
+    out = np.empty((1, 2 * HK, s, DV))
+    for i in range(s):
+        out[:, :, i : i + 1] = cache.attention(*(x[:, :, i : i + 1] for x in (q, k, v)), causal=True)
+    np.testing.assert_allclose(out, flashgqa.attention(q, k, v, causal=True), rtol=0, atol=1e-12)
