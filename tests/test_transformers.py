@@ -290,6 +290,37 @@ def test_encoder_and_decoder():
         assert all(close(a, b) for a, b in zip(getattr(ours, group), getattr(eager, group), strict=True))
 
 
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+OTHERS = {
+    "ViTModel": ("ViTConfig", SMALL | dict(image_size=16, patch_size=4)),
+    # Windows on both sides in two layers of three.
+    "ModernBertModel": ("ModernBertConfig", SMALL | dict(vocab_size=97, local_attention=4, pad_token_id=0)),
+    # Values narrower than keys.
+    "DeepseekV3Model": ("DeepseekV3Config", SMALL | dict(
+        vocab_size=97, num_key_value_heads=4, n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, q_lora_rank=8,
+        moe_intermediate_size=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, first_k_dense_replace=1,
+    )),
+}  # fmt: skip
+
+
+@version_5
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families(name):
+    config, options = OTHERS[name]
+    torch.manual_seed(1)
+    model = randomized(getattr(transformers, name)(getattr(transformers, config)(**options)))
+    ids, mask = batch("right")
+    pixels = torch.randn(2, 3, 16, 16)
+
+    def run(model):
+        if name == "ViTModel":
+            return model(pixels).last_hidden_state
+        return model(ids, attention_mask=mask).last_hidden_state[mask == 1]
+
+    eager, ours = both(model, run)
+    assert close(ours, eager) and eager.abs().max() > 0.1
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 def test_chunked_attention(padding):
     config = transformers.Llama4TextConfig(
