@@ -92,6 +92,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->tensor_type);
     Py_VISIT(state->dlpack_kwargs);
     Py_VISIT(state->logged_plans);
+    for (int n = 0; n < FGQA_DTYPE_COUNT; n++) { Py_VISIT(state->torch_dtype[n]); }
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_VISIT(state->types[n].type);
         Py_VISIT(state->types[n].from_dlpack);
@@ -108,6 +109,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->bfloat16);
     Py_CLEAR(state->float8);
     Py_CLEAR(state->logged_plans);
+    for (int n = 0; n < FGQA_DTYPE_COUNT; n++) { Py_CLEAR(state->torch_dtype[n]); }
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_CLEAR(state->types[n].type);
         Py_CLEAR(state->types[n].from_dlpack);

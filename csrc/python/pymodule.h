@@ -54,6 +54,7 @@ typedef struct {
 #define FGQA_NAME_FIELD(name) PyObject *str_##name;
     FGQA_NAMES(FGQA_NAME_FIELD)
 #undef FGQA_NAME_FIELD
+    PyObject *torch_dtype[FGQA_DTYPE_COUNT]; /* {"dtype": torch.float32} and so on, once a result has needed it */
 } fgqa_state;
 
 static inline fgqa_state *fgqa_module_state(PyObject *module) { return (fgqa_state *)PyModule_GetState(module); }

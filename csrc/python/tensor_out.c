@@ -51,27 +51,32 @@ static PyObject *shape_tuple(const fgqa_tensor *spec)
     return shape;
 }
 
-/* q.new_empty(shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
- * resized and recorded on streams), and no default device applies. */
-static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
+/* {"dtype": torch's dtype}, borrowed; NULL with an exception. */
+static PyObject *torch_dtype(fgqa_state *state, fgqa_dtype dtype)
 {
-    PyObject *shape = shape_tuple(spec), *kwargs = NULL, *result = NULL;
-    PyObject *method = PyObject_GetAttr(q->object, state->str_new_empty);
-    int failed = shape == NULL || method == NULL;
-    if (!failed && spec->dtype != q->tensor.dtype) {
+    if (state->torch_dtype[dtype] == NULL) {
         PyObject *torch = PyImport_GetModule(state->str_torch);
-        PyObject *dtype = torch ? PyObject_GetAttrString(torch, fgqa_dtype_name(spec->dtype)) : NULL;
-        kwargs = dtype ? Py_BuildValue("{s:O}", "dtype", dtype) : NULL;
-        failed = kwargs == NULL;
-        Py_XDECREF(dtype);
+        PyObject *value = torch ? PyObject_GetAttrString(torch, fgqa_dtype_name(dtype)) : NULL;
+        state->torch_dtype[dtype] = value ? Py_BuildValue("{s:O}", "dtype", value) : NULL;
+        Py_XDECREF(value);
         Py_XDECREF(torch);
     }
-    PyObject *args = failed ? NULL : PyTuple_Pack(1, shape);
-    if (args != NULL) { result = PyObject_Call(method, args, kwargs); }
-    Py_XDECREF(args);
+    return state->torch_dtype[dtype];
+}
+
+/* q.new_empty(*shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
+ * resized and recorded on streams), and no default device applies. Extents one by one: given a tuple, torch first raises and
+ * drops an exception because it is no integer, which takes as long as the allocation. */
+static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
+{
+    const int other = spec->dtype != q->tensor.dtype;
+    PyObject *kwargs = other ? torch_dtype(state, spec->dtype) : NULL, *result = NULL;
+    if (other && kwargs == NULL) { return NULL; }
+    PyObject *args = shape_tuple(spec);
+    PyObject *method = PyObject_GetAttr(q->object, state->str_new_empty);
+    if (args != NULL && method != NULL) { result = PyObject_Call(method, args, kwargs); }
     Py_XDECREF(method);
-    Py_XDECREF(kwargs);
-    Py_XDECREF(shape);
+    Py_XDECREF(args);
     return result;
 }
 
