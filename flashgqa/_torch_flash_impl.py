@@ -109,16 +109,22 @@ def _rows(cum_seq_q, cum_seq_k, max_q, max_k):
 
 def _flash(
     query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None,
-    window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None,
+    window_size_left=None, window_size_right=None, seqused_k=None, alibi_slopes=None, block_table=None, num_splits=None, out=None,
 ):  # fmt: skip
     _refuse(return_debug_mask=return_debug_mask, seqused_k=seqused_k, block_table=block_table)
     seed = _seed(query.device, dropout_p)
     options = dict(causal=is_causal, scale=scale, dropout_p=dropout_p, seed=seed, align="bottom-right")
     more = dict(window=(window_size_left, window_size_right), alibi_slopes=alibi_slopes)
     rows = _rows(cum_seq_q, cum_seq_k, max_q, max_k)
-    out, lse = _call(_C.forward, (*_inner(query, key, value), True, None), **options, **more, **rows)
+    out, lse = _call(_C.forward, (*_inner(query, key, value), True, out), **options, **more, **rows)
     unused = torch.empty((), dtype=torch.uint64, device=query.device)
     return out, lse, seed.view(torch.uint64), unused, _nothing(query)
+
+
+def _flash_into(out, query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, **options):
+    return _flash(
+        query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, 0.0, is_causal, return_debug_mask, out=out, **options
+    )[1]  # fmt: skip
 
 
 def _flash_backward(
@@ -139,6 +145,7 @@ KERNELS = {
     ("_scaled_dot_product_flash_attention", "CUDA"): _sdpa_cuda,
     ("_scaled_dot_product_flash_attention_backward", "CUDA"): _sdpa_cuda_backward,
     ("_flash_attention_forward", "CUDA"): _flash,
+    ("_flash_attention_forward_no_dropout_inplace", "CUDA"): _flash_into,
     ("_flash_attention_backward", "CUDA"): _flash_backward,
 }
 
@@ -151,7 +158,7 @@ class _Active:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")  # replacing torch's own is what this does
             for (name, device), kernel in KERNELS.items():
-                if device == "CPU" or torch.backends.cuda.is_built():
+                if hasattr(torch.ops.aten, name) and (device == "CPU" or torch.backends.cuda.is_built()):
                     self.library.impl(name, kernel, device)
 
     def remove(self):

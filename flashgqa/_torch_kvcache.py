@@ -141,7 +141,7 @@ def padded_rows(x, cu_seqlens, longest):
 
 def packed_again(x, cu_seqlens, total):
     """The inverse: x [sequences, longest, ...] as [total, ...]."""
-    row = torch.arange(total, device=x.device)
+    row = torch.arange(total, device=x.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=x.shape[0] - 1)
     return x[sequence, (row - cu_seqlens[sequence]).clamp(max=x.shape[1] - 1)]
 
@@ -153,7 +153,7 @@ def gathered_pages(cache, page_table, cu_seqlens, longest):
     """
     page_size, sequences = cache.shape[1], page_table.shape[0]
     total = int(cu_seqlens[-1]) if cache.device.type == "cpu" else sequences * longest
-    row = torch.arange(total, device=cache.device)
+    row = torch.arange(total, device=cache.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=max(sequences - 1, 0))
     slot = (row - cu_seqlens[sequence]).clamp(max=page_table.shape[1] * page_size - 1)
     page = page_table[sequence, slot // page_size]

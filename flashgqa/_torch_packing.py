@@ -17,7 +17,7 @@ def packed_rows(x, starts, lengths):
 
 def moved_rows(x, starts, cu_seqlens, count):
     """Rows starts[n] + i of x [total, ...] at cu_seqlens[n] + i: [count, ...], 0 behind the last sequence."""
-    row = torch.arange(count, device=x.device)
+    row = torch.arange(count, device=x.device, dtype=cu_seqlens.dtype)
     sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=max(starts.shape[0] - 1, 0))
     valid = row < cu_seqlens[-1]
     rows = x.index_select(0, torch.where(valid, (starts - cu_seqlens[:-1])[sequence] + row, 0))
@@ -27,7 +27,7 @@ def moved_rows(x, starts, cu_seqlens, count):
 def unpacked_rows(x, cu_seqlens, starts, total, fill):
     """The inverse of `packed_rows` for starts that never decrease: [total, ...], with fill between the sequences."""
     lengths = cu_seqlens.diff()
-    row = torch.arange(total, device=x.device)
+    row = torch.arange(total, device=x.device, dtype=starts.dtype)
     # Of sequences that start at one row all but the last are empty.
     sequence = (torch.searchsorted(starts, row, right=True) - 1).clamp(min=0)
     local = row - starts[sequence]
