@@ -202,6 +202,56 @@ def test_nan_in_one_row_or_sequence_stays_there(rng, backend):
     assert np.isnan(out[poisoned]).all() and same_bits(out[~poisoned], clean[~poisoned])
 
 
+def nothing_seen(how, sq, sk):
+    """Options with which some rows see no key, and which ones."""
+    if how.startswith("causal"):
+        sink = {"sink": np.linspace(-1, 1, 4).astype(np.float32)} if "sink" in how else {}
+        return {"causal": True, **sink}, np.arange(sq - sk)
+    rows = np.array([0, 17, 18, sq - 1])
+    mask = np.ones((sq, sk), bool)
+    mask[rows] = False
+    return {"mask": mask, "softcap": 3.0} if "softcap" in how else {"mask": mask}, rows
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("how", ["causal", "causal sink", "mask", "mask softcap"])
+@pytest.mark.parametrize("where", ["q", "dout"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_poison_in_rows_that_see_nothing_reaches_no_key(poison, where, how, dtype, rng, backend):
+    sq, sk = 150, 90
+    q, dout = (rng.standard_normal((2, 4, sq, 24)).astype(DTYPES[dtype]) for _ in range(2))
+    k, v = (rng.standard_normal((2, 2, sk, 24)).astype(DTYPES[dtype]) for _ in range(2))
+    options, rows = nothing_seen(how, sq, sk)
+    results = []
+    for value in (0, poison):
+        (q if where == "q" else dout)[:, :, rows] = value
+        out, lse = backend.attention(q, k, v, **options, return_lse=True)
+        results.append(backend.attention_backward(dout, q, k, v, out, lse, **options))
+    for name, clean, poisoned in zip(("dq", "dk", "dv"), *(r[:3] for r in results), strict=True):
+        assert same_bits(clean, poisoned), name
+        assert np.isfinite(clean.astype(np.float64)).all(), name
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("where", ["q", "dout"])
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+def test_poison_in_a_row_reaches_the_keys_it_sees_only(poison, where, dtype, rng, backend):
+    q, k, v, dout = (rng.standard_normal((1, 2, 150, 24)).astype(DTYPES[dtype]) for _ in range(4))
+    results = []
+    for value in (0, poison):
+        (q if where == "q" else dout)[0, 1, 40, 3] = value
+        out, lse = backend.attention(q, k, v, causal=True, return_lse=True)
+        results.append(backend.attention_backward(dout, q, k, v, out, lse, causal=True))
+    for name, clean, poisoned in zip(("dq", "dk", "dv"), *(r[:3] for r in results), strict=True):
+        hit = np.zeros((1, 2, 150), bool)
+        hit[0, 1, 40 if name == "dq" else slice(0, 41)] = True
+        assert same_bits(clean[~hit], poisoned[~hit]), name
+        assert not np.isfinite(poisoned[hit].astype(np.float64)).all(), name
+    dv = results[1].dv[0, 1, :41].astype(np.float64)
+    if where == "dout":      # its element stays in its column
+        assert not np.isfinite(dv[:, 3]).any() and np.isfinite(np.delete(dv, 3, axis=1)).all()
+
+
 # ---- empty ----
 
 

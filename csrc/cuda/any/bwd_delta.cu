@@ -1,15 +1,18 @@
 /* bwd_delta.cu - before the main backward kernel: statistics of every query row, and an initialised workspace.
  *
- *     delta = rowsum(dO O) - dLSE      stats = {lse log2(e), delta}; {+inf, 0} for a row that sees nothing, so that P = dS = 0
+ *     delta = rowsum(dO O) - dLSE      and the LSE, in two numbers where it is large (bwd_workspace.h)
  *
  * Also writes the gradients that no key tile will: dQ of padding rows and of query tiles without a visible score, and dQ, dK
- * and dV of rows of packed tensors that belong to no sequence. A half warp a row; a block takes 64 rows of one head at a time.
+ * and dV of rows of packed tensors that belong to no sequence. A half warp a row; a block takes whole query tiles of one head.
  */
-#include "../common/numeric.cuh"
-#include "../common/params.cuh"
+#include <float.h>
+
+#include "../common/launch.cuh"
+#include "../common/mask_tile.cuh"
 #include "bwd_workspace.h"
 
 static constexpr int THREADS = 256, ROWS = 64, HALF = 16, AT_ONCE = THREADS / HALF;
+static constexpr float LARGEST_LSE = 0x1p17f;      /* beyond, an LSE may be off by more than 1/128: 2^-6 / epsilon */
 
 /* Eight elements from `column` on, as float32; zero from d on. */
 template <typename T> static __device__ __forceinline__ void load_eight(float (&x)[8], const char *row, int column, int d, bool vector)
@@ -27,6 +30,64 @@ template <typename T> static __device__ __forceinline__ void load_eight(float (&
     }
 }
 
+static __device__ __forceinline__ float half_warp_sum(float x)
+{
+#pragma unroll
+    for (int step = HALF / 2; step > 0; step /= 2) { x += __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), x, step); }
+    return x;
+}
+
+/* Whether this lane's share of a row is inf or NaN somewhere. */
+template <typename T> static __device__ __forceinline__ bool row_poisoned(const char *row, int d, int part, bool vector)
+{
+    float sum = 0.0f;
+    for (int column = 8 * part; column < d; column += 8 * HALF) {
+        float x[8];
+        load_eight<T>(x, row, column, d, vector);
+#pragma unroll
+        for (int n = 0; n < 8; n++) { sum = fmaf(x[n], 0.0f, sum); }
+    }
+    return sum != 0.0f;
+}
+
+/* A row's largest score and log2 of the sum of its weights, the sink among them, from the scores of its keys. Kept if these
+ * keys are all that its LSE was made of: that of more keys (a part of a split) says more than these can. */
+template <typename T> static __device__ __noinline__ void own_stats(general_stats *stats, const fgqa_params &params, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t i)
+{
+    const fgqa_problem &p = params.problem;
+    const int part = threadIdx.x % HALF;
+    const score_row row = score_row_make(params, sequence.mask, b, h, i);
+    const T *q = (const T *)fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, sequence.q_row + i);
+    const fgqa_view &sink = p.view[FGQA_ARG_sink];
+    float top = -INFINITY, sum = 0.0f;
+    for (int32_t j = row.begin + part; j < row.end; j += HALF) {
+        const T *k = (const T *)fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), b, fgqa_kv_head(h, p.g), sequence.k_row + j);
+        float qk = 0.0f;
+        for (int column = 0; column < p.d; column++) { qk = fmaf(to_float(q[column]), to_float(k[column]), qk); }
+        const float x = score_chain(params, sequence.mask.diag, row, j, qk);
+        if (x == -INFINITY) { continue; }
+        const float larger = fmaxf(top, x);
+        sum = sum * ex2((top - larger) * (float)FGQA_LOG2E) + ex2((x - larger) * (float)FGQA_LOG2E);
+        top = larger;
+    }
+    if (sink.data && part == 0) {
+        const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype), larger = fmaxf(top, logit);
+        if (larger > -INFINITY) {
+            sum = sum * ex2((top - larger) * (float)FGQA_LOG2E) + ex2((logit - larger) * (float)FGQA_LOG2E);
+            top = larger;
+        }
+    }
+    float most = top;
+#pragma unroll
+    for (int step = HALF / 2; step > 0; step /= 2) { most = fmaxf(most, __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), most, step)); }
+    sum = half_warp_sum(top == -INFINITY ? 0.0f : sum * ex2((top - most) * (float)FGQA_LOG2E));
+    const float log_sum = log2f(sum), given = stats->top;
+    if (fabsf(most + log_sum * (float)FGQA_LN2 - given) <= 4.0f * FLT_EPSILON * fabsf(given)) {
+        stats->top = most;
+        stats->log_sum = log_sum;
+    }
+}
+
 template <typename T> static __device__ __forceinline__ void zero_row(char *row, int d, int part)
 {
     for (int column = part; column < d; column += HALF) { from_float((T *)row + column, 0.0f); }
@@ -41,12 +102,61 @@ template <typename T> static __device__ void zero_tail(const fgqa_view &view, in
     }
 }
 
-template <typename T> __global__ void __launch_bounds__(THREADS)
+/* Query rows [i0, i1), one tile: its statistics and turn. */
+template <typename T, bool GENERAL> static __device__ __forceinline__ void describe_tile(const fgqa_params &params, const fgqa_bwd_workspace &w, const fgqa_sequence &sequence,
+                                                                           int32_t b, int32_t h, int32_t i0, int32_t i1)
+{
+    const fgqa_problem &p = params.problem;
+    const fgqa_mask &mask = sequence.mask;
+    const int part = threadIdx.x % HALF;
+    bool dirty = false, unreached = true;
+    if (i0 < mask.sq) {
+        const fgqa_range order = bwd_key_tiles(mask, w.block_k, i0, min(mask.sq, i1));
+        unreached = order.begin == order.end;
+    }
+    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < i1; i += AT_ONCE) {
+        const bool real = i < mask.sq;
+        const int64_t row = sequence.q_row + i;
+        float delta = 0.0f, lse = -INFINITY;
+        if (real) {
+            const char *out = fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), b, h, row), *dout = fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, h, row);
+#pragma unroll 2
+            for (int column = 8 * part; column < p.dv; column += 8 * HALF) {
+                float x[8], y[8];
+                load_eight<T>(x, out, column, p.dv, params.vector_out);
+                load_eight<T>(y, dout, column, p.dv, params.vector_dout);
+#pragma unroll
+                for (int n = 0; n < 8; n++) { delta = fmaf(x[n], y[n], delta); }
+            }
+            lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row);
+            /* q is read only where the LSE cannot answer for it */
+            if (GENERAL || p.view[FGQA_ARG_sink].data || !(fabsf(lse) < 1e37f)) {
+                dirty |= row_poisoned<T>(fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, row), p.d, part, params.vector_q);
+            }
+        }
+        delta = half_warp_sum(delta);
+        dirty |= !isfinite(delta);                         /* so it is wherever dO is not finite */
+        if (real && p.view[FGQA_ARG_dlse].data) { delta -= *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, row); }
+        const bool empty = lse == -INFINITY;
+        const int64_t at = bwd_q_row(p, b, h, sequence.q_row, i);
+        if (GENERAL) {
+            general_stats stats = {empty ? INFINITY : lse, empty ? 0.0f : delta, 0.0f, 0.0f};
+            if (fabsf(lse) > LARGEST_LSE && fabsf(lse) < INFINITY) { own_stats<T>(&stats, params, sequence, b, h, i); }
+            if (part == 0) { ((general_stats *)w.stats)[at] = stats; }
+        } else if (part == 0) {
+            const plain_stats stats = {empty ? INFINITY : lse * (float)FGQA_LOG2E, empty ? 0.0f : delta};
+            ((plain_stats *)w.stats)[at] = stats;
+        }
+        if (!real || unreached) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
+    }
+    dirty = __syncthreads_or(dirty);
+    if (threadIdx.x == 0) { w.turn[bwd_q_tile(p, w, b, h, sequence.q_row, i0 / w.block_q)] = dirty ? FGQA_BWD_DIRTY : 0; }
+}
+
+template <typename T, bool GENERAL> __global__ void __launch_bounds__(THREADS, 2)
 bwd_delta_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, int64_t blocks_a_head)
 {
     const fgqa_problem &p = params.problem;
-    const int part = threadIdx.x % HALF;
-    for (int64_t n = (int64_t)blockIdx.x * THREADS + threadIdx.x; n < w.q_tiles; n += (int64_t)gridDim.x * THREADS) { w.turn[n] = 0; }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         int32_t longest = p.sk;
         if (p.varlen) {
@@ -65,60 +175,28 @@ bwd_delta_kernel(const __grid_constant__ fgqa_params params, const __grid_consta
         zero_tail<T>(p.view[FGQA_ARG_dk], p.hk, used_k, p.total_k, p.d);
         zero_tail<T>(p.view[FGQA_ARG_dv], p.hk, used_k, p.total_k, p.dv);
     }
+    const int64_t rows_a_block = max(ROWS, w.block_q);
     for (int64_t block = blockIdx.x; block < (int64_t)p.b * p.hq * blocks_a_head; block += gridDim.x) {
         const int32_t b = (int32_t)(block / blocks_a_head / p.hq), h = (int32_t)(block / blocks_a_head % p.hq);
         int32_t rows;
         const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
-        const fgqa_mask &mask = sequence.mask;
         /* a packed sequence may be longer than max_q said: the last block goes on */
-        const int64_t first = block % blocks_a_head * ROWS, end = block % blocks_a_head == blocks_a_head - 1 ? rows : min((int64_t)rows, first + ROWS);
-        for (int64_t i = first + threadIdx.x / HALF; i < first + (end - first + AT_ONCE - 1) / AT_ONCE * AT_ONCE; i += AT_ONCE) {
-            const bool real = i < end && i < mask.sq;
-            const int64_t row = sequence.q_row + i;
-            float delta = 0.0f, lse = -INFINITY;
-            if (real) {
-                const char *out = fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), b, h, row), *dout = fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, h, row);
-#pragma unroll 2
-                for (int column = 8 * part; column < p.dv; column += 8 * HALF) {
-                    float x[8], y[8];
-                    load_eight<T>(x, out, column, p.dv, params.vector_out);
-                    load_eight<T>(y, dout, column, p.dv, params.vector_dout);
-#pragma unroll
-                    for (int n = 0; n < 8; n++) { delta = fmaf(x[n], y[n], delta); }
-                }
-                lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row);
-            }
-#pragma unroll
-            for (int step = HALF / 2; step > 0; step /= 2) { delta += __shfl_xor_sync(0xFFFFFFFFu, delta, step); }
-            if (i >= end) { continue; }
-            if (part == 0) {
-                if (p.view[FGQA_ARG_dlse].data && real) { delta -= *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, row); }
-                const bool empty = lse == -INFINITY;
-                ((float2 *)w.stats)[bwd_q_row(p, b, h, sequence.q_row, (int32_t)i)] = make_float2(empty ? INFINITY : lse * (float)FGQA_LOG2E, empty ? 0.0f : delta);
-            }
-            const int32_t i0 = (int32_t)(i / w.block_q * w.block_q);
-            bool unreached = !real;
-            if (real) {
-                const fgqa_range order = bwd_key_tiles(mask, w.block_k, i0, min(mask.sq, i0 + w.block_q));
-                unreached = order.begin == order.end;
-            }
-            if (unreached) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
-        }
+        const int64_t first = block % blocks_a_head * rows_a_block;
+        const int64_t end = block % blocks_a_head == blocks_a_head - 1 ? rows : min((int64_t)rows, first + rows_a_block);
+        for (int64_t i0 = first; i0 < end; i0 += w.block_q) { describe_tile<T, GENERAL>(params, w, sequence, b, h, (int32_t)i0, (int32_t)min(end, i0 + w.block_q)); }
     }
 }
 
 extern "C" int fgqa_bwd_delta(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream)
 {
     const fgqa_params params = fgqa_params_make(problem);
-    const int64_t blocks_a_head = problem->sq > 0 ? ((int64_t)problem->sq + ROWS - 1) / ROWS : 1;
+    const int64_t rows_a_block = ROWS > w->block_q ? ROWS : w->block_q;
+    const int64_t blocks_a_head = problem->sq > 0 ? (problem->sq + rows_a_block - 1) / rows_a_block : 1;
     const int64_t blocks = (int64_t)problem->b * problem->hq * blocks_a_head;
     const uint32_t grid = (uint32_t)(blocks < 1 ? 1 : blocks < 1 << 30 ? blocks : 1 << 30);
-    if (problem->dtype == FGQA_BF16) {
-        bwd_delta_kernel<bf16><<<grid, THREADS, 0, (cudaStream_t)stream>>>(params, *w, blocks_a_head);
-    } else if (problem->dtype == FGQA_F16) {
-        bwd_delta_kernel<f16><<<grid, THREADS, 0, (cudaStream_t)stream>>>(params, *w, blocks_a_head);
-    } else {
-        bwd_delta_kernel<f32><<<grid, THREADS, 0, (cudaStream_t)stream>>>(params, *w, blocks_a_head);
-    }
-    return cudaGetLastError();
+    const bool general = w->general != 0;
+    const auto kernel = problem->dtype == FGQA_BF16 ? (general ? bwd_delta_kernel<bf16, true> : bwd_delta_kernel<bf16, false>)
+                      : problem->dtype == FGQA_F16 ? (general ? bwd_delta_kernel<f16, true> : bwd_delta_kernel<f16, false>)
+                      : bwd_delta_kernel<f32, true>;
+    return launch_kernel(kernel, grid, THREADS, 0, stream, params, *w, blocks_a_head);
 }

@@ -1,9 +1,10 @@
 /* bwd_dsink.cu - gradient of the sink logits: the sink is one more key with value 0.
  *
- *     dsink[h] = - sum over b, i of 2^(sink log2(e) - lse2) delta          (delta has dLSE in it)
+ *     dsink[h] = - sum over b, i of P(sink) delta          (P as in bwd_workspace.h; delta has dLSE in it)
  *
  * One block a head: every thread sums its rows in order, then the threads in a fixed tree.
  */
+#include "../common/launch.cuh"
 #include "../common/numeric.cuh"
 #include "../common/params.cuh"
 #include "bwd_workspace.h"
@@ -17,14 +18,20 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
     const fgqa_problem &p = params.problem;
     const fgqa_view &sink = p.view[FGQA_ARG_sink], &dsink = p.view[FGQA_ARG_dsink];
     const int32_t h = (int32_t)blockIdx.x;
-    const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype) * (float)FGQA_LOG2E;
+    const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype);
     float sum = 0.0f;
     for (int32_t b = 0; b < p.b; b++) {
         int32_t rows;
         const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
         for (int32_t i = threadIdx.x; i < sequence.mask.sq; i += THREADS) {
-            const float2 stats = ((const float2 *)w.stats)[bwd_q_row(p, b, h, sequence.q_row, i)];
-            sum -= ex2(logit - stats.x) * stats.y;
+            const int64_t row = bwd_q_row(p, b, h, sequence.q_row, i);
+            if (w.general) {
+                const general_stats stats = ((const general_stats *)w.stats)[row];
+                sum -= ex2(fmaf(logit - stats.top, (float)FGQA_LOG2E, -stats.log_sum)) * stats.delta;
+            } else {
+                const plain_stats stats = ((const plain_stats *)w.stats)[row];
+                sum -= ex2(fmaf(logit, (float)FGQA_LOG2E, -stats.lse2)) * stats.delta;
+            }
         }
     }
     sums[threadIdx.x] = sum;
@@ -48,6 +55,5 @@ extern "C" int fgqa_bwd_dsink(const fgqa_problem *problem, const fgqa_bwd_worksp
 {
     const fgqa_params params = fgqa_params_make(problem);
     if (problem->hq == 0) { return cudaSuccess; }
-    fgqa_bwd_dsink_kernel<<<(uint32_t)problem->hq, THREADS, 0, (cudaStream_t)stream>>>(params, *w);
-    return cudaGetLastError();
+    return launch_kernel(fgqa_bwd_dsink_kernel, (uint32_t)problem->hq, THREADS, 0, stream, params, *w);
 }

@@ -19,7 +19,7 @@ static inline void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p
     plan->splits = 1;
     while (!p->batch_invariant && plan->splits < FGQA_BWD_MAX_SPLITS && tasks * plan->splits < enough && steps >= 8 * plan->splits) { plan->splits *= 2; }
     plan->tasks = p->b > 0 && p->hq > 0 && (p->sq > 0 || p->sk > 0) ? (tasks > 0 ? tasks * plan->splits : 1) : 0;
-    plan->workspace_bytes = fgqa_bwd_workspace_take(p, row->block_q, row->block_k, row->d, row->dv, plan->splits, NULL, &w);
+    plan->workspace_bytes = fgqa_bwd_workspace_take(p, row->block_q, row->block_k, row->d, row->dv, plan->splits, row->general, NULL, &w);
 }
 
 #endif

@@ -1,4 +1,5 @@
 /* bwd_reduce.cu - dK and dV as the sum of the parts that different blocks made of them, in the order of the parts. */
+#include "../common/launch.cuh"
 #include "../common/numeric.cuh"
 #include "../common/params.cuh"
 #include "bwd_workspace.h"
@@ -31,12 +32,6 @@ extern "C" int fgqa_bwd_reduce(const fgqa_problem *problem, const fgqa_bwd_works
     const fgqa_params params = fgqa_params_make(problem);
     const int64_t blocks = (w->k_rows * problem->d + THREADS - 1) / THREADS;
     const uint32_t grid = (uint32_t)(blocks < 1 ? 1 : blocks < 16384 ? blocks : 16384);
-    if (problem->dtype == FGQA_BF16) {
-        bwd_reduce_kernel<bf16><<<grid, THREADS, 0, (cudaStream_t)stream>>>(params, *w, dk_width, dv_width);
-    } else if (problem->dtype == FGQA_F16) {
-        bwd_reduce_kernel<f16><<<grid, THREADS, 0, (cudaStream_t)stream>>>(params, *w, dk_width, dv_width);
-    } else {
-        bwd_reduce_kernel<f32><<<grid, THREADS, 0, (cudaStream_t)stream>>>(params, *w, dk_width, dv_width);
-    }
-    return cudaGetLastError();
+    const auto kernel = problem->dtype == FGQA_BF16 ? bwd_reduce_kernel<bf16> : problem->dtype == FGQA_F16 ? bwd_reduce_kernel<f16> : bwd_reduce_kernel<f32>;
+    return launch_kernel(kernel, grid, THREADS, 0, stream, params, *w, dk_width, dv_width);
 }

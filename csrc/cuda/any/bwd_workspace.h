@@ -1,8 +1,9 @@
 /* bwd_workspace.h - scratch memory of a backward pass, and the index arithmetic its kernels share. C11 and CUDA.
  *
- *   stats    [q_rows][2]       lse * log2(e) (+inf for a row that sees nothing) and delta = rowsum(dO O) - dLSE
+ *   stats    [q_rows]          plain_stats or, of general kernels, general_stats
  *   dq       [q_tiles][block_q * d]   float32 sums; order inside a tile is the main kernel's own (its accumulators')
- *   turn     [q_tiles]         key tiles that have been added to the tile
+ *   turn     [q_tiles]         key tiles that have been added to the tile; with FGQA_BWD_DIRTY some row of the tile has an inf or
+ *                              NaN in q or dO
  *   control  ticket of the next task; key tiles of the longest sequence
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
  */
@@ -13,18 +14,27 @@
 
 typedef struct { int64_t ticket, key_tiles; } fgqa_bwd_control;
 
+/* What the main kernel needs of a query row. P = 2^(s scale log2(e) - lse2) or 2^((x - top) log2(e) - log_sum); delta =
+ * rowsum(dO O) - dLSE. lse2 and top are +inf for a row that sees nothing, so that its P is 0. top is the LSE and log_sum 0, unless
+ * the LSE is so large that it does not hold the sum of the row: then top is its largest score and log_sum log2 of the sum. */
+typedef struct { float lse2, delta; } plain_stats;
+typedef struct { float top, delta, log_sum, unused; } general_stats;
+
+enum { FGQA_BWD_DIRTY = 1 << 30 };
+
 typedef struct {
-    float *stats, *dq, *dk, *dv;
+    void *stats;
+    float *dq, *dk, *dv;
     int32_t *turn;
     fgqa_bwd_control *control;
     int64_t q_rows, k_rows, q_tiles;      /* over batch and heads */
     int64_t head_tiles;                   /* q tiles of one head: of one sequence, or of all when they are packed */
-    int32_t block_q, block_k, splits;        /* of the main kernel's row */
+    int32_t block_q, block_k, splits, general;   /* of the main kernel's row */
 } fgqa_bwd_workspace;
 
 /* Carves, or with base NULL measures. */
 static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t d, int32_t dv,
-                                             int32_t splits, void *base, fgqa_bwd_workspace *w)
+                                             int32_t splits, int32_t general, void *base, fgqa_bwd_workspace *w)
 {
     fgqa_arena arena = fgqa_arena_begin(base);
     const fgqa_bwd_workspace zero = {0};
@@ -32,13 +42,14 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     w->block_q = block_q;
     w->block_k = block_k;
     w->splits = splits;
+    w->general = general;
     w->q_rows = p->varlen ? (int64_t)p->hq * p->total_q : (int64_t)p->b * p->hq * p->sq;
     w->k_rows = p->varlen ? (int64_t)p->hk * p->total_k : (int64_t)p->b * p->hk * p->sk;
     /* packed: sequence b starts at tile floor(its first row / block_q) + b, which leaves room for every sequence's last tile */
     w->head_tiles = p->varlen ? p->total_q / block_q + p->b + 1 : ((int64_t)p->sq + block_q - 1) / block_q;
     w->q_tiles = p->varlen ? p->hq * w->head_tiles : (int64_t)p->b * p->hq * w->head_tiles;
     w->control = (fgqa_bwd_control *)fgqa_arena_take(&arena, 1, sizeof(fgqa_bwd_control));
-    w->stats = (float *)fgqa_arena_take(&arena, (size_t)w->q_rows * 2, sizeof(float));
+    w->stats = fgqa_arena_take(&arena, (size_t)w->q_rows, general ? sizeof(general_stats) : sizeof(plain_stats));
     w->turn = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
     w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float));
     if (splits > 1) {

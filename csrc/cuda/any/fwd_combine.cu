@@ -1,9 +1,11 @@
 /* fwd_combine.cu - merges the parts of a forward pass that was split over keys (common/split.cuh).
  *
- *     M = max over parts of lse,  w = e^(lse - M),  out = sum w o / (sum w + e^(sink - M)),  LSE = M + ln(that sum)
+ *     M = max over parts of top,  w = 2^((top - M) log2(e) + log_sum),  out = sum w o / (sum w + e^(sink - M)),
+ *     LSE = M + ln(that sum)
  *
- * One warp a row; parts are added in their order. A part that saw no key has lse -inf and weight 0, and its o is not read.
+ * One warp a row; parts are added in their order. A part that saw no key has top -inf and weight 0, and its o is not read.
  */
+#include "../common/launch.cuh"
 #include "../common/split.cuh"
 #include "fwd_combine.h"
 
@@ -35,16 +37,16 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
         float top = sink;
         bool nan = sink != sink;
         for (uint32_t part = 0; part < split.splits; part++) {
-            const float lse = split.lse[part * split.rows + row];
-            top = fmaxf(top, lse);
-            nan |= lse != lse;
+            const float2 lse = ((const float2 *)split.lse)[part * split.rows + row];
+            top = fmaxf(top, lse.x);
+            nan |= lse.x != lse.x || lse.y != lse.y;
         }
         const float base = top == -INFINITY ? 0.0f : top;
         float sum = expf(sink - base), o[8] = {};
         for (uint32_t part = 0; part < split.splits; part++) {
-            const float lse = split.lse[part * split.rows + row];
-            if (lse == -INFINITY) { continue; }
-            const float weight = expf(lse - base);
+            const float2 lse = ((const float2 *)split.lse)[part * split.rows + row];
+            if (lse.x == -INFINITY) { continue; }
+            const float weight = exp2f(fmaf(lse.x - base, (float)FGQA_LOG2E, lse.y));
             const float *from = split.o + (part * split.rows + row) * p.dv;
             sum += weight;
 #pragma unroll
@@ -74,8 +76,7 @@ extern "C" int fgqa_fwd_combine(const fgqa_problem *problem, void *workspace, ui
     for (int64_t b = 0; b < problem->b; b += at_once) {
         const int64_t count = problem->b - b < at_once ? problem->b - b : at_once;
         split.first_b = (int32_t)b;
-        fgqa_fwd_combine_kernel<<<(uint32_t)(count * problem->hk * split.blocks), 32 * ROWS, 0, (cudaStream_t)exec->stream>>>(params, split);
-        const cudaError_t error = cudaGetLastError();
+        const cudaError_t error = launch_kernel(fgqa_fwd_combine_kernel, (uint32_t)(count * problem->hk * split.blocks), 32 * ROWS, 0, exec->stream, params, split);
         if (error != cudaSuccess) { return error; }
     }
     return cudaSuccess;

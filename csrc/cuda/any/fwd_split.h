@@ -1,7 +1,8 @@
 /* fwd_split.h - how a forward pass is cut into blocks, and the workspace of one that is split over keys.
  *
  * With too few row blocks to fill the device (decode, short sequences) the keys of each are shared out to `splits` blocks.
- * Each leaves, per packed row, its normalised output and its LSE (float32); fwd_combine.cu merges them.
+ * Each leaves, per packed row, its normalised output and its LSE in two numbers (float32): the largest score, and log2 of the
+ * sum, which one number cannot hold beside an enormous score; fwd_combine.cu merges them.
  */
 #ifndef FGQA_FWD_SPLIT_H
 #define FGQA_FWD_SPLIT_H
@@ -14,7 +15,7 @@ typedef struct {
     int32_t first_b;            /* sequence this launch begins with */
     uint32_t blocks, splits;    /* row blocks of one KV head; parts of its keys */
     int64_t rows;               /* ((b * hq) + h) * sq + i, or h * total_q + (row of the packed tensor) */
-    float *o, *lse;             /* [splits][rows][dv], [splits][rows]; NULL when splits is 1 */
+    float *o, *lse;             /* [splits][rows][dv], [splits][rows][2]: top, log2 of the sum; NULL when splits is 1 */
 } fgqa_split;
 
 /* Carves, or with base NULL measures, the workspace. Returns its size. */
@@ -26,7 +27,7 @@ static inline size_t fgqa_split_workspace(const fgqa_problem *p, uint32_t splits
     split->o = split->lse = NULL;
     if (splits > 1) {
         split->o = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows * (size_t)p->dv, sizeof(float));
-        split->lse = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows, sizeof(float));
+        split->lse = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)split->rows * 2, sizeof(float));
     }
     return arena.used;
 }

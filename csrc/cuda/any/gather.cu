@@ -1,7 +1,7 @@
 /* gather.cu - a strided tensor into contiguous memory, for arguments that no kernel reads in place. One thread an element. */
-#include <cuda_runtime.h>
-
 #include "gather.h"
+
+#include "../common/launch.cuh"
 
 static constexpr int THREADS = 256;
 
@@ -25,8 +25,7 @@ gather_kernel(const T *from, T *to, const __grid_constant__ gather_shape shape)
 template <typename T> static cudaError_t gather(const fgqa_tensor *from, void *to, const gather_shape &shape, cudaStream_t stream)
 {
     const int64_t blocks = (shape.count + THREADS - 1) / THREADS;
-    gather_kernel<T><<<(uint32_t)(blocks < 65536 ? blocks : 65536), THREADS, 0, stream>>>((const T *)from->data, (T *)to, shape);
-    return cudaGetLastError();
+    return launch_kernel(gather_kernel<T>, (uint32_t)(blocks < 65536 ? blocks : 65536), THREADS, 0, stream, (const T *)from->data, (T *)to, shape);
 }
 
 extern "C" int fgqa_gather(const fgqa_tensor *from, void *to, void *stream)

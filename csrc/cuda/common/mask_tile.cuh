@@ -4,6 +4,8 @@
  * A lane holds two rows of it, r/2 = 0 and 1.
  */
 #pragma once
+#include <float.h>
+
 #include "../../core/philox.h"
 #include "fragments.cuh"
 #include "numeric.cuh"
@@ -55,7 +57,8 @@ static __device__ __forceinline__ float softcap_score(const fgqa_params &params,
     return x != x ? x : params.softcap * tanh_score(x * params.inv_softcap);
 }
 
-/* q.k of key j -> score in natural units, -inf where the row does not see the key. */
+/* q.k of key j -> score in natural units, -inf where the row does not see the key. A finite score never becomes -inf: a row
+ * whose keys all carry the lowest float as bias is uniform, as it is in the plain formula. NaN stays NaN. */
 static __device__ __forceinline__ float score_chain(const fgqa_params &params, int32_t diag, const score_row &row, int32_t j, float qk)
 {
     const fgqa_problem &p = params.problem;
@@ -71,7 +74,7 @@ static __device__ __forceinline__ float score_chain(const fgqa_params &params, i
     if (p.view[FGQA_ARG_alibi_slopes].data) {
         x += FGQA_ALIBI(row.slope, fabsf((float)((int64_t)row.i + diag - j)));
     }
-    return x;
+    return x < -FLT_MAX ? -FLT_MAX : x;
 }
 
 /* Interval mask only: scores keep their units. */

@@ -11,15 +11,19 @@
 /* m = -inf would make -inf - (-inf) = NaN in the exponent. */
 static __device__ __forceinline__ float finite_max(float m) { return m == -INFINITY ? 0.0f : m; }
 
-/* A row's result: with `sink` (natural units, -inf: none) in the denominator. `l` is already summed over the row's lanes.
- * Returns what the accumulated p.v is multiplied with; *lse is a natural logarithm. */
+/* A row's result: with `sink` (-inf: none) in the denominator. `top` is m, and like sink and *lse in natural units, in which no
+ * finite score overflows; l is already summed over the row's lanes. Returns what the accumulated p.v is multiplied with. */
+static __device__ __forceinline__ float softmax_finish(float top, float l, float sink, float *lse)
+{
+    const float base = finite_max(fmaxf(top, sink));
+    const float rescale = ex2((top - base) * (float)FGQA_LOG2E);      /* 1 without a sink, 0 for a row that sees nothing */
+    const float sum = l * rescale + ex2((sink - base) * (float)FGQA_LOG2E);
+    *lse = sum == 0.0f ? -INFINITY : base + log2f(sum) * (float)FGQA_LN2;
+    return sum == 0.0f ? 0.0f : rescale / sum;
+}
+
+/* The same of scores whose power of two is 2^(scale_log2 s): m in their units. */
 static __device__ __forceinline__ float softmax_finish(float m, float l, float scale_log2, float sink, float *lse)
 {
-    const float top = m == -INFINITY ? -INFINITY : m * scale_log2;
-    const float sink_log2 = sink * (float)FGQA_LOG2E;
-    const float base = finite_max(fmaxf(top, sink_log2));
-    const float rescale = ex2(top - base);                       /* 1 without a sink, 0 for a row that sees nothing */
-    const float sum = l * rescale + ex2(sink_log2 - base);
-    *lse = sum == 0.0f ? -INFINITY : (base + log2f(sum)) * (float)FGQA_LN2;
-    return sum == 0.0f ? 0.0f : rescale / sum;
+    return softmax_finish(m * scale_log2 * (float)FGQA_LN2, l, sink, lse);
 }

@@ -58,7 +58,8 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
     static_assert(ROWS % shape::ROWS_AT_ONCE == 0 && shape::ROWS_AT_ONCE % 8 == 0, "threads cover whole groups of rows");
     const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
     const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
-    src += row0 * row_bytes + 16 * piece0;
+    const char *const first = src + 16 * piece0;
+    src = first + row0 * row_bytes;
     if (vector && valid >= ROWS && d == D) {
 #pragma unroll
         for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
@@ -70,9 +71,10 @@ static __device__ __forceinline__ void load_tile(uint32_t tile, const char *src,
     }
 #pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+        const char *row = row0 + r < valid ? src : first;      /* nothing of it is read, but no address past the end is named */
 #pragma unroll
         for (int c = 0; c < shape::STEPS; c++) {
-            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, src + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, vector);
+            load_piece<T>(dst + r * shape::ROW_BYTES + c * shape::LANES * 16, row + c * shape::LANES * 16, row0 + r < valid, piece0 + c * shape::LANES, d, vector);
         }
         src += shape::ROWS_AT_ONCE * row_bytes;
     }

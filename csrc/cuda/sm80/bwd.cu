@@ -17,9 +17,13 @@
  *     STAGES 3      barrier | fetch tile t + 2 | half of the warps: S .. dS of tile t + 1, then dQ, dV, dK of tile t; the other
  *                   half, which shares the schedulers with them: the other way round. P and dS have two buffers.
  *
+ * bwd_walk.cuh is the walk, bwd_store.cuh what leaves the block, bwd_score.cuh the scores of general variants, bwd_gemm.cuh the
+ * products.
+ *
  * Each product is spread over the warps in its own way (constants below). A barrier is also what makes the additions to dQ
  * complete: after the next one one warp, a different one each step, passes the turn on.
  */
+#include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_global.cuh"
 #include "../common/tile_io.cuh"
@@ -67,196 +71,11 @@ typedef share<BLOCK_K, DV, WARPS> of_dv;
 typedef share<BLOCK_Q, D, WARPS> of_dq;
 
 static constexpr int Q_BYTES = D * sizeof(T), V_BYTES = DV * sizeof(T), P_BYTES = BLOCK_K * sizeof(T);   /* of a row */
+template <bool> struct stats_of { typedef plain_stats type; };
+template <> struct stats_of<true> { typedef general_stats type; };
+typedef stats_of<GENERAL>::type row_stats;
 
-/* Where the data of a query tile of one head lies: base + head of the group * per_head + tile * per_tile, in bytes. */
-enum { AT_Q, AT_DOUT, AT_STATS, AT_SUM, AT_TURN, AT_DQ, PLACES };
-
-struct task {
-    int32_t b, kv_head, part, n;              /* part of the query rows; key tile */
-    fgqa_sequence sequence;
-    fgqa_range tiles;                         /* query tiles to walk */
-    int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
-    bool all, done;                           /* every row of the walk sees every key of the tile; no task left */
-    char *base[PLACES];
-    int64_t per_head[PLACES], per_tile[PLACES];
-};
-
-/* One step of the walk; in shared memory, where reading it again is cheaper than registers beside the accumulators. */
-struct walk_step {
-    int32_t i, h;                             /* query tile, -1: none; head of the group */
-    int32_t rank;                             /* key tiles that add to dQ of the tile before this one */
-    bool last, full;                          /* none adds after this one; every row sees every key */
-    char *at[PLACES];
-};
-
-struct shared {
-    alignas(128) char k[BLOCK_K * Q_BYTES];
-    alignas(128) char v[BLOCK_K * V_BYTES];
-    alignas(128) char q[STAGES][BLOCK_Q * Q_BYTES];
-    alignas(128) char dout[STAGES][BLOCK_Q * V_BYTES];
-    alignas(128) char p[BUFFERS][BLOCK_Q * P_BYTES];
-    alignas(128) char ds[BUFFERS][BLOCK_Q * P_BYTES];
-    float2 stats[ROW_BUFFERS][BLOCK_Q];       /* lse2, delta */
-    score_row rows[GENERAL ? ROW_BUFFERS : 1][GENERAL ? BLOCK_Q : 1];
-    fgqa_range seen[GENERAL ? 1 : ROW_BUFFERS][GENERAL ? 1 : BLOCK_Q];
-    struct task task;
-    walk_step steps[4];                       /* ring */
-};
-
-/* Scalars of a launch. Tasks come in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile. */
-struct launch {
-    int64_t sections, band;
-    int32_t pair_dq, pair_dk, pair_dv;        /* two neighbouring elements may be stored as one word */
-};
-
-/* By one warp: the step at query tile i, head h; `before` is the one before it, or NULL. */
-static __device__ __forceinline__ void describe_step(const task &t, walk_step &step, const walk_step *before, int32_t i, int32_t h, int lane)
-{
-    const fgqa_mask &mask = t.sequence.mask;
-    const bool exists = i >= t.tiles.begin;
-    int32_t rank = 0;
-    bool last = false, full = false;
-    if (exists && before && before->i == i) {
-        rank = before->rank;
-        last = before->last;
-        full = before->full;
-    } else if (exists) {                                   /* of the tile's first row (even lanes) and last row */
-        const int32_t j0 = t.n * BLOCK_K, row = min(mask.sq, i * BLOCK_Q + (lane % 2 ? BLOCK_Q : 1)) - 1;
-        const int32_t begin = fgqa_kv_begin(&mask, row), end = fgqa_kv_end(&mask, row);
-        rank = t.n - __shfl_sync(0xFFFFFFFFu, begin, 0) / BLOCK_K;
-        last = j0 + BLOCK_K >= __shfl_sync(0xFFFFFFFFu, end, 1);
-        full = __shfl_sync(0xFFFFFFFFu, begin, 1) <= j0 && j0 + BLOCK_K <= __shfl_sync(0xFFFFFFFFu, end, 0);
-    }
-    __syncwarp();
-    if (exists && lane < PLACES) { step.at[lane] = t.base[lane] + h * t.per_head[lane] + i * t.per_tile[lane]; }
-    if (lane == 0) {
-        step.i = exists ? i : -1;
-        step.h = h;
-        step.rank = rank;
-        step.last = last;
-        step.full = full;
-    }
-    __syncwarp();
-}
-
-/* By one warp: the step after `before`: heads and then tiles downwards, in strides of the number of parts. */
-static __device__ __forceinline__ void describe_next(const task &t, walk_step &step, const walk_step &before, int32_t splits, int32_t group, int lane)
-{
-    int32_t i = before.i, h = before.h - splits;
-    while (i >= 0 && h < 0) { h += group; i--; }
-    describe_step(t, step, &before, i, h, lane);
-}
-
-/* First row from `lo` on whose begin (or end) of the keys it sees is at least `bound`, or mask.sq: 32 rows are tried at a time. */
-template <bool BEGIN> static __device__ __forceinline__ int32_t first_row(const fgqa_mask &mask, int32_t lo, int32_t bound, int lane)
-{
-    int32_t hi = mask.sq;
-    while (lo < hi) {
-        const int32_t stride = (hi - lo + 31) / 32;
-        const int64_t row = lo + (int64_t)lane * stride;
-        const bool there = row >= hi || (BEGIN ? fgqa_kv_begin(&mask, (int32_t)row) : fgqa_kv_end(&mask, (int32_t)row)) >= bound;
-        const uint32_t votes = __ballot_sync(0xFFFFFFFFu, there);
-        const int first = votes ? __ffs((int)votes) - 1 : 32;
-        if (first == 0) { return lo; }
-        hi = (int32_t)min((int64_t)hi, lo + (int64_t)first * stride);
-        lo += (first - 1) * stride + 1;
-    }
-    return lo;
-}
-
-/* One warp fills a task and its first two steps from the next ticket. */
-static __device__ __forceinline__ void take_task(task &t, walk_step *steps, const fgqa_params &params, const fgqa_bwd_workspace &w, const launch &launch, int lane)
-{
-    const fgqa_problem &p = params.problem;
-    task next;
-    const int64_t key_tiles = w.control->key_tiles;
-    int64_t ticket = 0;
-    if (lane == 0) { ticket = (int64_t)atomicAdd((unsigned long long *)&w.control->ticket, 1ull); }
-    ticket = __shfl_sync(0xFFFFFFFFu, ticket, 0);
-    next.done = ticket >= launch.sections * key_tiles;
-    if (next.done) {
-        if (lane == 0) { t.done = true; }
-        return;
-    }
-    const int64_t first = ticket / (launch.band * key_tiles) * launch.band, rest = ticket % (launch.band * key_tiles);
-    const int64_t width = min(launch.band, launch.sections - first);
-    const int64_t section = first + rest % width;
-    next.n = (int32_t)(rest / width);
-    next.part = (int32_t)(section % w.splits);
-    next.kv_head = (int32_t)(section / w.splits % p.hk);
-    next.b = (int32_t)(section / w.splits / p.hk);
-    int32_t rows;
-    next.sequence = fgqa_device_sequence(p, next.b, &rows);
-    const fgqa_mask &mask = next.sequence.mask;
-    next.key_rows = p.varlen ? mask.sk : p.sk;
-    /* query tiles to walk: from the first row that sees past j0 to the last tile whose first row does not start past the keys */
-    const int32_t j0 = next.n * BLOCK_K, j1 = min(mask.sk, j0 + BLOCK_K);
-    const int32_t begin = j0 < mask.sk ? first_row<false>(mask, 0, j0 + 1, lane) : mask.sq;
-    const int32_t end = begin < mask.sq ? first_row<true>(mask, 0, j1, lane) : 0;
-    next.tiles.begin = begin / BLOCK_Q;
-    next.tiles.end = max(next.tiles.begin, (int32_t)(((int64_t)end + BLOCK_Q - 1) / BLOCK_Q));
-    next.all = j0 + BLOCK_K <= mask.sk && next.tiles.begin < next.tiles.end
-            && fgqa_tile_is_full(&mask, next.tiles.begin * BLOCK_Q, min(mask.sq, next.tiles.end * BLOCK_Q), j0, j0 + BLOCK_K);
-    const int32_t head = next.kv_head * p.g;
-    const fgqa_view *views[3] = {&p.view[FGQA_ARG_q], &p.view[FGQA_ARG_dout], &p.view[FGQA_ARG_dq]};
-    const int places[3] = {AT_Q, AT_DOUT, AT_DQ};
-#pragma unroll
-    for (int n = 0; n < 3; n++) {
-        next.base[places[n]] = fgqa_row_address(*views[n], sizeof(T), next.b, head, next.sequence.q_row);
-        next.per_head[places[n]] = views[n]->stride_h * (int64_t)sizeof(T);
-        next.per_tile[places[n]] = views[n]->stride_s * (int64_t)sizeof(T) * BLOCK_Q;
-    }
-    next.base[AT_STATS] = (char *)(w.stats + 2 * bwd_q_row(p, next.b, head, next.sequence.q_row, 0));
-    next.per_head[AT_STATS] = 2 * (int64_t)sizeof(float) * (p.varlen ? p.total_q : p.sq);
-    next.per_tile[AT_STATS] = 2 * (int64_t)sizeof(float) * BLOCK_Q;
-    const int64_t tile = bwd_q_tile(p, w, next.b, head, next.sequence.q_row, 0);
-    next.base[AT_SUM] = (char *)(w.dq + tile * (BLOCK_Q * D));
-    next.per_tile[AT_SUM] = (int64_t)sizeof(float) * BLOCK_Q * D;
-    next.per_head[AT_SUM] = w.head_tiles * next.per_tile[AT_SUM];
-    next.base[AT_TURN] = (char *)(w.turn + tile);
-    next.per_tile[AT_TURN] = sizeof(int32_t);
-    next.per_head[AT_TURN] = w.head_tiles * (int64_t)sizeof(int32_t);
-    if (lane == 0) { t = next; }
-    __syncwarp();
-    /* this part's last (query tile, head): the highest index below tiles.end * g that is `part` modulo splits */
-    const int64_t last = (int64_t)next.tiles.end * p.g - 1;
-    const int64_t mine = last - ((last - next.part) % w.splits + w.splits) % w.splits;
-    describe_step(t, steps[0], NULL, mine < 0 ? -1 : (int32_t)(mine / p.g), mine < 0 ? 0 : (int32_t)(mine % p.g), lane);
-    describe_next(t, steps[1], steps[0], w.splits, p.g, lane);
-}
-
-static __device__ __forceinline__ void load_keys(shared &mem, const fgqa_params &params)
-{
-    const fgqa_problem &p = params.problem;
-    const task &t = mem.task;
-    const fgqa_view &k = p.view[FGQA_ARG_k], &v = p.view[FGQA_ARG_v];
-    const int32_t j0 = t.n * BLOCK_K, valid = t.sequence.mask.sk - j0;
-    load_tile<T, BLOCK_K, D, THREADS>(smem_address(mem.k), fgqa_row_address(k, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j0),
-                                      k.stride_s * (int64_t)sizeof(T), valid, p.d, !GENERAL || params.vector_k);
-    load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v), fgqa_row_address(v, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j0),
-                                       v.stride_s * (int64_t)sizeof(T), valid, p.dv, !GENERAL || params.vector_v);
-}
-
-/* A step's Q, dO, statistics, and what each row sees. */
-static __device__ __forceinline__ void load_queries(shared &mem, const fgqa_params &params, int stage, int at, const walk_step &step)
-{
-    const fgqa_problem &p = params.problem;
-    const task &t = mem.task;
-    const int32_t i0 = step.i * BLOCK_Q, valid = t.sequence.mask.sq - i0;
-    load_tile<T, BLOCK_Q, D, THREADS>(smem_address(mem.q[stage]), step.at[AT_Q], p.view[FGQA_ARG_q].stride_s * (int64_t)sizeof(T), valid, p.d,
-                                      !GENERAL || params.vector_q);
-    load_tile<T, BLOCK_Q, DV, THREADS>(smem_address(mem.dout[stage]), step.at[AT_DOUT], p.view[FGQA_ARG_dout].stride_s * (int64_t)sizeof(T), valid, p.dv,
-                                       !GENERAL || params.vector_dout);
-    if (threadIdx.x < BLOCK_Q) {
-        const int row = threadIdx.x;
-        cp_async_8(smem_address(&mem.stats[at][row]), step.at[AT_STATS] + row * sizeof(float2), row < valid);
-        if (GENERAL) {
-            mem.rows[at][row] = score_row_make(params, t.sequence.mask, t.b, t.kv_head * p.g + step.h, i0 + row);
-        } else if (!t.all) {
-            mem.seen[at][row] = row_range(t.sequence.mask, i0 + row);
-        }
-    }
-}
+#include "bwd_walk.cuh"
 
 /* The lane, as a value of this moment: what is derived from it (a dozen addresses for each product) is then computed where it
  * is used instead of being kept in registers through the loop. */
@@ -323,6 +142,7 @@ typedef gemm_operand<T, P_BYTES, ACROSS, true> p_across;
 typedef gemm_operand<T, Q_BYTES, ACROSS, false> qk_across;
 typedef gemm_operand<T, V_BYTES, ACROSS, false> dout_across;
 
+#if FGQA_BWD_GENERAL
 /* Every option: dS of one tile, by the warps that share it, and P into its tile. BIAS: instead the gradient of the bias. */
 template <bool BIAS>
 static __device__ __forceinline__ void scores_general(shared &mem, const fgqa_params &params, int stage, int at, int buffer, int warp, float (&ds)[of_s::MB][of_s::NB][4])
@@ -337,6 +157,7 @@ static __device__ __forceinline__ void scores_general(shared &mem, const fgqa_pa
     warp_gemm<T, DV, MB, NB>(ds, dout_along(smem_address(mem.dout[stage]), row0, lane), v_along(smem_address(mem.v), col0, lane));
     gradients_general<BIAS ? 0 : 1, MB, NB>(params, mem.stats[at], row0, lane, ds, s, memory);
 }
+#endif
 
 /* P and dS of one tile into theirs, by the warps that share it. */
 static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_params &params, int stage, int at, int buffer, const walk_step &step, int warp)
@@ -351,12 +172,12 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
     float s[MB][NB][4] = {};
     warp_gemm<T, D, MB, NB>(s, q_along(smem_address(mem.q[stage]), row0, lane), k_along(smem_address(mem.k), col0, lane));
     const float scale_log2 = params.scale * (float)FGQA_LOG2E;
-    const float2 *stats = mem.stats[at] + row0 + lane / 4;
+    const plain_stats *stats = mem.stats[at] + row0 + lane / 4;
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
         for (int r = 0; r < 4; r++) {
-            const float lse2 = stats[16 * mb + 8 * (r / 2)].x;
+            const float lse2 = stats[16 * mb + 8 * (r / 2)].lse2;
 #pragma unroll
             for (int n = 0; n < NB; n++) { s[mb][n][r] = ex2(fmaf(s[mb][n][r], scale_log2, -lse2)); }
         }
@@ -377,7 +198,7 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
     for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float delta = stats[16 * mb + 8 * half].y;
+            const float delta = stats[16 * mb + 8 * half].delta;
 #pragma unroll
             for (int n = 0; n < NB; n++) {
                 const float2 weight = unpack2(p[mb][n][half], T());
@@ -390,108 +211,7 @@ static __device__ __forceinline__ void score_tiles(shared &mem, const fgqa_param
 #endif
     store_scores(smem_address(mem.ds[buffer]), ds, row0, col0, lane);
 }
-
-/* Two neighbouring elements of a row of d elements. */
-static __device__ __forceinline__ void write_pair(char *row, int column, int d, float x, float y, bool pair, f32)
-{
-    float *to = (float *)row + column;
-    if ((!GENERAL || pair) && column + 1 < d) {
-        *(float2 *)to = make_float2(x, y);
-    } else {
-        if (column < d) { to[0] = x; }
-        if (column + 1 < d) { to[1] = y; }
-    }
-}
-template <typename E> static __device__ __forceinline__ void write_pair(char *row, int column, int d, float x, float y, bool pair, E)
-{
-    E *to = (E *)row + column;
-    if ((!GENERAL || pair) && column + 1 < d) {
-        *(uint32_t *)to = pack2(x, y, E());
-    } else {
-        if (column < d) { from_float(to, x); }
-        if (column + 1 < d) { from_float(to + 1, y); }
-    }
-}
-
-/* This key tile's part of dQ of the step's query tile. `turn_seen`: the tile's counter as it was some time ago. A counter that
- * is seen to have come so far has the additions before it behind it at L2, where ours are made, too. */
-static __device__ __forceinline__ void add_dq(const shared &mem, const fgqa_params &params, float (&dq)[of_dq::MB][of_dq::NB][4],
-                                              const walk_step &step, int32_t turn_seen, bool pair, int warp, int lane)
-{
-    const fgqa_problem &p = params.problem;
-    const task &t = mem.task;
-    const int32_t rank = step.rank;
-    float *sum = (float *)step.at[AT_SUM] + (warp * of_dq::MB * of_dq::NB * 32 + lane) * 4;
-    while (turn_seen < rank) { turn_seen = load_relaxed_s32((const int32_t *)step.at[AT_TURN]); }
-    if (!step.last && rank == 0) {
-#pragma unroll
-        for (int n = 0; n < of_dq::MB * of_dq::NB; n++) {
-            const float(&x)[4] = dq[n / of_dq::NB][n % of_dq::NB];
-            __stcg((float4 *)(sum + n * 128), make_float4(x[0], x[1], x[2], x[3]));
-        }
-        return;
-    }
-    if (!step.last) {
-#pragma unroll
-        for (int n = 0; n < of_dq::MB * of_dq::NB; n++) { red_add_f32x4(sum + n * 128, dq[n / of_dq::NB][n % of_dq::NB]); }
-        return;
-    }
-    const int32_t row0 = step.i * BLOCK_Q + of_dq::row(warp) + lane / 4;
-    const int64_t row_bytes = p.view[FGQA_ARG_dq].stride_s * (int64_t)sizeof(T);
-    char *out = step.at[AT_DQ] + (of_dq::row(warp) + lane / 4) * row_bytes;
-#pragma unroll
-    for (int mb = 0; mb < of_dq::MB; mb++) {
-        if (rank > 0) {
-            float4 before[of_dq::NB];                      /* all on their way before the first is used */
-#pragma unroll
-            for (int n = 0; n < of_dq::NB; n++) { before[n] = load_relaxed_f32x4(sum + (mb * of_dq::NB + n) * 128); }
-#pragma unroll
-            for (int n = 0; n < of_dq::NB; n++) {
-                dq[mb][n][0] += before[n].x;
-                dq[mb][n][1] += before[n].y;
-                dq[mb][n][2] += before[n].z;
-                dq[mb][n][3] += before[n].w;
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < of_dq::NB; n++) {
-            const int column = of_dq::col(warp) + 8 * n + fragment_column(lane, 0);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (row0 + 16 * mb + 8 * half < t.sequence.mask.sq) {
-                    write_pair(out + (16 * mb + 8 * half) * row_bytes, column, p.d, params.scale * dq[mb][n][2 * half],
-                               params.scale * dq[mb][n][2 * half + 1], pair, T());
-                }
-            }
-        }
-    }
-}
-
-/* A warp's part of dK or dV, times `scale`: to the result, or to this part's share of it in float32. */
-template <typename S, int WIDTH>
-static __device__ __forceinline__ void store_keys(const shared &mem, const fgqa_params &params, const fgqa_bwd_workspace &w, const float (&x)[S::MB][S::NB][4],
-                                                  const fgqa_view &view, float *parts, int d, float scale, bool pair, int warp, int lane)
-{
-    const task &t = mem.task;
-    const int32_t j0 = t.n * BLOCK_K + S::row(warp) + lane / 4;
-#pragma unroll
-    for (int mb = 0; mb < S::MB; mb++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int32_t j = j0 + 16 * mb + 8 * half;
-            if (j < t.key_rows) {
-                char *row = fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.sequence.k_row + j);
-                if (w.splits > 1) { row = (char *)(parts + (t.part * w.k_rows + bwd_k_row(params.problem, t.b, t.kv_head, t.sequence.k_row, j)) * WIDTH); }
-#pragma unroll
-                for (int n = 0; n < S::NB; n++) {
-                    const int column = S::col(warp) + 8 * n + fragment_column(lane, 0);
-                    const float a = scale * x[mb][n][2 * half], b = scale * x[mb][n][2 * half + 1];
-                    if (w.splits > 1) { write_pair(row, column, WIDTH, a, b, true, f32()); } else { write_pair(row, column, d, a, b, pair, T()); }
-                }
-            }
-        }
-    }
-}
+#include "bwd_store.cuh"
 
 /* Whether this thread's share of the K tile holds an inf or NaN. */
 static __device__ __forceinline__ bool keys_poisoned(const shared &mem)
@@ -504,8 +224,49 @@ static __device__ __forceinline__ bool keys_poisoned(const shared &mem)
     return found;
 }
 
-/* After a barrier behind the additions to its tile. */
-static __device__ __forceinline__ void pass_turn(const walk_step &step) { red_release_add_s32((int32_t *)step.at[AT_TURN], 1); }
+/* One element of a tile. */
+template <int ROW_BYTES> static __device__ __forceinline__ float tile_element(const char *tile, int row, int column)
+{
+    constexpr int PIECE = 16 / (int)sizeof(T);
+    return to_float(*(const T *)(tile + swizzle<ROW_BYTES>(row, column / PIECE) + column % PIECE * (int)sizeof(T)));
+}
+
+/* dV += P dO of the elements of dO that are inf or NaN, for the keys whose weight is not 0. */
+static __device__ __forceinline__ void add_poison(const shared &mem, int stage, int buffer, int warp, int lane, float (&dv)[of_dv::MB][of_dv::NB][4])
+{
+#pragma unroll 1
+    for (int row = 0; row < BLOCK_Q; row++) {
+#pragma unroll
+        for (int n = 0; n < 2 * of_dv::NB; n++) {
+            const float x = tile_element<V_BYTES>(mem.dout[stage], row, of_dv::col(warp) + 8 * (n / 2) + fragment_column(lane, n % 2));
+            if (isfinite(x)) { continue; }
+#pragma unroll
+            for (int m = 0; m < 2 * of_dv::MB; m++) {
+                const float weight = tile_element<P_BYTES>(mem.p[buffer], row, of_dv::row(warp) + 8 * m + lane / 4);
+                if (weight != 0.0f) { dv[m / 2][n / 2][2 * (m % 2) + n % 2] += weight * x; }
+            }
+        }
+    }
+}
+
+/* dV and dK of a dirty query tile, whose rows with inf or NaN must not reach keys that they do not see through 0 * NaN: they are
+ * taken as 0 in Q, as dS is NaN where such a row is seen. A function of its own, with its sums in memory: the usual way must not
+ * share its registers with this one. */
+static __device__ __noinline__ void add_carefully(const shared &mem, int stage, int buffer, int warp, float (&dv)[of_dv::MB][of_dv::NB][4], float (&dk)[of_dk::MB][of_dk::NB][4])
+{
+    const int lane = lane_here();
+    warp_gemm_finite<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p[buffer]), of_dv::row(warp), lane),
+                                                       dout_across(smem_address(mem.dout[stage]), of_dv::col(warp), lane));
+    add_poison(mem, stage, buffer, warp, lane, dv);
+    warp_gemm_finite<T, BLOCK_Q, of_dk::MB, of_dk::NB>(dk, p_across(smem_address(mem.ds[buffer]), of_dk::row(warp), lane),
+                                                       qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane));
+}
+
+template <int MB, int NB> static __device__ __forceinline__ void copy_sums(float (&to)[MB][NB][4], const float (&from)[MB][NB][4])
+{
+#pragma unroll
+    for (int n = 0; n < 4 * MB * NB; n++) { to[n / 4 / NB][n / 4 % NB][n % 4] = from[n / 4 / NB][n / 4 % NB][n % 4]; }
+}
 
 /* What a step does once P and dS are there: its part of dQ, and dV and dK. */
 static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_params &params, int stage, int buffer, const walk_step &step,
@@ -525,6 +286,15 @@ static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_pa
         add_dq(mem, params, dq, step, turn_seen, pair, warp, lane);
     }
     const int lane = lane_here();
+    if (turn_seen & FGQA_BWD_DIRTY) {
+        float sum_dv[of_dv::MB][of_dv::NB][4], sum_dk[of_dk::MB][of_dk::NB][4];
+        copy_sums(sum_dv, dv);
+        copy_sums(sum_dk, dk);
+        add_carefully(mem, stage, buffer, warp, sum_dv, sum_dk);
+        copy_sums(dv, sum_dv);
+        copy_sums(dk, sum_dk);
+        return;
+    }
     warp_gemm<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p[buffer]), of_dv::row(warp), lane),
                                                 dout_across(smem_address(mem.dout[stage]), of_dv::col(warp), lane));
     warp_gemm<T, BLOCK_Q, of_dk::MB, of_dk::NB>(dk, p_across(smem_address(mem.ds[buffer]), of_dk::row(warp), lane),
@@ -617,7 +387,7 @@ static int32_t pairs_aligned(const fgqa_view &view)
 
 extern "C" size_t FGQA_SUFFIX(FGQA_ROW, _workspace)(const fgqa_problem *problem, int32_t splits, void *base, fgqa_bwd_workspace *w)
 {
-    return fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, splits, base, w);
+    return fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, splits, GENERAL, base, w);
 }
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
@@ -625,13 +395,12 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const fgqa_params params = fgqa_params_make(problem);
     fgqa_bwd_workspace w;
-    fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, workspace, &w);
-    int device, sms;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device); }
-    if (error == cudaSuccess) {
-        error = cudaFuncSetAttribute((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(shared));
-    }
+    fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, GENERAL, workspace, &w);
+    static launch_state state;
+    static int multiprocessors[MAX_DEVICES];
+    int &sms = multiprocessors[problem->device.index];
+    cudaError_t error = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), sizeof(shared), problem->device.index, &state);
+    if (error == cudaSuccess && sms == 0) { error = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, problem->device.index); }
     if (error == cudaSuccess) { error = (cudaError_t)fgqa_bwd_delta(problem, &w, stream); }
     if (error != cudaSuccess) { return error; }
 
@@ -646,8 +415,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     launch.pair_dv = pairs_aligned(problem->view[FGQA_ARG_dv]);
     const int64_t tasks = launch.sections * key_tiles, most = (int64_t)sms * (232448 / (int64_t)sizeof(shared) + 1);
     if (tasks > 0) {
-        FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)(tasks < most ? tasks : most), THREADS, sizeof(shared), stream>>>(params, w, launch);
-        error = cudaGetLastError();
+        error = launch_kernel(FGQA_SUFFIX(FGQA_ROW, _kernel), (uint32_t)(tasks < most ? tasks : most), THREADS, sizeof(shared), stream, params, w, launch);
     }
     if (error == cudaSuccess && w.splits > 1) { error = (cudaError_t)fgqa_bwd_reduce(problem, &w, D, DV, stream); }
     if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = (cudaError_t)fgqa_bwd_dsink(problem, &w, stream); }

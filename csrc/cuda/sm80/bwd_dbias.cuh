@@ -41,7 +41,7 @@ static __device__ __forceinline__ void dbias_step(shared &mem, const fgqa_params
         mem.steps[0].h = head % p.g;
         mem.steps[0].at[AT_Q] = fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, head, sequence.q_row + i0);
         mem.steps[0].at[AT_DOUT] = fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, head, sequence.q_row + i0);
-        mem.steps[0].at[AT_STATS] = (char *)(w.stats + 2 * bwd_q_row(p, b, head, sequence.q_row, i0));
+        mem.steps[0].at[AT_STATS] = (char *)((row_stats *)w.stats + bwd_q_row(p, b, head, sequence.q_row, i0));
     }
     __syncthreads();
     load_keys(mem, params);
@@ -125,8 +125,8 @@ static int dbias_launch(const fgqa_params &params, const fgqa_bwd_workspace &w, 
         outs *= extent.out[n];
     }
     if (outs == 0) { return cudaSuccess; }
-    const cudaError_t error = cudaFuncSetAttribute((const void *)FGQA_SUFFIX(FGQA_ROW, _dbias_kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, (int)sizeof(shared));
+    static launch_state state;
+    const cudaError_t error = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _dbias_kernel), sizeof(shared), p.device.index, &state);
     if (error != cudaSuccess) { return error; }
-    FGQA_SUFFIX(FGQA_ROW, _dbias_kernel)<<<(uint32_t)(outs < 1 << 30 ? outs : 1 << 30), THREADS, sizeof(shared), stream>>>(params, w, extent);
-    return cudaGetLastError();
+    return launch_kernel(FGQA_SUFFIX(FGQA_ROW, _dbias_kernel), (uint32_t)(outs < 1 << 30 ? outs : 1 << 30), THREADS, sizeof(shared), stream, params, w, extent);
 }

@@ -1,11 +1,12 @@
 /* bwd_score.cuh - scores -> weights P and their gradients dS, for the part of a tile that one warp holds (fragments.cuh).
  *
- *     P = 2^(x log2(e) - lse2),   dS = P (dP' - delta) dx/ds,   dP' = dP, with dropout: kept ? dP dropout_scale : 0
+ *     P = 2^((x - top) log2(e) - log_sum),   dS = P (dP' - delta) dx/ds,   dP' = dP, with dropout: kept ? dP dropout_scale : 0
  *
- * lse2 = lse log2(e); +inf for a row that sees nothing, so that its P is 0. Unseen scores get P = dS = 0 by selection, never
+ * top, log_sum: any/bwd_workspace.h. Unseen scores get P = dS = 0 by selection, never
  * by arithmetic: dP of an unseen value may be NaN.
  */
 #pragma once
+#include "../any/bwd_workspace.h"
 #include "../common/mask_tile.cuh"
 
 /* Interval mask: x = 0 where the row does not see the key. seen: keys of the warp's rows. */
@@ -39,7 +40,7 @@ template <int MB, int NB> struct score_memory {
 
 /* s: q.k -> P. `weight` is P after dropout (not yet scaled by dropout_scale). rows: of the tile, first: the warp's first. */
 template <int MB, int NB>
-static __device__ __forceinline__ void weights_general(const fgqa_params &params, int32_t diag, const score_row *rows, const float2 *stats, int first,
+static __device__ __forceinline__ void weights_general(const fgqa_params &params, int32_t diag, const score_row *rows, const general_stats *stats, int first,
                                                        int32_t j0, int lane, float (&s)[MB][NB][4], float (&weight)[MB][NB][4], score_memory<MB, NB> &memory)
 {
     static_assert(NB <= 8, "one bit a register");
@@ -48,7 +49,7 @@ static __device__ __forceinline__ void weights_general(const fgqa_params &params
     for (int mb = 0; mb < MB; mb++) {
         const int row = first + 16 * mb + lane / 4;
         const score_row two[2] = {rows[row], rows[row + 8]};
-        const float lse2[2] = {stats[row].x, stats[row + 8].x};
+        const float top[2] = {stats[row].top, stats[row + 8].top}, log_sum[2] = {stats[row].log_sum, stats[row + 8].log_sum};
         memory.seen[mb] = 0;
         memory.kept[mb] = ~0u;
 #pragma unroll
@@ -60,7 +61,7 @@ static __device__ __forceinline__ void weights_general(const fgqa_params &params
                 const bool seen = x != -INFINITY;
                 memory.slope[mb][n][r] = capped ? FGQA_SOFTCAP_GRAD(softcap_score(params, qk * params.scale), params.inv_softcap) : 1.0f;
                 memory.seen[mb] |= seen ? 1u << (4 * n + r) : 0;
-                s[mb][n][r] = seen ? ex2(fmaf(x, (float)FGQA_LOG2E, -lse2[r / 2])) : 0.0f;
+                s[mb][n][r] = seen ? ex2(fmaf(x - top[r / 2], (float)FGQA_LOG2E, -log_sum[r / 2])) : 0.0f;
                 weight[mb][n][r] = s[mb][n][r];
             }
         }
@@ -89,14 +90,14 @@ static __device__ __forceinline__ void weights_general(const fgqa_params &params
 /* dp: dO.v -> dS of the raw product q.k (without `scale`), or with CAPPED 0 the gradient of the score after the soft cap:
  * that of a bias. p: P before dropout. */
 template <int CAPPED, int MB, int NB>
-static __device__ __forceinline__ void gradients_general(const fgqa_params &params, const float2 *stats, int first, int lane,
+static __device__ __forceinline__ void gradients_general(const fgqa_params &params, const general_stats *stats, int first, int lane,
                                                          float (&dp)[MB][NB][4], const float (&p)[MB][NB][4], const score_memory<MB, NB> &memory)
 {
     const bool drops = params.problem.dropout_threshold != 0;
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
         const int row = first + 16 * mb + lane / 4;
-        const float delta[2] = {stats[row].y, stats[row + 8].y};
+        const float delta[2] = {stats[row].delta, stats[row + 8].delta};
 #pragma unroll
         for (int n = 0; n < NB; n++) {
 #pragma unroll

@@ -10,7 +10,8 @@
  *     STAGES 1   V is fetched under S = Q K^T and the next K under the softmax and O += P V; two barriers a tile, less memory
  *
  * Weights of unseen keys are exactly 0, but 0 * NaN is NaN: when O comes out non-finite, the block walks its keys once more,
- * carefully (gemm.cuh), which keeps unseen values out. That costs the common case one test at the end.
+ * carefully (gemm.cuh), which keeps unseen values out. So it does where scores are too large for the short form of the
+ * exponent. That costs the common case one test at the end.
  *
  * Variant `plain`: interval masks, lengths, sink, aligned rows. Variant `general`: every option, decided at run time.
  */
@@ -105,8 +106,21 @@ static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &pa
                                        task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, !GENERAL || params.vector_v);
 }
 
+/* Exponents in base 2 of scores relative to `base`: in one instruction, which rounds that of the largest score and is useless
+ * where it is enormous, or exactly. CAREFUL takes the second form only there, for its bits must be those of the first walk. */
+template <bool CAREFUL> struct exponent {
+    float base, scale_log2, shift;
+    bool exact;
+    __device__ __forceinline__ exponent(float base, float scale_log2)
+        : base(base), scale_log2(scale_log2), shift(-base * scale_log2), exact(GENERAL || (CAREFUL && !(fabsf(base * scale_log2) < 0x1p27f))) {}
+    __device__ __forceinline__ float of(float x) const
+    {
+        return GENERAL || (CAREFUL && exact) ? (x - base) * scale_log2 : fmaf(x, scale_log2, shift);
+    }
+};
+
 /* Scores of one tile -> weights, and what that does to the rows' state. `m` in the units of s; c = scale_log2. */
-template <int MB>
+template <bool CAREFUL, int MB>
 static __device__ __forceinline__ void softmax_tile(float (&s)[MB][NB][4], float (&o)[MB][OB][4], float (&m)[MB][2], float (&l)[MB][2], float scale_log2)
 {
     float alpha[MB][2];
@@ -123,13 +137,14 @@ static __device__ __forceinline__ void softmax_tile(float (&s)[MB][NB][4], float
             alpha[mb][half] = ex2((m[mb][half] - base) * scale_log2);
             rescale |= alpha[mb][half] != 1.0f;
             m[mb][half] = top;
+            const exponent<CAREFUL> power(base, scale_log2);
             float sum = 0.0f;
 #pragma unroll
             for (int n = 0; n < NB; n++) {
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &x = s[mb][n][2 * half + e];
-                    x = ex2(fmaf(x, scale_log2, -base * scale_log2));
+                    x = ex2(power.of(x));
                     sum += x;
                 }
             }
@@ -271,8 +286,9 @@ static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa
             const float sum = row_reduce_sum(l[mb][half]);
             const int32_t i = rows.i(local), h = task.kv_head * p.g + rows.h(local);
             const float sink = partial || !exists ? -INFINITY : sink_logit(p, task.b, h, i >= task.sequence.mask.sq);
+            const float top = GENERAL ? m[mb][half] : m[mb][half] * scale_log2 * (float)FGQA_LN2;
             float lse;
-            const float scale = softmax_finish(m[mb][half], sum, scale_log2, sink, &lse) * dropout_scale;
+            const float scale = softmax_finish(top, sum, sink, &lse) * dropout_scale;
 #pragma unroll
             for (int n = 0; n < OB; n++) {
                 o[mb][n][2 * half] *= scale;
@@ -289,7 +305,7 @@ static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa
                         if (column < p.dv) { to[column] = o[mb][n][2 * half + e]; }
                     }
                 }
-                if (lane % 4 == 0) { split.lse[row] = lse; }
+                if (lane % 4 == 0) { ((float2 *)split.lse)[row] = make_float2(top, log2f(sum)); }
             } else if (exists && lane % 4 == 0) {
                 store_lse(p, task.b, h, task.sequence.q_row + i, lse);
             }
@@ -379,7 +395,7 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
             poison = split_poison_tile<T>(mem.v[stage], mem.k[stage], sizeof(mem.v[0]), THREADS);
         }
         if (!idle) {
-            softmax_tile(s, o, m, l, scale_log2);
+            softmax_tile<CAREFUL>(s, o, m, l, scale_log2);
             drop_weights(mem, params, s, j0, first_row, lane);
             pv_gemm<T, DV, MB, NB>(o, s, smem_address(mem.v[stage]), lane);
             if (CAREFUL && poison) { poison_gemm<T, DV, NB>(o[0], visible, smem_address(mem.k[stage]), lane); }
@@ -392,20 +408,26 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
     }
 }
 
-/* Whether any accumulator of the block is inf or NaN: 0 * x is 0 for every finite x. A barrier. */
+/* Whether any accumulator of the block is inf or NaN (0 * x is 0 for every finite x), or a row has lost its largest weight, of
+ * about 1, because its scores are enormous. A barrier. */
 template <int MB>
-static __device__ __forceinline__ bool any_poison(const float (&o)[MB][OB][4])
+static __device__ __forceinline__ bool any_poison(const float (&o)[MB][OB][4], const float (&m)[MB][2], const float (&l)[MB][2])
 {
     float sum[4] = {};
+    bool lost = false;
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
+        if (!GENERAL) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) { lost |= row_reduce_sum(l[mb][half]) < 0.5f && m[mb][half] > -INFINITY; }
+        }
 #pragma unroll
         for (int n = 0; n < OB; n++) {
 #pragma unroll
             for (int r = 0; r < 4; r++) { sum[r] = fmaf(o[mb][n][r], 0.0f, sum[r]); }
         }
     }
-    return __syncthreads_or(sum[0] + sum[1] + sum[2] + sum[3] != 0.0f);
+    return __syncthreads_or(lost || sum[0] + sum[1] + sum[2] + sum[3] != 0.0f);
 }
 
 static __device__ __forceinline__ void load_q(shared &mem, const fgqa_params &params)
@@ -478,7 +500,7 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fgqa_params params, const
 
     float o[WARP_ROWS / 16][OB][4], m[WARP_ROWS / 16][2], l[WARP_ROWS / 16][2];
     walk_tiles<false>(mem, params, o, m, l, scale_log2, first_row_of_warp());
-    const bool again = any_poison(o);                  /* also: every warp is done with Q, whose place O takes */
+    const bool again = any_poison(o, m, l);            /* also: every warp is done with Q, whose place O takes */
     if (!again) {
         finish_rows(mem, params, split, part, o, m, l, scale_log2, first_row_of_warp());
         if (split.splits == 1) {
@@ -512,8 +534,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     for (int64_t b = 0; b < problem->b; b += at_once) {
         const int64_t count = problem->b - b < at_once ? problem->b - b : at_once;
         split.first_b = (int32_t)b;
-        FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)(count * problem->hk * split.blocks * split.splits), THREADS, sizeof(shared), (cudaStream_t)exec->stream>>>(params, split);
-        const cudaError_t error = cudaGetLastError();
+        const cudaError_t error = launch_kernel(FGQA_SUFFIX(FGQA_ROW, _kernel), (uint32_t)(count * problem->hk * split.blocks * split.splits), THREADS,
+                                                sizeof(shared), exec->stream, params, split);
         if (error != cudaSuccess) { return error; }
     }
     return split.splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)split.splits, exec) : cudaSuccess;
