@@ -1,4 +1,4 @@
-"""Exact attention (MHA, MQA, GQA) on NumPy arrays and DLPack tensors: forward and backward, on the CPU."""
+"""Exact attention (MHA, MQA, GQA) on NumPy arrays and DLPack tensors: forward and backward, on CPUs and NVIDIA GPUs."""
 
 from importlib.util import find_spec
 
@@ -9,6 +9,7 @@ if find_spec(f"{__name__}._C") is None:
     )
 
 from ._heads import mean_pool_kv_heads
+from ._warmup import warmup
 from .api import (
     Config,
     Gradients,
@@ -49,4 +50,5 @@ __all__ = [
     "merge",
     "set_num_threads",
     "show_config",
+    "warmup",
 ]

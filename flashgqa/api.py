@@ -85,7 +85,7 @@ def attention(
     Parameters
     ----------
     q : array, [b, hq, sq, d]
-        NumPy array or any tensor with ``__dlpack__`` (PyTorch, JAX, ...), on the CPU. float64, float32, float16 or bfloat16.
+        NumPy array or any tensor with ``__dlpack__`` (PyTorch, JAX, ...), on a CPU or GPU. float64, float32, float16 or bfloat16.
         Rank 3, [hq, sq, d], is a batch of one. Any strides; a last axis that is not contiguous is copied once.
     k : array, [b, hk, sk, d]
         Keys, of the dtype of q. hq must be a multiple of hk.
@@ -137,7 +137,7 @@ def attention(
     check : bool
         Check the contents of lengths, offsets and seeds on a GPU, too, which waits for it; on the CPU they always are.
     device : {"cpu", "cuda", "cuda:N"}, optional
-        Where NumPy arrays are computed; they are copied to a GPU, and the results back.
+        Where NumPy arrays are computed; they are copied to a GPU, and the results back, in parts beside the computation.
     kernel : str, optional
         Force one of `kernels`; by default the plan chooses, see `explain`.
 
@@ -578,7 +578,8 @@ def kernels():
     Returns
     -------
     list of dict
-        Keys: name (for ``kernel=``), pass, device, available (on this machine), reason (why not, or None).
+        Keys: name (for ``kernel=``), pass, device, available (on this machine), reason (why not, or None), and on a GPU
+        shared_memory (bytes a block).
     """
     running = {name: (which, device) for name, which, device in _C.kernels()}
     isa = _C.build_info()["isa_in_use"]
@@ -588,12 +589,11 @@ def kernels():
         for stem, (which, device) in stems.items() if compiled else ():
             reason = "ruled out by FLASHGQA_CPU_ISA" if supported else f"this processor lacks {name}"
             available = stem + name in running
-            rows.append(
-                dict(zip(_KERNEL_KEYS, (stem + name, which, device, available, None if available else reason), strict=True))
-            )
-    for name, which, reason in _C.cuda_kernels():
-        rows.append(dict(zip(_KERNEL_KEYS, (name, which, "cuda", reason is None, reason), strict=True)))
+            rows.append(_kernel(stem + name, which, device, None if available else reason))
+    for name, which, reason, shared in _C.cuda_kernels():
+        rows.append(_kernel(name, which, "cuda", reason) | {"shared_memory": shared})
     return rows
 
 
-_KERNEL_KEYS = ("name", "pass", "device", "available", "reason")
+def _kernel(name, which, device, reason):
+    return {"name": name, "pass": which, "device": device, "available": reason is None, "reason": reason}

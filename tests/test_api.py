@@ -79,7 +79,7 @@ def test_stubs_name_what_exists():
     assert sorted(options) == sorted(_C.OPTIONS)
     functions = {n.name for n in stub.body if isinstance(n, ast.FunctionDef)}
     assert functions | {"Config", "Gradients", "Plan", "Tensor", "__version__"} == set(api.__all__)
-    assert set(api.__all__) | set(kvcache.__all__) | {"mean_pool_kv_heads"} == set(flashgqa.__all__)
+    assert set(api.__all__) | set(kvcache.__all__) | {"mean_pool_kv_heads", "warmup"} == set(flashgqa.__all__)
     compiled = ast.parse((Path(api.__file__).parent / "_C.pyi").read_text())
     named = {getattr(n, "name", None) or n.target.id for n in compiled.body if hasattr(n, "name") or hasattr(n, "target")}
     assert named == {n for n in dir(_C) if not n.startswith("__")} | {"__version__"}
@@ -442,3 +442,14 @@ def test_the_loop_of_the_issue():
         scores = q[h] @ k[h // 2].T / numpy.sqrt(4)
         weights = numpy.exp(scores) / numpy.exp(scores).sum(axis=-1, keepdims=True)
         assert abs(out[h] - weights @ v[h // 2]).max() < 1e-12
+
+
+def test_warmup_without_a_gpu_does_nothing_unless_asked():
+    if flashgqa.show_config()["cuda"]:
+        return
+    flashgqa.warmup()
+    with pytest.raises((RuntimeError, NotImplementedError), match="CUDA"):
+        flashgqa.warmup("cuda")
+    for wrong, error in (("cpu", ValueError), ("cuda:x", ValueError), ("cuda:", ValueError), (0, TypeError)):
+        with pytest.raises(error, match="device is"):
+            flashgqa.warmup(wrong)

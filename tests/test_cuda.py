@@ -3,6 +3,9 @@ That its numbers are right is tested where those of the CPU are, by the `cuda` b
 """
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -95,6 +98,28 @@ def test_out_is_written_in_place():
     assert (memory == 7.0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_merge(layout, dtype):
+    q, k, v = qkv(2, 8, 130, 40, sk=300, dtype=dtype)
+    q[0, 0, 0] = float("nan")
+    if layout == "bshd":
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    axis = 2 if layout == "bhsd" else 1
+    whole_out, whole_lse = flashgqa.attention(q, k, v, layout=layout, return_lse=True)
+    parts = []
+    for begin, end in ((0, 100), (100, 117), (117, 300)):
+        keys, values = k.narrow(axis, begin, end - begin), v.narrow(axis, begin, end - begin)
+        parts.append(flashgqa.attention(q, keys, values, layout=layout, return_lse=True))
+    parts.append((torch.full_like(whole_out, float("nan")), torch.full_like(whole_lse, -float("inf"))))
+    out, lse = flashgqa.merge(*zip(*parts, strict=True), layout=layout)
+    assert type(out) is torch.Tensor and out.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(out, whole_out, equal_nan=True, rtol=0, atol={2: 1e-2, 4: 2e-6}[dtype.itemsize])
+    torch.testing.assert_close(lse, whole_lse, equal_nan=True, rtol=0, atol=1e-5)
+    got = flashgqa.merge([parts[-1][0]] * 2, [parts[-1][1]] * 2, layout=layout)
+    assert (got[0] == 0).all() and (got[1] == -float("inf")).all()
+
+
 @pytest.mark.parametrize("device_seed", [False, True])
 def test_the_dropout_mask_is_that_of_the_cpu(device_seed):
     b, hq, sq, sk, p, seed = 2, 4, 70, 200, 0.3, (99, 3)
@@ -110,7 +135,7 @@ def test_the_dropout_mask_is_that_of_the_cpu(device_seed):
 def test_the_same_bits_every_time(dtype):
     q, k, v = qkv(60, 8, 300, 64, dtype=dtype)
     expected = whole(q, k, v, causal=True)
-    for _ in range(40):
+    for _ in range(200):
         assert_same(whole(q, k, v, causal=True), expected)
 
 
@@ -123,7 +148,164 @@ def test_results_do_not_depend_on_what_memory_held():
     assert_same(whole(q, k, v), expected)
 
 
+@pytest.mark.parametrize("softcap", [None, 7.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_may_hold_nan(dtype, softcap):
+    """In rows and keys past the lengths, of inputs and of what the forward pass left there."""
+    q, k, v = qkv(2, 8, 200, 64, dtype=dtype)
+    options = {"causal": True, "softcap": softcap}
+    lens = torch.tensor([137, 64], dtype=torch.int32, device="cuda")
+    padded = torch.arange(200, device="cuda")[None, :] >= lens[:, None]
+    results = []
+    for value in (0, float("nan")):
+        for x in (q, k, v):
+            x.masked_fill_(padded[:, None, :, None], value)
+        out, lse = flashgqa.attention(q, k, v, **options, q_lens=lens, kv_lens=lens, return_lse=True)
+        dout = torch.ones_like(out).masked_fill_(padded[:, None, :, None], value)
+        gradients = flashgqa.attention_backward(dout, q, k, v, out, lse, **options, q_lens=lens, kv_lens=lens)
+        results.append((out, lse, *gradients[:3]))
+    assert_same(results[1], results[0])
+    for x in (results[1][0], *results[1][2:]):
+        assert torch.isfinite(x).all() and (x.transpose(1, 2)[padded] == 0).all()
+
+
+# ---- every kernel ----
+
+CUDA_ROWS = [row["name"] for row in flashgqa.kernels() if row["device"] == "cuda"]
+EVERYTHING = {"softcap": 8.0, "dropout_p": 0.2, "seed": 7, "window": (150, 20), "sink": True, "bias": True, "alibi_slopes": True}
+
+
+def options_of_row(name):
+    if name.endswith("plain"):
+        return {"causal": True}
+    options = dict(EVERYTHING)
+    options["sink"] = torch.linspace(-1, 1, 8, device="cuda")
+    options["bias"] = torch.linspace(-2, 2, 190, device="cuda").expand(1, 1, 130, 190)
+    options["alibi_slopes"] = torch.linspace(0.01, 0.5, 8, device="cuda")
+    return options
+
+
+@pytest.mark.parametrize("name", CUDA_ROWS)
+def test_every_kernel_forced_agrees_with_the_cpu(name):
+    """Each row of kernels.def at its largest head dims, so also those that only smaller cards would choose."""
+    _, _, short, wide, wide_v, _ = name.split("_")
+    dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[short]
+    d, dv = int(wide[1:]), int(wide_v[2:])
+    q, k, v = qkv(2, 8, 130, d, sk=190, dtype=dtype)
+    v, options = v[..., :dv], options_of_row(name)
+    on_cpu = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+    wide_inputs = [x.double().cpu() for x in (q, k, v)]
+    out, lse = flashgqa.attention(*wide_inputs, **on_cpu, return_lse=True)
+    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
+    if name.startswith("fwd"):
+        got, got_lse = flashgqa.attention(q, k, v, **options, return_lse=True, kernel=name)
+        close(got.double().cpu(), out, tolerance)
+        close(got_lse.cpu(), lse, tolerance)
+        return
+    expected = flashgqa.attention_backward(out, *wide_inputs, out, lse, **on_cpu)
+    got = flashgqa.attention_backward(out.to(q), q, k, v, out.to(q), lse.float().cuda(), **options, kernel=name)
+    for which, a, b in zip(expected._fields, got, expected, strict=True):
+        assert (a is None) == (b is None), which
+        if b is not None:
+            assert (a.double().cpu() - b.double()).abs().max() <= 3 * tolerance * max(1.0, float(b.abs().max())), which
+
+
+def test_cards_with_little_shared_memory_have_a_kernel_for_everything():
+    """Compute capability 8.6, 8.9 and 12.0 give a block 99 KB."""
+    small = [row for row in flashgqa.kernels() if row["device"] == "cuda" and row["shared_memory"] <= 99 * 1024]
+    for which in ("fwd", "bwd"):
+        for dtype in ("bf16", "f16", "f32"):
+            stem = f"{which}_sm80_{dtype}_d256_dv256"
+            assert f"{stem}_general" in {row["name"] for row in small}, stem
+
+
+LAUNCH = """
+import sys, torch, flashgqa
+torch.manual_seed(0)
+for dtype, options in ((torch.bfloat16, {"causal": True}), (torch.float32, {"softcap": 9.0})):
+    q, k, v = (torch.randn(1, h, 150, 64).to("cuda", dtype) for h in (4, 2, 2))
+    out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
+    results = [out, lse]
+    if dtype == torch.bfloat16:      # the driver takes long to compile these
+        results += flashgqa.attention_backward(out, q, k, v, out, lse, **options)[:3]
+    torch.save([x.cpu() for x in results], f"{sys.argv[1]}/{dtype}")
+"""
+
+
+def test_the_embedded_ptx_gives_the_same_results(tmp_path):
+    """What a card without machine code of its own runs: the driver compiles the PTX."""
+    folders = [tmp_path / "own", tmp_path / "ptx"]
+    for folder, extra in zip(folders, ({}, {"CUDA_FORCE_PTX_JIT": "1", "CUDA_CACHE_DISABLE": "1"}), strict=True):
+        folder.mkdir()
+        script = folder / "launch.py"
+        script.write_text(LAUNCH)
+        environment = {**os.environ, **extra}
+        ran = subprocess.run([sys.executable, script, folder], env=environment, capture_output=True, text=True, check=False)
+        if extra and "no kernel image" in ran.stderr:
+            pytest.skip("this build has no PTX (FLASHGQA_CUDA_ARCH)")
+        assert ran.returncode == 0, ran.stderr
+    for dtype, tolerance in ((torch.bfloat16, 2e-2), (torch.float32, 1e-5)):
+        own, ptx = (torch.load(folder / str(dtype)) for folder in folders)
+        for a, b in zip(ptx, own, strict=True):
+            close(a.double(), b.double(), tolerance)
+
+
+# ---- sizes ----
+
+
+@pytest.mark.parametrize("options", [{"causal": True}, {"bias": True}], ids=["plain", "general"])
+@pytest.mark.parametrize("axis", ["batch", "head", "row"])
+def test_elements_beyond_2_31(axis, options):
+    """Every tensor spans more than 2^31 elements; a product in 32 bits would wrap around."""
+    far, shape = 2**31 + 64, (2, 3, 5, 64)
+    strides = {"batch": (far, 4096, 64, 1), "head": (4096, far // 2, 64, 1), "row": (8192, 1024, far // 4, 1)}[axis]
+
+    def spread(x):
+        return torch.empty_strided(x.shape, strides[: x.ndim], dtype=x.dtype, device="cuda").copy_(x)
+
+    q, k, v = qkv(*shape, hk=3)
+    bias = torch.randn((2, 3, 5, 5), device="cuda", dtype=torch.float16)
+    options, far_options = ({"bias": bias}, {"bias": spread(bias)}) if "bias" in options else (options, options)
+    expected = whole(q, k, v, **options)
+    inputs = [spread(x) for x in (q, k, v)]
+    out = spread(torch.zeros_like(q))
+    assert flashgqa.attention(*inputs, out=out, **far_options) is out
+    gradients = flashgqa.attention_backward(out, *inputs, out, expected[1], **far_options)
+    assert_same([out, expected[1], *gradients[:3]], expected)
+
+
+def test_more_elements_and_heads_than_32_and_16_bits_count():
+    """2.3e9 elements of q in 70,000 sequences: the last ones are right."""
+    b = 70_000
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GB of GPU memory")
+    q = torch.empty((b, 8, 64, 64), dtype=torch.float16, device="cuda").normal_()
+    k, v = (torch.empty((b, 1, 64, 64), dtype=torch.float16, device="cuda").normal_() for _ in range(2))
+    got = whole(q, k, v, causal=True)
+    for part in (slice(0, 2), slice(b // 2, b // 2 + 2), slice(b - 2, b)):
+        expected = whole(q[part], k[part], v[part], causal=True)
+        for name, a, e in zip(NAMES, got, expected, strict=True):
+            close(get(a[part]), get(e), 1e-2), name
+
+
 # ---- streams and graphs ----
+
+
+def test_two_streams_at_once():
+    problems = [qkv(2, 8, 900, 64, seed=n) for n in range(2)]
+    expected = [whole(*x, causal=True) for x in problems]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    got = [[], []]
+    for _ in range(20):
+        for n, stream in enumerate(streams):
+            with torch.cuda.stream(stream):
+                got[n].append(whole(*problems[n], causal=True))
+    torch.cuda.synchronize()
+    for n in range(2):
+        for results in got[n]:
+            assert_same(results, expected[n])
 
 
 def delayed(q, k, v):
@@ -235,8 +417,10 @@ def test_float64_and_other_functions_say_what_works():
     with pytest.raises(NotImplementedError, match="move the tensors to the CPU"):
         flashgqa.attention_weights(q, k, reduce="keys")
     out, lse = flashgqa.attention(q, k, v, return_lse=True)
-    with pytest.raises(NotImplementedError, match=r"outs\[0\] is on CUDA device 0.*move it to the CPU"):
-        flashgqa.merge([out, out], [lse, lse])
+    with pytest.raises(NotImplementedError, match="outs has 33 parts: at most 32"):
+        flashgqa.merge([out] * 33, [lse] * 33)
+    with pytest.raises(ValueError, match=r"outs\[1\] and outs\[0\] are on a CPU and a GPU"):
+        flashgqa.merge([out, out.cpu()], [lse, lse.cpu()])
     with pytest.raises(ValueError, match="device moves NumPy arrays only"):
         flashgqa.attention(q, k, v, device="cpu")
 
@@ -262,6 +446,26 @@ def test_too_little_memory():
     with pytest.raises(MemoryError, match="bytes do not fit into the memory of the GPU"):
         flashgqa.attention(x, x, x, device="cuda")
     close(get(flashgqa.attention(*qkv())), get(flashgqa.attention(*qkv())), 0)
+
+
+def test_after_a_device_fault_a_call_says_so():
+    """In a process of its own, whose context an index out of range takes down."""
+    script = """
+import flashgqa, torch
+q = torch.randn(1, 2, 8, 16, device="cuda")
+out = flashgqa.attention(q, q, q)
+try:
+    q[torch.tensor([5], device="cuda")]
+    torch.cuda.synchronize()
+except RuntimeError:
+    pass
+try:
+    flashgqa.attention(q, q, q, out=out)
+except RuntimeError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "failed: " in ran.stdout and "(cudaError" in ran.stdout and "code " in ran.stdout, ran
 
 
 def test_use_after_fork_is_an_error():
@@ -314,6 +518,42 @@ def test_numpy_arrays_give_the_bits_of_torch_tensors(case):
             close(a, get(b), 20 * tolerance)
 
 
+@pytest.mark.parametrize("shape", [(9, 8, 2), (1, 8, 8), (1, 8, 2), (3, 8, 1)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"mask": True, "kv_lens": True, "alibi": True}], ids=["plain", "more"])
+def test_numpy_arrays_in_parts(shape, options):
+    """Large enough to be cut by batch or by head, with copies of one part beside the computation of another."""
+    (b, hq, hk), rng = shape, np.random.default_rng(0)
+    s = 9000 // b
+    q = rng.standard_normal((b, hq, s, 64), dtype=np.float32)
+    k, v = (rng.standard_normal((b, s + 3, hk, 64), dtype=np.float32).swapaxes(1, 2) for _ in range(2))
+    options = dict(options, causal=True)
+    if options.pop("mask", None):
+        options["mask"] = rng.random((b, hq, 1, s + 3)) < 0.9
+    if options.pop("kv_lens", None):
+        options["kv_lens"] = rng.integers(s // 2, s, b).astype(np.int32)
+    if options.pop("alibi", None):
+        options["alibi_slopes"] = np.linspace(0.001, 0.1, hq, dtype=np.float32)
+    on_gpu = {n: put(x) if isinstance(x, np.ndarray) else x for n, x in options.items()}
+    theirs = whole(*map(put, (q, k, v)), **on_gpu)
+    out, lse = flashgqa.attention(q, k, v, **options, return_lse=True, device="cuda")
+    gradients = flashgqa.attention_backward(out, q, k, v, out, lse, **options, device="cuda")
+    for name, a, e in zip(NAMES, (out, lse, *gradients[:3]), theirs, strict=True):
+        assert type(a) is np.ndarray
+        np.testing.assert_allclose(a, get(e), rtol=0, atol=2e-3 if name.startswith("d") else 1e-5, err_msg=name)
+    given = np.zeros((b, s, hq, 64), np.float32).swapaxes(1, 2)
+    assert flashgqa.attention(q, k, v, **options, out=given, device="cuda") is given
+    np.testing.assert_allclose(given, out, rtol=0, atol=1e-5)
+
+
+def test_numpy_arrays_from_many_threads():
+    rng = np.random.default_rng(1)
+    inputs = [[rng.standard_normal((1, 8, 1500, 64), dtype=np.float32) for _ in range(3)] for _ in range(6)]
+    expected = [flashgqa.attention(*x, device="cuda") for x in inputs]
+    with ThreadPoolExecutor(6) as pool:
+        for got, want in zip(pool.map(lambda x: flashgqa.attention(*x, device="cuda"), inputs), expected, strict=True):
+            np.testing.assert_array_equal(got, want)
+
+
 def test_numpy_out_and_errors():
     x = np.random.default_rng(0).standard_normal((2, 4, 9, 16)).astype(np.float32)
     out = np.full((2, 4, 9, 20), 7.0, np.float32)[..., :16]
@@ -348,12 +588,101 @@ def test_cupy_arrays():
     assert (cupy.asnumpy(out) == get(expected[0])).all()
 
 
-def test_jax_arrays_are_refused_with_a_way_out():
+@pytest.fixture(scope="module")
+def jax_gpu():
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     jax = pytest.importorskip("jax")
     try:
-        x = jax.device_put(np.zeros((1, 2, 4, 8), np.float32), jax.devices("gpu")[0])
+        return jax, jax.devices("gpu")[0]
     except RuntimeError:
         pytest.skip("JAX has no GPU here")
-    with pytest.raises(NotImplementedError, match="torch.from_dlpack"):
-        flashgqa.attention(x, x, x)
+
+
+@pytest.mark.parametrize("sk", [130, 5000], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_jax_arrays(dtype, sk, jax_gpu):
+    """Results are JAX arrays over memory of ours; JAX may use them at once, and after their inputs are gone."""
+    jax, device = jax_gpu
+    q, k, v = qkv(sk=sk, dtype=dtype)
+    expected = whole(q, k, v)
+    arrays = [jax.device_put(get(x), device) for x in (q, k, v)]
+    got = whole(*arrays)
+    assert all(isinstance(x, jax.Array) and x.devices() == {device} for x in got)
+    doubled = [jax.numpy.asarray(x) * 2 for x in got]
+    del arrays
+    for name, a, b, twice in zip(NAMES, got, expected, doubled, strict=True):
+        wide = get(b).astype(np.float32)
+        np.testing.assert_array_equal(np.asarray(a).astype(np.float32), wide, name)
+        np.testing.assert_array_equal(np.asarray(twice).astype(np.float32), 2 * wide, name)
+
+
+def test_jax_results_follow_a_given_stream_and_come_back_as_memory_is_reused(jax_gpu):
+    jax, device = jax_gpu
+    q, k, v = qkv(dtype=torch.float32)
+    expected = get(flashgqa.attention(q, k, v))
+    arrays = [jax.device_put(get(x), device) for x in (q, k, v)]
+    side = torch.cuda.Stream()
+    for _ in range(50):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(1_000_000)
+        out = flashgqa.attention(*arrays, stream=side.cuda_stream)
+        result = jax.numpy.asarray(out) + 1
+        del out
+        np.testing.assert_array_equal(np.asarray(result), expected + 1)
+
+
+class Producer:
+    """A library with DLPack and no way to make arrays."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+    def __dlpack_device__(self):
+        return self.tensor.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        return self.tensor.__dlpack__(**options)
+
+
+def test_results_for_a_library_that_cannot_make_arrays():
+    q, k, v = qkv(dtype=torch.float32)
+    expected = flashgqa.attention(q, k, v)
+    out = flashgqa.attention(*map(Producer, (q, k, v)))
+    assert type(out) is flashgqa.Tensor and out.device == "cuda:0" and out.__dlpack_device__() == (2, 0)
+    assert "device=cuda:0" in repr(out)
+    assert_same([torch.from_dlpack(out)], [expected])
+    again = flashgqa.attention(out, Producer(k), Producer(v))
+    assert_same([torch.from_dlpack(again)], [flashgqa.attention(expected, k, v)])
+    with pytest.raises(TypeError, match="NumPy cannot read it"):
+        np.asarray(out)
+    with pytest.raises(BufferError, match="exported where it is"):
+        out.__dlpack__(dl_device=(1, 0))
+    with pytest.raises(BufferError, match="without a copy"):
+        out.__dlpack__(copy=True)
+    with pytest.raises(TypeError, match="stream is 'x'"):
+        out.__dlpack__(stream="x")
+
+
+def test_warmup():
+    """In a process of its own: afterwards a call that is the first of its kind is recorded in a graph."""
+    script = """
+import flashgqa, torch
+flashgqa.warmup()
+flashgqa.warmup("cuda:0")
+q, k, v = (torch.randn(1, h, 300, 64, device="cuda", dtype=torch.float16) for h in (4, 2, 2))
+bias = torch.randn(300, 300, device="cuda")
+sink = torch.randn(4, device="cuda")
+out, lse = torch.zeros_like(q), torch.zeros(1, 4, 300, device="cuda")
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    out = flashgqa.attention(q, k, v, bias=bias, sink=sink, softcap=5.0)
+    flashgqa.attention_backward(out, q, k, v, out, lse, bias=bias, sink=sink, softcap=5.0)
+graph.replay()
+torch.cuda.synchronize()
+assert torch.equal(out, flashgqa.attention(q, k, v, bias=bias, sink=sink, softcap=5.0))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    with pytest.raises(ValueError, match="cuda:99"):
+        flashgqa.warmup("cuda:99")

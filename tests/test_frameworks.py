@@ -65,6 +65,17 @@ def test_torch_views_in_place():
     assert torch.equal(flashgqa.attention(expanded, expanded, expanded), flashgqa.attention(*[expanded.contiguous()] * 3))
 
 
+@pytest.mark.parametrize("order", [(0, 2, 1), (2, 0, 1), (1, 0, 2), (2, 1, 0)], ids=str)
+def test_torch_results_are_contiguous_whatever_the_strides_of_q(order):
+    """Also where q, of the shape of the result, had to be copied."""
+    q, k, v = torch_inputs()
+    strided = q.permute(order).contiguous().permute([order.index(n) for n in range(3)])
+    assert torch.equal(strided, q)
+    out = flashgqa.attention(strided, k, v)
+    assert out.is_contiguous()
+    assert torch.equal(out, flashgqa.attention(q, k, v))
+
+
 def test_torch_references_do_not_leak():
     tensors = torch_inputs()
     before = [sys.getrefcount(x) for x in tensors]

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "any/gather.h"
+#include "any/merge.h"
 
 /* ---- is there a GPU ---- */
 
@@ -93,10 +94,9 @@ fgqa_status fgqa_cuda_enter(int32_t device, int32_t *before)
     return FGQA_OK;
 }
 
-void fgqa_cuda_leave(int32_t before)
+void fgqa_cuda_leave(int32_t device, int32_t before)
 {
-    int current = 0;
-    if (cudaGetDevice(&current) == cudaSuccess && current != before) { cudaSetDevice(before); }
+    if (before != device) { cudaSetDevice(before); }
 }
 
 /* ---- memory ---- */
@@ -125,6 +125,20 @@ fgqa_status fgqa_cuda_copy(void *to, const void *from, size_t bytes, void *strea
 fgqa_status fgqa_cuda_gather(const fgqa_tensor *from, void *to, void *stream)
 {
     return check((cudaError_t)fgqa_gather(from, to, stream), "a copy to contiguous memory");
+}
+
+fgqa_status fgqa_cuda_merge(int32_t n, const fgqa_view *outs, const fgqa_view *lses, const fgqa_view *out, const fgqa_view *lse,
+                            const int64_t shape[4], void *stream)
+{
+    if (n > FGQA_MERGE_PARTS) {
+        return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "outs has %d parts: at most %d are merged at once on a GPU; merge groups of them first",
+                         (int)n, (int)FGQA_MERGE_PARTS);
+    }
+    if (out->dtype == FGQA_F64) { return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "outs[0] has dtype float64: float64 runs on the CPU only; move the tensors to the CPU"); }
+    fgqa_merge_parts parts = {.n = n, .dv = (int32_t)shape[3], .b = shape[0], .h = shape[1], .s = shape[2], .out = *out, .lse = *lse};
+    memcpy(parts.outs, outs, (size_t)n * sizeof *outs);
+    memcpy(parts.lses, lses, (size_t)n * sizeof *lses);
+    return check((cudaError_t)fgqa_merge_launch(&parts, stream), "merge");
 }
 
 fgqa_status fgqa_cuda_synchronize(void *stream) { return check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }

@@ -155,15 +155,13 @@ static int run_empty(const fgqa_problem *p, cudaStream_t stream)
     return error;
 }
 
+/* The problem's device is the current one. */
 static fgqa_status run(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
     const cuda_kernel *k = plan->kernel->row;
     if (plan->tasks == 0 && p->pass != FGQA_PASS_BWD) { return FGQA_OK; }
-    int before = 0;
-    FGQA_TRY(fgqa_cuda_check(cudaGetDevice(&before), "cudaGetDevice"));
-    if (before != p->device.index) { FGQA_TRY(fgqa_cuda_check(cudaSetDevice(p->device.index), "cudaSetDevice")); }
     const int error = plan->tasks == 0 ? run_empty(p, exec->stream) : k->launch(plan, p, workspace, exec);
-    if (before != p->device.index) { FGQA_TRY(fgqa_cuda_check(cudaSetDevice(before), "cudaSetDevice")); }
+    if (error != cudaSuccess) { cudaGetLastError(); }      /* the runtime keeps it, too: it is reported once */
     return fgqa_cuda_check(error, plan->kernel->name);
 }
 
@@ -200,3 +198,5 @@ const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why
     p.device.index = device;
     return refuse(kernel, &p, why);
 }
+
+int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel) { return ((const cuda_kernel *)kernel->row)->smem(); }

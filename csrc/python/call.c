@@ -166,6 +166,7 @@ int fgqa_call_allocate(fgqa_call *call)
         call->allocated |= 1u << arg;
         fgqa_problem_bind(&call->problem, arg, &call->result[arg].tensor);
     }
+    if (call->staged) { return 0; }      /* its parts have workspaces of their own */
     if (call->plan.workspace_bytes > 0 && call->problem.device.type == FGQA_CUDA) {
         return fgqa_call_scratch(call, call->plan.workspace_bytes, &call->workspace);
     }
@@ -190,12 +191,12 @@ int fgqa_interrupted(void *context)
 
 static int run_call(fgqa_call *call)
 {
+    if (call->staged) { return fgqa_call_run_staged(call); }
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {call->place.stream, fgqa_interrupted, &thread};
     const fgqa_status status = call->plan.kernel->run(&call->plan, &call->problem, call->workspace, &exec);
     PyEval_RestoreThread(thread);
-    if (fgqa_raise(status) < 0) { return -1; }
-    return call->staged ? fgqa_call_fetch(call) : 0;
+    return fgqa_raise(status);
 }
 
 PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given)

@@ -17,6 +17,7 @@ PyObject *fgqa_py_merge(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_dropout_mask(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_kernels(PyObject *module, PyObject *unused);
 PyObject *fgqa_py_cuda_kernels(PyObject *module, PyObject *unused);
+PyObject *fgqa_py_cuda_warmup(PyObject *module, PyObject *device);
 PyObject *fgqa_py_build_info(PyObject *module, PyObject *unused);
 PyObject *fgqa_py_set_num_threads(PyObject *module, PyObject *n);
 PyObject *fgqa_py_get_num_threads(PyObject *module, PyObject *unused);

@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include "../cuda/device.h"
+#include "call.h"
 #include "memory.h"
 
 /* ---- scratch memory ---- */
@@ -11,10 +12,9 @@
 int fgqa_call_scratch(fgqa_call *call, size_t bytes, void **memory)
 {
     const fgqa_import *q = &call->in[FGQA_ARG_q];
-    const fgqa_tensor spec = {.dtype = FGQA_BOOL, .device = call->place.device, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
     fgqa_result *result = &call->scratch[call->n_scratch];
     if (q->type.kind == FGQA_KIND_TORCH || q->type.kind == FGQA_KIND_CUPY) {
-        if (fgqa_result_new(call->state, q, &spec, result) < 0) { return -1; }
+        if (fgqa_scratch_new(call->state, q, bytes, result) < 0) { return -1; }
     } else {
         memset(result, 0, sizeof *result);
         if (fgqa_raise(fgqa_cuda_allocate(bytes, call->place.stream, &result->tensor.data)) < 0) { return -1; }
@@ -28,7 +28,7 @@ void fgqa_call_drop_scratch(fgqa_call *call)
 {
     while (call->n_scratch > 0) {
         fgqa_result *result = &call->scratch[--call->n_scratch];
-        if (result->object == NULL) { fgqa_cuda_free(result->tensor.data, call->place.stream); }
+        if (result->object == NULL && result->managed == NULL) { fgqa_cuda_free(result->tensor.data, call->place.stream); }
         fgqa_result_drop(result);
     }
 }
@@ -97,37 +97,173 @@ int fgqa_call_place_arrays(fgqa_call *call)
     return 0;
 }
 
-static int stage(fgqa_call *call, int arg)
-{
-    const fgqa_tensor host = without_repeats(&call->host[arg]);
-    fgqa_tensor packed = host;
-    size_t bytes;
-    void *memory, *block = NULL;
-    fgqa_contiguous_strides(&packed);
-    if (count_bytes(&host, &bytes) < 0 || fgqa_call_scratch(call, bytes, &memory) < 0) { return -1; }
-    call->in[arg].tensor.data = memory;
-    if (arg == FGQA_ARG_out && call->request.pass == FGQA_PASS_FWD) { return 0; }
-    if (memcmp(host.stride, packed.stride, (size_t)host.ndim * sizeof host.stride[0]) != 0) {
-        block = fgqa_block_new(bytes);
-        if (block == NULL) {
-            PyErr_NoMemory();
-            return -1;
-        }
-        fgqa_pack(block, &host);
-    }
-    PyThreadState *thread = PyEval_SaveThread();
-    const fgqa_status status = fgqa_cuda_copy(memory, block ? block : host.data, bytes, call->place.stream);
-    PyEval_RestoreThread(thread);
-    fgqa_block_drop(block);
-    return fgqa_raise(status);
-}
-
 int fgqa_call_stage(fgqa_call *call)
 {
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
-        if (call->imported >> arg & 1 && stage(call, arg) < 0) { return -1; }
+        if (!(call->imported >> arg & 1)) { continue; }
+        call->host[arg] = without_repeats(&call->host[arg]);
+        size_t bytes;
+        if (count_bytes(&call->host[arg], &bytes) < 0 || fgqa_call_scratch(call, bytes, &call->in[arg].tensor.data) < 0) { return -1; }
     }
     return 0;
+}
+
+/* Host memory of the results. */
+static int allocate_blocks(fgqa_call *call)
+{
+    for (int arg = FGQA_ARG_out; arg < FGQA_ARG_COUNT; arg++) {
+        size_t bytes;
+        if (!(call->allocated >> arg & 1)) { continue; }
+        if (count_bytes(&call->result[arg].tensor, &bytes) < 0) { return -1; }
+        call->result[arg].block = fgqa_block_new(bytes);
+        if (call->result[arg].block == NULL) {
+            PyErr_Format(PyExc_MemoryError, "a result of %zu bytes does not fit into memory", bytes);
+            return -1;
+        }
+        call->host[arg] = call->result[arg].tensor;
+        call->host[arg].data = call->result[arg].block;
+        call->host[arg].device = (fgqa_device){FGQA_CPU, 0};
+    }
+    return 0;
+}
+
+/* How a staged call is cut, so that a part computes while the next one is on its way up and the one before on its way down: along
+ * the first axis (batch, or KV heads of a single sequence), where every part is a problem of its own. */
+typedef struct { int by_head; int32_t count, parts; } cut;
+
+enum { MOST_PARTS = 8, WORTH_BYTES = 4 << 20 };
+
+static cut cut_of(const fgqa_problem *p)
+{
+    cut whole = {0, 1, 1};
+    if (p->varlen || p->layout != FGQA_LAYOUT_BHSD || p->dropout_threshold != 0 || p->want_dbias || p->want_dsink) { return whole; }
+    const double bytes = (double)fgqa_dtype_bytes(p->dtype) * p->d * ((double)p->b * p->hq * p->sq + 2.0 * p->b * p->hk * p->sk);
+    const cut c = {p->b == 1, p->b == 1 ? p->hk : p->b, MOST_PARTS};
+    int32_t parts = c.count < MOST_PARTS ? c.count : MOST_PARTS;
+    if (bytes / WORTH_BYTES < parts) { parts = (int32_t)(bytes / WORTH_BYTES); }
+    return parts < 2 ? whole : (cut){c.by_head, c.count, parts};
+}
+
+static int32_t part_begin(const cut *c, int32_t part) { return (int32_t)((int64_t)c->count * part / c->parts); }
+
+/* Batches or KV heads [begin, end) of a problem. */
+static fgqa_problem part_of(const fgqa_problem *p, int by_head, int32_t begin, int32_t end)
+{
+    fgqa_problem q = *p;
+    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
+        fgqa_view *v = &q.view[arg];
+        const int64_t bytes = (int64_t)fgqa_dtype_bytes(v->dtype);
+        const int of_keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v || arg == FGQA_ARG_dk || arg == FGQA_ARG_dv;
+        const int64_t step = by_head ? v->stride_h * (of_keys ? 1 : p->g) : v->stride_b;
+        if (v->data != NULL) { v->data = (char *)v->data + begin * step * bytes; }
+    }
+    if (by_head) {
+        q.hk = end - begin;
+        q.hq = q.hk * p->g;
+        return q;
+    }
+    q.b = end - begin;
+    q.total_q = (int64_t)q.b * p->sq;
+    q.total_k = (int64_t)q.b * p->sk;
+    if (q.q_lens) { q.q_lens += begin; }
+    if (q.kv_lens) { q.kv_lens += begin; }
+    return q;
+}
+
+/* Entries [begin, end) of the first axis that is cut, of a tensor; 0 if the tensor is not cut: it goes with the first part. */
+static int slice(const fgqa_call *call, const cut *c, int arg, int32_t part, fgqa_tensor *host, int64_t *offset)
+{
+    const fgqa_problem *p = &call->problem;
+    const int32_t axis = c->by_head ? p->rank - 3 : 0;
+    const int of_rows = arg == FGQA_ARG_q || arg == FGQA_ARG_out || arg == FGQA_ARG_lse || arg == FGQA_ARG_dout || arg == FGQA_ARG_dlse || arg == FGQA_ARG_dq;
+    const int of_keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v || arg == FGQA_ARG_dk || arg == FGQA_ARG_dv;
+    *host = call->host[arg];
+    *offset = 0;
+    if (c->parts == 1 || !(of_rows || of_keys) || host->shape[axis] != (c->by_head && of_rows ? p->hq : c->count)) { return 0; }
+    const int32_t each = c->by_head && of_rows ? p->g : 1;
+    const int64_t begin = (int64_t)part_begin(c, part) * each, end = (int64_t)part_begin(c, part + 1) * each;
+    int64_t entry = (int64_t)fgqa_dtype_bytes(host->dtype);
+    for (int32_t n = axis + 1; n < host->ndim; n++) { entry *= host->shape[n]; }
+    host->data = (char *)host->data + begin * host->stride[axis] * (int64_t)fgqa_dtype_bytes(host->dtype);
+    host->shape[axis] = end - begin;
+    *offset = begin * entry;
+    return 1;
+}
+
+static int is_result(const fgqa_call *call, int arg)
+{
+    return call->allocated >> arg & 1 || (arg == FGQA_ARG_out && call->request.pass == FGQA_PASS_FWD && call->imported >> arg & 1);
+}
+
+static fgqa_status upload_part(const fgqa_call *call, fgqa_cuda_staging *staging, const cut *c, int32_t part)
+{
+    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
+        fgqa_tensor host;
+        int64_t offset;
+        if (!(call->imported >> arg & 1) || is_result(call, arg)) { continue; }
+        if (!slice(call, c, arg, part, &host, &offset) && part > 0) { continue; }
+        FGQA_TRY(fgqa_cuda_staging_upload(staging, &host, (char *)call->in[arg].tensor.data + offset));
+    }
+    return fgqa_cuda_staging_uploaded(staging);
+}
+
+static fgqa_status download_part(const fgqa_call *call, fgqa_cuda_staging *staging, const cut *c, int32_t part)
+{
+    for (int arg = FGQA_ARG_out; arg < FGQA_ARG_COUNT; arg++) {
+        fgqa_tensor host;
+        int64_t offset;
+        if (!is_result(call, arg)) { continue; }
+        const void *data = call->allocated >> arg & 1 ? call->result[arg].tensor.data : call->in[arg].tensor.data;
+        if (!slice(call, c, arg, part, &host, &offset) && part < c->parts - 1) { continue; }
+        FGQA_TRY(fgqa_cuda_staging_download(staging, part, &host, (const char *)data + offset));
+    }
+    return FGQA_OK;
+}
+
+static fgqa_status run_parts(const fgqa_call *call, fgqa_cuda_staging *staging, const cut *c, const fgqa_exec *exec)
+{
+    for (int32_t part = 0; part <= c->parts; part++) {
+        if (part < c->parts) {
+            fgqa_problem problem = call->problem;
+            fgqa_plan plan = call->plan;
+            FGQA_TRY(upload_part(call, staging, c, part));
+            if (c->parts > 1) {
+                problem = part_of(&call->problem, c->by_head, part_begin(c, part), part_begin(c, part + 1));
+                FGQA_TRY(fgqa_plan_make(&problem, call->plan.kernel, 1, NULL, &plan));
+            }
+            void *workspace = NULL;
+            if (plan.workspace_bytes > 0) { FGQA_TRY(fgqa_cuda_allocate(plan.workspace_bytes, exec->stream, &workspace)); }
+            const fgqa_status status = plan.kernel->run(&plan, &problem, workspace, exec);
+            fgqa_cuda_free(workspace, exec->stream);
+            FGQA_TRY(status);
+            FGQA_TRY(fgqa_cuda_staging_computed(staging, part));
+        }
+        if (part > 0) { FGQA_TRY(download_part(call, staging, c, part - 1)); }
+    }
+    return FGQA_OK;
+}
+
+int fgqa_call_run_staged(fgqa_call *call)
+{
+    const cut c = cut_of(&call->problem);
+    fgqa_cuda_staging *staging;
+    if (allocate_blocks(call) < 0) { return -1; }
+    PyThreadState *thread = PyEval_SaveThread();
+    const fgqa_exec exec = {call->place.stream, fgqa_interrupted, &thread};
+    fgqa_status status = fgqa_cuda_staging_begin(call->place.device.index, call->place.stream, &staging);
+    if (status == FGQA_OK) {
+        status = run_parts(call, staging, &c, &exec);
+        if (status == FGQA_OK) {
+            status = fgqa_cuda_staging_end(staging);
+        } else {
+            (void)fgqa_cuda_staging_end(staging);      /* the first failure is the one to report */
+        }
+    }
+    PyEval_RestoreThread(thread);
+    for (int arg = FGQA_ARG_out; arg < FGQA_ARG_COUNT && status == FGQA_OK; arg++) {
+        if (call->allocated >> arg & 1) { call->result[arg].tensor = call->host[arg]; }
+    }
+    return fgqa_raise(status);
 }
 
 /* Device memory into a new block, complete on return. */
@@ -137,7 +273,7 @@ static int fetch(const fgqa_call *call, const fgqa_tensor *tensor, void **block)
     if (count_bytes(tensor, &bytes) < 0) { return -1; }
     *block = fgqa_block_new(bytes);
     if (*block == NULL) {
-        PyErr_Format(PyExc_MemoryError, "a result of %zu bytes does not fit into memory", bytes);
+        PyErr_NoMemory();
         return -1;
     }
     PyThreadState *thread = PyEval_SaveThread();
@@ -145,25 +281,6 @@ static int fetch(const fgqa_call *call, const fgqa_tensor *tensor, void **block)
     if (status == FGQA_OK) { status = fgqa_cuda_synchronize(call->place.stream); }
     PyEval_RestoreThread(thread);
     return fgqa_raise(status);
-}
-
-int fgqa_call_fetch(fgqa_call *call)
-{
-    for (int arg = FGQA_ARG_out; arg < FGQA_ARG_COUNT; arg++) {
-        fgqa_result *result = &call->result[arg];
-        if (!(call->allocated >> arg & 1)) { continue; }
-        if (fetch(call, &result->tensor, &result->block) < 0) { return -1; }
-        result->tensor.data = result->block;
-        result->tensor.device = (fgqa_device){FGQA_CPU, 0};
-    }
-    if (call->request.pass == FGQA_PASS_FWD && call->imported >> FGQA_ARG_out & 1) {
-        void *block = NULL;
-        const int failed = fetch(call, &call->in[FGQA_ARG_out].tensor, &block);
-        if (failed == 0) { fgqa_unpack(&call->host[FGQA_ARG_out], block); }
-        fgqa_block_drop(block);
-        return failed;
-    }
-    return 0;
 }
 
 /* ---- check=True ---- */

@@ -53,11 +53,11 @@ int fgqa_call_gather(fgqa_call *call);
 /* device="cuda" with NumPy arrays: the request is turned into one of arrays on that device that do not exist yet. */
 int fgqa_call_place_arrays(fgqa_call *call);
 
-/* Their memory, filled. The problem has to be made anew. */
+/* Their memory, not yet filled. The problem has to be made anew. */
 int fgqa_call_stage(fgqa_call *call);
 
-/* Results back into host memory, where the call's last work is done. */
-int fgqa_call_fetch(fgqa_call *call);
+/* The arrays there, the computation, the results back into host memory. */
+int fgqa_call_run_staged(fgqa_call *call);
 
 /* check=True: the contents of index arrays, by the checks that arrays on the CPU go through. */
 int fgqa_call_check_contents(fgqa_call *call);

@@ -67,6 +67,7 @@ static int read_device(const fgqa_slot *slot, int64_t type, int64_t id, fgqa_pla
     if ((type == kDLCUDA || type == kDLCUDAManaged) && id >= 0 && id <= INT32_MAX) {
         if (fgqa_place_enter(place, slot->name, &in->type, (int32_t)id) < 0) { return -1; }
         in->tensor.device = (fgqa_device){FGQA_CUDA, (int32_t)id};
+        in->stream = place->stream;
         return 0;
     }
     PyErr_Format(PyExc_NotImplementedError, "%s is on a device of DLPack type %lld: only the memory of CPUs and of NVIDIA GPUs is "

@@ -25,7 +25,8 @@ static PyMethodDef methods[] = {
     {"merge", FAST(fgqa_py_merge), "merge(outs, lses, layout) -> (out, lse)"},
     {"dropout_mask", FAST(fgqa_py_dropout_mask), "dropout_mask(b, hq, sq, sk, dropout_p, seed) -> bool array"},
     {"kernels", fgqa_py_kernels, METH_NOARGS, "kernels() -> [(name, pass, device)]"},
-    {"cuda_kernels", fgqa_py_cuda_kernels, METH_NOARGS, "cuda_kernels() -> [(name, pass, reason or None)]"},
+    {"cuda_kernels", fgqa_py_cuda_kernels, METH_NOARGS, "cuda_kernels() -> [(name, pass, reason or None, bytes of shared memory)]"},
+    {"cuda_warmup", fgqa_py_cuda_warmup, METH_O, "cuda_warmup(device, /): loads and runs every kernel of a CUDA device"},
     {"build_info", fgqa_py_build_info, METH_NOARGS, "build_info() -> dict"},
     {"set_num_threads", fgqa_py_set_num_threads, METH_O, 
      "set_num_threads(n, /)\n--\n\nMost threads that a call may use, the calling one included: 1 or more, or None for the default "

@@ -20,7 +20,7 @@ void fgqa_place_end(fgqa_place *place)
         Py_CLEAR(place->context);
         PyErr_Restore(type, value, traceback);
     }
-    fgqa_cuda_leave(place->before);
+    fgqa_cuda_leave(place->device.index, place->before);
     place->device.type = FGQA_CPU;
 }
 

@@ -162,35 +162,24 @@ void fgqa_find_type(fgqa_state *state, PyTypeObject *type, fgqa_type *found)
 
 /* ---- copies ---- */
 
-/* Rows of the last axis, and where each begins in strided memory. */
-static void copy_elements(const fgqa_tensor *tensor, char *packed, int unpack)
+void fgqa_pack(void *to, const fgqa_tensor *from)
 {
-    const size_t bytes = fgqa_dtype_bytes(tensor->dtype);
+    const size_t bytes = fgqa_dtype_bytes(from->dtype);
     int64_t shape[4] = {1, 1, 1, 1}, stride[4] = {0, 0, 0, 0};
-    for (int32_t axis = 0; axis < tensor->ndim; axis++) {
-        shape[4 - tensor->ndim + axis] = tensor->shape[axis];
-        stride[4 - tensor->ndim + axis] = tensor->stride[axis] * (int64_t)bytes;
+    for (int32_t axis = 0; axis < from->ndim; axis++) {
+        shape[4 - from->ndim + axis] = from->shape[axis];
+        stride[4 - from->ndim + axis] = from->stride[axis] * (int64_t)bytes;
     }
-    char *base = tensor->data;
+    char *packed = to;
+    const char *base = from->data;
     for (int64_t a = 0; a < shape[0]; a++) {
         for (int64_t b = 0; b < shape[1]; b++) {
             for (int64_t c = 0; c < shape[2]; c++) {
-                char *row = base + a * stride[0] + b * stride[1] + c * stride[2];
-                for (int64_t d = 0; d < shape[3]; d++, packed += bytes) {
-                    char *element = row + d * stride[3];
-                    memcpy(unpack ? element : packed, unpack ? packed : element, bytes);
-                }
+                const char *row = base + a * stride[0] + b * stride[1] + c * stride[2];
+                for (int64_t d = 0; d < shape[3]; d++, packed += bytes) { memcpy(packed, row + d * stride[3], bytes); }
             }
         }
     }
-}
-
-void fgqa_pack(void *to, const fgqa_tensor *from) { copy_elements(from, to, 0); }
-
-void fgqa_unpack(const fgqa_tensor *to, const void *from)
-{
-    char *packed = (char *)(uintptr_t)from;      /* only read */
-    copy_elements(to, packed, 1);
 }
 
 void fgqa_contiguous_strides(fgqa_tensor *tensor)

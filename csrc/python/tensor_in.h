@@ -21,6 +21,7 @@ typedef struct {
 typedef struct {
     fgqa_tensor tensor;
     PyObject *object;                      /* the caller's; borrowed */
+    void *stream;                          /* of the call, if the tensor is on a GPU */
     fgqa_type type;                        /* of the caller's object; owns from_dlpack, borrows the rest */
     PyObject *copy;                        /* array that owns a copy made by NumPy, or NULL */
     void *memory;                          /* block that owns a copy made here, or NULL */
@@ -38,9 +39,8 @@ int fgqa_needs_copy(const fgqa_tensor *tensor, unsigned flags);
 /* Strides of contiguous memory of the tensor's shape. */
 void fgqa_contiguous_strides(fgqa_tensor *tensor);
 
-/* All elements in the order of their indices into contiguous memory, and back. */
+/* All elements in the order of their indices into contiguous memory. */
 void fgqa_pack(void *to, const fgqa_tensor *from);
-void fgqa_unpack(const fgqa_tensor *to, const void *from);
 
 /* Gives back what the import holds: each deleter is called once. Keeps a pending exception. */
 void fgqa_import_release(fgqa_import *in);

@@ -1,5 +1,5 @@
 /* tensor_out.c - memory of results, and the objects that own it: a torch tensor made by torch, a CuPy array made by CuPy,
- * memory of a library with an exchange table, a NumPy array or a flashgqa.Tensor over a block of our own, the latter handed to
+ * memory of a library with an exchange table, a NumPy array or a flashgqa.Tensor over memory of our own, the latter handed to
  * the from_dlpack of the caller's library.
  */
 #include "tensor_out.h"
@@ -122,6 +122,15 @@ static int allocate_cupy(fgqa_state *state, const fgqa_tensor *spec, fgqa_result
     return -1;
 }
 
+int fgqa_scratch_new(fgqa_state *state, const fgqa_import *like, size_t bytes, fgqa_result *result)
+{
+    const fgqa_tensor spec = {.dtype = FGQA_BOOL, .device = like->tensor.device, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
+    if (like->type.exchange == NULL) { return fgqa_result_new(state, like, &spec, result); }
+    memset(result, 0, sizeof *result);
+    result->tensor = spec;
+    return allocate_foreign(like->type.exchange, &spec, result);
+}
+
 int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
 {
     memset(result, 0, sizeof *result);
@@ -130,13 +139,7 @@ int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tenso
     if (like->type.exchange != NULL) { return allocate_foreign(like->type.exchange, spec, result); }
     if (like->type.kind == FGQA_KIND_CUPY) { return allocate_cupy(state, spec, result); }
     if (spec->device.type == FGQA_CUDA) {
-        PyObject *name = PyObject_GetAttrString((PyObject *)like->type.type, "__name__");
-        if (name != NULL) {
-            PyErr_Format(PyExc_NotImplementedError, "q is a %U on cuda:%d: on a GPU results are made for torch tensors and CuPy arrays; "
-                         "pass q, k and v as one of these, as by torch.from_dlpack(q)", name, (int)spec->device.index);
-            Py_DECREF(name);
-        }
-        return -1;
+        return fgqa_raise(fgqa_cuda_memory_new(result_bytes(spec), spec->device.index, like->stream, &result->gpu, &result->tensor.data));
     }
     result->block = fgqa_block_new(result_bytes(spec));
     if (result->block == NULL) {
@@ -157,6 +160,7 @@ void fgqa_result_drop(fgqa_result *result)
     }
     Py_XDECREF(result->object);
     fgqa_block_drop(result->block);
+    fgqa_cuda_memory_drop(result->gpu);
     memset(result, 0, sizeof *result);
 }
 
@@ -215,13 +219,19 @@ static PyObject *foreign_object(const DLPackExchangeAPI *api, fgqa_result *resul
 PyObject *fgqa_result_object(fgqa_state *state, const fgqa_import *like, fgqa_result *result)
 {
     void *block = result->block;
+    fgqa_cuda_memory *gpu = result->gpu;
     PyObject *own = result->object;
     result->block = NULL;
+    result->gpu = NULL;
     result->object = NULL;
     if (own != NULL) { return own; }
     if (result->managed != NULL) { return foreign_object(like->type.exchange, result); }
     if (like->type.kind == FGQA_KIND_NUMPY) { return fgqa_numpy_over_block(state, &result->tensor, block); }
-    PyObject *tensor = fgqa_tensor_over_block(state, &result->tensor, block);
+    if (gpu != NULL && fgqa_raise(fgqa_cuda_memory_filled(gpu)) < 0) {
+        fgqa_cuda_memory_drop(gpu);
+        return NULL;
+    }
+    PyObject *tensor = fgqa_tensor_over(state, &result->tensor, block, gpu);
     if (tensor == NULL || like->type.from_dlpack == NULL) { return tensor; }
     PyObject *object = PyObject_CallFunctionObjArgs(like->type.from_dlpack, tensor, NULL);
     Py_DECREF(tensor);

@@ -30,16 +30,16 @@ static void free_parts(fgqa_parts *parts)
     PyMem_Free(parts->lse_views);
 }
 
-static int import_part(fgqa_state *state, PyObject *object, Py_ssize_t k, const char *name, fgqa_arg arg, fgqa_import *in)
+static int import_part(fgqa_state *state, PyObject *object, Py_ssize_t k, const char *name, fgqa_arg arg, fgqa_place *place, fgqa_import *in)
 {
     char text[48];
     fgqa_slot slot = fgqa_arg_slot(FGQA_PASS_BWD, arg);
     PyOS_snprintf(text, sizeof text, "%s[%zd]", name, k);
     slot.name = text;
-    return fgqa_import_tensor(state, object, &slot, NULL, in);
+    return fgqa_import_tensor(state, object, &slot, place, in);
 }
 
-static int import_parts(fgqa_state *state, PyObject *outs, PyObject *lses, fgqa_parts *parts)
+static int import_parts(fgqa_state *state, PyObject *outs, PyObject *lses, fgqa_place *place, fgqa_parts *parts)
 {
     parts->n = PyTuple_Size(outs);
     if (parts->n < 1 || parts->n != PyTuple_Size(lses)) {
@@ -57,8 +57,8 @@ static int import_parts(fgqa_state *state, PyObject *outs, PyObject *lses, fgqa_
         return -1;
     }
     for (Py_ssize_t k = 0; k < parts->n; k++) {
-        if (import_part(state, PyTuple_GetItem(outs, k), k, "outs", FGQA_ARG_out, &parts->outs[k]) < 0
-            || import_part(state, PyTuple_GetItem(lses, k), k, "lses", FGQA_ARG_lse, &parts->lses[k]) < 0) {
+        if (import_part(state, PyTuple_GetItem(outs, k), k, "outs", FGQA_ARG_out, place, &parts->outs[k]) < 0
+            || import_part(state, PyTuple_GetItem(lses, k), k, "lses", FGQA_ARG_lse, place, &parts->lses[k]) < 0) {
             return -1;
         }
     }
@@ -82,6 +82,10 @@ static int same_form(const fgqa_tensor *a, const fgqa_tensor *b)
 
 static int check_part(const char *name, Py_ssize_t k, const fgqa_tensor *got, const fgqa_tensor *wanted)
 {
+    if (got->device.type != wanted->device.type) {
+        PyErr_Format(PyExc_ValueError, "%s[%zd] and outs[0] are on a CPU and a GPU: all parts must be on one device", name, k);
+        return -1;
+    }
     if (same_form(got, wanted)) { return 0; }
     PyObject *shape = shape_tuple(got), *wanted_shape = shape_tuple(wanted);
     if (shape != NULL && wanted_shape != NULL) {
@@ -155,13 +159,16 @@ static int describe_merge(const fgqa_parts *parts, int bshd, fgqa_tensor *out, f
     return 0;
 }
 
-static int run_merge(const fgqa_parts *parts, const fgqa_tensor *out, const fgqa_tensor *lse, const int axis[4])
+static int run_merge(const fgqa_parts *parts, const fgqa_place *place, const fgqa_tensor *out, const fgqa_tensor *lse, const int axis[4])
 {
     const fgqa_view out_to = out_view(out, axis), lse_to = lse_view(lse);
     const int64_t shape[4] = {axis[0] < 0 ? 1 : out->shape[axis[0]], out->shape[axis[1]], out->shape[axis[2]], out->shape[axis[3]]};
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {NULL, fgqa_interrupted, &thread};
-    const fgqa_status status = fgqa_cpu_merge((int32_t)parts->n, parts->out_views, parts->lse_views, &out_to, &lse_to, shape, &exec);
+    const int32_t n = parts->n > INT32_MAX ? INT32_MAX : (int32_t)parts->n;
+    const fgqa_status status = place->device.type == FGQA_CUDA
+        ? fgqa_cuda_merge(n, parts->out_views, parts->lse_views, &out_to, &lse_to, shape, place->stream)
+        : fgqa_cpu_merge(n, parts->out_views, parts->lse_views, &out_to, &lse_to, shape, &exec);
     PyEval_RestoreThread(thread);
     return fgqa_raise(status);
 }
@@ -174,17 +181,19 @@ PyObject *fgqa_py_merge(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_parts parts = {0};
     fgqa_tensor out_spec, lse_spec;
     fgqa_result out = {0}, lse = {0};
+    fgqa_place place;
     int bshd = 0, axis[4];
     PyObject *result = NULL;
     if (n != 3 || !PyTuple_Check(args[0]) || !PyTuple_Check(args[1])) {
         PyErr_SetString(PyExc_TypeError, "_C.merge takes two tuples and a layout");
         return NULL;
     }
+    fgqa_place_begin(&place, Py_None);
     if ((args[2] == Py_None || fgqa_read_choice(args[2], "layout", layouts, 2, &bshd) == 0)
-        && import_parts(state, args[0], args[1], &parts) == 0
+        && import_parts(state, args[0], args[1], &place, &parts) == 0
         && describe_merge(&parts, bshd, &out_spec, &lse_spec, axis) == 0
         && fgqa_result_new(state, &parts.outs[0], &out_spec, &out) == 0 && fgqa_result_new(state, &parts.outs[0], &lse_spec, &lse) == 0
-        && run_merge(&parts, &out.tensor, &lse.tensor, axis) == 0) {
+        && run_merge(&parts, &place, &out.tensor, &lse.tensor, axis) == 0) {
         PyObject *first = fgqa_result_object(state, &parts.outs[0], &out);
         PyObject *second = first ? fgqa_result_object(state, &parts.outs[0], &lse) : NULL;
         result = second ? PyTuple_Pack(2, first, second) : NULL;
@@ -194,6 +203,7 @@ PyObject *fgqa_py_merge(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_result_drop(&out);
     fgqa_result_drop(&lse);
     free_parts(&parts);
+    fgqa_place_end(&place);
     return result;
 }
 
@@ -298,7 +308,8 @@ PyObject *fgqa_py_kernels(PyObject *module, PyObject *unused)
     return list;
 }
 
-/* [(name, pass, reason), ...] of the CUDA kernels of this build, fastest first; reason None: it runs on some GPU here */
+/* [(name, pass, reason, bytes of shared memory), ...] of the CUDA kernels of this build, fastest first; reason None: it runs on
+ * some GPU here */
 PyObject *fgqa_py_cuda_kernels(PyObject *module, PyObject *unused)
 {
     int32_t n = 0;
@@ -314,11 +325,24 @@ PyObject *fgqa_py_cuda_kernels(PyObject *module, PyObject *unused)
             reason = fgqa_cuda_refuse(&kernels[k], device, why);
             if (reason == NULL) { break; }
         }
-        PyObject *row = Py_BuildValue("(ssz)", kernels[k].name, pass_text(kernels[k].pass), reason);
+        PyObject *row = Py_BuildValue("(sszi)", kernels[k].name, pass_text(kernels[k].pass), reason,
+                                      (int)fgqa_cuda_shared_memory(&kernels[k]));
         if (row == NULL || PyList_Append(list, row) < 0) { Py_CLEAR(list); }
         Py_XDECREF(row);
     }
     return list;
+}
+
+PyObject *fgqa_py_cuda_warmup(PyObject *module, PyObject *device)
+{
+    int64_t index;
+    (void)module;
+    if (fgqa_read_int(device, "device", &index) < 0) { return NULL; }
+    PyThreadState *thread = PyEval_SaveThread();
+    const fgqa_status status = fgqa_cuda_warmup(index < 0 || index > INT32_MAX ? -1 : (int32_t)index);
+    PyEval_RestoreThread(thread);
+    if (fgqa_raise(status) < 0) { return NULL; }
+    Py_RETURN_NONE;
 }
 
 /* ["NVIDIA H200, ...", ...] */

@@ -1,0 +1,106 @@
+/* warmup.c - every kernel of a device once, on zeros: after that none has to be loaded (or compiled from PTX), which takes time
+ * and is not allowed while a graph is recorded.
+ *
+ * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
+ * the parts; sink and bias bring those of their gradients.
+ */
+#include "device.h"
+#include "kernel_table.h"
+
+#include <cuda_runtime_api.h>
+#include <string.h>
+
+enum { HEADS = 2, ROWS = 512, KEYS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
+
+/* Inputs read `zeros`, results overwrite each other in `results`. */
+typedef struct { int32_t device; void *zeros, *results; } warmup_memory;
+
+static fgqa_tensor contiguous(void *data, fgqa_dtype dtype, int32_t device, int32_t ndim, const int64_t *shape)
+{
+    fgqa_tensor t = {.data = data, .dtype = dtype, .device = {FGQA_CUDA, device}, .ndim = ndim};
+    int64_t stride = 1;
+    for (int32_t axis = ndim - 1; axis >= 0; axis--) {
+        t.shape[axis] = shape[axis];
+        t.stride[axis] = stride;
+        stride *= shape[axis];
+    }
+    return t;
+}
+
+static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
+{
+    const int64_t q_shape[] = {1, HEADS, ROWS, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
+    const int64_t out_shape[] = {1, HEADS, ROWS, row->dv}, lse_shape[] = {1, HEADS, ROWS}, sink_shape[] = {HEADS}, bias_shape[] = {ROWS, KEYS};
+#define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
+    const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
+    const fgqa_tensor out = ZEROS(row->dtype, 4, out_shape), lse = ZEROS(FGQA_F32, 3, lse_shape);
+    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), bias = ZEROS(FGQA_F32, 2, bias_shape);
+#undef ZEROS
+    const int backward = row->pass == FGQA_PASS_BWD;
+    fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
+                            .want_lse = 1, .want_dsink = backward, .want_dbias = backward && row->general, .deterministic = 1};
+    request.tensor[FGQA_ARG_q] = &q;
+    request.tensor[FGQA_ARG_k] = &k;
+    request.tensor[FGQA_ARG_v] = &v;
+    request.tensor[FGQA_ARG_sink] = &sink;
+    request.tensor[FGQA_ARG_bias] = row->general ? &bias : NULL;
+    if (backward) { request.tensor[FGQA_ARG_dout] = request.tensor[FGQA_ARG_out] = &out; }
+    if (backward) { request.tensor[FGQA_ARG_lse] = &lse; }
+    fgqa_problem problem;
+    fgqa_plan plan;
+    FGQA_TRY(fgqa_problem_init(&request, &problem));
+    FGQA_TRY(fgqa_plan_make(&problem, kernel, 1, NULL, &plan));
+    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
+        fgqa_tensor result;
+        if (request.tensor[arg] != NULL || !fgqa_problem_result(&problem, (fgqa_arg)arg, &result)) { continue; }
+        result.data = memory->results;
+        fgqa_problem_bind(&problem, (fgqa_arg)arg, &result);
+    }
+    void *workspace;
+    const fgqa_exec exec = {NULL, NULL, NULL};
+    FGQA_TRY(fgqa_cuda_allocate(plan.workspace_bytes, NULL, &workspace));
+    const fgqa_status status = kernel->run(&plan, &problem, workspace, &exec);
+    fgqa_cuda_free(workspace, NULL);
+    return status;
+}
+
+static fgqa_status run_others(const warmup_memory *memory)
+{
+    static const fgqa_dtype dtypes[] = {FGQA_F64, FGQA_F32, FGQA_F16, FGQA_BOOL};
+    const int64_t shape[] = {8}, merged[] = {1, 1, 1, 8};
+    const fgqa_view in = {memory->zeros, FGQA_F32, 0, 0, 0, 1}, out = {memory->results, FGQA_F32, 0, 0, 0, 1};
+    FGQA_TRY(fgqa_cuda_merge(1, &in, &in, &out, &out, merged, NULL));
+    for (size_t n = 0; n < sizeof dtypes / sizeof dtypes[0]; n++) {
+        const fgqa_tensor from = contiguous(memory->zeros, dtypes[n], memory->device, 1, shape);
+        FGQA_TRY(fgqa_cuda_gather(&from, memory->results, NULL));
+    }
+    return FGQA_OK;
+}
+
+static fgqa_status run_all(const warmup_memory *memory)
+{
+    int32_t count;
+    const fgqa_kernel *kernels = fgqa_cuda_kernels(&count);
+    FGQA_TRY(fgqa_cuda_check(cudaMemsetAsync(memory->zeros, 0, BIGGEST * sizeof(float), NULL), "cudaMemsetAsync"));
+    for (int32_t n = 0; n < count; n++) {
+        char why[128];
+        const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
+        if (fgqa_cuda_refuse(&kernels[n], memory->device, why) == NULL) { FGQA_TRY(run_kernel(&kernels[n], row, memory)); }
+    }
+    FGQA_TRY(run_others(memory));
+    return fgqa_cuda_synchronize(NULL);
+}
+
+fgqa_status fgqa_cuda_warmup(int32_t device)
+{
+    warmup_memory memory = {.device = device};
+    int32_t before;
+    FGQA_TRY(fgqa_cuda_enter(device, &before));
+    fgqa_status status = fgqa_cuda_allocate(BIGGEST * sizeof(float), NULL, &memory.zeros);
+    if (status == FGQA_OK) { status = fgqa_cuda_allocate(BIGGEST * sizeof(float), NULL, &memory.results); }
+    if (status == FGQA_OK) { status = run_all(&memory); }
+    fgqa_cuda_free(memory.zeros, NULL);
+    fgqa_cuda_free(memory.results, NULL);
+    fgqa_cuda_leave(device, before);
+    return status;
+}
