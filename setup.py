@@ -1,15 +1,16 @@
-"""Builds flashgqa._C: one abi3 extension of plain C and, on request, of CUDA kernels.
+"""Builds flashgqa._C: one abi3 extension of plain C and, where nvcc is found, of CUDA kernels.
 
 csrc/cpu/isa.def and csrc/cuda/kernels.def are read here and by the C code: the files in PER_ISA are compiled once per row of
 this machine's architecture and per precision, sm<arch>/<pass>.cu once per kernel, every other file once. Environment:
     FLASHGQA_WERROR=1     warnings are errors
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
     FLASHGQA_AMX_EMULATED=1   the row "amx" on any processor with AVX-512, for tests: tests/c/amx_emulated.h
-    FLASHGQA_CUDA=1       with the CUDA kernels, a preview so far (README, Limits); an error if nvcc is not found
+    FLASHGQA_CUDA         0: without the CUDA kernels, which take some minutes; 1: an error if they cannot be built
     FLASHGQA_CUDA_ARCH    machine code to embed, "80,90,ptx" by default: cards from Ampere on; those without code of their own
                           compile the PTX once, into the driver's cache
 """
 
+import functools
 import os
 import platform
 import re
@@ -31,6 +32,7 @@ PER_BF16_ISA = ("fwd.c", "bwd.c")       # of an FGQA_ISA_BF16 row
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
+OLDEST_NVCC = (12, 0)
 
 CFLAGS = [
     "-std=gnu11", "-fPIC", "-pthread", "-fvisibility=hidden",
@@ -59,6 +61,7 @@ def isa_rows():
     return [(name, flags.split(), bool(bf16)) for bf16, name, on, flags in rows if on in (machine, "any")]
 
 
+@functools.cache
 def find_nvcc():
     """nvcc's path, or None: CUDA_HOME, CUDA_PATH, PATH, the usual folder, NVIDIA's packages from pip."""
     homes = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
@@ -70,6 +73,15 @@ def find_nvcc():
     return next((path for path in candidates if path.is_file()), None)
 
 
+def nvcc_version(nvcc):
+    """(12, 8), or (0, 0) if it does not say."""
+    if not os.access(nvcc, os.X_OK):
+        return 0, 0
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    return tuple(map(int, (re.search(r"release (\d+)\.(\d+)", printed) or re.match("(0)(0)", "00")).groups()))
+
+
+@functools.cache
 def cuda_libraries(nvcc):
     """(folder of cuda_runtime_api.h, folder of libcudart_static.a), or None."""
     homes = [nvcc.parent.parent, nvcc.resolve().parent.parent]
@@ -87,13 +99,16 @@ def cuda_libraries(nvcc):
     return None
 
 
+@functools.cache
 def cuda_reason():
     """Why this build has no CUDA kernels, or None: baked into the module, because pip hides what a successful build prints."""
-    if os.environ.get("FLASHGQA_CUDA") != "1":
-        return "they are a preview, built on request: set FLASHGQA_CUDA=1 and install again"
+    if os.environ.get("FLASHGQA_CUDA") == "0":
+        return "FLASHGQA_CUDA was 0 at build time"
     nvcc = find_nvcc()
     if nvcc is None:
         return "nvcc was not found at build time: looked in CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda, pip's nvidia packages"
+    if nvcc_version(nvcc) < OLDEST_NVCC:
+        return f"nvcc of CUDA {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]} or newer is needed at build time, {nvcc} is older"
     if cuda_libraries(nvcc) is None:
         return "nvcc was found at build time, but not cuda_runtime_api.h and libcudart_static.a beside it"
     return None
@@ -121,7 +136,9 @@ class Build(build_ext):
 
     def build_extension(self, ext):
         reason = cuda_reason()
-        objects = Path(self.build_temp) / ("sanitize" if SANITIZE else "release")
+        # An editable install builds in a folder that is deleted; its objects stay in the checkout, for the next one.
+        folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp)
+        objects = folder / ("sanitize" if SANITIZE else "release")
         jobs = [*self.cuda_jobs(objects), *self.jobs(objects)] if reason is None else list(self.jobs(objects))
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -184,13 +201,17 @@ class Build(build_ext):
                 return
         obj.parent.mkdir(parents=True, exist_ok=True)
         print("  ", obj.name, flush=True)
-        subprocess.run(command, check=True)
+        if subprocess.run(command, check=False).returncode != 0:
+            hint = "; FLASHGQA_CUDA=0 builds without the CUDA kernels" if source.suffix == ".cu" else ""
+            sys.exit(f"{obj.name} could not be compiled{hint}")
         record.write_text(repr(command))
 
 
 def main():
-    reason = cuda_reason()
-    if os.environ.get("FLASHGQA_CUDA") == "1" and reason is not None:
+    wanted, reason = os.environ.get("FLASHGQA_CUDA", ""), cuda_reason()
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"FLASHGQA_CUDA is {wanted!r}: it must be 0, 1 or unset")
+    if wanted == "1" and reason is not None:
         sys.exit(f"FLASHGQA_CUDA=1: {reason}")
     setup(
         ext_modules=[Extension("flashgqa._C", sources=[], py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m"])],

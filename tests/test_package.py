@@ -88,6 +88,10 @@ def test_cuda_asked_for_but_impossible_is_an_error(tmp_path):
     ran = run_python("setup.py", "--version", check=False, FLASHGQA_CUDA="1", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
     assert ran.returncode != 0
     assert "FLASHGQA_CUDA=1" in ran.stderr
+    ran = run_python("setup.py", "--version", FLASHGQA_CUDA="", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
+    assert flashgqa.__version__ in ran.stdout
+    ran = run_python("setup.py", "--version", check=False, FLASHGQA_CUDA="yes")
+    assert ran.returncode != 0 and "it must be 0, 1 or unset" in ran.stderr
 
 
 def test_sdist_is_complete(tmp_path):
