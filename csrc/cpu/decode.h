@@ -33,6 +33,9 @@ typedef struct { const real *data; ptrdiff_t stride; const real *const *list; } 
 
 SIMD const real *few_row(const few_source *from, const int listed, int j) { return listed ? from->list[j] : from->data + j * from->stride; }
 
+/* Rows rounded up to a power of two: what the products below compute. */
+SIMD int few_lanes(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
+
 SIMD int few_min(int a, int b) { return a < b ? a : b; }
 
 SIMD void few_prefetch(const few_source *from, const int listed, int j, int c, int columns)

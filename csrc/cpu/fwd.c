@@ -344,13 +344,13 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
 
 /* ---- results ---- */
 
-/* out and lse of a panel from its o, m, l. Sink: one more logit in the denominator. */
+/* out and lse of a panel from its o (NULL: `rows` are that already, as [lane][columns]), m, l. Sink: one more logit in the denominator. */
 static void finish_panel(const tile_sequence *t, const tile_panel *panel, const real *o, const real *m, const real *l, real *rows)
 {
     const fgqa_problem *p = t->p;
     const fgqa_view *out = &p->view[FGQA_ARG_out], *lse = &p->view[FGQA_ARG_lse];
     const int32_t ld = columns(p->dv);
-    tile_transpose_panel(rows, ld, o, panel->w, p->dv);
+    if (o) { tile_transpose_panel(rows, ld, o, panel->w, p->dv); }
     for (int32_t lane = 0; lane < panel->rows; lane++) {
         const int64_t r = panel->r0 + lane;
         double top = m[lane], sum = l[lane], weight = 1;
@@ -440,12 +440,13 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
             panel->few = 1;
             tile_pack_rows(scratch.q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
             rotate_rows(scratch.q, d, &t, panel);
-            memset(scratch.s, 0, KEYS * VL * sizeof(real));   /* idle lanes stay what they are: finite */
+            const int32_t keys = panel->keys.end - panel->keys.begin;
+            if (keys > 0) { memset(scratch.s, 0, (size_t)((keys < KEYS ? keys : KEYS) * VL) * sizeof(real)); }   /* idle lanes stay what they are: finite */
         } else {
             pack_q(&scratch, &t, n);
         }
-        memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)(panel->w * dv) * sizeof(real));
-        for (int32_t lane = 0; lane < PANEL; lane++) {
+        memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)((panel->few ? few_lanes(panel->rows) : panel->w) * dv) * sizeof(real));
+        for (int32_t lane = 0; lane < panel->w; lane++) {
             scratch.m[n * PANEL + lane] = -REAL_INF;
             scratch.l[n * PANEL + lane] = 0;
         }
@@ -470,11 +471,17 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         }
     }
 
+    real *partial = parts.count > 1 ? partial_at(job, at.b, at.kv_head, at.part) : NULL;
+    if (scratch.panel->few && !partial) {
+        finish_panel(&t, scratch.panel, NULL, scratch.m, scratch.l, scratch.o);
+        return;
+    }
     if (scratch.panel->few) {
-        memcpy(scratch.rows, scratch.o, (size_t)(VL * dv) * sizeof(real));
+        const int32_t used = few_lanes(scratch.panel->rows) * dv;
+        memcpy(scratch.rows, scratch.o, (size_t)used * sizeof(real));
+        memset(scratch.rows + used, 0, (size_t)(VL * dv - used) * sizeof(real));
         tile_transpose_rows(scratch.o, scratch.rows, dv, VL, p->dv);
     }
-    real *partial = parts.count > 1 ? partial_at(job, at.b, at.kv_head, at.part) : NULL;
     const int32_t lanes = partial_lanes(p);
     for (int32_t n = 0; n < panels; n++) {
         const tile_panel *panel = &scratch.panel[n];

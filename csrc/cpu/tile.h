@@ -137,10 +137,12 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     }
 }
 
-/* Rows of a panel as [lane][cols] (ld reals apart, a multiple of VL; columns up to ld are 0), lanes beyond the rows 0. */
+/* Rows of a panel as [lane][cols] (ld reals apart, a multiple of VL; columns up to ld are 0), lanes beyond the rows 0: all of the
+ * panel, or as many as decode.h computes. */
 FGQA_SHARED void tile_pack_rows(real *to, int32_t ld, const tile_sequence *t, const tile_panel *panel, const fgqa_view *view, int32_t cols, real factor)
 {
-    for (int32_t lane = 0; lane < panel->w; lane++, to += ld) {
+    const int32_t lanes = panel->few ? few_lanes(panel->rows) : panel->w;
+    for (int32_t lane = 0; lane < lanes; lane++, to += ld) {
         int32_t done = 0;
         if (lane < panel->rows) {
             row_load(to, tile_packed_row(t, view, panel->r0 + lane), view->dtype, view->stride_d, cols);
