@@ -7,7 +7,8 @@ this machine's architecture and per precision, sm<arch>/<pass>.cu once per kerne
     FLASHGQA_AMX_EMULATED=1   the row "amx" on any processor with AVX-512, for tests: tests/c/amx_emulated.h
     FLASHGQA_CUDA         0: without the CUDA kernels, which take some minutes; 1: an error if they cannot be built
     FLASHGQA_CUDA_ARCH    machine code to embed, "80,90,ptx" by default: cards from Ampere on; those without code of their own
-                          compile the PTX once, into the driver's cache
+                          compile the PTX once, into the driver's cache. The kernels of csrc/cuda/sm90 run on Hopper alone: they
+                          are compiled for sm_90a if 90 is named, and otherwise refuse to be chosen
 """
 
 import functools
@@ -121,8 +122,11 @@ def kernel_rows():
     return [dict(zip(columns, (cell.strip() for cell in row.split(",")), strict=True)) for row in rows]
 
 
-def nvcc_targets():
-    """-gencode of every target: a card's code from its own virtual architecture, to use its instructions; PTX of the lowest."""
+def nvcc_targets(arch="80"):
+    """-gencode of every target: a card's code from its own virtual architecture, to use its instructions; PTX of the lowest.
+    Kernels for Hopper alone, arch 90, have one target or, if it is not wanted, no code."""
+    if arch == "90":
+        return ["-gencode=arch=compute_90a,code=sm_90a"] + ([] if "90" in re.findall(r"\d+", CUDA_ARCH) else ["-DFGQA_NO_CODE"])
     code = [(name, f"sm_{name}") if name.isdigit() else ("80", "compute_80") for name in re.findall(r"\d+|ptx", CUDA_ARCH)]
     return [f"-gencode=arch=compute_{virtual},code={real}" for virtual, real in code]
 
@@ -181,15 +185,15 @@ class Build(build_ext):
         for row in sorted(kernel_rows(), key=lambda row: (row["pass"] != "bwd", -int(row["d"]))):
             name = "{pass}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}".format(**row)
             yield folder / f"sm{row['arch']}" / f"{row['pass']}.cu", objects / f"cuda_{name}.o", \
-                [f"-DFGQA_{column.upper()}={cell}" for column, cell in row.items()]
+                nvcc_targets(row["arch"]) + [f"-DFGQA_{column.upper()}={cell}" for column, cell in row.items()]
         for source in sorted((folder / "any").glob("*.cu")):
-            yield source, objects / f"cuda_{source.stem}.o", []
+            yield source, objects / f"cuda_{source.stem}.o", nvcc_targets()
         for source in sorted(path for path in folder.glob("*.c") if path.name != "absent.c"):
             yield source, objects / f"cuda_{source.stem}.o", include
 
     def compile_one(self, source, obj, flags):
         if source.suffix == ".cu":
-            command = [str(find_nvcc()), *NVCC_FLAGS, *nvcc_targets(), *flags, "-MMD", "-MF", str(obj.with_suffix(".d"))]
+            command = [str(find_nvcc()), *NVCC_FLAGS, *flags, "-MMD", "-MF", str(obj.with_suffix(".d"))]
         else:
             command = [os.environ.get("CC", "cc"), *CFLAGS, *flags, "-MMD"]
         command += ["-c", str(source), "-o", str(obj)]

@@ -2,7 +2,7 @@
 
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
     python benchmarks/bench.py kvcache [the same]         decode through attention_with_kvcache, see kvcache.py
-    python benchmarks/bench.py gpu [--junit FILE ...]     one NVIDIA GPU, see gpu.py
+    python benchmarks/bench.py gpu [--pass forward backward] [--rows TEXT] [--junit FILE ...]     one NVIDIA GPU, see gpu.py
 
 A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
 above 1 we are faster. A whole run is written to benchmarks/results/cpu.json, from which benchmarks/report.py makes README's

@@ -92,7 +92,7 @@ def ceilings():
     return {"matmul_tflops": 2 * n**3 / times["matmul"] / 1e12, "read_tbs": 4 * big.numel() / times["read"] / 1e12}
 
 
-def measure(row, peers):
+def measure(row, peers, passes):
     import torch
     torch.manual_seed(0)
     shape = {h: (row.b, h, row.s, row.d) for h in (row.hq, row.hk)}
@@ -100,6 +100,8 @@ def measure(row, peers):
     calls = {name: peer.calls(row, q, k, v, dout) for name, peer in peers.items()}
     records = []
     for n, which in enumerate(("forward", "backward")):
+        if which not in passes:
+            continue
         results = {name: both[n]() for name, both in calls.items()}
         want = results["fa2"] if n else [results["fa2"]]
         error = difference(results["flashgqa"] if n else [results["flashgqa"]], want)
@@ -136,7 +138,7 @@ def run(options):
           f"read {limit['read_tbs']:.2f} TB/s")
     for row in shapes.GPU_TRAIN:
         if options.rows in row.label:
-            for record in measure(row, peers):
+            for record in measure(row, peers, options.which):
                 rows.append(record)
                 show(record, row)
             torch.cuda.empty_cache()

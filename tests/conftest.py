@@ -68,7 +68,7 @@ def backends():
     return rows
 
 
-collect_ignore = [] if has_gpu() else ["test_cuda.py", "test_cuda_arrays.py", "test_torch_cuda.py"]
+collect_ignore = [] if has_gpu() else ["test_cuda.py", "test_cuda_arrays.py", "test_hopper.py", "test_torch_cuda.py"]
 
 
 @pytest.hookimpl(trylast=True)

@@ -142,6 +142,7 @@ fgqa_status fgqa_plan_make(const fgqa_problem *p, const fgqa_kernel *kernels, in
         if (forced && strcmp(forced, kernels[k].name) != 0) { continue; }
         named = 1;
         const char *reason = kernels[k].refuse(&kernels[k], p, why);
+        if (reason == NULL && forced == NULL && kernels[k].pass_over) { reason = kernels[k].pass_over(&kernels[k], p, why); }
         if (reason == NULL) {
             plan->kernel = &kernels[k];
             plan->splits = 1;

@@ -19,7 +19,7 @@ typedef struct {
     size_t scratch_bytes;      /* per worker */
     size_t workspace_bytes;    /* shared by all tasks, zero-filled by nobody */
     double flops;              /* of the visible part of the score matrix; what explain and benchmarks quote */
-    char refused[1024];        /* "name: reason\n" for each kernel passed over */
+    char refused[3072];        /* "name: reason\n" for each kernel passed over */
 } fgqa_plan;
 
 /* What a running call may need from its caller. */
@@ -39,6 +39,9 @@ struct fgqa_kernel {
     void (*tile)(const fgqa_kernel *kernel, const fgqa_problem *problem, fgqa_plan *plan);
     fgqa_status (*run)(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec);
     const void *row;                       /* the backend's own table row */
+    /* As refuse, of a row that could run the problem but is slower than a later one; not asked when the caller named the row.
+     * NULL: there is nothing to say. */
+    const char *(*pass_over)(const fgqa_kernel *kernel, const fgqa_problem *problem, char why[128]);
 };
 
 /* `forced`: a kernel's name, or NULL. NotImplementedError with every refusal when nothing serves; ValueError with the

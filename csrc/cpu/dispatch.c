@@ -147,7 +147,7 @@ static void find_kernels(void)
         const int32_t isa = isa_index(rows[n].isa);
         if (isa < best || !isa_usable(isa)) { continue; }
         if (!cpu.isa) { cpu.isa = rows[n].isa; }
-        const fgqa_kernel kernel = {rows[n].name, rows[n].pass, FGQA_CPU, refuse, tile, run, &rows[n]};
+        const fgqa_kernel kernel = {rows[n].name, rows[n].pass, FGQA_CPU, refuse, tile, run, &rows[n], NULL};
         cpu.kernels[cpu.count++] = kernel;
     }
 }

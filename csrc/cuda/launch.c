@@ -1,6 +1,7 @@
 /* launch.c - the CUDA backend's table of kernels, made from kernels.def: which row can run a problem, in what tiles, and its launch. */
 #include "device.h"
 #include "kernel_table.h"
+#include "tensor_map.h"
 #include "any/bwd_plan.h"
 #include "any/fwd_split.h"
 
@@ -19,7 +20,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64 };
+enum { MAX_DEVICES = 64, HOPPER = 90 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
@@ -84,10 +85,76 @@ static int is_vector(const fgqa_problem *p, fgqa_arg arg)
     return (uintptr_t)v->data % 16 == 0 && v->stride_b * bytes % 16 == 0 && v->stride_h * bytes % 16 == 0 && v->stride_s * bytes % 16 == 0;
 }
 
-static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+/* Why a row cannot run on this device, whatever the problem. */
+static const char *refuse_device(const cuda_kernel *k, int32_t index, char why[128])
+{
+    fgqa_cuda_properties device;
+    if (fgqa_cuda_device_properties(index, &device) != FGQA_OK) {
+        snprintf(why, 128, "%.127s", fgqa_message());
+        return why;
+    }
+    const int own = k->row.arch == HOPPER;         /* wgmma exists on 9.0 alone */
+    if (own ? device.capability != k->row.arch : device.capability < k->row.arch) {
+        snprintf(why, 128, "needs compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
+        return why;
+    }
+    const int32_t smem = k->smem();
+    if (smem < 0) {
+        snprintf(why, 128, "this build has no code for compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
+        return why;
+    }
+    if (smem > device.smem_per_block) {
+        snprintf(why, 128, "needs %d bytes of shared memory a block, the device has %d", smem, device.smem_per_block);
+        return why;
+    }
+    return NULL;
+}
+
+/* Tiles of block_q rows of one head: what the forward rows for Hopper work on. Of packed sequences, at most so many. */
+static int64_t head_tiles(const cuda_kernel *k, const fgqa_problem *p)
+{
+    const int64_t rows = k->row.block_q;
+    return (p->varlen ? p->total_q / rows + p->b : (p->sq + rows - 1) / rows * p->b) * p->hq;
+}
+
+/* What TMA cannot address. A result that is still to be allocated will do. */
+static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out};
+    for (int n = 0; n < 4; n++) {
+        const char *reason = tensors[n] == FGQA_ARG_out && p->view[FGQA_ARG_out].data == NULL ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
+        if (reason) {
+            snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
+            return why;
+        }
+    }
+    return head_tiles(k, p) > INT32_MAX / 2 ? "too many tiles" : NULL;
+}
+
+/* Where the rows of sm80/, at about half of Hopper's speed, gain more by what they do besides: heads of a group share a tile,
+ * and keys are split over blocks. With batch_invariant only the shape of one sequence decides. */
+static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     const cuda_kernel *k = kernel->row;
     fgqa_cuda_properties device;
+    if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
+    const int64_t rows = k->row.block_q, alone = (p->sq + rows - 1) / rows * p->g, shared = ((int64_t)p->sq * p->g + rows - 1) / rows;
+    const int64_t tiles = head_tiles(k, p);
+    if (alone > 2 * shared) {
+        snprintf(why, 128, "%d query rows leave its tiles of %d mostly empty; tiles shared by a group are fuller", p->sq, k->row.block_q);
+        return why;
+    }
+    if (!p->batch_invariant && p->sk > 4 * k->row.block_k && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
+        && 2 * tiles < device.multiprocessors) {
+        snprintf(why, 128, "%d tiles leave most of %d multiprocessors idle; split keys do not", (int)tiles, device.multiprocessors);
+        return why;
+    }
+    return NULL;
+}
+
+static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    const cuda_kernel *k = kernel->row;
     if (p->dtype != k->row.dtype) {      /* of most rows: a call should not wait for the text */
         return k->row.dtype == FGQA_F32 ? "computes float32" : k->row.dtype == FGQA_F16 ? "computes float16" : "computes bfloat16";
     }
@@ -95,18 +162,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         snprintf(why, 128, "head dims up to %d, %d", k->row.d, k->row.dv);
         return why;
     }
-    if (fgqa_cuda_device_properties(p->device.index, &device) != FGQA_OK) {
-        snprintf(why, 128, "%.127s", fgqa_message());
-        return why;
-    }
-    if (device.capability < k->row.arch) {
-        snprintf(why, 128, "needs compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
-        return why;
-    }
-    if (k->smem() > device.smem_per_block) {
-        snprintf(why, 128, "needs %d bytes of shared memory a block, the device has %d", k->smem(), device.smem_per_block);
-        return why;
-    }
+    const char *reason = refuse_device(k, p->device.index, why);
+    if (reason) { return reason; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const char *option = refuse_options(p);
@@ -123,7 +180,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         }
         if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
     }
-    return NULL;
+    return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD ? refuse_tensors(k, p, why) : NULL;
 }
 
 static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
@@ -136,6 +193,10 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
     if (k->row.pass == FGQA_PASS_BWD) {
         fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
+        return;
+    }
+    if (k->row.arch == HOPPER) {
+        plan->tasks = head_tiles(k, p);
         return;
     }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;
@@ -173,7 +234,7 @@ enum {
 
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                          \
     {#pass "_sm" #arch "_" #dtype "_d" #d "_dv" #dv "_" #variant, FGQA_PASS_##pass, FGQA_CUDA, refuse, tile, run, \
-     &rows[FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _index)]},
+     &rows[FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _index)], pass_over},
 static const fgqa_kernel kernels[] = {
 #include "kernels.def"
 };
@@ -187,16 +248,7 @@ const fgqa_kernel *fgqa_cuda_kernels(int32_t *count)
 
 const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why[128])
 {
-    const cuda_kernel *k = kernel->row;
-    fgqa_problem p;
-    memset(&p, 0, sizeof p);
-    p.dtype = k->row.dtype;
-    p.d = k->row.d;
-    p.dv = k->row.dv;
-    p.scale = 1.0;
-    p.device.type = FGQA_CUDA;
-    p.device.index = device;
-    return refuse(kernel, &p, why);
+    return refuse_device(kernel->row, device, why);
 }
 
 int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel) { return ((const cuda_kernel *)kernel->row)->smem(); }

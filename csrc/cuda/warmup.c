@@ -49,7 +49,7 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     fgqa_problem problem;
     fgqa_plan plan;
     FGQA_TRY(fgqa_problem_init(&request, &problem));
-    FGQA_TRY(fgqa_plan_make(&problem, kernel, 1, NULL, &plan));
+    FGQA_TRY(fgqa_plan_make(&problem, kernel, 1, kernel->name, &plan));
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
         fgqa_tensor result;
         if (request.tensor[arg] != NULL || !fgqa_problem_result(&problem, (fgqa_arg)arg, &result)) { continue; }

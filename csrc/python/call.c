@@ -319,7 +319,7 @@ static PyObject *plan_data(const fgqa_call *call)
 {
     const fgqa_problem *p = &call->problem;
     const fgqa_plan *plan = &call->plan;
-    char text[2048];
+    char text[4096];
     fgqa_plan_print(plan, p, text, sizeof text);
     PyObject *refused = refusals(plan);
     if (refused == NULL) { return NULL; }

@@ -36,11 +36,11 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
 }
 
 static const fgqa_kernel kernels[] = {
-    {"fwd_gpu", FGQA_PASS_FWD, FGQA_CUDA, always, tile, NULL, NULL},
-    {"fwd_narrow", FGQA_PASS_FWD, FGQA_CPU, never, tile, NULL, NULL},
-    {"fwd_fast", FGQA_PASS_FWD, FGQA_CPU, no_mask, tile, NULL, NULL},
-    {"fwd_general", FGQA_PASS_FWD, FGQA_CPU, always, tile, NULL, NULL},
-    {"bwd_narrow", FGQA_PASS_BWD, FGQA_CPU, never, tile, NULL, NULL},
+    {"fwd_gpu", FGQA_PASS_FWD, FGQA_CUDA, always, tile, NULL, NULL, NULL},
+    {"fwd_narrow", FGQA_PASS_FWD, FGQA_CPU, never, tile, NULL, NULL, NULL},
+    {"fwd_fast", FGQA_PASS_FWD, FGQA_CPU, no_mask, tile, NULL, NULL, NULL},
+    {"fwd_general", FGQA_PASS_FWD, FGQA_CPU, always, tile, NULL, NULL, NULL},
+    {"bwd_narrow", FGQA_PASS_BWD, FGQA_CPU, never, tile, NULL, NULL, NULL},
 };
 enum { KERNELS = sizeof kernels / sizeof *kernels };
 
@@ -81,10 +81,10 @@ static void passes(void)
 {
     static const int64_t rows[] = {0, 4};
     static const fgqa_kernel any[] = {
-        {"bwd", FGQA_PASS_BWD, FGQA_CPU, always, tile, NULL, NULL},
-        {"rows", FGQA_PASS_ROWS, FGQA_CPU, always, tile, NULL, NULL},
-        {"keysum", FGQA_PASS_KEYSUM, FGQA_CPU, always, tile, NULL, NULL},
-        {"rows_gpu", FGQA_PASS_ROWS, FGQA_CUDA, always, tile, NULL, NULL},
+        {"bwd", FGQA_PASS_BWD, FGQA_CPU, always, tile, NULL, NULL, NULL},
+        {"rows", FGQA_PASS_ROWS, FGQA_CPU, always, tile, NULL, NULL, NULL},
+        {"keysum", FGQA_PASS_KEYSUM, FGQA_CPU, always, tile, NULL, NULL, NULL},
+        {"rows_gpu", FGQA_PASS_ROWS, FGQA_CUDA, always, tile, NULL, NULL, NULL},
     };
     fixture f;
     fgqa_plan plan;

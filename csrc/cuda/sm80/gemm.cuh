@@ -169,6 +169,18 @@ template <typename T> static __device__ __forceinline__ bool split_poison_tile(c
     return __syncthreads_or(any);
 }
 
+/* What the summed codes of an accumulator's elements stand for. */
+static __device__ __forceinline__ void add_poison(float (&o)[4], const float (&count)[4])
+{
+#pragma unroll
+    for (int r = 0; r < 4; r++) {
+        const uint32_t sum = (uint32_t)count[r];
+        if (sum >= 16384) { o[r] = NAN; }
+        if (sum & 127) { o[r] += INFINITY; }
+        if (sum & (127 << 7)) { o[r] -= INFINITY; }
+    }
+}
+
 /* Adds to O the inf and NaN whose codes are in the tile `codes`, over the keys whose bit 4 n + r is set in `seen`. */
 template <typename T, int DV, int NB>
 static __device__ __forceinline__ void poison_gemm(float (&o)[DV / 8][4], uint32_t seen, uint32_t codes, int lane)
@@ -192,12 +204,6 @@ static __device__ __forceinline__ void poison_gemm(float (&o)[DV / 8][4], uint32
             operand.load(b, step, n / 2);
             mma_step(count, a, b[2 * (n % 2)], b[2 * (n % 2) + 1], T());
         }
-#pragma unroll
-        for (int r = 0; r < 4; r++) {
-            const uint32_t sum = (uint32_t)count[r];
-            if (sum >= 16384) { o[n][r] = NAN; }
-            if (sum & 127) { o[n][r] += INFINITY; }
-            if (sum & (127 << 7)) { o[n][r] -= INFINITY; }
-        }
+        add_poison(o[n], count);
     }
 }

@@ -1,0 +1,71 @@
+/* careful.cuh - inf and NaN in V that not every row sees.
+ *
+ * Weights of unseen keys are exactly 0, but 0 * NaN is NaN. A tile whose O is not finite is therefore done once more, with the
+ * same operations in the same order, after its non-finite elements have been taken out of V in shared memory (clean_v): rows
+ * that do not see them get the bits they would have got with any finite value there. What the other rows see comes on top
+ * (overlay_poison), by a walk over V in global memory with mma.sync. Rare, so nothing is spent on speed. A tile whose scores are
+ * too large for the short form of the exponent is done again, too (row_exp).
+ */
+#pragma once
+#include "../common/ptx_sync.cuh"
+#include "../common/ptx_tma.cuh"
+#include "../sm80/gemm.cuh"
+
+/* Non-finite elements become 0. Threads of a warpgroup, 128; a barrier among them. Other warpgroups may do the same at once:
+ * all write the same values, and only where they are about to do it or have done it themselves. */
+template <typename T> static __device__ __forceinline__ void clean_v(uint32_t v, int bytes, uint32_t barrier)
+{
+    for (uint32_t at = 4 * (thread_index() % 128); at < (uint32_t)bytes; at += 4 * 128) {
+        uint32_t x, clean, code;
+        asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(v + at) : "memory");
+        split_poison(x, &clean, &code, T());
+        if (code) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(v + at), "r"(clean) : "memory"); }
+    }
+    fence_proxy_async();
+    bar_sync(barrier, 128);
+}
+
+struct poison_rows {
+    const char *v;                      /* key 0 of the sequence */
+    int64_t v_bytes;                    /* from one key to the next */
+    fgqa_range seen[2];                 /* by this lane's two rows */
+    int32_t begin, end;                 /* keys that some row of the warp sees: nothing else is read */
+    int32_t dv;                         /* a multiple of 8 */
+};
+
+/* Adds to the 16 rows of a warp the inf and NaN that they see. */
+template <typename T, int DV> static __device__ __forceinline__ void overlay_poison(float (&o)[DV / 2], const poison_rows &rows, int lane)
+{
+    const int pair = 2 * (lane % 4);
+#pragma unroll 1
+    for (int32_t j0 = rows.begin; j0 < rows.end; j0 += 16) {
+        uint32_t sees[4];               /* A operand: 1 where a row sees a key */
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int32_t j = j0 + pair + 8 * (r / 2);
+            const fgqa_range seen = rows.seen[r % 2];
+            sees[r] = pack2(seen.begin <= j && j < seen.end ? 1.0f : 0.0f, seen.begin <= j + 1 && j + 1 < seen.end ? 1.0f : 0.0f, T());
+        }
+#pragma unroll
+        for (int n = 0; n < DV / 8; n++) {
+            uint32_t clean, code[2] = {0, 0};
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                uint32_t half[2] = {0, 0};
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int32_t j = j0 + pair + 8 * r + e;
+                    if (j < rows.end && 8 * n < rows.dv) { half[e] = *(const uint16_t *)(rows.v + j * rows.v_bytes + 2 * (8 * n + lane / 4)); }
+                }
+                split_poison(half[0] | half[1] << 16, &clean, &code[r], T());
+            }
+            if (__any_sync(0xFFFFFFFFu, (code[0] | code[1]) != 0)) {
+                float some[4] = {o[4 * n], o[4 * n + 1], o[4 * n + 2], o[4 * n + 3]}, count[4] = {};
+                mma_step(count, sees, code[0], code[1], T());
+                add_poison(some, count);
+#pragma unroll
+                for (int e = 0; e < 4; e++) { o[4 * n + e] = some[e]; }
+            }
+        }
+    }
+}

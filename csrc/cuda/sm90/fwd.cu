@@ -1,0 +1,375 @@
+/* fwd.cu - attention forward for Hopper: TMA, wgmma, warp-specialised, persistent. Compiled once per fwd row of kernels.def
+ * whose arch is 90.
+ *
+ *     S = Q K^T,  P = softmax of scale S under the interval mask of semantics.h,  O = P V,  LSE
+ *
+ * A block owns one tile at a time, BLOCK_Q query rows of one head (fwd_tiles.cuh), and walks the keys that those rows see in
+ * blocks of BLOCK_K, last block first.
+ *
+ *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q
+ *                warp 1   producer:  TMA loads of K, V
+ *                warp 2   writer:    TMA stores of O, frees the Q buffer
+ *                warp 3   masker:    which keys each row of a tile sees
+ *   warpgroups 1, ..      consumers: 64 rows each; O, S, P in registers
+ *
+ * Shared memory: rings of Q (its buffer also stages O), K and V; 128-byte-swizzled TMA layout, cut in chunks of 64 columns:
+ * q[stage][warpgroup][chunk][64 rows][64], k and v[stage][chunk][BLOCK_K rows][64].
+ *
+ * mbarrier        arrivals (count)                             waited for by             meaning
+ * tile_full[s]    scheduler (1)                                producer, writer, masker  tiles[s] is there
+ * q_full[s]       scheduler + Q bytes, masker (2)              consumers                 Q, tiles[s], rows[s], full[s] are there
+ * o_full[s]       each consumer warp                           writer                    O is staged over Q, or stored, or no tile
+ * q_empty[s]      writer (1)                                   scheduler                 O left, the buffer is free
+ * k_full, v_full  producer + bytes (1)                         consumers                 block is there
+ * k_empty, ..     one thread of each consumer warpgroup        producer                  block was used by all
+ * named TURN + n  warpgroup n - 1 arrives, n syncs (256)       consumers                 one feeds the tensor core while the
+ *                                                                                        others do exponentials
+ */
+#include "../common/launch.cuh"
+#include "../common/params.cuh"
+#include "../common/ptx_tma.cuh"
+#include "../common/softmax.cuh"
+#include "../common/split.cuh"
+#include "../kernel_table.h"
+#include "../stream_slot.h"
+#include "../tensor_map.h"
+
+#define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
+
+#ifndef FGQA_NO_CODE
+
+#include "careful.cuh"
+#include "fwd_tiles.cuh"
+#include "warpgroup.cuh"
+#include <type_traits>
+
+typedef FGQA_DTYPE T;
+static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
+static constexpr int WG_COUNT = BLOCK_Q / WG_ROWS, THREADS = 32 * FGQA_WARPS;
+static constexpr int K_CHUNKS = (D + CHUNK - 1) / CHUNK, V_CHUNKS = (DV + CHUNK - 1) / CHUNK, Q_CHUNKS = K_CHUNKS > V_CHUNKS ? K_CHUNKS : V_CHUNKS;
+static_assert(WG_COUNT * WG_ROWS == BLOCK_Q && THREADS == 128 * (1 + WG_COUNT), "kernels.def: 64 rows a consumer warpgroup, four warps more");
+static_assert(D % 16 == 0 && DV % 16 == 0 && BLOCK_K % 16 == 0, "kernels.def: the tensor core takes steps of 16");
+
+/* What is left of an SM's memory goes to a second Q buffer first, which lets tiles overlap, then to a third V buffer. */
+static constexpr int SM_BYTES = 227 * 1024, SMALL_BYTES = 512 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
+static constexpr int K_BYTES = K_CHUNKS * BLOCK_K * CHUNK * 2, V_BYTES = V_CHUNKS * BLOCK_K * CHUNK * 2;
+static constexpr int LEAST = Q_BYTES + STAGES * (K_BYTES + V_BYTES) + SMALL_BYTES;
+static constexpr int Q_STAGES = LEAST + Q_BYTES <= SM_BYTES ? 2 : 1;
+static constexpr int V_STAGES = LEAST + (Q_STAGES - 1) * Q_BYTES + V_BYTES <= SM_BYTES ? STAGES + 1 : STAGES;
+
+static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
+static constexpr bool PINGPONG = D <= 128;                       /* warpgroups take turns at the tensor core */
+static constexpr int HANDOFF = BLOCK_K / 16 * 3 / 4;             /* k16 steps of P V after which the turn passes on */
+/* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
+static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : 160;
+static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
+enum { TURN = 1 };                                               /* named barriers TURN, TURN + 1, ..: 0 is __syncthreads */
+
+struct fwd_params {
+    CUtensorMap q_map, k_map, v_map, out_map;                    /* dims (d, head, row, batch); box 64 columns x rows */
+    fgqa_params common;
+    tile_list list;
+    int32_t slot;                                                /* of the work counters; -1: fixed shares */
+    int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
+};
+
+struct shared {
+    T q[Q_STAGES][WG_COUNT][Q_CHUNKS][WG_ROWS * CHUNK];
+    T k[STAGES][K_CHUNKS][BLOCK_K * CHUNK];
+    T v[V_STAGES][V_CHUNKS][BLOCK_K * CHUNK];
+    fgqa_range rows[Q_STAGES][BLOCK_Q];                          /* keys seen */
+    fgqa_range full[Q_STAGES][WG_COUNT];                         /* blocks that all rows of a warpgroup see whole */
+    tile tiles[Q_STAGES];
+    int32_t poisoned[Q_STAGES];                                  /* some element of O is not finite: the tile is done again */
+    tile_place again;                                            /* the last such tile, which names the one before; batch -1: none */
+    uint64_t tile_full[Q_STAGES], q_full[Q_STAGES], o_full[Q_STAGES], q_empty[Q_STAGES];
+    uint64_t k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES];
+};
+static_assert(sizeof(shared) <= SM_BYTES, "kernels.def: the tiles do not fit into shared memory");
+
+/* One word a stream (stream_slot.h): 0 before and after every launch. */
+static __device__ uint32_t work_counters[FGQA_STREAM_SLOTS];
+
+/* Position in a ring of STAGES buffers: stage, and parity of the phase a consumer waits for. */
+template <int N> struct ring {
+    uint32_t stage = 0, parity = 0;
+    __device__ __forceinline__ void advance()
+    {
+        if (N == 1) { parity ^= 1; return; }
+        if (++stage == N) { stage = 0; parity ^= 1; }
+    }
+    __device__ __forceinline__ ring next() const { ring r = *this; r.advance(); return r; }
+};
+
+/* ---- scheduler: a warp, of which one thread acts ---- */
+
+/* Tiles to be done again are a list: the place of each next one is kept where the O of a tile will be. */
+static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, int32_t batch, int32_t head, int32_t row)
+{
+    return (tile_place *)fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), batch, head, row);
+}
+
+/* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
+ * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once (claim_early), to hide the atomic. */
+template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
+{
+    const bool leader = thread_index() % 32 == 0;
+    const uint64_t once = createpolicy_evict_first();
+    const fgqa_problem &problem = p.common.problem;
+    uint32_t *const counter = p.slot >= 0 ? &work_counters[p.slot] : NULL;
+    tile_walk<BLOCK_Q> walk;
+    tile_place place;
+    if (AGAIN) { place = sm.again; }
+    for (;; rq.advance()) {
+        mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
+        const bool more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
+        const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
+        tile &t = sm.tiles[rq.stage];
+        tile_place following = place;
+        if (leader) {
+            if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, place, &t); } else { t.block_end = 0; }
+            mbarrier_arrive(smem_address(&sm.tile_full[rq.stage]));
+        }
+        __syncwarp();
+        if (AGAIN && more) { following = *place_in_o(p, place.batch, place.head, t.q_row + place.row0); }      /* O comes after Q */
+        if (leader && more) {
+            mbarrier_arrive_expect_tx(q_full, WG_COUNT * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
+            for (int wg = 0; wg < WG_COUNT; wg++) {
+                for (int c = 0; c < K_CHUNKS; c++) {
+                    tma_load_4d(smem_address(sm.q[rq.stage][wg][c]), &p.q_map, q_full, once, c * CHUNK, place.head,
+                                t.q_row + place.row0 + wg * WG_ROWS, problem.varlen ? 0 : place.batch);
+                }
+            }
+        } else if (leader) {
+            mbarrier_arrive(q_full);
+        }
+        __syncwarp();
+        if (!more) { break; }
+        place = following;
+        if (AGAIN) { continue; }
+        if (Q_STAGES > 1 && !p.claim_early) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
+        walk.advance(counter);
+    }
+    rq.advance();
+}
+
+/* ---- producer: a thread ---- */
+
+template <int CHUNKS>
+static __device__ __forceinline__ void load_kv(const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
+                                               uint32_t parity, uint64_t policy, int row, int kv_head, int batch)
+{
+    mbarrier_wait(smem_address(empty), parity ^ 1);
+    mbarrier_arrive_expect_tx(smem_address(full), sizeof(dst));
+    for (int c = 0; c < CHUNKS; c++) { tma_load_4d(smem_address(dst[c]), map, smem_address(full), policy, c * CHUNK, kv_head, row, batch); }
+}
+
+static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<STAGES> &rk, ring<V_STAGES> &rv)
+{
+    const uint64_t keep = createpolicy_evict_last();
+    for (bool more = true; more; rq.advance()) {
+        mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
+        const tile &t = sm.tiles[rq.stage];
+        const int begin = t.block_begin, end = t.block_end, k_row = t.k_row;
+        more = end != 0;
+        if (!more) { continue; }
+        const int kv_head = fgqa_kv_head(t.head, p.common.problem.g), batch = p.common.problem.varlen ? 0 : t.batch;
+        auto load_k = [&](int j) {
+            load_kv(&p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, k_row + j * BLOCK_K, kv_head, batch);
+            rk.advance();
+        };
+        auto load_v = [&](int j) {
+            load_kv(&p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, k_row + j * BLOCK_K, kv_head, batch);
+            rv.advance();
+        };
+        load_k(end - 1);
+#pragma unroll 1
+        for (int j = end - 2; j >= begin; j--) {                 /* the order in which consumers use them */
+            load_k(j);
+            load_v(j + 1);
+        }
+        load_v(begin);
+    }
+}
+
+/* ---- writer: a thread ---- */
+
+/* Whether O of the tile leaves by TMA, which cuts off rows past the tensor's end, but not those of the next packed sequence. */
+static __device__ __forceinline__ bool leaves_by_tma(const fwd_params &p, const tile &t) { return !p.common.problem.varlen || t.valid == BLOCK_Q; }
+
+static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
+{
+    for (bool more = true; more; rq.advance()) {
+        mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
+        const tile &t = sm.tiles[rq.stage];
+        more = t.block_end != 0;
+        mbarrier_wait(smem_address(&sm.o_full[rq.stage]), rq.parity);
+        if (more && sm.poisoned[rq.stage]) {
+            sm.poisoned[rq.stage] = 0;
+            *place_in_o(p, t.batch, t.head, t.q_row + t.row0) = sm.again;
+            sm.again.batch = t.batch;
+            sm.again.head = t.head;
+            sm.again.row0 = t.row0;
+        } else if (more && leaves_by_tma(p, t)) {
+            for (int wg = 0; wg < WG_COUNT; wg++) {
+                for (int c = 0; c < V_CHUNKS; c++) {
+                    tma_store_4d(&p.out_map, smem_address(sm.q[rq.stage][wg][c]), c * CHUNK, t.head, t.q_row + t.row0 + wg * WG_ROWS,
+                                 p.common.problem.varlen ? 0 : t.batch);
+                }
+            }
+            tma_store_commit();
+            tma_store_wait_read();
+        }
+        mbarrier_arrive(smem_address(&sm.q_empty[rq.stage]));
+    }
+}
+
+/* ---- masker: a warp ---- */
+
+static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
+{
+    const int lane = thread_index() % 32;
+    for (bool more = true; more; rq.advance()) {
+        mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
+        const tile &t = sm.tiles[rq.stage];
+        more = t.block_end != 0;
+        if (more) {
+            const fgqa_problem &problem = p.common.problem;
+            const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
+            for (int local = lane; local < BLOCK_Q; local += 32) {
+                const int32_t i = t.row0 + local;
+                fgqa_range seen = {0, 0};
+                if (i < mask.sq) { seen.begin = fgqa_kv_begin(&mask, i); seen.end = fgqa_kv_end(&mask, i); }
+                sm.rows[rq.stage][local] = seen;
+            }
+            if (lane < WG_COUNT) {
+                const int32_t first = t.row0 + lane * WG_ROWS, last = min(first + WG_ROWS, t.row0 + t.valid) - 1;
+                fgqa_range full = {0, 0};
+                if (first <= last && last < mask.sq) {
+                    full.begin = (fgqa_kv_begin(&mask, last) + BLOCK_K - 1) / BLOCK_K;
+                    full.end = fgqa_kv_end(&mask, first) / BLOCK_K;
+                }
+                sm.full[rq.stage][lane] = full;
+            }
+        }
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_full[rq.stage])); }
+    }
+}
+
+/* After the last tile: whether none has to be done again. All threads. */
+static __device__ __forceinline__ bool all_done(const shared &sm)
+{
+    __syncwarp();
+    bar_sync(0, THREADS);
+    fence_proxy_async_global();                                  /* before TMA overwrites the list */
+    return sm.again.batch < 0;
+}
+
+#include "fwd_consumer.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
+{
+    extern __shared__ __align__(1024) char memory[];
+    shared &sm = *(shared *)memory;
+    const int warp = __shfl_sync(ALL_LANES, thread_index() / 32, 0), wg = warp / 4, lane = thread_index() % 32;
+
+    if (thread_index() == 0) {
+        if (smem_address(memory) % 1024) { __trap(); }           /* the swizzle pattern repeats every 1024 bytes */
+        prefetch_tensormap(&p.q_map);
+        prefetch_tensormap(&p.k_map);
+        prefetch_tensormap(&p.v_map);
+        prefetch_tensormap(&p.out_map);
+        for (int s = 0; s < Q_STAGES; s++) {
+            mbarrier_init(smem_address(&sm.tile_full[s]), 1);
+            mbarrier_init(smem_address(&sm.q_full[s]), 2);
+            mbarrier_init(smem_address(&sm.o_full[s]), 4 * WG_COUNT);
+            mbarrier_init(smem_address(&sm.q_empty[s]), 1);
+        }
+        for (int s = 0; s < STAGES; s++) {
+            mbarrier_init(smem_address(&sm.k_full[s]), 1);
+            mbarrier_init(smem_address(&sm.k_empty[s]), WG_COUNT);
+        }
+        for (int s = 0; s < V_STAGES; s++) {
+            mbarrier_init(smem_address(&sm.v_full[s]), 1);
+            mbarrier_init(smem_address(&sm.v_empty[s]), WG_COUNT);
+        }
+        for (int s = 0; s < Q_STAGES; s++) { sm.poisoned[s] = 0; }
+        sm.again.batch = -1;
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+
+    /* Each role does its part of all tiles and then, after a barrier of all, of those that are done again. */
+    if (wg == 0) {
+        setmaxnreg_dec<PRODUCER_REGS>();
+        ring<Q_STAGES> rq;
+        if (warp == 0) {
+            schedule<false>(p, sm, rq);
+            if (all_done(sm)) { return; }
+            schedule<true>(p, sm, rq);
+        } else if (warp == 1) {
+            ring<STAGES> rk;
+            ring<V_STAGES> rv;
+            if (lane == 0) { produce(p, sm, rq, rk, rv); }
+            if (all_done(sm)) { return; }
+            if (lane == 0) { produce(p, sm, rq, rk, rv); }
+        } else if (warp == 2) {
+            if (lane == 0) { write_o(p, sm, rq); }
+            if (all_done(sm)) { return; }
+            if (lane == 0) { write_o(p, sm, rq); }
+        } else {
+            describe_rows(p, sm, rq);
+            if (all_done(sm)) { return; }
+            describe_rows(p, sm, rq);
+        }
+    } else {
+        setmaxnreg_inc<CONSUMER_REGS>();
+        consumer_rings rings;
+        consume<false>(p, sm, wg - 1, rings);
+        if (all_done(sm)) { return; }
+        consume<true>(p, sm, wg - 1, rings);
+    }
+}
+
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
+
+extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *, const fgqa_exec *exec)
+{
+    static launch_state state;
+    const cudaStream_t stream = (cudaStream_t)exec->stream;
+    int multiprocessors = 1;
+    int error = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), sizeof(shared), problem->device.index, &state);
+    if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
+    fwd_params p;
+    const fgqa_map_box query = {CHUNK, WG_ROWS}, key = {CHUNK, BLOCK_K};
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query); }
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.k_map, problem, FGQA_ARG_k, key); }
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.out_map, problem, FGQA_ARG_out, query); }
+    if (error != cudaSuccess) { return error; }
+    p.common = fgqa_params_make(problem);
+    p.slot = fgqa_stream_slot(stream);
+    p.list.hq = problem->hq;
+    p.list.row_blocks = (uint32_t)((problem->sq + BLOCK_Q - 1) / BLOCK_Q);
+    p.list.pairs = (uint32_t)(problem->b * problem->hq);
+    p.list.items = problem->varlen ? 0 : (uint32_t)plan->tasks;
+    /* without a mask all tiles cost the same: the rows of a head in turn; else the K and V of 16 heads share L2 */
+    const int masked = problem->right != FGQA_UNBOUNDED || problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
+    const uint32_t section = masked ? 16 * (uint32_t)problem->g : 1;
+    p.list.section = section < p.list.pairs ? section : p.list.pairs;
+    p.claim_early = problem->sk <= 2048;
+    p.left_masked = problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
+    const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
+    FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
+    return cudaGetLastError();
+}
+
+#else
+
+/* A build without machine code for sm_90a: refused before it is launched (launch.c). */
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return -1; }
+extern "C" int FGQA_ROW(const fgqa_plan *, const fgqa_problem *, void *, const fgqa_exec *) { return cudaErrorNoKernelImageForDevice; }
+
+#endif

@@ -1,0 +1,287 @@
+/* fwd_consumer.cuh - the consumer warpgroups of fwd.cu, which includes this in its middle: main loop and epilogue. */
+#pragma once
+
+/* A consumer's first row; its second is 8 further on. */
+static __device__ __forceinline__ int32_t row_in_tile(uint32_t thread) { return (int32_t)((thread / 32 - 4) * 16 + thread % 32 / 4); }
+
+/* O as 16-bit pairs -> shared memory (chunks of 64 rows x 128 bytes, swizzled). Nonzero if an element is not finite. */
+static __device__ __forceinline__ uint32_t stage_o(uint32_t o_smem, const float (&o)[DV / 2], const float (&factor)[2])
+{
+    const uint32_t thread = thread_index(), lane = thread % 32, warp = thread / 32 % 4;
+    /* x4 = rows +0/+8 of two neighbouring 8-column groups; lane gives row lane % 8 of matrix lane / 8 */
+    const uint32_t row_addr = o_smem + (16 * warp + 8 * (lane / 8 % 2) + lane % 8) * 128;
+    uint32_t poison[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int n = 0; n < DV / 8; n += 2) {
+        const uint32_t piece = (n + lane / 16) % 8;              /* 16-byte piece of the row, stored at piece ^ row % 8 */
+        const float *a = o + 4 * n;
+        const uint32_t pairs[4] = {pack2(a[0] * factor[0], a[1] * factor[0], T()), pack2(a[2] * factor[1], a[3] * factor[1], T()),
+                                   pack2(a[4] * factor[0], a[5] * factor[0], T()), pack2(a[6] * factor[1], a[7] * factor[1], T())};
+        stmatrix_x4(row_addr + n / 8 * (WG_ROWS * 128) + ((piece ^ lane % 8) * 16), pairs[0], pairs[1], pairs[2], pairs[3]);
+#pragma unroll
+        for (int r = 0; r < 4; r++) { poison[r] = poison_test(pairs[r], poison[r], T()); }
+    }
+    return (poison[0] | poison[1] | poison[2] | poison[3]) & 0x7FFF7FFFu;
+}
+
+/* Rows of this warp -> global memory, those that exist. */
+static __device__ __forceinline__ void store_staged_rows(const fwd_params &p, const tile &t, uint32_t o_smem)
+{
+    const uint32_t thread = thread_index(), lane = thread % 32, warp = thread / 32 % 4, wg = thread / 128 - 1;
+    constexpr int PIECES = DV / 8;
+    for (uint32_t n = lane; n < 16 * PIECES; n += 32) {
+        const uint32_t row = 16 * warp + n / PIECES, piece = n % PIECES;
+        if ((int32_t)(wg * WG_ROWS + row) < t.valid && (int32_t)(8 * piece) < p.common.problem.dv) {
+            uint4 x;
+            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                         : "r"(o_smem + piece / 8 * (WG_ROWS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16) : "memory");
+            *(uint4 *)(fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, t.head, t.q_row + t.row0 + wg * WG_ROWS + row)
+                       + 16 * piece) = x;
+        }
+    }
+}
+
+/* What this warp's rows see of inf and NaN in V, on top of an O without. */
+static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, const shared &sm, uint32_t stage, float (&o)[DV / 2])
+{
+    const uint32_t thread = thread_index(), lane = thread % 32;
+    const fgqa_problem &problem = p.common.problem;
+    const tile &t = sm.tiles[stage];
+    poison_rows rows;
+    rows.v = fgqa_row_address(problem.view[FGQA_ARG_v], sizeof(T), t.batch, fgqa_kv_head(t.head, problem.g), t.k_row);
+    rows.v_bytes = problem.view[FGQA_ARG_v].stride_s * (int64_t)sizeof(T);
+    rows.dv = problem.dv;
+    rows.begin = INT32_MAX;
+    rows.end = 0;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        rows.seen[r] = sm.rows[stage][row_in_tile(thread) + 8 * r];
+        if (rows.seen[r].begin < rows.seen[r].end) {
+            rows.begin = min(rows.begin, rows.seen[r].begin);
+            rows.end = max(rows.end, rows.seen[r].end);
+        }
+    }
+    rows.begin = __reduce_min_sync(ALL_LANES, rows.begin);
+    rows.end = __reduce_max_sync(ALL_LANES, rows.end);
+    overlay_poison<T, DV>(o, rows, lane);
+}
+
+/* O / l -> shared memory or, a part of a packed sequence, global memory; LSE -> global memory. */
+template <bool CAREFUL>
+static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t stage, float (&o)[DV / 2], const float (&m)[2],
+                                                   const float (&l)[2], float scale_log2)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t thread = thread_index(), lane = thread % 32, wg = thread / 128 - 1;
+    const int32_t first = row_in_tile(thread);
+    const uint32_t o_smem = smem_address(sm.q[stage][wg]);
+    const tile t = sm.tiles[stage];
+    float factor[2], lse[2];
+    bool again = false;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t i = t.row0 + first + 8 * r;
+        const float sum = row_reduce_sum(l[r]);
+        again |= sum < 0.5f && m[r] > -INFINITY;                 /* the largest weight, about 1, is lost: its score is enormous */
+        factor[r] = softmax_finish(m[r], sum, scale_log2, sink_logit(problem, t.batch, t.head, i >= t.sq), &lse[r]);
+    }
+    if (CAREFUL) { add_seen_poison(p, sm, stage, o); }
+    again = __any_sync(ALL_LANES, stage_o(o_smem, o, factor) != 0 || again);
+    if (leaves_by_tma(p, t)) {
+        fence_proxy_async();
+    } else {
+        __syncwarp();
+        store_staged_rows(p, t, o_smem);
+    }
+    if (!CAREFUL && again) { sm.poisoned[stage] = 1; }
+    __syncwarp();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[stage])); }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {                                /* after the fence, which waits for stores */
+        const int32_t local = first + 8 * r;
+        if (lane % 4 == 0 && local < t.valid) { store_lse(problem, t.batch, t.head, t.q_row + t.row0 + local, lse[r]); }
+    }
+}
+
+struct consumer_rings { ring<Q_STAGES> q; ring<STAGES> k; ring<V_STAGES> v; };
+
+/* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other. */
+template <bool CAREFUL>
+static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int wg, consumer_rings &rings)
+{
+    constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = PINGPONG && !CAREFUL;
+    const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
+    const float scale_log2 = p.common.scale * (float)FGQA_LOG2E;
+    ring<Q_STAGES> &rq = rings.q;
+    ring<STAGES> &rk = rings.k;
+    ring<V_STAGES> &rv = rings.v;
+    int block_begin, block_end;                                  /* of the tile */
+    int begin[2], end[2];                                        /* keys that own rows see, less own column */
+    fgqa_range full;                                             /* blocks that need no mask */
+    float o[DV / 2] = {}, m[2] = {}, l[2] = {}, alpha[2];
+    uint32_t pr[BLOCK_K / 4];
+
+    auto wait_k = [&] { mbarrier_wait(smem_address(&sm.k_full[rk.stage]), rk.parity); };
+    auto wait_v = [&] {
+        mbarrier_wait(smem_address(&sm.v_full[rv.stage]), rv.parity);
+        if (CAREFUL) { clean_v<T>(smem_address(sm.v[rv.stage]), sizeof(sm.v[0]), TURN + WG_COUNT + wg); }
+    };
+    /* One thread speaks for its warpgroup, whose warps a wgmma keeps together; in the careful pass some fall far behind. */
+    auto keep_together = [&] {
+        if (CAREFUL) { bar_sync(TURN + WG_COUNT + wg, 128); }
+    };
+    auto release_k = [&] {
+        keep_together();
+        if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.k_empty[rk.stage])); }
+        rk.advance();
+    };
+    auto release_v = [&] {
+        keep_together();
+        if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.v_empty[rv.stage])); }
+        rv.advance();
+    };
+    /* false: there are no more tiles */
+    auto take_tile = [&] {
+        mbarrier_wait(smem_address(&sm.q_full[rq.stage]), rq.parity);
+        const tile &t = sm.tiles[rq.stage];
+        if (t.block_end == 0) {
+            if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[rq.stage])); }
+            rq.advance();
+            return false;
+        }
+        block_begin = t.block_begin;
+        block_end = t.block_end;
+        full = sm.full[rq.stage][wg];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const fgqa_range seen = sm.rows[rq.stage][first_row + 8 * r];
+            begin[r] = seen.begin - 2 * (int32_t)(lane % 4);
+            end[r] = seen.end - 2 * (int32_t)(lane % 4);
+        }
+        return true;
+    };
+    auto mask = [&](float (&s)[BLOCK_K / 2], int j) {
+        const int last[2] = {end[0] - j * BLOCK_K, end[1] - j * BLOCK_K};
+        hide_from(s, last);
+        if (p.left_masked) {
+            const int first[2] = {begin[0] - j * BLOCK_K, begin[1] - j * BLOCK_K};
+            hide_before(s, first);
+        }
+    };
+    auto qk = [&](float (&s)[BLOCK_K / 2]) {
+        wgmma_fence();
+        qk_wgmma<D, BLOCK_K>(s, smem_address(sm.q[rq.stage][wg]), smem_address(sm.k[rk.stage]));
+        wgmma_commit();
+    };
+    auto pv = [&](int accumulate, int turn) {
+        pv_wgmma<DV, BLOCK_K, HANDOFF>(o, pr, smem_address(sm.v[rv.stage]), accumulate, turn);
+        wgmma_commit();
+    };
+    const int next_turn = TURNS ? TURN + (wg + 1 == WG_COUNT ? 0 : wg + 1) : -1;
+
+    /* Ends the P V in flight; waits for the next K of the tile, if any. The branch of the mbarrier wait is needed even
+     * without one (the Q in use returns at once): ptxas moves arithmetic across a wgmma_wait, but not across a branch. Not the
+     * V in use: another warp may have released it, and a warp that comes two phases late waits for ever. */
+    auto wait_pv = [&](bool next_k) {
+        wgmma_wait<0>();
+        wgmma_pin(o);
+        mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : &sm.q_full[rq.stage]), next_k ? rk.parity : rq.parity);
+        release_v();
+    };
+    /* S -> P in place, O *= alpha. The chain from the end of Q K^T to the next one decides the speed: exponentials (8 cycles
+     * each) must start early and never pause. So P V ends after the first maximum (it is done by then), and the second
+     * maximum, rescaling and packing share a basic block with the exponentials: ptxas fills the gaps with them. */
+    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
+        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value;
+        float base[2];
+        row_max<0, MASKED, FIRST>(s, m, alpha, base, scale_log2);
+        wait_pv(next_k);
+        row_exp<0, FIRST, CAREFUL>(s, m, l, alpha, base, scale_log2);
+        row_max<1, MASKED, FIRST>(s, m, alpha, base, scale_log2);
+        row_exp<1, FIRST, CAREFUL>(s, m, l, alpha, base, scale_log2);
+        pack_weights<T>(pr, s);
+        if (!FIRST) {
+            rescale_rows(o, alpha);
+            wait_v();
+        }
+    };
+    auto wait_operands = [&] {                                   /* of the next step, or of the last P V */
+        wait_v();
+        if (block_end - block_begin > 1) { wait_k(); }
+    };
+    /* first block of a tile, nothing to overlap with */
+    auto first_block = [&] {
+        float s[BLOCK_K / 2];
+        wait_k();
+        qk(s);
+        wgmma_wait<0>();
+        wgmma_pin(s);
+        release_k();
+        mask(s, block_end - 1);
+        float base[2];
+        row_max<0, true, true>(s, m, alpha, base, scale_log2);
+        row_exp<0, true, CAREFUL>(s, m, l, alpha, base, scale_log2);
+        row_max<1, true, true>(s, m, alpha, base, scale_log2);
+        row_exp<1, true, CAREFUL>(s, m, l, alpha, base, scale_log2);
+        pack_weights<T>(pr, s);
+        wait_operands();
+    };
+    /* block j < block_end - 1; on entry K(j) and V(j + 1) are there and P holds block j + 1 */
+    auto step = [&](int j, auto masked) {
+        float s[BLOCK_K / 2];
+        const int accumulate = j < block_end - 2;
+        if (TURNS) { bar_sync(TURN + wg, 256); }
+        qk(s);
+        pv(accumulate, next_turn);
+        wgmma_wait<1>();
+        wgmma_pin(s);
+        release_k();
+        if (decltype(masked)::value) { mask(s, j); }
+        softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
+    };
+    auto middle_blocks = [&] {
+        int j = block_end - 2;
+        while (j >= block_begin) {
+#pragma unroll 1
+            for (; j >= block_begin && (CAREFUL || j >= full.end || j < full.begin); j--) { step(j, std::true_type{}); }
+#pragma unroll 1
+            for (; !CAREFUL && j >= block_begin && j < full.end && j >= full.begin; j--) { step(j, std::false_type{}); }
+        }
+    };
+    if (TURNS && wg == WG_COUNT - 1) { bar_arrive(TURN, 256); }
+    if (!take_tile()) { return; }
+    first_block();
+    for (bool more = true; more;) {
+        middle_blocks();
+        const uint32_t done = rq.stage;
+        const int accumulate = block_end - block_begin > 1;
+        const float m_done[2] = {m[0], m[1]}, l_done[2] = {l[0], l[1]};
+        rq.advance();
+        if (CROSS) { more = take_tile(); }
+        if (CROSS && more) {                                /* as step(), but S belongs to the next tile and O is finished */
+            float s[BLOCK_K / 2];
+            wait_k();
+            if (TURNS) { bar_sync(TURN + wg, 256); }
+            qk(s);
+            pv(accumulate, next_turn);
+            wgmma_wait<1>();
+            wgmma_pin(s);
+            release_k();
+            mask(s, block_end - 1);
+            softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
+        } else {
+            wgmma_fence();
+            pv(accumulate, -1);
+            wgmma_wait<0>();
+            wgmma_pin(o);
+            release_v();
+        }
+        finish_rows<CAREFUL>(p, sm, done, o, m_done, l_done, scale_log2);
+        if (!CROSS) {
+            more = take_tile();
+            if (more) { first_block(); }
+        } else if (more) {
+            wait_operands();
+        }
+    }
+}

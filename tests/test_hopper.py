@@ -1,0 +1,129 @@
+"""The forward kernels for Hopper (csrc/cuda/sm90): where they run, and what is theirs alone: the list of tiles, its counter, the
+second pass over tiles with NaN. Everything else is tested with all kernels, in test_forward.py and its neighbours."""
+import pytest
+import torch
+from test_cuda import qkv
+
+import flashgqa
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
+ROWS = [row["name"] for row in flashgqa.kernels() if row["name"].startswith("fwd_sm90") and row["available"]]
+pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
+MASKS = {
+    "full": {}, "causal": {"causal": True}, "top-left": {"causal": True, "align": "top-left"}, "window": {"window": (37, 21)},
+    "chunk": {"chunk": 48, "causal": True}, "left": {"window": (50, None)},
+}
+
+
+def row_for(dtype, d, dv, arch=90):
+    """The smallest row that serves these head dims without options."""
+    stem = f"fwd_sm{arch}_{DTYPES[dtype]}_d"
+    for row in flashgqa.kernels():
+        if row["name"].startswith(stem) and row["name"].endswith("plain"):
+            widths = row["name"].removeprefix(stem).split("_")
+            if int(widths[0]) >= d and int(widths[1].removeprefix("dv")) >= dv:
+                return row["name"]
+    raise AssertionError(f"no row for {dtype} {d} {dv}")
+
+
+def assert_close(got, expected, dtype):
+    for a, b, tolerance in zip(got, expected, ({torch.bfloat16: 3e-2, torch.float16: 4e-3}[dtype], 1e-3), strict=True):
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance, equal_nan=True)
+
+
+def compare(q, k, v, **options):
+    """With the kernel that runs on every card, which its own tests hold against float64."""
+    widths = (q.dtype, q.shape[-1], v.shape[-1])
+    got, expected = (flashgqa.attention(q, k, v, return_lse=True, kernel=row_for(*widths, arch), **options) for arch in (90, 80))
+    assert_close(got, expected, q.dtype)
+    return got
+
+
+def random(*shape, dtype, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def inputs(b, hq, hk, sq, sk, d, dv=None, dtype=torch.float16):
+    extents = (b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv or d)
+    return [random(*extent, dtype=dtype, seed=n) for n, extent in enumerate(extents)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_plan_takes_it_and_says_why_not(dtype):
+    q, k, v = qkv(8, 16, 512, 128, dtype=dtype)
+    plan = flashgqa.explain(q, k, v, causal=True)
+    assert plan["kernel"] == row_for(dtype, 128, 128) and plan["tasks"] == 4 * 16 * 8
+    for options, reason in (({"softcap": 5.0}, "softcap"), ({"dropout_p": 0.5, "seed": 1}, "dropout")):
+        refused = dict(flashgqa.explain(q, k, v, **options)["refused"])
+        assert reason in refused[row_for(dtype, 128, 128)]
+    few = dict(flashgqa.explain(q[:, :, :4], k, v)["refused"])
+    assert "4 query rows leave its tiles of 128 mostly empty" in few[row_for(dtype, 128, 128)]
+    long = [random(1, 2, n, 128, dtype=dtype) for n in (128, 4096, 4096)]
+    assert "idle" in dict(flashgqa.explain(*long)["refused"])[row_for(dtype, 128, 128)]
+    assert flashgqa.explain(*long, kernel=row_for(dtype, 128, 128))["kernel"] == row_for(dtype, 128, 128)
+    shared = k[:1].expand(8, 2, 512, 128)
+    assert "strides above 0" in dict(flashgqa.explain(q, shared, v)["refused"])[row_for(dtype, 128, 128)]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", ROWS)
+def test_all_pairs_of_lengths(name, mask):
+    """Packed, and padded with NaN: every pair of 1, 8, .. 130 queries and 1, 8, .. 260 keys."""
+    dtype = next(t for t, text in DTYPES.items() if f"_{text}_" in name)
+    d, dv = (int(name.split(f"_{letter}")[1].split("_")[0]) for letter in ("d", "dv"))
+    grid = torch.meshgrid(torch.arange(1, 131, 7), torch.arange(1, 261, 7), indexing="ij")
+    queries, keys = (x.reshape(-1).int().cuda() for x in grid)
+    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
+    packed = [x[0].transpose(0, 1) for x in inputs(1, 2, 1, *(int(s[-1]) for s in starts), d, dv, dtype)]
+    compare(*packed, cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], **MASKS[mask])
+    padded = inputs(len(queries), 1, 1, 130, 260, d, dv, dtype)
+    for x, lengths in zip(padded, (queries, keys, keys), strict=True):
+        x.masked_fill_((torch.arange(x.shape[2], device="cuda") >= lengths[:, None])[:, None, :, None], float("nan"))
+    compare(*padded, q_lens=queries, kv_lens=keys, **MASKS[mask])
+
+
+@pytest.mark.parametrize("d, dv", [(8, 8), (16, 40), (72, 120), (104, 64)])
+def test_smaller_head_dims(d, dv):
+    compare(*inputs(2, 4, 2, 300, 333, d, dv), causal=True)
+
+
+def test_max_q_may_be_too_small():
+    starts = torch.tensor([0, 700, 701, 1500], dtype=torch.int32, device="cuda")
+    q, k, v = (random(1500, h, 128, dtype=torch.float16, seed=h) for h in (4, 2, 2))
+    options = dict(causal=True, cu_seqlens_q=starts, cu_seqlens_kv=starts, kernel=row_for(q.dtype, 128, 128))
+    expected = flashgqa.attention(q, k, v, **options)
+    assert torch.equal(flashgqa.attention(q, k, v, **options, max_q=5, max_kv=5), expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("mask", ["causal", "window", "chunk"])
+def test_poison_reaches_those_who_see_it_and_nobody_else(mask, value):
+    q, k, v = inputs(2, 4, 2, 700, 700, 128)
+    clean, _ = compare(q, k, v, **MASKS[mask])
+    v[:, 0, 400, 5] = value
+    v[0, 1, 650, 3] = -value
+    out, _ = compare(q, k, v, **MASKS[mask])
+    touched = ~torch.isfinite(out)
+    assert touched.any() and torch.equal(out[~touched], clean[~touched])
+    first = 400 - (21 if mask == "window" else 0)
+    assert not touched[:, :, :first].any() and (mask != "causal" or touched[:, :2, 400:, 5].all())
+
+
+def test_streams_share_no_counter_and_graphs_need_none():
+    inputs = [[random(4, h, 1000 + 50 * n, 128, dtype=torch.bfloat16, seed=n + h) for h in (8, 2, 2)] for n in range(4)]
+    expected = [flashgqa.attention(*x, causal=True) for x in inputs]
+    assert flashgqa.explain(*inputs[0], causal=True)["kernel"] == row_for(torch.bfloat16, 128, 128)
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        replayed = [flashgqa.attention(*x, causal=True) for x in inputs]
+    for _ in range(20):
+        got = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(flashgqa.attention(*x, causal=True))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(got, expected, replayed, strict=True))
