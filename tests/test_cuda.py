@@ -46,7 +46,8 @@ def test_config_and_kernels_name_the_gpu():
     config = flashgqa.show_config()
     assert config["cuda"] is True and config["cuda_reason"] is None and config["cuda_devices"]
     rows = [row for row in flashgqa.kernels() if row["device"] == "cuda"]
-    assert {row["pass"] for row in rows} == {"forward", "backward"} and all(row["available"] for row in rows)
+    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert all(row["available"] for row in rows if "_sm80_" in row["name"])
 
 
 def test_explain_names_kernel_and_reasons():
@@ -54,7 +55,7 @@ def test_explain_names_kernel_and_reasons():
     plan = flashgqa.explain(q, k, v, softcap=5.0)
     assert plan["device"] == "cuda" and plan["kernel"].endswith("general")
     assert any("softcap" in reason for _, reason in plan["refused"])
-    assert flashgqa.explain(q, k, v, backward=True)["kernel"].startswith("bwd_sm80_f16")
+    assert flashgqa.explain(q, k, v, backward=True)["kernel"].startswith(("bwd_sm80_f16", "bwd_sm90_f16"))
     numpy_plan = flashgqa.explain(*(x.float().cpu().numpy() for x in (q, k, v)), device="cuda")
     assert numpy_plan["kernel"].startswith("fwd_sm80_f32")
 
@@ -135,6 +136,18 @@ def test_the_same_bits_every_time(dtype):
     expected = whole(q, k, v, causal=True)
     for _ in range(200):
         assert_same(whole(q, k, v, causal=True), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dq_in_any_order(dtype):
+    """deterministic=False leaves dk and dv as they are, and dq but for rounding."""
+    q, k, v = qkv(2, 8, 700, 128, dtype=dtype)
+    for options in ({}, {"causal": True}, {"window": (200, 50)}):
+        out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
+        dq, dk, dv, *_ = flashgqa.attention_backward(out, q, k, v, out, lse, **options)
+        free = flashgqa.attention_backward(out, q, k, v, out, lse, **options, deterministic=False)
+        assert torch.equal(free.dk, dk) and torch.equal(free.dv, dv)
+        close(free.dq.double().cpu(), dq.double().cpu(), 2.0**-7 * float(dq.abs().max()))
 
 
 def test_results_do_not_depend_on_what_memory_held():
@@ -220,12 +233,13 @@ def test_cards_with_little_shared_memory_have_a_kernel_for_everything():
 LAUNCH = """
 import sys, torch, flashgqa
 torch.manual_seed(0)
-for dtype, options in ((torch.bfloat16, {"causal": True}), (torch.float32, {"softcap": 9.0})):
+rows = [(torch.bfloat16, "bf16_d64_dv64_plain", {"causal": True}), (torch.float32, "f32_d64_dv64_general", {"softcap": 9.0})]
+for dtype, row, options in rows:
     q, k, v = (torch.randn(1, h, 150, 64).to("cuda", dtype) for h in (4, 2, 2))
-    out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
+    out, lse = flashgqa.attention(q, k, v, **options, return_lse=True, kernel="fwd_sm80_" + row)
     results = [out, lse]
     if dtype == torch.bfloat16:      # the driver takes long to compile these
-        results += flashgqa.attention_backward(out, q, k, v, out, lse, **options)[:3]
+        results += flashgqa.attention_backward(out, q, k, v, out, lse, **options, kernel="bwd_sm80_" + row)[:3]
     torch.save([x.cpu() for x in results], f"{sys.argv[1]}/{dtype}")
 """
 
@@ -284,7 +298,7 @@ def test_more_elements_and_heads_than_32_and_16_bits_count():
     for part in (slice(0, 2), slice(b // 2, b // 2 + 2), slice(b - 2, b)):
         expected = whole(q[part], k[part], v[part], causal=True)
         for name, a, e in zip(NAMES, got, expected, strict=True):
-            close(get(a[part]), get(e), 1e-2), name
+            close(get(a[part]), get(e), 1e-3 * max(10.0, float(e.abs().max()))), name      # a last place of float16
 
 
 # ---- streams and graphs ----

@@ -78,6 +78,23 @@ static const char *refuse_options(const fgqa_problem *p)
     return NULL;
 }
 
+/* What the backward rows for Hopper cannot address. */
+static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_dout};
+    for (int n = 0; n < 4; n++) {
+        const char *reason = fgqa_tensor_map_refuse(p, tensors[n]);
+        if (reason) {
+            snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
+            return why;
+        }
+    }
+    /* Tasks are counted in 32 bits. Of packed sequences the longest is not known here, all together are. Splits: if they are few. */
+    const double sections = (double)p->b * p->hk + 2048, key_tiles = (double)(p->varlen ? p->total_k : p->sk) / k->row.block_k + 1;
+    const double query_tiles = (double)p->b * p->hq * ((double)p->sq / k->row.block_q + 1);
+    return sections * key_tiles > INT32_MAX || query_tiles > INT32_MAX ? "too many tiles" : NULL;
+}
+
 static int is_vector(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *v = &p->view[arg];
@@ -179,6 +196,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
             return "rows must start on 16 bytes";
         }
         if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
+        if (k->row.pass == FGQA_PASS_BWD && k->row.arch == HOPPER) { return refuse_hopper_backward(k, p, why); }
     }
     return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD ? refuse_tensors(k, p, why) : NULL;
 }

@@ -109,12 +109,13 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
     const fgqa_problem &p = params.problem;
     const fgqa_mask &mask = sequence.mask;
     const int part = threadIdx.x % HALF;
-    bool dirty = false, unreached = true;
-    if (i0 < mask.sq) {
-        const fgqa_range order = bwd_key_tiles(mask, w.block_k, i0, min(mask.sq, i1));
-        unreached = order.begin == order.end;
-    }
-    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < i1; i += AT_ONCE) {
+    bool dirty = false;
+    fgqa_range order = {0, 0};
+    if (i0 < mask.sq) { order = bwd_key_tiles(mask, w.block_k, i0, min(mask.sq, i1)); }
+    const bool unreached = order.begin == order.end;
+    const bool tiled = !GENERAL && w.stats_kind == FGQA_BWD_TILED;
+    const int64_t q_tile = bwd_q_tile(p, w, b, h, sequence.q_row, i0 / w.block_q);
+    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < (tiled ? i0 + w.block_q : i1); i += AT_ONCE) {
         const bool real = i < mask.sq;
         const int64_t row = sequence.q_row + i;
         float delta = 0.0f, lse = -INFINITY;
@@ -145,12 +146,18 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
             if (part == 0) { ((general_stats *)w.stats)[at] = stats; }
         } else if (part == 0) {
             const plain_stats stats = {empty ? INFINITY : lse * (float)FGQA_LOG2E, empty ? 0.0f : delta};
-            ((plain_stats *)w.stats)[at] = stats;
+            if (tiled) {
+                float *to = bwd_tiled_stats(w, q_tile, i);
+                to[0] = stats.lse2;
+                to[w.block_q] = stats.delta;
+            } else {
+                ((plain_stats *)w.stats)[at] = stats;
+            }
         }
-        if (!real || unreached) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
+        if (i < i1 && (!real || unreached)) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
     }
     dirty = __syncthreads_or(dirty);
-    if (threadIdx.x == 0) { w.turn[bwd_q_tile(p, w, b, h, sequence.q_row, i0 / w.block_q)] = dirty ? FGQA_BWD_DIRTY : 0; }
+    if (threadIdx.x == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (tiled ? order.begin | FGQA_BWD_FRESH : 0); }
 }
 
 template <typename T, bool GENERAL> __global__ void __launch_bounds__(THREADS, 2)
@@ -180,6 +187,13 @@ bwd_delta_kernel(const __grid_constant__ fgqa_params params, const __grid_consta
         const int32_t b = (int32_t)(block / blocks_a_head / p.hq), h = (int32_t)(block / blocks_a_head % p.hq);
         int32_t rows;
         const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
+        if (w.key_rows) {
+            const int64_t blocks = (int64_t)p.hq * blocks_a_head;
+            fgqa_range *key_rows = bwd_key_rows(p, w, b, sequence.k_row);
+            for (int64_t j = block % blocks * THREADS + threadIdx.x; j < sequence.mask.sk; j += blocks * THREADS) {
+                key_rows[j] = fgqa_q_range(&sequence.mask, (int32_t)j, (int32_t)j + 1);
+            }
+        }
         /* a packed sequence may be longer than max_q said: the last block goes on */
         const int64_t first = block % blocks_a_head * rows_a_block;
         const int64_t end = block % blocks_a_head == blocks_a_head - 1 ? rows : min((int64_t)rows, first + rows_a_block);
@@ -194,7 +208,7 @@ extern "C" int fgqa_bwd_delta(const fgqa_problem *problem, const fgqa_bwd_worksp
     const int64_t blocks_a_head = problem->sq > 0 ? (problem->sq + rows_a_block - 1) / rows_a_block : 1;
     const int64_t blocks = (int64_t)problem->b * problem->hq * blocks_a_head;
     const uint32_t grid = (uint32_t)(blocks < 1 ? 1 : blocks < 1 << 30 ? blocks : 1 << 30);
-    const bool general = w->general != 0;
+    const bool general = w->stats_kind == FGQA_BWD_GENERAL;
     const auto kernel = problem->dtype == FGQA_BF16 ? (general ? bwd_delta_kernel<bf16, true> : bwd_delta_kernel<bf16, false>)
                       : problem->dtype == FGQA_F16 ? (general ? bwd_delta_kernel<f16, true> : bwd_delta_kernel<f16, false>)
                       : bwd_delta_kernel<f32, true>;

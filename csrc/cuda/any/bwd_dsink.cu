@@ -25,11 +25,18 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
         const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
         for (int32_t i = threadIdx.x; i < sequence.mask.sq; i += THREADS) {
             const int64_t row = bwd_q_row(p, b, h, sequence.q_row, i);
-            if (w.general) {
+            if (w.stats_kind == FGQA_BWD_GENERAL) {
                 const general_stats stats = ((const general_stats *)w.stats)[row];
                 sum -= ex2(fmaf(logit - stats.top, (float)FGQA_LOG2E, -stats.log_sum)) * stats.delta;
             } else {
-                const plain_stats stats = ((const plain_stats *)w.stats)[row];
+                plain_stats stats;
+                if (w.stats_kind == FGQA_BWD_TILED) {
+                    const float *tiled = bwd_tiled_stats(w, bwd_q_tile(p, w, b, h, sequence.q_row, i / w.block_q), i);
+                    stats.lse2 = tiled[0];
+                    stats.delta = tiled[w.block_q];
+                } else {
+                    stats = ((const plain_stats *)w.stats)[row];
+                }
                 sum -= ex2(fmaf(logit, (float)FGQA_LOG2E, -stats.lse2)) * stats.delta;
             }
         }

@@ -1,9 +1,12 @@
 /* bwd_workspace.h - scratch memory of a backward pass, and the index arithmetic its kernels share. C11 and CUDA.
  *
- *   stats    [q_rows]          plain_stats or, of general kernels, general_stats
+ *   stats    [q_rows]          plain_stats or, of general kernels, general_stats; of tiled ones [q_tiles][2][block_q]: lse2, delta
+ *                              of a tile's rows in the order of bwd_stats_slot(), rows past the sequence's last one among them
  *   dq       [q_tiles][block_q * d]   float32 sums; order inside a tile is the main kernel's own (its accumulators')
  *   turn     [q_tiles]         key tiles that have been added to the tile; with FGQA_BWD_DIRTY some row of the tile has an inf or
  *                              NaN in q or dO
+ *            Of kernels with tiled statistics: the key tile whose turn it is; with FGQA_BWD_FRESH nothing has been added
+ *   key_rows [b][sk] or [total_k]   of kernels with tiled statistics: query rows that see each key, where not all do
  *   control  ticket of the next task; key tiles of the longest sequence
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
  */
@@ -20,21 +23,31 @@ typedef struct { int64_t ticket, key_tiles; } fgqa_bwd_control;
 typedef struct { float lse2, delta; } plain_stats;
 typedef struct { float top, delta, log_sum, unused; } general_stats;
 
-enum { FGQA_BWD_DIRTY = 1 << 30 };
+enum { FGQA_BWD_DIRTY = 1 << 30, FGQA_BWD_FRESH = 1 << 29 };
+
+/* Layout of the statistics. */
+enum { FGQA_BWD_PLAIN, FGQA_BWD_GENERAL, FGQA_BWD_TILED };
 
 typedef struct {
     void *stats;
     float *dq, *dk, *dv;
     int32_t *turn;
+    fgqa_range *key_rows;                 /* NULL: every row sees every key, and all key tiles are whole */
     fgqa_bwd_control *control;
     int64_t q_rows, k_rows, q_tiles;      /* over batch and heads */
     int64_t head_tiles;                   /* q tiles of one head: of one sequence, or of all when they are packed */
-    int32_t block_q, block_k, splits, general;   /* of the main kernel's row */
+    int32_t block_q, block_k, splits, stats_kind;   /* of the main kernel's row */
 } fgqa_bwd_workspace;
+
+/* Whether some row of some tile may not see some key of it. */
+static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
+{
+    return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->sk % block_k != 0;
+}
 
 /* Carves, or with base NULL measures. */
 static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t d, int32_t dv,
-                                             int32_t splits, int32_t general, void *base, fgqa_bwd_workspace *w)
+                                             int32_t splits, int32_t stats_kind, void *base, fgqa_bwd_workspace *w)
 {
     fgqa_arena arena = fgqa_arena_begin(base);
     const fgqa_bwd_workspace zero = {0};
@@ -42,16 +55,23 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     w->block_q = block_q;
     w->block_k = block_k;
     w->splits = splits;
-    w->general = general;
+    w->stats_kind = stats_kind;
     w->q_rows = p->varlen ? (int64_t)p->hq * p->total_q : (int64_t)p->b * p->hq * p->sq;
     w->k_rows = p->varlen ? (int64_t)p->hk * p->total_k : (int64_t)p->b * p->hk * p->sk;
     /* packed: sequence b starts at tile floor(its first row / block_q) + b, which leaves room for every sequence's last tile */
     w->head_tiles = p->varlen ? p->total_q / block_q + p->b + 1 : ((int64_t)p->sq + block_q - 1) / block_q;
     w->q_tiles = p->varlen ? p->hq * w->head_tiles : (int64_t)p->b * p->hq * w->head_tiles;
     w->control = (fgqa_bwd_control *)fgqa_arena_take(&arena, 1, sizeof(fgqa_bwd_control));
-    w->stats = fgqa_arena_take(&arena, (size_t)w->q_rows, general ? sizeof(general_stats) : sizeof(plain_stats));
+    if (stats_kind == FGQA_BWD_TILED) {
+        w->stats = fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)block_q, sizeof(plain_stats));
+    } else {
+        w->stats = fgqa_arena_take(&arena, (size_t)w->q_rows, stats_kind == FGQA_BWD_GENERAL ? sizeof(general_stats) : sizeof(plain_stats));
+    }
     w->turn = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
     w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float));
+    if (stats_kind == FGQA_BWD_TILED && fgqa_bwd_hides(p, block_k)) {
+        w->key_rows = (fgqa_range *)fgqa_arena_take(&arena, p->varlen ? (size_t)p->total_k : (size_t)p->b * (size_t)p->sk, sizeof(fgqa_range));
+    }
     if (splits > 1) {
         w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));
         w->dv = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)dv, sizeof(float));
@@ -73,6 +93,20 @@ static __device__ __forceinline__ int64_t bwd_k_row(const fgqa_problem &p, int32
 static __device__ __forceinline__ int64_t bwd_q_tile(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int64_t q_row, int32_t tile)
 {
     return p.varlen ? h * w.head_tiles + q_row / w.block_q + b + tile : ((int64_t)b * p.hq + h) * w.head_tiles + tile;
+}
+
+/* Rows 8 n + 2 c + {0, 1}, n = 0 .., of a tile belong to lane c of four (fragments.cuh): four of them make 16 bytes. */
+static __device__ __forceinline__ int bwd_stats_slot(int row) { return row / 16 * 16 + row / 2 % 4 * 4 + row / 8 % 2 * 2 + row % 2; }
+
+/* lse2 of row i of a query tile in tiled statistics; delta is block_q floats behind. */
+static __device__ __forceinline__ float *bwd_tiled_stats(const fgqa_bwd_workspace &w, int64_t q_tile, int32_t i)
+{
+    return (float *)w.stats + q_tile * 2 * w.block_q + bwd_stats_slot(i % w.block_q);
+}
+
+static __device__ __forceinline__ fgqa_range *bwd_key_rows(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int64_t k_row)
+{
+    return w.key_rows + (p.varlen ? k_row : (int64_t)b * p.sk);
 }
 
 /* Key tiles that add to dQ of the rows [i0, i1) of a tile, in the order in which they do. Any tile with a visible score is in. */

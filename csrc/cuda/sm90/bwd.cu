@@ -1,0 +1,181 @@
+/* bwd.cu - attention backward for Hopper: TMA, wgmma, warp-specialised, persistent. Compiled once per bwd row of kernels.def
+ * whose arch is 90.
+ *
+ *     S = Q K^T   P = 2^(S - LSE)   dP = dO V^T   dS = P (dP - delta)
+ *     dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K              interval masks of semantics.h
+ *
+ * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
+ * of the group, and are stored once. dQ of a query tile is summed in float32 in memory, by bulk additions of whole tiles: in the
+ * order of the key tiles, so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it.
+ *
+ *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
+ *                warp 1   writer:    adds dQ tiles
+ *                warp 2   scheduler: takes tasks
+ *   warpgroups 1, 2       consumers: 64 keys each, all scores transposed (bwd_consumer.cuh)
+ *
+ * Shared memory: 128-byte-swizzled tiles in chunks of 64 columns, q[stage][chunk][64 rows][64], k[chunk][128 keys][64]; ds
+ * [stage][key][64 rows]; dq[buffer] in the order of the consumers' accumulators.
+ *
+ * mbarrier              arrivals (count)                            waited for by              meaning
+ * task_full             scheduler (1)                               all others                 tasks[count % 2] is there
+ * task_free             producer, writer, consumer warps (10)       scheduler                  the task before the next has ended
+ * q_full, dout_full[s]  producer + bytes (1)                        consumers                  tile and its lse2, delta are there
+ * q_empty, dout_empty   one thread of each consumer (2)             producer                   tile was used by both
+ * k_full, v_full        producer + bytes (1)                        consumers
+ * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
+ * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
+ * dq_empty[s]           writer (1)                                  consumers                  staged dQ was read
+ * named BOTH            256                                         consumers                  both halves of dS are stored
+ * named OWN + n         128                                         consumer n
+ */
+#include "../any/bwd_workspace.h"
+#include "../common/launch.cuh"
+#include "../common/params.cuh"
+#include "../common/ptx_bulk.cuh"
+#include "../common/ptx_global.cuh"
+#include "../common/ptx_tma.cuh"
+#include "../common/softmax.cuh"
+#include "../kernel_table.h"
+#include "../tensor_map.h"
+
+#define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
+
+#ifndef FGQA_NO_CODE
+
+#include "../common/ptx_ldmatrix.cuh"
+#include "bwd_wgmma.cuh"
+#include "warpgroup.cuh"
+
+typedef FGQA_DTYPE T;
+static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, THREADS = 32 * FGQA_WARPS, CONSUMERS = 256;
+static_assert(D == 128 && DV == 128 && BLOCK_Q == 64 && BLOCK_K == 128 && FGQA_STAGES == 2 && FGQA_WARPS == 12, "kernels.def: the only size there is");
+static constexpr int64_t L2_BYTES = 32 << 20;                    /* of the 50 MB that there are */
+static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
+static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
+enum { BOTH = 1, OWN = 2 };                                      /* named barriers: 0 is __syncthreads */
+enum { CARE_PADDING = 2, CARE_POISON = 4, KEYS_POISONED = 8 };   /* a tile has rows that hold anything; inf or NaN in rows that count; in keys */
+
+struct bwd_params {
+    CUtensorMap q_map, k_map, v_map, dout_map;                   /* dims (column, head, row, batch); box 64 columns x a tile's rows */
+    fgqa_params common;
+    fgqa_bwd_workspace w;
+    float scale_log2;
+    uint32_t sections, band;                                     /* find_task() */
+    int32_t ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
+    int32_t vector_dk, vector_dv;                                /* rows start on 16 bytes */
+};
+
+/* Arrives on a named barrier and waits; whether any thread said yes. PTX ISA, "barrier.red". */
+PTX_FN bool bar_any(uint32_t id, uint32_t threads, bool mine)
+{
+    uint32_t any;
+    asm volatile("{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %3, 0;\n\tbarrier.cta.red.or.pred q, %1, %2, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
+                 : "=r"(any) : "r"(id), "r"(threads), "r"((uint32_t)mine) : "memory");
+    return any != 0;
+}
+
+/* A pair of elements with 0 for those that are inf or NaN. */
+template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(uint32_t x, E)
+{
+    constexpr uint32_t EXPONENT = __is_same(E, bf16) ? 0x7F80u : 0x7C00u;
+    if ((x & EXPONENT) == EXPONENT) { x &= 0xFFFF0000u; }
+    if ((x >> 16 & EXPONENT) == EXPONENT) { x &= 0x0000FFFFu; }
+    return x;
+}
+
+#include "bwd_tasks.cuh"
+#include "bwd_consumer.cuh"
+#include "bwd_finish.cuh"
+
+template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
+{
+    extern __shared__ __align__(1024) char memory[];
+    shared &sm = *(shared *)memory;
+    const int warp = __shfl_sync(ALL_LANES, thread_index() / 32, 0), wg = warp / 4, lane = (int)thread_index() % 32;
+
+    if (thread_index() == 0) {
+        if (smem_address(memory) % 1024) { __trap(); }           /* the swizzle pattern repeats every 1024 bytes */
+        prefetch_tensormap(&p.q_map);
+        prefetch_tensormap(&p.k_map);
+        prefetch_tensormap(&p.v_map);
+        prefetch_tensormap(&p.dout_map);
+        mbarrier_init(smem_address(&sm.task_full), 1);
+        mbarrier_init(smem_address(&sm.task_free), 2 + CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.k_full), 1);
+        mbarrier_init(smem_address(&sm.v_full), 1);
+        mbarrier_init(smem_address(&sm.kv_empty), CONSUMERS / 32);
+        for (int s = 0; s < 2; s++) {
+            mbarrier_init(smem_address(&sm.q_full[s]), 1);
+            mbarrier_init(smem_address(&sm.q_empty[s]), 2);
+            mbarrier_init(smem_address(&sm.dout_full[s]), 1);
+            mbarrier_init(smem_address(&sm.dout_empty[s]), 2);
+            mbarrier_init(smem_address(&sm.dq_full[s]), CONSUMERS / 32);
+            mbarrier_init(smem_address(&sm.dq_empty[s]), 1);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (wg == 0) {
+        setmaxnreg_dec<PRODUCER_REGS>();
+        if (warp == 0 && lane == 0) { produce<MASKED>(p, sm); }
+        if (warp == 1 && lane == 0) { write_dq(p, sm); }
+        if (warp == 2) { schedule<MASKED>(p, sm); }
+    } else {
+        setmaxnreg_inc<CONSUMER_REGS>();
+        consume<MASKED>(p, sm, wg - 1);
+    }
+}
+
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
+
+extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
+{
+    static launch_state plain_state, masked_state;
+    const cudaStream_t stream = (cudaStream_t)exec->stream;
+    const int32_t device = problem->device.index;
+    int multiprocessors = 1;
+    bwd_params p;
+    const fgqa_map_box query = {CHUNK, BLOCK_Q}, key = {CHUNK, BLOCK_K};
+    int error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query);
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.k_map, problem, FGQA_ARG_k, key); }
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
+    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.dout_map, problem, FGQA_ARG_dout, query); }
+    if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); }
+    if (error != cudaSuccess) { return error; }
+    p.common = fgqa_params_make(problem);
+    fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
+    p.scale_log2 = p.common.scale * (float)FGQA_LOG2E;
+    p.ordered = problem->deterministic;
+    p.foreign_rows = problem->varlen || problem->q_lens;
+    p.vector_dk = fgqa_view_is_vector(problem, FGQA_ARG_dk);
+    p.vector_dv = fgqa_view_is_vector(problem, FGQA_ARG_dv);
+
+    const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
+    p.sections = (uint32_t)problem->b * (uint32_t)problem->hk * (uint32_t)p.w.splits;
+    /* Sections in work at once: few enough that their Q and dO (512 bytes a row at most) and sums of dQ (512) stay in the L2 cache
+     * or that several key tiles share what they read, enough that their turns at dQ do not wait for each other. */
+    const int64_t wide = (4 * multiprocessors + key_tiles - 1) / key_tiles, cached = L2_BYTES * p.w.splits / ((int64_t)problem->sq * problem->g * 1024 + 1);
+    const int64_t shared_by_eight = multiprocessors / 8 + 1, band = min(wide, max(cached, shared_by_eight));
+    p.band = band < p.sections ? (uint32_t)band : p.sections;
+    const bool masked = p.w.key_rows != NULL;
+    const auto kernel = masked ? bwd_kernel<true> : bwd_kernel<false>;
+    const int64_t tasks = p.sections * key_tiles;
+    const uint32_t blocks = (uint32_t)(tasks < multiprocessors ? tasks : multiprocessors);
+    error = allow_shared_memory((const void *)kernel, sizeof(shared), device, masked ? &masked_state : &plain_state);
+    if (error == cudaSuccess) { error = fgqa_bwd_delta(problem, &p.w, stream); }
+    if (error == cudaSuccess && !p.ordered) { error = cudaMemsetAsync(p.w.dq, 0, (size_t)p.w.q_tiles * (BLOCK_Q * D) * sizeof(float), stream); }
+    if (error != cudaSuccess) { return error; }
+    error = launch_kernel(kernel, blocks, THREADS, sizeof(shared), stream, p);
+    if (error == cudaSuccess) { error = finish(p, stream); }
+    if (error == cudaSuccess && p.w.splits > 1) { error = fgqa_bwd_reduce(problem, &p.w, D, DV, stream); }
+    if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = fgqa_bwd_dsink(problem, &p.w, stream); }
+    return error;
+}
+
+#else
+
+/* A build without machine code for sm_90a: refused before it is launched (launch.c). */
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return -1; }
+extern "C" int FGQA_ROW(const fgqa_plan *, const fgqa_problem *, void *, const fgqa_exec *) { return cudaErrorNoKernelImageForDevice; }
+
+#endif

@@ -1,0 +1,57 @@
+/* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators to its rows, after the main kernel. */
+#pragma once
+
+static constexpr int FINISH_THREADS = 256;
+
+/* One query tile of one head. Tiles to which no key tile adds were written by bwd_delta.cu. */
+static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t (&tile)[BLOCK_Q][D / 2 + 4], const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t n, bool vector)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const fgqa_mask &mask = sequence.mask;
+    const int32_t i0 = n * BLOCK_Q, end = min(mask.sq, i0 + BLOCK_Q);
+    const fgqa_range key_tiles = bwd_key_tiles(mask, BLOCK_K, i0, end);
+    if (key_tiles.begin == key_tiles.end) { return; }
+    const float4 *sums = (const float4 *)(p.w.dq + bwd_q_tile(problem, p.w, b, h, sequence.q_row, n) * (BLOCK_Q * D));
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < BLOCK_Q * D / 4 / FINISH_THREADS; m++) {
+        const int at = threadIdx.x + FINISH_THREADS * m, consumer = at / 1024, group = at / 128 % 8, thread = at % 128;
+        const float4 x = sums[at];
+        const int row = thread / 32 * 16 + thread % 32 / 4, pair = consumer * 32 + group * 4 + thread % 4;
+        tile[row][pair] = pack2(x.x, x.y, T());
+        tile[row + 8][pair] = pack2(x.z, x.w, T());
+    }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < BLOCK_Q * D / 8 / FINISH_THREADS; m++) {
+        const int row = threadIdx.x / 16 + FINISH_THREADS / 16 * m, piece = threadIdx.x % 16;
+        if (i0 + row >= end || 8 * piece >= problem.d) { continue; }
+        const uint4 x = *(const uint4 *)&tile[row][4 * piece];
+        char *const at = fgqa_row_address(problem.view[FGQA_ARG_dq], sizeof(T), b, h, sequence.q_row + i0 + row) + 16 * piece;
+        if (vector) { *(uint4 *)at = x; continue; }
+        const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+        for (int e = 0; e < 8; e++) { ((uint16_t *)at)[e] = (uint16_t)(word[e / 2] >> 16 * (e % 2)); }
+    }
+}
+
+static __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ bwd_params p, uint32_t tiles_a_head, bool vector)
+{
+    __shared__ __align__(16) uint32_t tile[BLOCK_Q][D / 2 + 4];
+    const uint32_t hq = (uint32_t)p.common.problem.hq, pair = blockIdx.x / tiles_a_head, n = blockIdx.x % tiles_a_head;
+    const int32_t b = (int32_t)(pair / hq), h = (int32_t)(pair % hq);
+    int32_t rows;
+    const fgqa_sequence sequence = fgqa_device_sequence(p.common.problem, b, &rows);
+    /* a packed sequence may be longer than max_q said: the last block goes on */
+    const int32_t end = min((sequence.mask.sq + BLOCK_Q - 1) / BLOCK_Q, n == tiles_a_head - 1 ? INT32_MAX : (int32_t)n + 1);
+    for (int32_t at = (int32_t)n; at < end; at++) { finish_tile(p, tile, sequence, b, h, at, vector); }
+}
+
+static int finish(const bwd_params &p, cudaStream_t stream)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t tiles_a_head = problem.sq > 0 ? ((uint32_t)problem.sq + BLOCK_Q - 1) / BLOCK_Q : 1;
+    const uint32_t blocks = (uint32_t)problem.b * (uint32_t)problem.hq * tiles_a_head;
+    const bool vector = fgqa_view_is_vector(&problem, FGQA_ARG_dq) != 0;
+    return launch_kernel(finish_kernel, blocks, FINISH_THREADS, 0, stream, p, tiles_a_head, vector);
+}

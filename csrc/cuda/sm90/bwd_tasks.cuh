@@ -1,0 +1,219 @@
+/* bwd_tasks.cuh - part of bwd.cu: which task a block takes, and the warps that feed the consumers and take dQ from them. */
+#pragma once
+
+/* One key tile of one KV head of one sequence, with all query heads of the group or, when they are split, every splits-th of
+ * its (query tile, head) pairs. The walk goes down from the last pair: all heads of a tile, then the tile before. */
+struct task {
+    int32_t b, kv_head, part, n;              /* part of the pairs; key tile */
+    int32_t q_row, k_row;                     /* rows of packed tensors at which the sequence begins */
+    int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
+    int32_t tile, head, steps;                /* the first pair, head counted in the group; how many pairs */
+    int32_t done;                             /* no task left */
+    int64_t q_tile;                           /* in the workspace: of tile 0 of the group's first head */
+    fgqa_mask mask;
+};
+
+struct shared {
+    T k[2][BLOCK_K * CHUNK], v[2][BLOCK_K * CHUNK];
+    T q[2][2][BLOCK_Q * CHUNK], dout[2][2][BLOCK_Q * CHUNK];
+    T ds[2][BLOCK_K * BLOCK_Q];
+    float dq[2][BLOCK_Q * D];
+    float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];                   /* of a stage, in the order of bwd_stats_slot() */
+    fgqa_range rows[BLOCK_K];                                    /* that see each key */
+    task tasks[2];
+    int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
+    uint32_t poisoned_keys[BLOCK_K / 32];
+    uint64_t task_full, task_free, k_full, v_full, kv_empty;
+    uint64_t q_full[2], q_empty[2], dout_full[2], dout_empty[2], dq_full[2], dq_empty[2];
+};
+static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
+
+struct walk {
+    int32_t tile, head;
+    __device__ __forceinline__ walk(const task &t) : tile(t.tile), head(t.head) {}
+    __device__ __forceinline__ void next(int32_t splits, int32_t group)
+    {
+        head -= splits;
+        while (head < 0) { head += group; tile--; }
+    }
+};
+
+/* Position in a ring of two buffers: index, and parity of the phase a reader waits for. */
+struct ring2 {
+    uint32_t stage = 0, parity = 0;
+    __device__ __forceinline__ void advance()
+    {
+        stage ^= 1;
+        parity ^= stage == 0;
+    }
+};
+
+/* ---- scheduler: a warp ---- */
+
+/* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile, so that blocks which
+ * become free together get key tiles of different sections, whose turns at dQ do not wait for each other. */
+static __device__ __forceinline__ void find_task(const bwd_params &p, uint32_t ticket, uint32_t key_tiles, task *t)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t in_band = p.band * key_tiles, first = ticket / in_band * p.band, rest = ticket % in_band;
+    const uint32_t width = min(p.band, p.sections - first), section = first + rest % width, splits = (uint32_t)p.w.splits;
+    const uint32_t pair = section / splits;
+    t->n = (int32_t)(rest / width);
+    t->part = (int32_t)(section % splits);
+    t->kv_head = (int32_t)(pair % (uint32_t)problem.hk);
+    t->b = (int32_t)(pair / (uint32_t)problem.hk);
+}
+
+template <bool MASKED> static __device__ void schedule(const bwd_params &p, shared &sm)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const int lane = (int)thread_index() % 32;
+    const uint32_t key_tiles = (uint32_t)p.w.control->key_tiles;
+    for (uint32_t count = 0;; count++) {
+        task t;
+        mbarrier_wait(smem_address(&sm.task_free), ~count & 1);
+        for (;;) {
+            uint32_t ticket = 0;
+            if (lane == 0) { ticket = (uint32_t)atomicAdd((unsigned long long *)&p.w.control->ticket, 1ull); }
+            ticket = __shfl_sync(ALL_LANES, ticket, 0);
+            t.done = ticket >= p.sections * key_tiles;
+            if (t.done) { break; }
+            find_task(p, ticket, key_tiles, &t);
+            int32_t rows;
+            const fgqa_sequence sequence = fgqa_device_sequence(problem, t.b, &rows);
+            t.mask = sequence.mask;
+            t.q_row = (int32_t)sequence.q_row;
+            t.k_row = (int32_t)sequence.k_row;
+            t.q_tile = bwd_q_tile(problem, p.w, t.b, t.kv_head * problem.g, sequence.q_row, 0);
+            t.key_rows = problem.varlen ? t.mask.sk : problem.sk;
+            if (t.n * BLOCK_K < t.key_rows) { break; }           /* sequences are shorter than the longest */
+        }
+        task &out = sm.tasks[count & 1];
+        if (!t.done) {
+            const int32_t j0 = t.n * BLOCK_K, j1 = min(t.mask.sk, j0 + BLOCK_K);
+            fgqa_range seen = {0, j0 < j1 ? t.mask.sq : 0};      /* by these rows */
+            if (MASKED && j0 < j1) {
+                const fgqa_range *key_rows = bwd_key_rows(problem, p.w, t.b, t.k_row);
+                seen.begin = key_rows[j0].begin;
+                seen.end = key_rows[j1 - 1].end;
+            }
+            const int32_t first_tile = seen.begin / BLOCK_Q, end_tile = max(first_tile, (seen.end + BLOCK_Q - 1) / BLOCK_Q);
+            const int32_t pairs = (end_tile - first_tile) * problem.g;
+            /* the last pair whose index from tile 0, head 0 on is `part` modulo splits */
+            const int32_t behind = (end_tile * problem.g - 1 - t.part + p.w.splits) % p.w.splits;
+            t.steps = pairs > behind ? (pairs - behind - 1) / p.w.splits + 1 : 0;
+            t.tile = end_tile - 1;
+            t.head = problem.g - 1 - behind;
+            while (t.head < 0) { t.head += problem.g; t.tile--; }
+        }
+        if (lane == 0) { out = t; }
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.task_full)); }
+        if (t.done) { return; }
+    }
+}
+
+/* ---- producer: a thread ---- */
+
+static __device__ __forceinline__ void load_keys(const CUtensorMap *map, T (&to)[2][BLOCK_K * CHUNK], uint64_t *full, uint64_t policy, int kv_head, int row, int batch)
+{
+    const uint32_t bar = smem_address(full);
+    mbarrier_arrive_expect_tx(bar, sizeof(to));
+    for (int c = 0; c < 2; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, kv_head, row, batch); }
+}
+
+static __device__ __forceinline__ void load_rows(const CUtensorMap *map, T (&to)[2][BLOCK_Q * CHUNK], float (&stats)[BLOCK_Q], const float *from, uint64_t *full,
+                                                 uint64_t policy, int head, int row, int batch)
+{
+    const uint32_t bar = smem_address(full);
+    mbarrier_arrive_expect_tx(bar, sizeof(to) + sizeof(stats));
+    for (int c = 0; c < 2; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, head, row, batch); }
+    bulk_load(smem_address(stats), from, sizeof(stats), bar);
+}
+
+template <bool MASKED> static __device__ void produce(const bwd_params &p, shared &sm)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint64_t keep = createpolicy_evict_last(), once = createpolicy_evict_first();
+    ring2 r;
+    for (uint32_t count = 0;; count++) {
+        mbarrier_wait(smem_address(&sm.task_full), count & 1);
+        const task &t = sm.tasks[count & 1];
+        if (t.done) { return; }
+        const int batch = problem.varlen ? 0 : t.b, key = t.k_row + t.n * BLOCK_K;
+        const int64_t first_tile = t.q_tile;
+        walk at(t);
+        for (int32_t step = 0; step == 0 || step < t.steps; step++) {
+            const bool exists = t.steps > 0;
+            const int head = t.kv_head * problem.g + at.head, row = t.q_row + at.tile * BLOCK_Q;
+            const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
+            if (exists) {
+                int32_t care = 0;
+                if (MASKED) {
+                    care = (load_relaxed_s32(p.w.turn + tile) & FGQA_BWD_DIRTY ? CARE_POISON : 0)
+                         | (p.foreign_rows && (at.tile + 1) * BLOCK_Q > t.mask.sq ? CARE_PADDING : 0);
+                }
+                mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
+                if (MASKED) { sm.about[r.stage] = make_int2(at.tile * BLOCK_Q, care); }
+                load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
+            }
+            if (step == 0) {
+                mbarrier_wait(smem_address(&sm.kv_empty), ~count & 1);
+                load_keys(&p.k_map, sm.k, &sm.k_full, once, t.kv_head, key, batch);
+                load_keys(&p.v_map, sm.v, &sm.v_full, once, t.kv_head, key, batch);
+            }
+            if (exists) {
+                mbarrier_wait(smem_address(&sm.dout_empty[r.stage]), r.parity ^ 1);
+                load_rows(&p.dout_map, sm.dout[r.stage], sm.delta[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q + BLOCK_Q, &sm.dout_full[r.stage], keep, head, row, batch);
+                r.advance();
+                at.next(p.w.splits, problem.g);
+            }
+        }
+        mbarrier_arrive(smem_address(&sm.task_free));
+    }
+}
+
+/* ---- writer: a thread ---- */
+
+/* Adds staged dQ tiles to those in memory. In order: a word a query tile says whose turn it is; the first stores. Blocks only
+ * wait for blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
+static __device__ void write_dq(const bwd_params &p, shared &sm)
+{
+    const fgqa_problem &problem = p.common.problem;
+    ring2 r;
+    for (uint32_t count = 0;; count++) {
+        mbarrier_wait(smem_address(&sm.task_full), count & 1);
+        const task &t = sm.tasks[count & 1];
+        if (t.done) { return; }
+        const int64_t first_tile = t.q_tile;
+        const int32_t n = t.n, steps = t.steps;
+        walk at(t);
+        mbarrier_arrive(smem_address(&sm.task_free));
+        for (int32_t step = 0; step < steps; step++) {
+            const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
+            float *const to = p.w.dq + tile * (BLOCK_Q * D);
+            int32_t *const turn = p.w.turn + tile;
+            const uint32_t staged = smem_address(sm.dq[r.stage]);
+            mbarrier_wait(smem_address(&sm.dq_full[r.stage]), r.parity);
+            bool first = false;
+            if (p.ordered) {
+                int32_t state;
+                while (((state = load_acquire_s32(turn)) & (FGQA_BWD_FRESH - 1)) != n) { __nanosleep(20); }
+                first = state & FGQA_BWD_FRESH;
+                fence_proxy_async_global();
+            }
+            if (first) { bulk_store(to, staged, sizeof(sm.dq[0])); } else { bulk_add_f32(to, staged, sizeof(sm.dq[0])); }
+            tma_store_commit();
+            tma_store_wait_read();
+            mbarrier_arrive(smem_address(&sm.dq_empty[r.stage]));
+            if (p.ordered) {
+                bulk_wait();
+                fence_proxy_async_global();
+                red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
+            }
+            at.next(p.w.splits, problem.g);
+            r.advance();
+        }
+        bulk_wait();
+    }
+}
