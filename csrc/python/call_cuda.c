@@ -229,7 +229,7 @@ static fgqa_status run_parts(const fgqa_call *call, fgqa_cuda_staging *staging, 
             FGQA_TRY(upload_part(call, staging, c, part));
             if (c->parts > 1) {
                 problem = part_of(&call->problem, c->by_head, part_begin(c, part), part_begin(c, part + 1));
-                FGQA_TRY(fgqa_plan_make(&problem, call->plan.kernel, 1, NULL, &plan));
+                FGQA_TRY(fgqa_plan_make(&problem, call->plan.kernel, 1, call->plan.kernel->name, &plan));
             }
             void *workspace = NULL;
             if (plan.workspace_bytes > 0) { FGQA_TRY(fgqa_cuda_allocate(plan.workspace_bytes, exec->stream, &workspace)); }
