@@ -11,7 +11,7 @@
 #include "../common/mask_tile.cuh"
 #include "bwd_workspace.h"
 
-static constexpr int THREADS = 256, ROWS = 64, HALF = 16, AT_ONCE = THREADS / HALF;
+static constexpr int THREADS = 256, ROWS = 64, HALF = 16, AT_ONCE = THREADS / HALF, AHEAD = 2, MOST_ROWS = 128;
 static constexpr float LARGEST_LSE = 0x1p17f;      /* beyond, an LSE may be off by more than 1/128: 2^-6 / epsilon */
 
 /* Eight elements from `column` on, as float32; zero from d on. */
@@ -102,6 +102,36 @@ template <typename T> static __device__ void zero_tail(const fgqa_view &view, in
     }
 }
 
+/* rowsum(dO O) and LSE of up to MOST_ROWS rows of up to 8 HALF elements that start on 16 bytes, for the half warp that takes
+ * the row in describe_tile(): rows of AHEAD turns are on their way before the first is used. */
+template <typename T> static __device__ __forceinline__ void sum_rows(float2 (&sums)[MOST_ROWS], const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t count)
+{
+    const int part = threadIdx.x % HALF;
+    for (int32_t at = (int32_t)threadIdx.x / HALF; at < count; at += AHEAD * AT_ONCE) {
+        uint4 out[AHEAD] = {}, dout[AHEAD] = {};
+        float lse[AHEAD];
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++) {
+            const int64_t row = first + min(at + n * AT_ONCE, count - 1);
+            if (8 * part < p.dv) {
+                out[n] = ((const uint4 *)fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), b, h, row))[part];
+                dout[n] = ((const uint4 *)fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, h, row))[part];
+            }
+            lse[n] = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row);
+        }
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++) {
+            const T *x = (const T *)&out[n], *y = (const T *)&dout[n];
+            float sum = 0.0f;
+#pragma unroll
+            for (int m = 0; m < 8; m++) { sum = fmaf(to_float(x[m]), to_float(y[m]), sum); }
+            sum = half_warp_sum(sum);
+            if (part == 0 && at + n * AT_ONCE < count) { sums[at + n * AT_ONCE] = make_float2(sum, lse[n]); }
+        }
+    }
+    __syncwarp();
+}
+
 /* Query rows [i0, i1), one tile: its statistics and turn. */
 template <typename T, bool GENERAL> static __device__ __forceinline__ void describe_tile(const fgqa_params &params, const fgqa_bwd_workspace &w, const fgqa_sequence &sequence,
                                                                            int32_t b, int32_t h, int32_t i0, int32_t i1)
@@ -115,11 +145,17 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
     const bool unreached = order.begin == order.end;
     const bool tiled = !GENERAL && w.stats_kind == FGQA_BWD_TILED;
     const int64_t q_tile = bwd_q_tile(p, w, b, h, sequence.q_row, i0 / w.block_q);
+    const bool ahead = !GENERAL && params.vector_out && params.vector_dout && p.dv <= 8 * HALF;
+    __shared__ float2 sums[MOST_ROWS];
+    if (ahead && i0 < mask.sq) { sum_rows<T>(sums, p, b, h, sequence.q_row + i0, min(mask.sq, i1) - i0); }
     for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < (tiled ? i0 + w.block_q : i1); i += AT_ONCE) {
         const bool real = i < mask.sq;
         const int64_t row = sequence.q_row + i;
         float delta = 0.0f, lse = -INFINITY;
-        if (real) {
+        if (real && ahead) {
+            delta = sums[i - i0].x;
+            lse = sums[i - i0].y;
+        } else if (real) {
             const char *out = fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), b, h, row), *dout = fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, h, row);
 #pragma unroll 2
             for (int column = 8 * part; column < p.dv; column += 8 * HALF) {
@@ -130,12 +166,12 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
                 for (int n = 0; n < 8; n++) { delta = fmaf(x[n], y[n], delta); }
             }
             lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row);
-            /* q is read only where the LSE cannot answer for it */
-            if (GENERAL || p.view[FGQA_ARG_sink].data || !(fabsf(lse) < 1e37f)) {
-                dirty |= row_poisoned<T>(fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, row), p.d, part, params.vector_q);
-            }
         }
-        delta = half_warp_sum(delta);
+        /* q is read only where the LSE cannot answer for it */
+        if (real && (GENERAL || p.view[FGQA_ARG_sink].data || !(fabsf(lse) < 1e37f))) {
+            dirty |= row_poisoned<T>(fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, row), p.d, part, params.vector_q);
+        }
+        if (!ahead) { delta = half_warp_sum(delta); }
         dirty |= !isfinite(delta);                         /* so it is wherever dO is not finite */
         if (real && p.view[FGQA_ARG_dlse].data) { delta -= *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, row); }
         const bool empty = lse == -INFINITY;

@@ -9,8 +9,8 @@
  * order of the key tiles, so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it.
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
- *                warp 1   writer:    adds dQ tiles
- *                warp 2   scheduler: takes tasks
+ *                warp 1   scheduler: takes tasks
+ *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step
  *   warpgroups 1, 2       consumers: 64 keys each, all scores transposed (bwd_consumer.cuh)
  *
  * Shared memory: 128-byte-swizzled tiles in chunks of 64 columns, q[stage][chunk][64 rows][64], k[chunk][128 keys][64]; ds
@@ -18,7 +18,7 @@
  *
  * mbarrier              arrivals (count)                            waited for by              meaning
  * task_full             scheduler (1)                               all others                 tasks[count % 2] is there
- * task_free             producer, writer, consumer warps (10)       scheduler                  the task before the next has ended
+ * task_free             producer, writers, consumer warps (11)      scheduler                  the task before the next has ended
  * q_full, dout_full[s]  producer + bytes (1)                        consumers                  tile and its lse2, delta are there
  * q_empty, dout_empty   one thread of each consumer (2)             producer                   tile was used by both
  * k_full, v_full        producer + bytes (1)                        consumers
@@ -53,7 +53,8 @@ static constexpr int64_t L2_BYTES = 32 << 20;                    /* of the 50 MB
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 enum { BOTH = 1, OWN = 2 };                                      /* named barriers: 0 is __syncthreads */
-enum { CARE_PADDING = 2, CARE_POISON = 4, KEYS_POISONED = 8 };   /* a tile has rows that hold anything; inf or NaN in rows that count; in keys */
+/* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
+enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
 
 struct bwd_params {
     CUtensorMap q_map, k_map, v_map, dout_map;                   /* dims (column, head, row, batch); box 64 columns x a tile's rows */
@@ -100,7 +101,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
         mbarrier_init(smem_address(&sm.task_full), 1);
-        mbarrier_init(smem_address(&sm.task_free), 2 + CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.task_free), 3 + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
         mbarrier_init(smem_address(&sm.v_full), 1);
         mbarrier_init(smem_address(&sm.kv_empty), CONSUMERS / 32);
@@ -118,8 +119,8 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
     if (wg == 0) {
         setmaxnreg_dec<PRODUCER_REGS>();
         if (warp == 0 && lane == 0) { produce<MASKED>(p, sm); }
-        if (warp == 1 && lane == 0) { write_dq(p, sm); }
-        if (warp == 2) { schedule<MASKED>(p, sm); }
+        if (warp == 1) { schedule<MASKED>(p, sm); }
+        if (warp >= 2 && lane == 0) { write_dq(p, sm, (uint32_t)warp - 2); }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consume<MASKED>(p, sm, wg - 1);

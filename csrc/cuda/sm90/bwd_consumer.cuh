@@ -124,10 +124,17 @@ template <int N> PTX_FN uint32_t spread_signs(uint32_t low, uint32_t high)
 struct tile_mask {
     uint32_t bits[2][2];                      /* key, word */
 
-    __device__ __forceinline__ void set(const fgqa_range (&seen)[2], int row0)
+    /* rows: that see each key of the warpgroup */
+    __device__ __forceinline__ tile_mask(const fgqa_range *rows, int32_t row0)
     {
+        const int thread = (int)thread_index() & 127, own = row0 + thread % 4 * 2;
+        rows += thread / 32 * 16 + thread % 32 / 4;
 #pragma unroll
-        for (int n = 0; n < 4; n++) { bits[n / 2][n % 2] = bits_from(seen[n / 2].begin - row0 - 32 * (n % 2)) & ~bits_from(seen[n / 2].end - row0 - 32 * (n % 2)); }
+        for (int half = 0; half < 2; half++) {
+            const fgqa_range seen = rows[8 * half];
+#pragma unroll
+            for (int word = 0; word < 2; word++) { bits[half][word] = bits_from(seen.begin - own - 32 * word) & ~bits_from(seen.end - own - 32 * word); }
+        }
     }
     /* For the pair of rows of register pair n of a key. */
     template <int N> __device__ __forceinline__ uint32_t pair(int half) const { return spread_signs<N % 4>(bits[half][N / 4] << 7, bits[half][N / 4] << 6); }
@@ -246,17 +253,18 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
         for (; steps > 0; steps--) {
             float s[32], dp[32], dq[32];
             uint32_t weights[16], gradients[16];           /* pairs of P^T and dS^T: A operands of dV and dK */
-            tile_mask mask;
             const uint32_t q_tile = smem_address(sm.q[r.stage]), dout_tile = smem_address(sm.dout[r.stage]);
 
             mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
             mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
+            int32_t row0 = 0;
+            bool partial = false;
             if (MASKED) {
                 const int2 about = sm.about[r.stage];
-                const fgqa_range seen[2] = {sm.rows[key], sm.rows[key + 8]};
-                mask.set(seen, about.x + 2 * (lane & 3));
-                if (about.y) {
-                    state |= about.y;
+                row0 = about.x;
+                partial = (about.y | state) & (PARTIAL | KEYS_POISONED);
+                if (about.y & (CARE_PADDING | CARE_POISON)) {
+                    state |= about.y & CARE_POISON;
                     clean_rows(sm, r.stage, consumer * 128 + thread);
                 }
             }
@@ -289,7 +297,7 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
                 weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
                 weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
             }
-            if (MASKED) { hide(weights, mask); }
+            if (MASKED && partial) { hide(weights, tile_mask(sm.rows + consumer * 64, row0)); }
             wgmma_fence();
 #pragma unroll
             for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, weights + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
@@ -304,7 +312,7 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
                     gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
                 }
             }
-            if (MASKED) { hide(gradients, mask); }
+            if (MASKED && partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, row0)); }
             const int here = (int)thread_index() & 127;    /* anew: one register less in the loop */
             const uint32_t ds = smem_address(sm.ds[r.stage]), ds_row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
 #pragma unroll

@@ -9,6 +9,7 @@ struct task {
     int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
     int32_t tile, head, steps;                /* the first pair, head counted in the group; how many pairs */
     int32_t done;                             /* no task left */
+    int32_t full_begin, full_end;             /* tiles between these rows see every key whole */
     int64_t q_tile;                           /* in the workspace: of tile 0 of the group's first head */
     fgqa_mask mask;
 };
@@ -92,10 +93,16 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
         if (!t.done) {
             const int32_t j0 = t.n * BLOCK_K, j1 = min(t.mask.sk, j0 + BLOCK_K);
             fgqa_range seen = {0, j0 < j1 ? t.mask.sq : 0};      /* by these rows */
+            t.full_begin = t.full_end = 0;
             if (MASKED && j0 < j1) {
                 const fgqa_range *key_rows = bwd_key_rows(problem, p.w, t.b, t.k_row);
-                seen.begin = key_rows[j0].begin;
-                seen.end = key_rows[j1 - 1].end;
+                const fgqa_range first = key_rows[j0], last = key_rows[j1 - 1];
+                seen.begin = first.begin;
+                seen.end = last.end;
+                if (j1 - j0 == BLOCK_K) {
+                    t.full_begin = last.begin;
+                    t.full_end = first.end;
+                }
             }
             const int32_t first_tile = seen.begin / BLOCK_Q, end_tile = max(first_tile, (seen.end + BLOCK_Q - 1) / BLOCK_Q);
             const int32_t pairs = (end_tile - first_tile) * problem.g;
@@ -150,8 +157,10 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
             if (exists) {
                 int32_t care = 0;
                 if (MASKED) {
+                    const int32_t row0 = at.tile * BLOCK_Q;
                     care = (load_relaxed_s32(p.w.turn + tile) & FGQA_BWD_DIRTY ? CARE_POISON : 0)
-                         | (p.foreign_rows && (at.tile + 1) * BLOCK_Q > t.mask.sq ? CARE_PADDING : 0);
+                         | (p.foreign_rows && row0 + BLOCK_Q > t.mask.sq ? CARE_PADDING : 0)
+                         | (row0 < t.full_begin || row0 + BLOCK_Q > t.full_end ? PARTIAL : 0);
                 }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
                 if (MASKED) { sm.about[r.stage] = make_int2(at.tile * BLOCK_Q, care); }
@@ -173,11 +182,11 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
     }
 }
 
-/* ---- writer: a thread ---- */
+/* ---- writers: a thread for each of the two buffers ---- */
 
 /* Adds staged dQ tiles to those in memory. In order: a word a query tile says whose turn it is; the first stores. Blocks only
  * wait for blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
-static __device__ void write_dq(const bwd_params &p, shared &sm)
+static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t buffer)
 {
     const fgqa_problem &problem = p.common.problem;
     ring2 r;
@@ -189,19 +198,20 @@ static __device__ void write_dq(const bwd_params &p, shared &sm)
         const int32_t n = t.n, steps = t.steps;
         walk at(t);
         mbarrier_arrive(smem_address(&sm.task_free));
-        for (int32_t step = 0; step < steps; step++) {
+        for (int32_t step = 0; step < steps; step++, at.next(p.w.splits, problem.g), r.advance()) {
+            if (r.stage != buffer) { continue; }
             const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
             float *const to = p.w.dq + tile * (BLOCK_Q * D);
             int32_t *const turn = p.w.turn + tile;
             const uint32_t staged = smem_address(sm.dq[r.stage]);
-            mbarrier_wait(smem_address(&sm.dq_full[r.stage]), r.parity);
             bool first = false;
-            if (p.ordered) {
+            if (p.ordered) {                                     /* mostly it has come before the tile has */
                 int32_t state;
                 while (((state = load_acquire_s32(turn)) & (FGQA_BWD_FRESH - 1)) != n) { __nanosleep(20); }
                 first = state & FGQA_BWD_FRESH;
                 fence_proxy_async_global();
             }
+            mbarrier_wait(smem_address(&sm.dq_full[r.stage]), r.parity);
             if (first) { bulk_store(to, staged, sizeof(sm.dq[0])); } else { bulk_add_f32(to, staged, sizeof(sm.dq[0])); }
             tma_store_commit();
             tma_store_wait_read();
@@ -211,8 +221,6 @@ static __device__ void write_dq(const bwd_params &p, shared &sm)
                 fence_proxy_async_global();
                 red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
             }
-            at.next(p.w.splits, problem.g);
-            r.advance();
         }
         bulk_wait();
     }
