@@ -5,6 +5,7 @@ test_cuda_arrays.py. That its numbers are right is tested where those of the CPU
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -318,6 +319,17 @@ def test_two_streams_at_once():
     for n in range(2):
         for results in got[n]:
             assert_same(results, expected[n])
+
+
+def test_threads_that_have_not_used_cuda():
+    """PyTorch's autograd engine starts such threads. They have no context, which TMA descriptors need."""
+    tensors = qkv(1, 8, 200, 128)
+    out, lse, *gradients = whole(*tensors)
+    torch.cuda.synchronize()
+    with ThreadPoolExecutor(1) as forward, ThreadPoolExecutor(1) as backward:
+        assert torch.equal(forward.submit(flashgqa.attention, *tensors).result(), out)
+        again = backward.submit(flashgqa.attention_backward, out, *tensors, out, lse).result()
+        assert_same([out, lse, *again[:3]], [out, lse, *gradients])
 
 
 def delayed(q, k, v):
