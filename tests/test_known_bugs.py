@@ -39,7 +39,7 @@ BUGS = {
         test_known_bugs.each_tensor_in_memory_of_its_own test_torch.opcheck""",
     "windows off by one, differing between back ends (transformers#39408, #29623, vllm#3385)": """
         test_masks.seen_keys_are_those_of_the_definition test_properties.a_window_as_long_as_the_sequence_changes_no_bit
-        test_transformers.every_mask_is_the_tensor_that_transformers_makes""",
+        test_transformers_masks.every_mask_is_the_tensor_that_transformers_makes""",
     "causal masks aligned to the wrong corner (pytorch#108108, #103082, onnx#8068, mlx#2835)": """
         test_masks.seen_keys_are_those_of_the_definition test_torch_dropins.sdpa_causal_bias test_reference.visible_by_hand""",
     "wrong GPU or stream (flash-attention#1782, #1793, #2356, flashinfer#452)": """
