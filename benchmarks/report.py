@@ -94,7 +94,7 @@ def gpu_section(record):
         key = heads(row), row["d"], row["s"], "yes" if row["causal"] else "no"
         passes.setdefault(key, {})[row["which"]] = row
     machine = f"{record['device']}, bfloat16, 16,384 tokens a row, {record['date']}, torch {record['torch']}"
-    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped (float64)"
+    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped (float64, attention weights)"
     lines = [f"""
 {machine}: TFLOP/s of one launch behind queued work,
 and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
