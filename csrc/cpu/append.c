@@ -1,7 +1,7 @@
 /* append.c - new keys and values into a KV cache: rotary embedding, division by the cache's scale, its dtype.
  *
- * Arithmetic is float64: there are few of them, and each is rounded once; what is not changed is copied bit by bit. A failed call leaves the cache as it was, so what is
- * overwritten is kept until the call has succeeded.
+ * Arithmetic is float64: there are few of them, and each is rounded once; what is not changed is copied bit by bit. A failed call
+ * leaves the cache as it was, so what is overwritten is kept until the call has succeeded.
  */
 #include <string.h>
 #define FGQA_ISA portable

@@ -1,6 +1,6 @@
 /* bwd.c - the backward pass: dq, dk, dv, dbias, dsink. Compiled once per row of isa.def and precision.
  *
- * Task = (split, batch, KV head). A split owns some blocks of packed query rows (up to BLOCK_PANELS panels) of its KV head:
+ * Task = (split, batch, KV head). A split owns some blocks of packed query rows (up to MAX_BLOCK_PANELS panels) of its KV head:
  *
  *     for each block:        Q, dO packed both ways; delta; dQ^T = 0
  *         for each 128 keys:    bwd_block.h, on tiles amx_bwd.h

@@ -26,9 +26,9 @@
 #define SUPERBLOCK_BYTES (768 * 1024)
 /* Parts: only for sequences of few packed rows, and never shorter than this many keys. */
 #define SPLIT_MAX_ROWS 512
+#define SPLIT_MIN_KEYS 512
 /* Tiles beat vectors along d from a full group of rows on. */
 #define FEW_MOST (FGQA_AMX ? FEW_ROWS - 1 : FEW_ROWS)
-#define SPLIT_MIN_KEYS 512
 
 /* ---- plan ---- */
 

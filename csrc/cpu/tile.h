@@ -197,13 +197,6 @@ FGQA_SHARED real tile_cache_scale(const tile_sequence *t, const fgqa_view *view)
     return x;
 }
 
-/* Where key j lies, whatever the cache. */
-SIMD const void *tile_key_row(const tile_sequence *t, const fgqa_view *view, int32_t j)
-{
-    const int32_t slot = (int32_t)t->seq.k_row + j;
-    return t->p->cache.page_size ? tile_page_at(t, view, slot, slot + 1).row : view_at(view, t->b, t->kv_head, slot);
-}
-
 SIMD int is_own(const fgqa_view *view, int32_t cols)
 {
     return view->dtype == (FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32) && (view->stride_d == 1 || cols <= 1);

@@ -98,10 +98,13 @@ static int check_place(fgqa_call *call)
     return 0;
 }
 
+/* The longest text of a plan, in bytes. */
+enum { PLAN_TEXT = 4096 };
+
 /* FLASHGQA_LOG=plan: each plan once. */
 static int log_plan(fgqa_call *call)
 {
-    char text[2048];
+    char text[PLAN_TEXT];
     if (call->state->logged_plans == NULL) { return 0; }
     fgqa_plan_print(&call->plan, &call->problem, text, sizeof text);
     PyObject *line = PyUnicode_FromString(text);
@@ -319,7 +322,7 @@ static PyObject *plan_data(const fgqa_call *call)
 {
     const fgqa_problem *p = &call->problem;
     const fgqa_plan *plan = &call->plan;
-    char text[4096];
+    char text[PLAN_TEXT];
     fgqa_plan_print(plan, p, text, sizeof text);
     PyObject *refused = refusals(plan);
     if (refused == NULL) { return NULL; }

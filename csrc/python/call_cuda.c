@@ -170,7 +170,7 @@ static fgqa_problem part_of(const fgqa_problem *p, int by_head, int32_t begin, i
     return q;
 }
 
-/* Entries [begin, end) of the first axis that is cut, of a tensor; 0 if the tensor is not cut: it goes with the first part. */
+/* What a part has of a tensor, along the axis that is cut; 0 if the tensor is not cut: it goes with the first part. */
 static int slice(const fgqa_call *call, const cut *c, int arg, int32_t part, fgqa_tensor *host, int64_t *offset)
 {
     const fgqa_problem *p = &call->problem;

@@ -21,7 +21,7 @@ typedef struct {
     fgqa_result result[FGQA_ARG_COUNT];
     void *workspace;                       /* on the device of the call */
     void *block;                           /* owns it on the CPU */
-    fgqa_result scratch[FGQA_SCRATCH];     /* device memory from q's library; .object NULL: tensor.data is our own */
+    fgqa_result scratch[FGQA_SCRATCH];     /* device memory from q's library; .object and .managed NULL: tensor.data is our own */
     int32_t n_scratch;
     fgqa_tensor host[FGQA_ARG_COUNT];      /* staged: the caller's arrays */
 } fgqa_call;
