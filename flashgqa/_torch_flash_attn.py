@@ -70,7 +70,8 @@ def flash_attn_varlen_func(
     With block_table int32 [b, columns] k and v are pages [pages, page_size, hk, d], of any page size: read where they are on the
     CPU without gradients and dropout, copied together otherwise, with gradients.
 
-    Returns out, or (out, lse [hq, total_q], None) with return_attn_probs. A max_seqlen that is too small is a ValueError.
+    Returns out, or (out, lse [hq, total_q], None) with return_attn_probs. A max_seqlen that is too small is a ValueError, but
+    for max_seqlen_k where pages are read in place: lengths come from cu_seqlens_k there.
     """
     if block_table is not None:
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
