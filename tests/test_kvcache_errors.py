@@ -235,12 +235,11 @@ def test_memory_that_is_shared():
     refused(ValueError, "k_cache overlaps cache_lens", k_cache=memory, cache_lens=lens)
     # Keys and values side by side in one array do not share an element, whatever the axis.
     for axis in range(5):
-        both = np.zeros(np.insert((B, HK, SLOTS, D), axis, 2), np.float32)
-        k_cache, v_cache = np.moveaxis(both, axis, 0)
-        call = Call()
-        expected = call.run()
-        assert (Call().run(k_cache=k_cache, v_cache=v_cache) == Call().run(k_cache=k_cache.copy(), v_cache=v_cache.copy())).all()
-        assert expected.shape == (B, HQ, NEW, D)
+        values = np.random.default_rng(axis).standard_normal(np.insert((B, HK, SLOTS, D), axis, 2))
+        k_cache, v_cache = np.moveaxis(values.astype(np.float32), axis, 0)
+        k_apart, v_apart = k_cache.copy(), v_cache.copy()
+        assert (Call().run(k_cache=k_cache, v_cache=v_cache) == Call().run(k_cache=k_apart, v_cache=v_apart)).all()
+        assert (k_cache == k_apart).all() and (v_cache == v_apart).all()
 
 
 def test_what_is_not_there_yet():
