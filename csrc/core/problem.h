@@ -92,6 +92,8 @@ typedef struct {
     int64_t table_stride;
     const int32_t *lens;                    /* [b] slots in use before the append; NULL: `slots` */
     int32_t slots;                          /* of a sequence of a contiguous cache */
+    int32_t pages;                          /* in all: what an entry of the table must be below */
+    int32_t capacity;                       /* slots that a sequence can have */
     const int32_t *left_pad;                /* [b] slots at the beginning that hold nothing; NULL: none */
     const int32_t *new_lens;                /* [b]; NULL: new_max for all */
     int32_t new_max;                        /* rows of k_new and v_new; 0: nothing is appended */

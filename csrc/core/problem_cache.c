@@ -331,7 +331,9 @@ static fgqa_status read_cache(const call_form *f, fgqa_cache *c)
     c->page_size = f->slots > 0 ? (int32_t)f->slots : 1;
     c->slots = (int32_t)f->slots;
     c->new_max = (int32_t)f->n_new;
+    c->pages = (int32_t)f->pages;
     FGQA_TRY(read_table(f, c));
+    c->capacity = fgqa_clamp(f->paged ? f->slots * TENSOR(page_table)->shape[1] : f->slots, 0, INT32_MAX);
     FGQA_TRY(read_vector(f, FGQA_CACHE_cache_lens, "give the number of slots in use of each sequence", &c->lens));
     FGQA_TRY(read_vector(f, FGQA_CACHE_new_lens, "give the number of new keys of each sequence", &c->new_lens));
     FGQA_TRY(read_vector(f, FGQA_CACHE_left_pad, "give the number of empty slots before each sequence", &c->left_pad));

@@ -74,6 +74,13 @@ static __device__ __forceinline__ fgqa_sequence fgqa_device_sequence(const fgqa_
     }
     if (p.q_lens) { s.mask.sq = max(0, min(p.q_lens[b], p.sq)); }
     if (p.kv_lens) { s.mask.sk = max(0, min(p.kv_lens[b], p.sk)); }
+    if (p.cache.page_size) {
+        const fgqa_cache &c = p.cache;
+        const int64_t used = (c.lens ? c.lens[b] : c.slots) + (int64_t)(c.new_lens ? max(0, min(c.new_lens[b], c.new_max)) : c.new_max);
+        const int32_t end = fgqa_clamp(used, 0, c.capacity), pad = c.left_pad ? max(0, min(c.left_pad[b], end)) : 0;
+        s.k_row = pad;
+        s.mask.sk = end - pad;
+    }
     s.mask.diag = p.align == FGQA_ALIGN_BOTTOM_RIGHT ? s.mask.sk - s.mask.sq : 0;
     return s;
 }
