@@ -11,11 +11,11 @@ import flashgqa
 torch = pytest.importorskip("torch")
 
 from torch.utils.checkpoint import checkpoint  # noqa: E402
-from torch_tools import assert_equal, assert_near, gradients, inputs, leaves, randn, seeded  # noqa: E402, F401
+from torch_tools import DEVICES, assert_equal, assert_near, gradients, inputs, leaves, on_devices, randn, seeded  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 OPERATORS = torch.ops.flashgqa
 
 
@@ -298,6 +298,22 @@ def test_compile_without_graph_break():
     function(*plain).sum().backward()
     compiled(*again).sum().backward()
     assert_equal([x.grad for x in again], [x.grad for x in plain])
+
+
+@on_devices
+def test_compile_by_inductor(device):
+    """torch.compile as users call it; what surrounds the attention is fused, the attention is ours."""
+    dtype, tolerance = DEVICES[device]
+
+    def function(q, k, v):
+        return fg.scaled_dot_product_attention(q.sin(), k * 2, v, is_causal=True, enable_gqa=True).cos()
+
+    plain = inputs(sq=33, sk=33, dtype=dtype, device=device)
+    again = leaves(*plain)
+    out, expected = torch.compile(function, fullgraph=True)(*again), function(*plain)
+    torch.testing.assert_close(out, expected, rtol=0, atol=tolerance)
+    for a, b in zip(gradients((out,), again), gradients((expected,), plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
 
 
 def test_compile_packed_dropout_and_shapes_that_change():

@@ -1,10 +1,13 @@
-"""flashgqa.torch on CUDA tensors: its numbers against the CPU's in float64, and what only a GPU has."""
+"""flashgqa.torch on CUDA tensors: its numbers against the CPU's in float64, and what only a GPU has.
+
+The tests that run on both devices stand where those of the CPU do; ``-k cuda`` picks what runs here.
+"""
 
 import numpy
 import pytest
 import torch
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch import distributed
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from torch_tools import assert_near, gradients, inputs, randn, seeded  # noqa: F401
 
@@ -70,27 +73,6 @@ def test_attention(name, dtype):
         assert_near(a, b, c, dtype, 2 if n == 0 else 3)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [32, 96, 128, 256])
-def test_sdpa(dtype, d):
-    for (sq, sk), kind in (((1, 65), 0), ((127, 127), 1), ((65, 130), 2), ((129, 64), 3)):
-        tensors = [x.to(dtype) for x in inputs(b=1, sq=sq, sk=sk, d=d, dv=d, grad=False)]
-        mask = torch.rand(sq, sk) < 0.7 if kind == 2 else randn(1, 4, sq, sk, grad=False).to(dtype) if kind == 3 else None
-        if kind == 2:
-            mask[:, 0] = True
-        results = []
-        theirs = F.scaled_dot_product_attention
-        for function, to in ((fg.scaled_dot_product_attention, dtype), (theirs, torch.float64), (theirs, dtype)):
-            leaves = cuda(*tensors, dtype=to)
-            own = None if mask is None else mask.cuda() if kind == 2 else cuda(mask, dtype=to)[0]
-            with sdpa_kernel(SDPBackend.MATH):
-                out = function(*leaves, attn_mask=own, is_causal=kind == 1, enable_gqa=True)
-            leaves += [own] if kind == 3 else []
-            results.append((out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out).cumsum(-1) / d)))
-        for n, (a, b, c) in enumerate(zip(*results, strict=True)):
-            assert_near(a, b, c, dtype, 2 if n == 0 else 3)
-
-
 def test_transformations():
     q, k, v = cuda(*inputs(sq=33, sk=33, d=32, dv=32), dtype=torch.float32)
 
@@ -109,6 +91,21 @@ def test_transformations():
     first, *_ = torch.autograd.grad(function(q, k, v).sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         first.sum().backward()
+
+
+def test_distributed_data_parallel():
+    """One process over NCCL: its gradients are those of the layer alone, through the buckets that DDP hooks into autograd."""
+    layer = fg.FlashGQA(64, 4, 2, causal=True, rotary_dim=16, device="cuda", dtype=torch.float32)
+    x = torch.randn(2, 40, 64, device="cuda")
+    layer(x).square().sum().backward()
+    expected = [y.grad.clone() for y in layer.parameters()]
+    layer.zero_grad()
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        DistributedDataParallel(layer, device_ids=[0])(x).square().sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert all(torch.equal(y.grad, z) for y, z in zip(layer.parameters(), expected, strict=True))
 
 
 def test_autocast_and_dropout_seeds():

@@ -1,4 +1,7 @@
-"""flashgqa.torch under the names of other libraries: scaled_dot_product_attention, flash_attn, modules, a model in training."""
+"""flashgqa.torch under the names of other libraries: scaled_dot_product_attention, flash_attn, modules, a model in training.
+
+Over a grid of shapes and dtypes: test_torch_grid.py.
+"""
 
 import copy
 import inspect
@@ -54,30 +57,6 @@ def agree(tensors, mask=None, **options):
     for a, b, c, x in zip(got, expected, narrow, (*tensors, mask), strict=False):
         assert a.shape == x.shape and a.dtype == x.dtype
         assert_near(a, b, c, dtype, 3)
-
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-GRID = [
-    (dtype, d, length, kind)
-    for n, (d, length, dtype, kind) in enumerate(
-        itertools.product((32, 64, 96, 128, 256), ((1, 1), (1, 65), (33, 33), (65, 130), (127, 64)), DTYPES, range(4))
-    )
-    if n % 3 == d // 32 % 3
-]
-
-
-@pytest.mark.parametrize("d, length", list(dict.fromkeys((d, length) for _, d, length, _ in GRID)))
-def test_sdpa_grid(d, length):
-    for dtype, _, (sq, sk), kind in (row for row in GRID if row[1:3] == (d, length)):
-        tensors = inputs(b=1, hq=4, hk=2, sq=sq, sk=sk, d=d, dv=d, dtype=dtype)
-        mask = torch.rand(sq, sk) < 0.7 if kind == 2 else randn(1, 4, sq, sk, dtype=dtype) if kind == 3 else None
-        if kind == 2:
-            mask[:, 0] = True
-        agree(tensors, mask, is_causal=kind == 1, enable_gqa=True)
-
-
-def test_sdpa_long():
-    agree(inputs(b=1, hq=2, hk=1, sq=1025, sk=1025, d=64, dv=64, dtype=torch.float32), is_causal=True, enable_gqa=True)
 
 
 SHAPES = [

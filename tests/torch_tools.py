@@ -5,6 +5,9 @@ from conftest import has_gpu
 
 torch = pytest.importorskip("torch")
 
+# Its products here are small; more threads would wait for each other and for the kernels' own pool.
+torch.set_num_threads(1)
+
 # Where the tests that take `device` run, in which dtype, and how near to the truth that comes.
 DEVICES = {"cpu": (torch.float64, 1e-12)}
 if has_gpu() and torch.cuda.is_available():
@@ -21,8 +24,8 @@ def randn(*shape, dtype=torch.float64, grad=True, device="cpu"):
     return torch.randn(*shape, dtype=torch.float64).to(device, dtype).requires_grad_(grad)
 
 
-def inputs(b=2, hq=4, hk=2, sq=5, sk=7, d=8, dv=6, dtype=torch.float64, grad=True):
-    return tuple(randn(*shape, dtype=dtype, grad=grad) for shape in ((b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv)))
+def inputs(b=2, hq=4, hk=2, sq=5, sk=7, d=8, dv=6, **options):
+    return tuple(randn(*shape, **options) for shape in ((b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv)))
 
 
 def leaves(*tensors):
