@@ -4,6 +4,8 @@ import torch
 
 from ._torch_eager import attend
 
+WIDEST = 256  # the greatest head dim of values
+
 
 def draw_seed(device):
     """int64 [seed, offset] from torch's generator of a device; stays there, so that nothing waits for it."""
@@ -15,6 +17,24 @@ def seed_tensor(seed, device):
     key = torch.zeros(2, dtype=torch.int64, device=device)
     key[:1].fill_(seed - 2**64 if seed >= 2**63 else seed)
     return key
+
+
+def bounds(window):
+    """A window of flash_attn's, in which -1 (any negative number) is no bound, as `attention` takes it. None is none, too."""
+    left, right = window
+    return None if left is None or left < 0 else left, None if right is None or right < 0 else right
+
+
+def attention_matrix(q, k, run):
+    """The weights [b, hq, sq, sk] of attention of q to k [b, s, h, d]: run(v) is what it makes of values v, [b, sq, hq, dv], and
+    of unit vectors it makes columns of its weights. Differentiable where run is.
+    """
+    b, keys, heads = k.shape[:3]
+    if keys == 0:
+        return q.new_zeros(b, q.shape[2], q.shape[1], 0)
+    unit = torch.eye(keys, dtype=q.dtype, device=q.device)
+    columns = [run(part[None, :, None].expand(b, keys, heads, -1)) for part in unit.split(WIDEST, 1)]
+    return torch.cat(columns, -1).transpose(1, 2)
 
 
 def attention(

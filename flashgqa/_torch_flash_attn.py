@@ -5,18 +5,19 @@ Here the log-sum-exp of a row that sees no key is -inf (there it is inf), and S_
 
 import torch
 
-from ._torch_attention import draw_seed
+from ._torch_attention import bounds, draw_seed
 from ._torch_eager import attend
 from ._torch_kvcache import gathered_pages, packed_again, padded_rows, with_kvcache
+from ._torch_packing import unbound
+from ._torch_rotary import rotary_tables
 
 
 def _run(
     q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, layout=None,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
 ):  # fmt: skip
-    left, right = window_size
     options = (
-        causal, (None if left < 0 else left, None if right < 0 else right), "bottom-right", None, softmax_scale,
+        causal, bounds(window_size), "bottom-right", None, softmax_scale,
         softcap if softcap != 0 else None, None, None, alibi_slopes, None, None, None, cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q, max_seqlen_k, dropout_p, None if dropout_p == 0 else draw_seed(q.device), layout, None,
         deterministic or torch.are_deterministic_algorithms_enabled(), False, None, False, None, None,
@@ -44,7 +45,7 @@ def flash_attn_kvpacked_func(
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with kv [b, sk, 2, hk, d]."""
-    k, v = kv.unbind(-3)
+    k, v = unbound(kv, 2, "kv")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -55,7 +56,7 @@ def flash_attn_qkvpacked_func(
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` with qkv [b, s, 3, h, d]."""
-    q, k, v = qkv.unbind(-3)
+    q, k, v = unbound(qkv, 3, "qkv")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
     )
@@ -95,7 +96,7 @@ def flash_attn_varlen_kvpacked_func(
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` with kv [total_k, 2, hk, d]."""
-    k, v = kv.unbind(-3)
+    k, v = unbound(kv, 2, "kv")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
         softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -107,7 +108,7 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
     """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` with qkv [total, 3, h, d]."""
-    q, k, v = qkv.unbind(-3)
+    q, k, v = unbound(qkv, 3, "qkv")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,
         alibi_slopes, deterministic, return_attn_probs,
@@ -129,7 +130,7 @@ def flash_attn_with_kvcache(
     """
     out, lse = with_kvcache(
         q, k_cache, v_cache, k, v, cache_lens=cache_seqlens, batch_index=cache_batch_idx, left_pad=cache_leftpad,
-        page_table=block_table, rotary=None if rotary_cos is None else (rotary_cos, rotary_sin),
+        page_table=block_table, rotary=rotary_tables(rotary_cos, rotary_sin),
         rotary_interleaved=rotary_interleaved, causal=causal, window=window_size, scale=softmax_scale,
         softcap=softcap if softcap != 0 else None, alibi_slopes=alibi_slopes,
     )  # fmt: skip

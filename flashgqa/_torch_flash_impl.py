@@ -10,7 +10,7 @@ import warnings
 import torch
 
 from . import _C
-from ._torch_attention import draw_seed
+from ._torch_attention import bounds, draw_seed
 
 try:
     from torch.nn.attention import register_flash_attention_impl
@@ -26,7 +26,7 @@ def _call(
     deterministic = torch.are_deterministic_algorithms_enabled()
     with torch.no_grad():  # _C refuses tensors that require grad elsewhere
         return function(
-            *tensors, causal, tuple(None if side is None or side < 0 else side for side in window), align, None, scale, None,
+            *tensors, causal, bounds(window), align, None, scale, None,
             bool_mask, bias, alibi_slopes, None, None, None, *cu_seqlens, *lengths, dropout_p, seed, layout, None,
             deterministic, False, None, False, None, None,
         )  # fmt: skip

@@ -5,7 +5,7 @@ the cache in place, and pages, or rows that batch_index picks, are copied togeth
 
 import torch
 
-from ._torch_attention import attention
+from ._torch_attention import attention, bounds
 from ._torch_eager import as_autocast
 from ._torch_rotary import apply_rotary_emb
 from .kvcache import attention_with_kvcache
@@ -48,8 +48,7 @@ def with_kvcache(
         cache_lens = page_table.shape[1] * k_cache.shape[1]
     if isinstance(cache_lens, int):
         cache_lens = torch.full((q.shape[0],), cache_lens, dtype=torch.int32, device=q.device)
-    window = tuple(None if side is None or side < 0 else side for side in window)
-    options = dict(causal=causal, window=window, chunk=chunk, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
+    options = dict(causal=causal, window=bounds(window), chunk=chunk, scale=scale, softcap=softcap, alibi_slopes=alibi_slopes)
     more = dict(
         cache_lens=cache_lens, new_lens=new_lens, q_lens=q_lens, page_table=page_table, batch_index=batch_index, left_pad=left_pad
     )

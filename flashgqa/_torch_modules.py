@@ -7,11 +7,9 @@ import torch
 from torch import nn
 
 from . import _heads
-from ._torch_attention import attention
+from ._torch_attention import attention, attention_matrix, bounds
 from ._torch_rotary import RotaryEmbedding, apply_rotary_emb
 from .kvcache import KVCache
-
-WEIGHTS_AT_ONCE = 256  # the widest dv there is
 
 
 def alibi_slopes(num_heads):
@@ -180,7 +178,7 @@ class FlashGQA(nn.Module):
             return out
         if cu_seqlens is not None:
             raise ValueError("need_weights and cu_seqlens are given: weights are for padded sequences")
-        return out, attention_matrix(q, k, options)
+        return out, attention_matrix(q, k, lambda unit: attention(q, k, unit, **options))
 
     def _heads(self, x, x_kv):
         """Queries of x, keys and values of x_kv, [..., heads, head_dim]."""
@@ -270,18 +268,6 @@ def _join(key_padding_mask, mask, k):
     return padding if mask is None else padding & mask
 
 
-def attention_matrix(q, k, options):
-    """Weights [batch, heads, seq, keys] of attention of q and k [batch, seq, heads, d]: what it makes of unit vectors."""
-    batch, keys, heads = k.shape[:3]
-    parts = []
-    for start in range(0, keys, WEIGHTS_AT_ONCE):
-        width = min(WEIGHTS_AT_ONCE, keys - start)
-        unit = torch.zeros(keys, width, dtype=q.dtype, device=q.device)
-        unit.diagonal(-start).fill_(1)
-        parts.append(attention(q, k, unit[None, :, None].expand(batch, keys, heads, width), **options).transpose(1, 2))
-    return torch.cat(parts, -1) if parts else q.new_zeros(batch, q.shape[2], q.shape[1], 0)
-
-
 def _rename_loaded(module, state_dict, prefix, *_):
     """Entries of torch.nn.MultiheadAttention and of flash_attn's MHA under the names of this layer."""
     rows = [module.num_heads * module.head_dim, *[module.num_kv_heads * module.head_dim] * 2]
@@ -339,6 +325,7 @@ class FlashMHA(FlashGQA):
     ):  # fmt: skip
         options = dict(d_model=d_model, num_kv_heads=num_kv_heads, window=window, dropout_p=dropout_p, bias=bias)
         usual = dict(d_model=None, num_kv_heads=None, window=None, dropout_p=0.0, bias=True)
+        given = {name: name for name, value in options.items() if value != usual[name]}
         own = {"head_dim", "scale", "softcap", "rotary_dim", "rotary_base", "rotary_interleaved", "alibi", "out_bias"}
         for name, value in flash_attn.items():
             if name in ("use_flash_attn", "fused_bias_fc", "layer_idx"):
@@ -354,12 +341,12 @@ class FlashMHA(FlashGQA):
                 known = ", ".join(sorted({*self.NAMES, *own}))
                 raise TypeError(f"FlashMHA got an unknown argument {name!r}: beside those of its signature it takes {known}")
             if name == "window_size":
-                value = tuple(None if side is None or side < 0 else side for side in value)
+                value = bounds(value)
                 value = None if value == (None, None) else value
             target = self.NAMES.get(name, name)
-            if target in usual and options[target] != usual[target]:
-                raise TypeError(f"FlashMHA got {target} and {name}, which are the same: give one of them")
-            options[target] = value
+            if target in given:
+                raise TypeError(f"FlashMHA got {given[target]} and {name}, which are the same: give one of them")
+            given[target], options[target] = name, value
         d_model, dropout = options.pop("d_model"), options.pop("dropout_p")
         if d_model is None or num_heads is None:
             raise TypeError("FlashMHA needs d_model (or embed_dim) and num_heads")

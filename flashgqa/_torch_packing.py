@@ -1,7 +1,37 @@
-"""Rows of packed tensors moved together, without waiting for a GPU."""
+"""Packed tensors: q, k and v in one, and rows of sequences moved together without waiting for a GPU."""
 
 import torch
 from torch.nn import functional
+
+
+def unbound(packed, count, name):
+    """The count tensors [..., heads, d] in packed [..., count, heads, d]."""
+    check_packed(packed, count, name)
+    return packed.unbind(-3)
+
+
+def check_packed(packed, count, name):
+    if packed.dim() < 3 or packed.shape[-3] != count:
+        raise ValueError(f"{name} is {list(packed.shape)}: it must be [..., {count}, heads, head dim]")
+
+
+def split_qkv(qkv, num_heads_q, *, to_write=False):
+    """q, k and v [b, s, heads, d] of qkv [b, s, 3, h, d], or of [b, s, hq + 2 hk, d] with num_heads_q = hq.
+
+    to_write: as views that autograd allows to be written; others have the cheaper gradient.
+    """
+    if qkv.dim() == 5:
+        check_packed(qkv, 3, "qkv")
+        return [qkv.select(2, n) for n in range(3)] if to_write else qkv.unbind(2)
+    if qkv.dim() != 4 or num_heads_q is None or qkv.shape[2] < num_heads_q or (qkv.shape[2] - num_heads_q) % 2 != 0:
+        raise ValueError(
+            f"qkv is {list(qkv.shape)} and num_heads_q {num_heads_q}: it must be [batch, seq, 3, heads, head dim], or "
+            "[batch, seq, num_heads_q + 2 KV heads, head dim] with num_heads_q given"
+        )
+    hq, hk = num_heads_q, (qkv.shape[2] - num_heads_q) // 2
+    if to_write:
+        return [qkv.narrow(2, start, count) for start, count in ((0, hq), (hq, hk), (hq + hk, hk))]
+    return qkv.split((hq, hk, hk), 2)
 
 
 def packed_rows(x, starts, lengths):

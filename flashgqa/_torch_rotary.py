@@ -8,6 +8,20 @@ Computed in float32 (float64 for float64) whatever the dtype of x. Su et al., "R
 import torch
 from torch import nn
 
+from ._torch_packing import check_packed, split_qkv
+
+
+def rotary_tables(cos, sin, seqlens=None):
+    """(rotary_cos, rotary_sin) of flash_attn_with_kvcache, or None where it gets neither."""
+    given = {"rotary_cos": cos, "rotary_sin": sin}
+    missing = [name for name, x in given.items() if x is None]
+    if len(missing) == 2 and seqlens is None:
+        return None
+    if missing:
+        there = "rotary_seqlens" if len(missing) == 2 else next(name for name in given if name not in missing)
+        raise ValueError(f"{there} is given without {' and '.join(missing)}: rotary embeddings need both tables, cos and sin")
+    return cos, sin
+
 
 def _rows(positions, tables):
     """Rows of the tables at positions of any shape, [..., 1, r]: one axis more, for the heads."""
@@ -96,16 +110,7 @@ def apply_rotary_emb_qkv_(qkv, cos, sin, cos_k=None, sin_k=None, interleaved=Fal
 
     qkv [batch, seq, 3, heads, d], or [batch, seq, hq + 2 hk, d] with num_heads_q = hq. cos_k and sin_k: other tables for keys.
     """
-    if qkv.dim() == 5:
-        q, k = qkv[:, :, 0], qkv[:, :, 1]
-    elif qkv.dim() == 4 and num_heads_q is not None and (qkv.shape[2] - num_heads_q) % 2 == 0:
-        heads_k = (qkv.shape[2] - num_heads_q) // 2
-        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + heads_k]
-    else:
-        raise ValueError(
-            f"qkv is {list(qkv.shape)} and num_heads_q {num_heads_q}: it must be [batch, seq, 3, heads, head dim], or "
-            "[batch, seq, num_heads_q + 2 KV heads, head dim] with num_heads_q given"
-        )
+    q, k, _ = split_qkv(qkv, num_heads_q, to_write=True)
     apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
     apply_rotary_emb(
         k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved, True, seqlen_offsets
@@ -115,7 +120,8 @@ def apply_rotary_emb_qkv_(qkv, cos, sin, cos_k=None, sin_k=None, interleaved=Fal
 
 def apply_rotary_emb_kv_(kv, cos, sin, interleaved=False, seqlen_offsets=0):
     """Turns the keys of kv [batch, seq, 2, heads, d] in place; returns it."""
-    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    check_packed(kv, 2, "kv")
+    apply_rotary_emb(kv.select(-3, 0), cos, sin, interleaved, True, seqlen_offsets)
     return kv
 
 

@@ -20,7 +20,7 @@ softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attenti
 
 import torch
 
-from ._torch_attention import attention, draw_seed
+from ._torch_attention import attention, attention_matrix, draw_seed
 from ._transformers_masks import IntervalMask, create
 
 __all__ = ["IntervalMask", "attention_forward", "register"]
@@ -162,6 +162,4 @@ def attention_forward(
     out = run(v)
     if not wanted:
         return out, None
-    identity = torch.eye(k.shape[1], dtype=v.dtype, device=v.device)
-    columns = [run(part[:, None, :].expand(*k.shape[:3], -1)) for part in identity.split(256, dim=1)]
-    return out, torch.cat(columns, dim=-1).transpose(1, 2)
+    return out, attention_matrix(q, k, run)

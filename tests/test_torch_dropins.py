@@ -286,6 +286,7 @@ def test_signatures(name):
         ({}, {}),
         (dict(causal=True, softmax_scale=0.2), dict(causal=True, scale=0.2)),
         (dict(window_size=(3, -1)), dict(window=(3, None))),
+        (dict(window_size=(None, 0)), dict(window=(None, 0))),
         (dict(window_size=(2, 0), softcap=5.0, causal=True), dict(window=(2, 0), softcap=5.0, causal=True)),
         (dict(alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3])), dict(alibi_slopes=torch.tensor([0.5, 0.1, 0.2, 0.3]))),
     ],
@@ -348,6 +349,10 @@ def test_flash_attn_rows_without_keys_and_dropout():
 
 def test_flash_attn_errors():
     q, k, v = randn(4, 2, 8), randn(4, 2, 8), randn(4, 2, 8)
+    with pytest.raises(ValueError, match=r"qkv is \[4, 2, 8\]: it must be \[..., 3, heads, head dim\]"):
+        fg.flash_attn_qkvpacked_func(q)
+    with pytest.raises(ValueError, match=r"kv is \[1, 4, 2, 8\]: it must be \[..., 2, heads, head dim\]"):
+        fg.flash_attn_kvpacked_func(q[None], q[None])
     cu = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(ValueError, match="max_q"):
         fg.flash_attn_varlen_func(q, k, v, cu, cu, 3, 4)

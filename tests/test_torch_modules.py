@@ -14,16 +14,12 @@ import flashgqa
 torch = pytest.importorskip("torch")
 
 from torch.nn import functional as F  # noqa: E402
-from torch_tools import DEVICES, gradients, on_devices, randn, seeded, turned  # noqa: E402, F401
+from torch_tools import DEVICES, gradients, near, on_devices, randn, seeded, tables, turned  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 from flashgqa.torch import bert_padding  # noqa: E402
 from flashgqa.torch.layers import rotary  # noqa: E402
 from flashgqa.torch.modules import mha  # noqa: E402
-
-
-def near(got, expected, device="cpu"):
-    torch.testing.assert_close(got, expected, rtol=0, atol=DEVICES[device][1], check_dtype=False)
 
 
 def make(device, *arguments, kind=fg.FlashGQA, **options):
@@ -261,6 +257,18 @@ def test_flash_attns_mha_in_generation(device):
         params.seqlen_offset, params.lengths_per_sample = 6, torch.tensor([6, 4], device=device)
         step = layer(torch.stack([x[0, 6:7], x[1, 4:5]]), inference_params=params)
     near(step[:, 0], torch.stack([whole[0, 6], whole[1, 4]]), device)
+    # The same in the last rows of a larger cache.
+    larger = types.SimpleNamespace(**{**vars(params), "batch_size_offset": 1})
+    larger.lengths_per_sample = torch.tensor([9, 6, 4], device=device)
+    memory = params.key_value_memory_dict[3].roll(1, 0)
+    memory[0] = 7
+    larger.key_value_memory_dict = {3: memory}
+    with torch.no_grad():
+        again = layer(torch.stack([x[0, 6:7], x[1, 4:5]]), inference_params=larger)
+        assert torch.equal(again, step) and memory[0].eq(7).all()
+        larger.batch_size_offset = 2
+        with pytest.raises(ValueError, match="batch 2 to 4 is not in a cache"):
+            layer(x[:, :1], inference_params=larger)
     params.seqlen_offset, params.lengths_per_sample = 9, None
     plain = make(device, 32, 4, 2, kind=mha.MHA, layer_idx=3)
     with pytest.raises(ValueError, match="does not fit"), torch.no_grad():
@@ -283,8 +291,42 @@ def test_flash_attns_mha_cross_packed_and_convolved():
         layer = mha.MHA(32, 4, heads, causal=True, dwconv=True)     # float64 convolutions take seconds
         x = x.float()
         torch.testing.assert_close(layer(x)[:, :6], layer(x[:, :6]))
-    with pytest.raises(ValueError, match="cross_attn"):
+    with pytest.raises(ValueError, match="cross_attn=True"):
         layer(x, y)
+
+
+def test_flash_attns_mha_errors():
+    for arguments in ((30, 4), (32, 4, 3), (32, 0)):
+        with pytest.raises(ValueError, match="each must be a multiple of the next"):
+            mha.MHA(*arguments)
+    with pytest.raises(ValueError, match="rotary_emb_dim and cross_attn are given"):
+        mha.MHA(32, 4, cross_attn=True, rotary_emb_dim=4)
+    x, padding, cu_seqlens = torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool), torch.tensor([0, 9], dtype=torch.int32)
+    for options, more in (
+        ({}, dict(key_padding_mask=padding)),
+        (dict(dwconv=True), {}),
+        (dict(rotary_emb_dim=4), {}),
+    ):
+        with pytest.raises(ValueError, match="cu_seqlens is given: key_padding_mask, dwconv and rotary"):
+            mha.MHA(32, 4, **options)(x[0], cu_seqlens=cu_seqlens, max_seqlen=9, **more)
+    params = types.SimpleNamespace(
+        max_seqlen=10, max_batch_size=2, seqlen_offset=0, batch_size_offset=0, key_value_memory_dict={}, lengths_per_sample=None
+    )
+    for options, more in (({}, dict(key_padding_mask=padding)), ({}, dict(cu_seqlens=cu_seqlens)), (dict(dwconv=True), {})):
+        with pytest.raises(ValueError, match="inference_params is given: key_padding_mask, cu_seqlens and dwconv"):
+            mha.MHA(32, 4, layer_idx=0, **options)(x, inference_params=params, **more)
+    with pytest.raises(ValueError, match="the layer needs layer_idx"):
+        mha.MHA(32, 4)(x, inference_params=params)
+    params.seqlen_offset, params.lengths_per_sample = 3, torch.tensor([3, 3])
+    with pytest.raises(ValueError, match="has no cache of this layer"):
+        mha.MHA(32, 4, layer_idx=0)(x[:, :1], inference_params=params)
+    layer = mha.MHA(32, 4, layer_idx=0, rotary_emb_dim=4, rotary_emb_scale_base=512)
+    params.key_value_memory_dict[0] = layer.allocate_inference_cache(2, 10)
+    with pytest.raises(NotImplementedError, match="have no xPos"):
+        layer(x[:, :1], inference_params=params)
+    for module, tensors in ((mha.FlashSelfAttention(), (x[..., None],)), (mha.FlashCrossAttention(), (x, x[:, None]))):
+        with pytest.raises(ValueError, match=r"must be \[..., [23], heads, head dim\]"):
+            module(*tensors)
 
 
 def test_flash_mha_takes_flash_attns_arguments():
@@ -297,8 +339,13 @@ def test_flash_mha_takes_flash_attns_arguments():
     assert fg.FlashMHA(32, 4, out_proj_bias=False, window_size=(-1, -1)).W_q.bias is not None
     with pytest.raises(TypeError, match="unknown argument 'heads'"):
         fg.FlashMHA(32, 4, heads=2)
-    with pytest.raises(TypeError, match="are the same"):
-        fg.FlashMHA(32, 4, num_kv_heads=2, num_heads_kv=2)
+    for options in (
+        dict(num_kv_heads=2, num_heads_kv=2), dict(scale=0.1, softmax_scale=0.2), dict(alibi=False, use_alibi=True),
+        dict(rotary_emb_dim=4, rotary_dim=4), dict(d_model=32, embed_dim=32),
+    ):  # fmt: skip
+        first, second = options
+        with pytest.raises(TypeError, match=f"FlashMHA got {first} and {second}, which are the same"):
+            fg.FlashMHA(num_heads=4, **{"d_model": 32, **options})
     with pytest.raises(TypeError, match="needs d_model"):
         fg.FlashMHA(num_heads=4)
     with pytest.raises(NotImplementedError, match="dwconv"):
@@ -306,11 +353,6 @@ def test_flash_mha_takes_flash_attns_arguments():
 
 
 # ---- rotary embeddings ----
-
-
-def tables(count, dim, dtype=torch.float64, device="cpu", base=10000.0):
-    angles = torch.arange(count).double()[:, None] * base ** -(torch.arange(0, dim, 2).double() / dim)
-    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -354,8 +396,15 @@ def test_rotary_narrow_dtypes_and_errors():
         rotary.apply_rotary_emb(x[..., :6], cos, sin)
     with pytest.raises(ValueError, match=r"x is \[5, 3, 8\]"):
         rotary.apply_rotary_emb(x[0], cos, sin)
-    with pytest.raises(ValueError, match="num_heads_q"):
-        rotary.apply_rotary_emb_qkv_(x, cos, sin)
+    for number in (None, 4, 2):
+        with pytest.raises(ValueError, match=rf"qkv is \[2, 5, 3, 8\] and num_heads_q {number}: it must be"):
+            rotary.apply_rotary_emb_qkv_(x, cos, sin, num_heads_q=number)
+    for call, name in ((rotary.apply_rotary_emb_qkv_, "qkv"), (rotary.apply_rotary_emb_kv_, "kv")):
+        with pytest.raises(ValueError, match=rf"^{name} is \[2, 5, 1, 3, 8\]: it must be"):
+            call(x[:, :, None], cos, sin)
+    # Queries alone: as many heads as num_heads_q.
+    alone = rotary.apply_rotary_emb_qkv_(x.detach().clone(), cos, sin, num_heads_q=3)
+    assert torch.equal(alone, rotary.apply_rotary_emb(x, cos, sin))
 
 
 @pytest.mark.parametrize("scale_base", [None, 512])

@@ -7,16 +7,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch_tools import DEVICES, gradients, on_devices, randn, seeded  # noqa: E402, F401
+from torch_tools import DEVICES, gradients, near, on_devices, randn, seeded  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 from flashgqa._torch_packing import moved_rows  # noqa: E402
 from flashgqa.torch import fa3, xops  # noqa: E402
 from flashgqa.torch.xops.fmha import attn_bias  # noqa: E402
-
-
-def near(got, expected, device="cpu"):
-    torch.testing.assert_close(got, expected, rtol=0, atol=DEVICES[device][1])
 
 
 def make(device, *shapes):
@@ -73,8 +69,13 @@ def test_fa3_dense():
     for options in (dict(qv=q), dict(q_descale=q), dict(v_descale=q)):
         with pytest.raises(NotImplementedError, match="must be None"):
             fa3.flash_attn_func(q, k, v, **options)
-    with pytest.raises(ValueError, match="num_heads_q"):
+    with pytest.raises(ValueError, match=r"qkv is \[2, 9, 8, 8\] and num_heads_q None: it must be"):
         fa3.flash_attn_qkvpacked_func(packed)
+    with pytest.raises(ValueError, match="k has 0 heads"):
+        fa3.flash_attn_qkvpacked_func(packed, num_heads_q=8)
+    for name in ("rotary_sin", "rotary_seqlens"):
+        with pytest.raises(ValueError, match=f"{name} is given without rotary_cos"):
+            fa3.flash_attn_with_kvcache(q, k, v, **{name: q})
 
 
 @on_devices
@@ -284,13 +285,13 @@ def test_xformers_dropout_and_errors():
         xops.memory_efficient_attention(*[q.expand(2, 9, 2, 8)] * 3, bias)
     with pytest.raises(ValueError, match="query, key and value are"):
         xops.memory_efficient_attention(q, q[0], q)
-    for call in (
-        lambda: attn_bias.LocalAttentionFromBottomRightMask(-1, 0),
-        lambda: attn_bias.LowerTriangularFromBottomRightMask().make_local_attention(0),
-        lambda: attn_bias.BlockDiagonalMask.from_seqlens([1], device="cpu").make_local_attention(0),
-        lambda: attn_bias.BlockDiagonalMask.from_seqlens([1], [1, 2]),
-        lambda: attn_bias.BlockDiagonalPaddedKeysMask.from_seqlens([1], 2, [3]),
-        lambda: attn_bias.BlockDiagonalGappyKeysMask.from_seqlens([1], [0], [3]),
+    for call, text in (
+        (lambda: attn_bias.LocalAttentionFromBottomRightMask(-1, 0), "window_left is -1, window_right 0: both must be at"),
+        (lambda: attn_bias.LowerTriangularFromBottomRightMask().make_local_attention(0), "window_size is 0: it must be at"),
+        (lambda: attn_bias.BlockDiagonalMask.from_seqlens([1], device="cpu").make_local_attention(0), "window_size is 0"),
+        (lambda: attn_bias.BlockDiagonalMask.from_seqlens([1], [1, 2]), "q_seqlen has 1 sequences and kv_seqlen 2: both must"),
+        (lambda: attn_bias.BlockDiagonalPaddedKeysMask.from_seqlens([1], 2, [3]), r"kv_seqlen is \[3\] and kv_padding 2: no"),
+        (lambda: attn_bias.BlockDiagonalGappyKeysMask.from_seqlens([1], [0], [3]), "have 1, 1 and 1 entries: the last must"),
     ):
-        with pytest.raises(ValueError, match="must|may"):
+        with pytest.raises(ValueError, match=text):
             call()

@@ -45,6 +45,17 @@ def turned(x, positions, dim, interleaved=False, base=10000.0):
     return torch.cat([(pairs if interleaved else pairs.mT).flatten(-2), rest], -1)
 
 
+def tables(count, dim, dtype=torch.float64, device="cpu", base=10000.0):
+    """cos and sin of rotary embeddings, [count, dim / 2]."""
+    angles = torch.arange(count).double()[:, None] * base ** -(torch.arange(0, dim, 2).double() / dim)
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def near(got, expected, device="cpu"):
+    """Equal, but for the rounding of the dtype that DEVICES gives the device."""
+    torch.testing.assert_close(got, expected, rtol=0, atol=DEVICES[device][1], check_dtype=False)
+
+
 def assert_equal(got, expected):
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b)

@@ -6,10 +6,11 @@ change nothing here. The log-sum-exp is returned by return_attn_probs, float32 [
 
 import torch
 
-from .._torch_attention import attention
+from .._torch_attention import attention, bounds
 from .._torch_attention import merge as _merge
 from .._torch_kvcache import packed_again, padded_rows, with_kvcache
-from .._torch_packing import packed_rows, unpacked_rows
+from .._torch_packing import packed_rows, split_qkv, unpacked_rows
+from .._torch_rotary import rotary_tables
 
 
 def _refuse(qv=None, **scales):
@@ -20,12 +21,11 @@ def _refuse(qv=None, **scales):
 
 
 def _run(q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, deterministic, **more):
-    left, right = window_size
     return attention(
         q, k, v,
         scale=softmax_scale,
         causal=causal,
-        window=(None if left is None or left < 0 else left, None if right is None or right < 0 else right),
+        window=bounds(window_size),
         chunk=attention_chunk or None,
         softcap=softcap or None,
         deterministic=deterministic,
@@ -49,16 +49,7 @@ def flash_attn_qkvpacked_func(
     attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_attn_probs=False,
 ):  # fmt: skip
     """`flash_attn_func` with qkv [b, s, 3, h, d], or [b, s, hq + 2 hk, d] with num_heads_q = hq."""
-    if qkv.dim() == 5:
-        q, k, v = qkv.unbind(-3)
-    elif num_heads_q is None or qkv.dim() != 4 or (qkv.shape[2] - num_heads_q) % 2 != 0 or qkv.shape[2] <= num_heads_q:
-        raise ValueError(
-            f"qkv is {list(qkv.shape)} and num_heads_q {num_heads_q}: it must be [batch, seq, 3, heads, head dim], or "
-            "[batch, seq, num_heads_q + 2 KV heads, head dim] with num_heads_q given"
-        )
-    else:
-        heads_k = (qkv.shape[2] - num_heads_q) // 2
-        q, k, v = qkv.split((num_heads_q, heads_k, heads_k), -2)
+    q, k, v = split_qkv(qkv, num_heads_q)
     return flash_attn_func(
         q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk, softcap,
         deterministic=deterministic, return_attn_probs=return_attn_probs,
@@ -125,7 +116,7 @@ def flash_attn_with_kvcache(
         k, v = (padded_rows(x, cu_seqlens_k_new, longest) for x in (k, v))
     out, lse = with_kvcache(
         q, k_cache, v_cache, k, v, cache_lens=cache_seqlens, new_lens=new_lens, q_lens=q_lens, batch_index=cache_batch_idx,
-        left_pad=cache_leftpad, page_table=page_table, rotary=None if rotary_cos is None else (rotary_cos, rotary_sin),
+        left_pad=cache_leftpad, page_table=page_table, rotary=rotary_tables(rotary_cos, rotary_sin, rotary_seqlens),
         rotary_interleaved=rotary_interleaved, rotary_offsets=rotary_seqlens, causal=causal, window=window_size,
         chunk=attention_chunk or None, scale=softmax_scale, softcap=softcap or None,
     )  # fmt: skip

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..._torch_attention import attention
+from ..._torch_attention import attention, bounds
 from ..._torch_flash_attn import flash_attn_with_kvcache
 from ..._torch_modules import alibi_slopes as _alibi_slopes
+from ..._torch_packing import unbound
 from ..._torch_rotary import RotaryEmbedding
 
 
@@ -18,12 +19,11 @@ def get_alibi_slopes(nheads):
 
 
 def _attend(module, q, k, v, causal, lengths, key_padding_mask):
-    left, right = module.window_size
     slopes = module.alibi_slopes
     return attention(
         q, k, v,
         causal=module.causal if causal is None else causal,
-        window=(None if left < 0 else left, None if right < 0 else right),
+        window=bounds(module.window_size),
         scale=module.softmax_scale,
         alibi_slopes=None if slopes is None else slopes.float(),
         mask=None if key_padding_mask is None else key_padding_mask[:, None, None].bool(),
@@ -49,7 +49,7 @@ class FlashSelfAttention(nn.Module):
         lengths = cu_seqlens is not None and dict(
             cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_q=max_seqlen, max_kv=max_seqlen
         )
-        return _attend(self, *qkv.unbind(-3), causal, lengths, key_padding_mask)
+        return _attend(self, *unbound(qkv, 3, "qkv"), causal, lengths, key_padding_mask)
 
 
 class FlashCrossAttention(nn.Module):
@@ -70,7 +70,7 @@ class FlashCrossAttention(nn.Module):
         lengths = cu_seqlens is not None and dict(
             cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens_k, max_q=max_seqlen, max_kv=max_seqlen_k
         )
-        return _attend(self, q, *kv.unbind(-3), causal, lengths, key_padding_mask)
+        return _attend(self, q, *unbound(kv, 2, "kv"), causal, lengths, key_padding_mask)
 
 
 class MHA(nn.Module):
@@ -171,7 +171,14 @@ class MHA(nn.Module):
         """Attention of q to the cache of this layer, with kv added to each sequence at its own length."""
         if self.layer_idx not in inference_params.key_value_memory_dict:
             raise ValueError("inference_params.seqlen_offset is not 0 and its key_value_memory_dict has no cache of this layer")
-        cache, inner = inference_params.key_value_memory_dict[self.layer_idx][: q.shape[0]], self.inner_cross_attn
+        first, inner = inference_params.batch_size_offset, self.inner_cross_attn
+        rows = slice(first, first + q.shape[0])
+        cache, lengths = inference_params.key_value_memory_dict[self.layer_idx][rows], inference_params.lengths_per_sample[rows]
+        if not cache.shape[0] == lengths.shape[0] == q.shape[0]:
+            raise ValueError(
+                f"inference_params: batch {first} to {first + q.shape[0]} is not in a cache and lengths_per_sample of "
+                f"{cache.shape[0]} and {lengths.shape[0]} rows from there on; raise max_batch_size"
+            )
         rotary = {}
         if self.rotary_emb_dim > 0:
             if self.rotary_emb.scale is not None:
@@ -181,7 +188,7 @@ class MHA(nn.Module):
             rotary["rotary_interleaved"] = self.rotary_emb.interleaved
         slopes = inner.alibi_slopes
         return flash_attn_with_kvcache(
-            q, *cache.unbind(2), *kv.unbind(2), cache_seqlens=inference_params.lengths_per_sample[: q.shape[0]].int(),
+            q, *cache.unbind(2), *kv.unbind(2), cache_seqlens=lengths.int(),
             softmax_scale=inner.softmax_scale, causal=inner.causal, window_size=inner.window_size,
             alibi_slopes=None if slopes is None else slopes.float(), **rotary,
         )  # fmt: skip
@@ -196,7 +203,8 @@ class MHA(nn.Module):
         key_padding_mask [batch, seq]: True for a token. mixer_subset: rows of x that ask, with cross_attn.
         inference_params: an object with max_seqlen, max_batch_size, seqlen_offset, batch_size_offset, key_value_memory_dict and
         lengths_per_sample (or None), as flash_attn.utils.generation has it; keys and values of x go to positions seqlen_offset
-        on, or after the first call, where seqlen_offset is 0, to lengths_per_sample [batch] on.
+        on, or after the first call, where seqlen_offset is 0, to lengths_per_sample [batch] on; in rows batch_size_offset on of
+        the cache and of lengths_per_sample.
         """
         if cu_seqlens is not None and (key_padding_mask is not None or self.dwconv or self.rotary_emb_dim > 0):
             raise ValueError("cu_seqlens is given: key_padding_mask, dwconv and rotary embeddings do not go with it")

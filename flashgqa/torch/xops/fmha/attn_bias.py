@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ....reference import visible
+
 # ---- what an object means ----
 
 
@@ -73,23 +75,17 @@ class AttentionBias:
         """The mask as a tensor of shape [..., queries, keys], 0 or -inf: for tests, slow."""
         rule = rule_of(self)
         if rule.rows is None:
-            allowed = _allowed(*shape[-2:], rule)
+            allowed = _seen(*shape[-2:], rule)
         else:
             allowed = torch.zeros(shape[-2:], dtype=torch.bool)
             for (q0, q1), (k0, k1) in zip(rule.rows.intervals(), rule.keys.intervals(), strict=True):
-                allowed[q0:q1, k0:k1] = _allowed(q1 - q0, k1 - k0, rule)
+                allowed[q0:q1, k0:k1] = _seen(q1 - q0, k1 - k0, rule)
         mask = torch.zeros(shape[-2:], dtype=dtype).masked_fill(~allowed, -torch.inf).to(device)
         return (mask if rule.bias is None else mask + rule.bias).expand(shape)
 
 
-def _allowed(queries, keys, rule):
-    diagonal = torch.arange(queries)[:, None] + (keys - queries if rule.align == "bottom-right" else 0)
-    left, right = rule.window or (None, None)
-    right = min(0, right or 0) if rule.causal else right
-    distance = torch.arange(keys) - diagonal
-    seen = torch.ones(queries, keys, dtype=torch.bool)
-    seen = seen if left is None else seen & (distance >= -left)
-    return seen if right is None else seen & (distance <= right)
+def _seen(queries, keys, rule):
+    return torch.from_numpy(visible(queries, keys, causal=rule.causal, window=rule.window, align=rule.align))
 
 
 # ---- one sequence ----
