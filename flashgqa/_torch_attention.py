@@ -91,6 +91,13 @@ cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, ch
     -------
     out, lse : torch.Tensor
         As in `flashgqa.attention`.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `flashgqa.attention`; TypeError for what is no torch.Tensor.
+    torch.OutOfMemoryError
+        Results or workspace do not fit into memory.
     """
     given = not (
         mask is bias is alibi_slopes is sink is q_lens is kv_lens is cu_seqlens_q is cu_seqlens_kv is None and dropout_p == 0
@@ -122,7 +129,17 @@ def merge(outs, lses, *, layout=None):
     Returns
     -------
     out, lse : torch.Tensor
-        As `attention` would have returned them.
+        As `attention` would have returned them. A row that no part sees is 0, with lse -inf.
+
+    Raises
+    ------
+    ValueError
+        No parts, not one lse for each out, or shapes and dtypes that differ.
+
+    Notes
+    -----
+    With sink, exactly one part may have it: lse counts it. Milakov and Gimelshein, "Online normalizer calculation for softmax"
+    (arXiv:1805.02867).
     """
     if layout not in (None, "bhsd", "bshd"):
         raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')

@@ -31,9 +31,46 @@ def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """flash_attn.flash_attn_func: q [b, sq, hq, d], k and v [b, sk, hk, d], out as q.
+    """flash_attn.flash_attn_func: same arguments, same meaning, gradients of q, k and v.
 
-    Returns out, or (out, lse [b, hq, sq], None) with return_attn_probs.
+    Parameters
+    ----------
+    q : torch.Tensor, [b, sq, hq, d]
+        float16, bfloat16 or float32; float64 on the CPU. Any strides with the last axis contiguous are read in place.
+    k, v : torch.Tensor, [b, sk, hk, d]
+        Of q's dtype; query head h reads KV head h // (hq / hk).
+    dropout_p : float
+        Probability with which a weight is dropped; 0 for evaluation. Seeded from torch's generator of q's device.
+    softmax_scale : float, optional
+        Factor of the scores, default 1 / sqrt(d).
+    causal : bool
+        Row i sees keys up to i + sk - sq.
+    window_size : (left, right)
+        Row i sees keys from i + sk - sq - left to i + sk - sq + right; -1 or None: no bound.
+    softcap : float
+        Scores become softcap * tanh(score / softcap); 0: none.
+    alibi_slopes : torch.Tensor, [hq] or [b, hq], float32, optional
+        -slope * |i + sk - sq - j| is added to the score of row i and key j. No gradient.
+    deterministic : bool
+        False lets the order of additions to q's gradient be free; torch.use_deterministic_algorithms(True) forces True.
+    return_attn_probs : bool
+        Whether lse is returned.
+
+    Returns
+    -------
+    out : torch.Tensor, [b, sq, hq, d]
+        A row that sees no key is 0. With return_attn_probs (out, lse, None): lse [b, hq, sq] float32, -inf for such a row.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument and what it must be.
+    NotImplementedError
+        No kernel serves the request, such as float64 on a GPU; or a second or forward-mode derivative.
+
+    Notes
+    -----
+    Dao, "FlashAttention-2" (arXiv:2307.08691).
     """
     return _run(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, "bshd"
@@ -44,7 +81,9 @@ def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with kv [b, sk, 2, hk, d]."""
+    """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` of q [b, sq, hq, d] with k and v in kv [b, sk, 2, hk, d], which gets
+    their gradient as one.
+    """
     k, v = unbound(kv, 2, "kv")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -55,7 +94,7 @@ def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` with qkv [b, s, 3, h, d]."""
+    """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` of qkv [b, s, 3, h, d]; out [b, s, h, d]. One gradient, qkv's."""
     q, k, v = unbound(qkv, 3, "qkv")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
@@ -66,13 +105,33 @@ def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
 ):  # fmt: skip
-    """flash_attn.flash_attn_varlen_func: q [total_q, hq, d], k and v [total_k, hk, d], cu_seqlens int32 [b + 1].
+    """flash_attn.flash_attn_varlen_func: `flash_attn_func` of b sequences that lie one after the other, of any lengths, also 0.
 
-    With block_table int32 [b, columns] k and v are pages [pages, page_size, hk, d], of any page size: read where they are on the
-    CPU without gradients and dropout, copied together otherwise, with gradients.
+    Parameters
+    ----------
+    q : torch.Tensor, [total_q, hq, d]
+    k, v : torch.Tensor, [total_k, hk, d]
+        Or pages [pages, page_size, hk, d], of any page size, with block_table.
+    cu_seqlens_q, cu_seqlens_k : torch.Tensor, int32 [b + 1]
+        Sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1]; causal and windows count in each by itself.
+    max_seqlen_q, max_seqlen_k : int
+        At least the longest length.
+    block_table : torch.Tensor, int32 [b, columns], optional
+        The pages of each sequence in their order: read where they are on the CPU without gradients and dropout, copied together
+        otherwise, with gradients.
+    dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
+        As in `flash_attn_func`.
 
-    Returns out, or (out, lse [hq, total_q], None) with return_attn_probs. A max_seqlen that is too small is a ValueError, but
-    for max_seqlen_k where pages are read in place: lengths come from cu_seqlens_k there.
+    Returns
+    -------
+    out : torch.Tensor, [total_q, hq, d]
+        With return_attn_probs (out, lse [hq, total_q], None).
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `flash_attn_func`. On the CPU also for a max_seqlen that is too small, but for max_seqlen_k where pages are read in
+        place (lengths come from cu_seqlens_k there), and for offsets that decrease.
     """
     if block_table is not None:
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
@@ -95,7 +154,7 @@ def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` with kv [total_k, 2, hk, d]."""
+    """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` of q [total_q, hq, d] and kv [total_k, 2, hk, d]."""
     k, v = unbound(kv, 2, "kv")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale, causal, window_size,
@@ -107,7 +166,7 @@ def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
 ):  # fmt: skip
-    """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` with qkv [total, 3, h, d]."""
+    """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` of qkv [total, 3, h, d], cu_seqlens int32 [b + 1]."""
     q, k, v = unbound(qkv, 3, "qkv")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal, window_size, softcap,

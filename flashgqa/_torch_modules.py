@@ -78,6 +78,15 @@ class FlashGQA(nn.Module):
         The slopes of `alibi_slopes` in every head.
     bias, out_bias : bool
         Whether W_q, W_k, W_v have a bias, and W_o; out_bias as bias by default.
+
+    Raises
+    ------
+    ValueError
+        Widths and heads that do not divide, a rotary_dim that is odd or beyond the head dim, dropout that is no probability.
+
+    Notes
+    -----
+    Ainslie et al., "GQA" (arXiv:2305.13245); Shazeer, "Fast Transformer Decoding" (MQA, arXiv:1911.02150).
     """
 
     def __init__(
@@ -146,6 +155,13 @@ class FlashGQA(nn.Module):
         Returns
         -------
         out : torch.Tensor, as x; with need_weights (out, weights)
+
+        Raises
+        ------
+        ValueError
+            Arguments that do not go together, masks of other shapes, a cache that is full or of another layout.
+        RuntimeError
+            A cache while gradients are recorded.
         """
         if cu_seqlens is not None and any(y is not None for y in (x_kv, key_padding_mask, mask, cache)):
             raise ValueError("cu_seqlens is given: x_kv, key_padding_mask, mask and cache do not go with it")

@@ -42,9 +42,33 @@ def scaled_dot_product_attention(
     """torch.nn.functional.scaled_dot_product_attention: same arguments, same meaning, gradients of query, key, value and a
     float attn_mask.
 
-    query [..., hq, sq, d], key [..., hk, sk, d], value [..., hk, sk, dv]; leading axes broadcast. attn_mask: bool (True: may
-    attend), or float, added to the scores; or a torch.nn.attention.bias.CausalBias. is_causal is top-left. A row that sees no
-    key gives 0. Grouped heads need enable_gqa=True, except that one KV head broadcasts, and are never repeated in memory.
+    Parameters
+    ----------
+    query, key, value : torch.Tensor, [..., hq, sq, d], [..., hk, sk, d], [..., hk, sk, dv]
+        float16, bfloat16 or float32; float64 on the CPU. Leading axes, any number, broadcast, also with none of them.
+    attn_mask : torch.Tensor or torch.nn.attention.bias.CausalBias, optional
+        Broadcasts to [..., hq, sq, sk]: bool (True: may attend), or float, added to the scores, with a gradient.
+    dropout_p : float
+        Probability with which a weight is dropped; there is no training flag.
+    is_causal : bool
+        Row i sees keys j <= i, counted from the start, whatever the lengths; not together with attn_mask.
+    scale : float, optional
+        Factor of the scores, default 1 / sqrt(d).
+    enable_gqa : bool
+        Allows fewer heads in key and value than in query. They are never repeated in memory, unless key and value differ. One KV
+        head broadcasts without it.
+
+    Returns
+    -------
+    out : torch.Tensor, [..., hq, sq, dv]
+        A row that sees no key is 0.
+
+    Raises
+    ------
+    RuntimeError, ValueError
+        RuntimeError where torch's function raises it: mask with is_causal, dtype of the mask, heads that do not divide.
+    NotImplementedError
+        No kernel serves the request; a second or forward-mode derivative.
     """
     if attn_mask is None and dropout_p == 0 and query.dim() == key.dim() == value.dim() == 4:
         # What models call, layer by layer.

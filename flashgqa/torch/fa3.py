@@ -38,7 +38,13 @@ def flash_attn_func(
     q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
     attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
 ):  # fmt: skip
-    """q [b, sq, hq, d], k [b, sk, hk, d], v [b, sk, hk, dv]: out [b, sq, hq, dv], or (out, lse) with return_attn_probs."""
+    """FlashAttention-3's flash_attn_func: q [b, sq, hq, d], k [b, sk, hk, d], v [b, sk, hk, dv], gradients of all three.
+
+    attention_chunk: row i sees only keys of its own chunk of that many, 0 for none. softmax_scale, causal, window_size, softcap,
+    deterministic and errors are those of `flashgqa.torch.flash_attn_func`; there is neither dropout nor ALiBi.
+
+    Returns out [b, sq, hq, dv], or (out, lse [b, hq, sq]) with return_attn_probs.
+    """
     _refuse(qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     result = _run(q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, deterministic, layout="bshd")
     return result if return_attn_probs else result[0]
