@@ -83,13 +83,14 @@ class CudaBackend:
                     return row["name"]
         raise AssertionError(f"no {self.variant} kernel for {stem}{d}")
 
-    def call(self, function, which, qkv, tensors, options):
+    def call(self, function, which, qkv, tensors, options, kernel=None):
         if qkv[0].dtype == np.float64:
             if hypothesis.currently_in_test_context():
                 hypothesis.reject()      # this example, not the test
             pytest.skip("float64 runs on the CPU only")
         options = {name: put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
-        kernel = self.kernel(which, qkv[0].dtype, qkv[0].shape[-1], qkv[2].shape[-1])
+        if which is not None:
+            kernel = self.kernel(which, qkv[0].dtype, qkv[0].shape[-1], qkv[2].shape[-1])
         return function(*map(put, tensors), **options, kernel=kernel)
 
     def attention(self, q, k, v, out=None, **options):
@@ -104,5 +105,12 @@ class CudaBackend:
         result = self.call(flashgqa.attention_backward, "bwd", (q, k, v), (dout, q, k, v, out, lse), options)
         return flashgqa.Gradients(*map(get, result))
 
-    def attention_weights(self, *inputs, **options):
-        pytest.skip("attention_weights runs on the CPU only")
+    def attention_weights(self, q, k, **options):
+        name = "keysum_any" if "reduce" in options else "rows_any"
+        result = self.call(flashgqa.attention_weights, None, (q, k), (q, k), options, self.variant and name)
+        if options.get("cu_seqlens_kv") is not None and "max_kv" not in options and result.numel():
+            # offsets are not read on the host: the result is as wide as k has rows
+            longest = int(np.diff(options["cu_seqlens_kv"]).max(initial=0))
+            assert (result[..., longest:] == 0).all()
+            result = result[..., :longest]
+        return get(result)

@@ -32,7 +32,8 @@ def whole(q, k, v, **options):
 
 
 def assert_same(got, expected):
-    for name, a, b in zip(NAMES, got, expected, strict=False):
+    assert len(got) == len(expected) <= len(NAMES)
+    for name, a, b in zip(NAMES, got, expected, strict=False):      # the first of the five, or all
         assert torch.equal(a, b), name
 
 
@@ -47,7 +48,7 @@ def test_config_and_kernels_name_the_gpu():
     config = flashgqa.show_config()
     assert config["cuda"] is True and config["cuda_reason"] is None and config["cuda_devices"]
     rows = [row for row in flashgqa.kernels() if row["device"] == "cuda"]
-    assert {row["pass"] for row in rows} == {"forward", "backward"}
+    assert {row["pass"] for row in rows} == {"forward", "backward", "weights of rows", "weights by key"}
     assert all(row["available"] for row in rows if "_sm80_" in row["name"])
 
 
@@ -183,7 +184,8 @@ def test_padding_may_hold_nan(dtype, softcap):
 
 # ---- every kernel ----
 
-CUDA_ROWS = [row["name"] for row in flashgqa.kernels() if row["device"] == "cuda" and row["available"]]
+CUDA_ROWS = [row["name"] for row in flashgqa.kernels()
+             if row["device"] == "cuda" and row["available"] and row["pass"] in ("forward", "backward")]
 EVERYTHING = {"softcap": 8.0, "dropout_p": 0.2, "seed": 7, "window": (150, 20), "sink": True, "bias": True, "alibi_slopes": True}
 
 
@@ -420,7 +422,10 @@ def test_tensors_on_the_cpu_among_those_on_the_gpu():
         flashgqa.attention(q, k, v, kv_lens=np.int32([3, 4]))
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
 def test_two_devices():
     q, k, v = qkv()
     with pytest.raises(ValueError, match="k is on cuda:1 but q is on cuda:0"):
@@ -434,12 +439,118 @@ def test_two_devices():
                 assert_same([x.cpu() for x in got], [x.cpu() for x in expected])
 
 
+@two_gpus
+@pytest.mark.parametrize("current", [0, 1])
+def test_everything_on_the_device_that_is_not_current(current):
+    """Graphs, streams of the data's device, NumPy arrays staged to it, a thread without a context, kernels of both families."""
+    data = f"cuda:{1 - current}"
+    problems = ((128, torch.bfloat16, {"causal": True}), (64, torch.float32, {"softcap": 9.0}), (256, torch.float16, {}))
+    for d, dtype, options in problems:
+        inputs = qkv(2, 8, 300, d, dtype=dtype)
+        expected = whole(*inputs, **options)
+        keys = flashgqa.attention_weights(*inputs[:2], reduce="keys", **options)
+        moved = [x.to(data) for x in inputs]
+        with torch.cuda.device(current):
+            got = whole(*moved, **options)
+            with ThreadPoolExecutor(1) as pool:
+                again = pool.submit(whole, *moved, **options).result()
+            got_keys = flashgqa.attention_weights(*moved[:2], reduce="keys", **options)
+            for results in (got, again):
+                assert_same([x.cpu() for x in results], [x.cpu() for x in expected])
+            assert torch.equal(got_keys.cpu(), keys.cpu()) and got_keys.device == torch.device(data)
+            side = torch.cuda.Stream(data)
+            torch.cuda.synchronize(data)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(data), torch.cuda.graph(graph):
+                captured = whole(*moved, **options)
+            given = whole(*moved, **options, stream=side)
+            graph.replay()
+            torch.cuda.synchronize(data)
+            for results in (captured, given):
+                assert_same([x.cpu() for x in results], [x.cpu() for x in expected])
+            assert torch.cuda.current_device() == current
+            if dtype == torch.float32:
+                arrays = [x.cpu().numpy() for x in inputs]
+                close(flashgqa.attention(*arrays, **options, device=data), expected[0].cpu(), 0)
+                assert torch.cuda.current_device() == current
+
+
+@two_gpus
+def test_every_argument_on_another_device_is_named():
+    q, k, v = qkv()
+    other = torch.ones(8, device="cuda:1")
+    for name, x in (("sink", other), ("alibi_slopes", other), ("bias", torch.zeros(130, 130, device="cuda:1"))):
+        with pytest.raises(ValueError, match=f"{name} is on cuda:1 but q is on cuda:0"):
+            flashgqa.attention(q, k, v, **{name: x})
+    with pytest.raises(ValueError, match="out is on cuda:1 but q is on cuda:0"):
+        flashgqa.attention(q, k, v, out=torch.empty_like(q, device="cuda:1"))
+    out, lse = flashgqa.attention(q, k, v, return_lse=True)
+    with pytest.raises(ValueError, match=r"cuda:1 but .* is on cuda:0"):
+        flashgqa.merge([out, out.to("cuda:1")], [lse, lse.to("cuda:1")])
+
+
+@two_gpus
+def test_both_devices_at_once_from_two_threads():
+    inputs = [[x.to(f"cuda:{n}") for x in qkv(2, 8, 700, 128, dtype=torch.bfloat16)] for n in range(2)]
+    expected = [x.cpu() for x in whole(*inputs[0], causal=True)]
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(lambda x: [whole(*x, causal=True) for _ in range(20)], x) for x in inputs]
+        for future in futures:
+            for results in future.result():
+                assert_same([x.cpu() for x in results], expected)
+
+
+# ---- weights ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_of_long_sequences_agree_with_the_cpu(dtype):
+    q, k, _ = qkv(1, 8, 900, 72, sk=1500, dtype=dtype)
+    options = {"window": (700, 30), "softcap": 20.0}
+    rows = [899, 0, 5, 6, 450]
+    on_cpu = q.double().cpu(), k.double().cpu()
+    by_row = flashgqa.attention_weights(q, k, rows=rows, **options)
+    by_key = flashgqa.attention_weights(q, k, reduce="keys", **options)
+    assert by_row.dtype == by_key.dtype == torch.float32 and by_row.device == q.device and by_row.shape == (1, 8, 5, 1500)
+    close(by_row.cpu(), flashgqa.attention_weights(*on_cpu, rows=rows, **options), 2e-6)
+    close(by_key.cpu(), flashgqa.attention_weights(*on_cpu, reduce="keys", **options), 2e-5)
+    for _ in range(5):
+        assert torch.equal(flashgqa.attention_weights(q, k, reduce="keys", **options), by_key)
+
+
+def test_rows_out_of_range_on_the_device_are_clamped_away_or_refused():
+    q, k, _ = qkv()
+    rows = torch.tensor([3, 130, -1, 2**40], device="cuda")
+    got = flashgqa.attention_weights(q, k, rows=rows)
+    assert torch.equal(got[:, :, :1], flashgqa.attention_weights(q, k, rows=[3])) and (got[:, :, 1:] == 0).all()
+    with pytest.raises(ValueError, match=r"rows\[1\] is 130"):
+        flashgqa.attention_weights(q, k, rows=rows, check=True)
+
+
+def test_weights_of_arrays_and_in_graphs():
+    q, k, _ = qkv(dtype=torch.float32)
+    rows = torch.tensor([7, 129], device="cuda")
+    expected = flashgqa.attention_weights(q, k, rows=rows), flashgqa.attention_weights(q, k, reduce="keys")
+    arrays = q.cpu().numpy(), k.cpu().numpy()
+    close(flashgqa.attention_weights(*arrays, rows=[7, 129], device="cuda"), expected[0].cpu(), 0)
+    close(flashgqa.attention_weights(*arrays, reduce="keys", device="cuda"), expected[1].cpu(), 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = flashgqa.attention_weights(q, k, rows=rows), flashgqa.attention_weights(q, k, reduce="keys")
+        with pytest.raises(ValueError, match="records a graph"):
+            flashgqa.attention_weights(q, k, rows=[7])
+    graph.replay()
+    torch.cuda.synchronize()
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_float64_and_other_functions_say_what_works():
     q, k, v = qkv()
     with pytest.raises(NotImplementedError, match="float64 runs on the CPU only"):
         flashgqa.attention(q.double(), k.double(), v.double())
-    with pytest.raises(NotImplementedError, match="move the tensors to the CPU"):
-        flashgqa.attention_weights(q, k, reduce="keys")
+    with pytest.raises(NotImplementedError, match="float64 runs on the CPU only"):
+        flashgqa.attention_weights(q.double(), k.double(), reduce="keys")
     out, lse = flashgqa.attention(q, k, v, return_lse=True)
     with pytest.raises(NotImplementedError, match="outs has 33 parts: at most 32"):
         flashgqa.merge([out] * 33, [lse] * 33)

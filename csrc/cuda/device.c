@@ -79,6 +79,33 @@ fgqa_status fgqa_cuda_device_text(int32_t device, char text[192])
 
 /* ---- the current device ---- */
 
+/* Whether this thread has a context. One that has not used CUDA yet, as PyTorch's autograd engine starts them, has a current
+ * device but no context, without which the driver makes no tensor maps. Setting the device anew, which binds one, only then:
+ * it would also replace a context that the caller made by the driver's functions. */
+static int has_context(void)
+{
+    typedef int get_current(void **context);
+    static _Atomic(get_current *) found;       /* threads that race find the same */
+    get_current *get = atomic_load_explicit(&found, memory_order_relaxed);
+    void *context = NULL;
+    if (get == NULL) {
+        enum cudaDriverEntryPointQueryResult result;
+        void *entry = NULL;
+#if CUDART_VERSION >= 12050
+        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuCtxGetCurrent", &entry, 4000, cudaEnableDefault, &result);
+#else
+        const cudaError_t error = cudaGetDriverEntryPoint("cuCtxGetCurrent", &entry, cudaEnableDefault, &result);
+#endif
+        if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) {
+            cudaGetLastError();
+            return 0;
+        }
+        get = (get_current *)entry;
+        atomic_store_explicit(&found, get, memory_order_relaxed);
+    }
+    return get(&context) == 0 && context != NULL;
+}
+
 fgqa_status fgqa_cuda_enter(int32_t device, int32_t *before)
 {
     const char *why = fgqa_cuda_reason();
@@ -89,7 +116,7 @@ fgqa_status fgqa_cuda_enter(int32_t device, int32_t *before)
                          (int)device_count, device_count == 1 ? "" : "s");
     }
     FGQA_TRY(check(cudaGetDevice(&current), "cudaGetDevice"));
-    if (current != device) { FGQA_TRY(check(cudaSetDevice(device), "cudaSetDevice")); }
+    if (current != device || !has_context()) { FGQA_TRY(check(cudaSetDevice(device), "cudaSetDevice")); }
     *before = current;
     return FGQA_OK;
 }

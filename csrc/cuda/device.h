@@ -30,7 +30,7 @@ const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why
 /* Bytes of shared memory of one block. */
 int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel);
 
-/* Makes the device current; `before` is what it was. */
+/* Makes the device current and sees to it that the thread has a context; `before` is what was current. */
 fgqa_status fgqa_cuda_enter(int32_t device, int32_t *before);
 void fgqa_cuda_leave(int32_t device, int32_t before);
 

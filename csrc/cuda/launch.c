@@ -4,6 +4,7 @@
 #include "tensor_map.h"
 #include "any/bwd_plan.h"
 #include "any/fwd_split.h"
+#include "any/weights.h"
 
 #include <cuda_runtime_api.h>
 #include <float.h>
@@ -222,6 +223,23 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     fgqa_fwd_tile(p, plan, device.multiprocessors * (resident > 0 ? resident : 1));
 }
 
+/* One kernel serves every dtype and option: there is no float64 on a GPU. */
+static const char *refuse_weights(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
+{
+    return refuse_device(kernel->row, p->device.index, why);
+}
+
+static void tile_weights(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
+{
+    (void)kernel;
+    fgqa_weights_tile(p, plan);
+}
+
+#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1}
+static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), fgqa_weights_rows, fgqa_weights_smem};
+static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), fgqa_weights_keysum, fgqa_weights_smem};
+#undef WEIGHTS
+
 /* Without a batch the gradients that have no batch dimension are 0. They are contiguous. */
 static int run_empty(const fgqa_problem *p, cudaStream_t stream)
 {
@@ -255,6 +273,8 @@ enum {
      &rows[FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _index)], pass_over},
 static const fgqa_kernel kernels[] = {
 #include "kernels.def"
+    {"rows_any", FGQA_PASS_ROWS, FGQA_CUDA, refuse_weights, tile_weights, run, &weights_rows, NULL},
+    {"keysum_any", FGQA_PASS_KEYSUM, FGQA_CUDA, refuse_weights, tile_weights, run, &weights_keysum, NULL},
 };
 #undef FGQA_KERNEL
 

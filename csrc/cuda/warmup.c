@@ -27,6 +27,26 @@ static fgqa_tensor contiguous(void *data, fgqa_dtype dtype, int32_t device, int3
     return t;
 }
 
+static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *request, const warmup_memory *memory)
+{
+    fgqa_problem problem;
+    fgqa_plan plan;
+    FGQA_TRY(fgqa_problem_init(request, &problem));
+    FGQA_TRY(fgqa_plan_make(&problem, kernel, 1, kernel->name, &plan));
+    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
+        fgqa_tensor result;
+        if (request->tensor[arg] != NULL || !fgqa_problem_result(&problem, (fgqa_arg)arg, &result)) { continue; }
+        result.data = memory->results;
+        fgqa_problem_bind(&problem, (fgqa_arg)arg, &result);
+    }
+    void *workspace;
+    const fgqa_exec exec = {NULL, NULL, NULL};
+    FGQA_TRY(fgqa_cuda_allocate(plan.workspace_bytes, NULL, &workspace));
+    const fgqa_status status = kernel->run(&plan, &problem, workspace, &exec);
+    fgqa_cuda_free(workspace, NULL);
+    return status;
+}
+
 static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
 {
     const int64_t q_shape[] = {1, HEADS, ROWS, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
@@ -46,22 +66,19 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     request.tensor[FGQA_ARG_bias] = row->general ? &bias : NULL;
     if (backward) { request.tensor[FGQA_ARG_dout] = request.tensor[FGQA_ARG_out] = &out; }
     if (backward) { request.tensor[FGQA_ARG_lse] = &lse; }
-    fgqa_problem problem;
-    fgqa_plan plan;
-    FGQA_TRY(fgqa_problem_init(&request, &problem));
-    FGQA_TRY(fgqa_plan_make(&problem, kernel, 1, kernel->name, &plan));
-    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
-        fgqa_tensor result;
-        if (request.tensor[arg] != NULL || !fgqa_problem_result(&problem, (fgqa_arg)arg, &result)) { continue; }
-        result.data = memory->results;
-        fgqa_problem_bind(&problem, (fgqa_arg)arg, &result);
-    }
-    void *workspace;
-    const fgqa_exec exec = {NULL, NULL, NULL};
-    FGQA_TRY(fgqa_cuda_allocate(plan.workspace_bytes, NULL, &workspace));
-    const fgqa_status status = kernel->run(&plan, &problem, workspace, &exec);
-    fgqa_cuda_free(workspace, NULL);
-    return status;
+    return run_request(kernel, &request, memory);
+}
+
+/* Kernels of weights, which serve all dtypes. */
+static fgqa_status run_weights(const fgqa_kernel *kernel, fgqa_dtype dtype, const warmup_memory *memory)
+{
+    const int64_t shape[] = {1, 1, 8, 8}, rows_shape[] = {1};
+    const fgqa_tensor q = contiguous(memory->zeros, dtype, memory->device, 4, shape);
+    const fgqa_tensor rows = contiguous(memory->zeros, FGQA_I64, memory->device, 1, rows_shape);
+    fgqa_request request = {.pass = kernel->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1};
+    request.tensor[FGQA_ARG_q] = request.tensor[FGQA_ARG_k] = &q;
+    request.tensor[FGQA_ARG_rows] = kernel->pass == FGQA_PASS_ROWS ? &rows : NULL;
+    return run_request(kernel, &request, memory);
 }
 
 static fgqa_status run_others(const warmup_memory *memory)
@@ -85,7 +102,12 @@ static fgqa_status run_all(const warmup_memory *memory)
     for (int32_t n = 0; n < count; n++) {
         char why[128];
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
-        if (fgqa_cuda_refuse(&kernels[n], memory->device, why) == NULL) { FGQA_TRY(run_kernel(&kernels[n], row, memory)); }
+        if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
+        if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
+            FGQA_TRY(run_kernel(&kernels[n], row, memory));
+            continue;
+        }
+        for (fgqa_dtype dtype = FGQA_F32; dtype <= FGQA_BF16; dtype++) { FGQA_TRY(run_weights(&kernels[n], dtype, memory)); }
     }
     FGQA_TRY(run_others(memory));
     return fgqa_cuda_synchronize(NULL);

@@ -47,8 +47,33 @@ static int count_bytes(const fgqa_tensor *tensor, size_t *bytes)
     return 0;
 }
 
+/* rows= of a list is a NumPy array by now: it follows q. */
+static int upload_rows(fgqa_call *call)
+{
+    fgqa_import *rows = &call->in[FGQA_ARG_rows];
+    size_t bytes;
+    void *memory;
+    if (!(call->imported >> FGQA_ARG_rows & 1) || rows->type.kind != FGQA_KIND_NUMPY) { return 0; }
+    if (fgqa_cuda_capturing(call->place.stream)) {
+        PyErr_SetString(PyExc_ValueError, "rows are in host memory while the stream records a graph, which would read them at every "
+                        "replay; pass them on the device of q");
+        return -1;
+    }
+    fgqa_tensor *tensor = &rows->tensor;
+    if (!call->plan_only && tensor->ndim == 1 && (tensor->stride[0] == 1 || tensor->shape[0] <= 1)) {
+        if (count_bytes(tensor, &bytes) < 0 || fgqa_call_scratch(call, bytes, &memory) < 0
+            || fgqa_raise(fgqa_cuda_copy(memory, tensor->data, bytes, call->place.stream)) < 0) {
+            return -1;
+        }
+        tensor->data = memory;
+        tensor->device = call->place.device;
+    }
+    return 0;
+}
+
 int fgqa_call_gather(fgqa_call *call)
 {
+    if (upload_rows(call) < 0) { return -1; }
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
         if (!(call->imported >> arg & 1)) { continue; }
         fgqa_tensor *tensor = &call->in[arg].tensor;
@@ -146,6 +171,8 @@ static cut cut_of(const fgqa_problem *p)
 
 static int32_t part_begin(const cut *c, int32_t part) { return (int32_t)((int64_t)c->count * part / c->parts); }
 
+static int is_of_keys(int arg) { return arg == FGQA_ARG_k || arg == FGQA_ARG_v || arg == FGQA_ARG_dk || arg == FGQA_ARG_dv; }
+
 /* Batches or KV heads [begin, end) of a problem. */
 static fgqa_problem part_of(const fgqa_problem *p, int by_head, int32_t begin, int32_t end)
 {
@@ -153,8 +180,7 @@ static fgqa_problem part_of(const fgqa_problem *p, int by_head, int32_t begin, i
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
         fgqa_view *v = &q.view[arg];
         const int64_t bytes = (int64_t)fgqa_dtype_bytes(v->dtype);
-        const int of_keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v || arg == FGQA_ARG_dk || arg == FGQA_ARG_dv;
-        const int64_t step = by_head ? v->stride_h * (of_keys ? 1 : p->g) : v->stride_b;
+        const int64_t step = by_head ? v->stride_h * (is_of_keys(arg) ? 1 : p->g) : v->stride_b;
         if (v->data != NULL) { v->data = (char *)v->data + begin * step * bytes; }
     }
     if (by_head) {
@@ -175,11 +201,10 @@ static int slice(const fgqa_call *call, const cut *c, int arg, int32_t part, fgq
 {
     const fgqa_problem *p = &call->problem;
     const int32_t axis = c->by_head ? p->rank - 3 : 0;
-    const int of_rows = arg == FGQA_ARG_q || arg == FGQA_ARG_out || arg == FGQA_ARG_lse || arg == FGQA_ARG_dout || arg == FGQA_ARG_dlse || arg == FGQA_ARG_dq;
-    const int of_keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v || arg == FGQA_ARG_dk || arg == FGQA_ARG_dv;
+    const int of_rows = arg == FGQA_ARG_q || arg == FGQA_ARG_out || arg == FGQA_ARG_lse || arg == FGQA_ARG_dout || arg == FGQA_ARG_dlse || arg == FGQA_ARG_dq || arg == FGQA_ARG_weights;
     *host = call->host[arg];
     *offset = 0;
-    if (c->parts == 1 || !(of_rows || of_keys) || host->shape[axis] != (c->by_head && of_rows ? p->hq : c->count)) { return 0; }
+    if (c->parts == 1 || !(of_rows || is_of_keys(arg)) || host->shape[axis] != (c->by_head && of_rows ? p->hq : c->count)) { return 0; }
     const int32_t each = c->by_head && of_rows ? p->g : 1;
     const int64_t begin = (int64_t)part_begin(c, part) * each, end = (int64_t)part_begin(c, part + 1) * each;
     int64_t entry = (int64_t)fgqa_dtype_bytes(host->dtype);

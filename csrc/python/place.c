@@ -125,8 +125,6 @@ static int enter_context(fgqa_place *place, const fgqa_type *type)
 
 /* ---- devices ---- */
 
-enum { NO_DEVICE = -1 };
-
 static int refuse_gpu(const fgqa_place *place, const char *name, int32_t device)
 {
     const char *reason = fgqa_cuda_reason();
@@ -155,9 +153,6 @@ int fgqa_place_enter(fgqa_place *place, const char *name, const fgqa_type *type,
     void *stream = NULL;
     if (place->given != NULL ? read_stream(place->given, &stream) < 0 : current_stream(type, device, &stream) < 0) { return -1; }
     if (fgqa_raise(fgqa_cuda_enter(device, &place->before)) < 0) { return -1; }
-    /* A thread that has not used CUDA yet, as PyTorch's autograd engine starts them, has a current device but no context, and the
-     * driver makes no tensor maps without one: going back to the device, from none, gives it one. */
-    fgqa_cuda_leave(NO_DEVICE, device);
     place->device = (fgqa_device){FGQA_CUDA, device};
     place->first = name;
     place->stream = stream;
