@@ -1,8 +1,9 @@
 """The one benchmark: every row against PyTorch in alternating calls, ceilings of the same run, JSON and a plot.
 
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
-    python benchmarks/bench.py kvcache [the same]         decode through attention_with_kvcache, see kvcache.py
-    python benchmarks/bench.py gpu [--pass forward backward] [--rows TEXT] [--junit FILE ...]     one NVIDIA GPU, see gpu.py
+    python benchmarks/bench.py kvcache [the same but --pass]     decode through attention_with_kvcache, see kvcache.py
+    python benchmarks/bench.py gpu [--pass forward backward] [--dtype bfloat16 float16] [--rows TEXT] [--quick] [--junit FILE ...]
+                                                                 one NVIDIA GPU, see gpu.py
 
 A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
 above 1 we are faster. A whole run is written to benchmarks/results/cpu.json, from which benchmarks/report.py makes README's
@@ -116,18 +117,39 @@ def processor():
     return platform.processor() or platform.machine()
 
 
-def main():
+# What each device reads: the choices of an option (the default is all), or just its name.
+CHOICES = {
+    "cpu": {"threads": 2, "which": ("forward", "backward", "decode"), "dtype": ("float32", "bfloat16")},
+    "kvcache": {"threads": 2, "dtype": ("float32", "bfloat16")},
+    "gpu": {"which": ("forward", "backward"), "dtype": ("bfloat16", "float16"), "junit": ()},
+}
+
+
+def read_options(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("device", choices=["cpu", "kvcache", "gpu"])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pass", dest="which", nargs="+", default=["forward", "backward", "decode"],
-                        choices=["forward", "backward", "decode"])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
+    parser.add_argument("device", choices=list(CHOICES))
+    parser.add_argument("--threads", type=int, help="of the CPU; 2 by default")
+    parser.add_argument("--pass", dest="which", nargs="+", metavar="PASS", help="forward, backward; cpu: decode, too")
+    parser.add_argument("--dtype", nargs="+", metavar="DTYPE", help="float32, bfloat16; gpu: bfloat16, float16")
     parser.add_argument("--rows", default="", help="only rows whose label contains this text")
-    parser.add_argument("--quick", action="store_true", help="half a second a row instead of three")
-    parser.add_argument("--out", help="JSON file; by default results/cpu.json if all rows are measured at full length, else none")
-    parser.add_argument("--junit", nargs="*", default=[], help="gpu: pytest's JUnit reports of the same build, to be counted")
-    options = parser.parse_args()
+    parser.add_argument("--quick", action="store_true", help="half a second a row instead of three; gpu: 3 launches instead of 9")
+    parser.add_argument("--out", help="JSON file; by default that in results/ if all rows are measured at full length, else none")
+    parser.add_argument("--junit", nargs="*", help="gpu: pytest's JUnit reports of the same build, to be counted")
+    options = parser.parse_args(arguments)
+    choices = CHOICES[options.device]
+    for name, flag in (("threads", "--threads"), ("which", "--pass"), ("dtype", "--dtype"), ("junit", "--junit")):
+        given, known = getattr(options, name), choices.get(name)
+        if name not in choices and given is not None:
+            parser.error(f"{options.device} has no {flag}")
+        if given is None:
+            setattr(options, name, known)
+        elif name in ("which", "dtype") and not set(given) <= set(known):
+            parser.error(f"{flag} of {options.device}: choose from {', '.join(known)}")
+    return options
+
+
+def main():
+    options = read_options()
     if options.device == "cpu":
         cpu(options)
     elif options.device == "kvcache":

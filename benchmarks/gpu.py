@@ -1,8 +1,11 @@
-"""bench.py gpu: the training rows against torch's cuDNN and FlashAttention-2 backends on one NVIDIA GPU.
+"""bench.py gpu: attention on one NVIDIA GPU against torch's cuDNN and FlashAttention-2 backends.
 
-Each row is checked against FlashAttention-2 first. A time is the median over launches between two CUDA events, queued behind
-a kernel that spins, so that the host's time is hidden; the contestants take turns. The record, results/gpu.json, carries the
-hash of the kernel sources (evidence.py), the count of the GPU tests of the same build and the ceilings of the same run.
+The training rows (shapes.GPU_TRAIN) and those with one thing different (shapes.GPU_MORE): ten launches back to back, dQ added in
+any order, float16, packed sequences, a window, a part of a long prompt. The best peer of a training row is that of peers.py's
+table, at its ratio there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the median over launches
+between two CUDA events, queued behind a kernel that spins, so that the host's time is hidden; the contestants take turns. The
+record, results/gpu.json, carries the hash of the kernel sources (evidence.py), the count of the GPU tests of the same build and
+the ceilings of the same run.
 """
 import json
 import statistics
@@ -12,9 +15,10 @@ from pathlib import Path
 
 import counting
 import evidence
+import peers
 import shapes
 
-LAUNCHES = 9
+ROUNDS, QUICK_ROUNDS = 9, 3
 TOLERANCE = 2e-2
 
 
@@ -30,52 +34,21 @@ def queued(call):
     return start.elapsed_time(end) / 1e3
 
 
-def in_turn(calls):
-    """Median seconds of each named call over LAUNCHES rounds in alternating order."""
+def in_turn(calls, rounds=ROUNDS):
+    """Median seconds of each named call over as many rounds, in alternating order."""
     times = {name: [] for name in calls}
     for call in calls.values():
         call()
-    for n in range(LAUNCHES):
+    for n in range(rounds):
         for name in list(calls)[:: 1 if n % 2 == 0 else -1]:
             times[name].append(queued(calls[name]))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-class Sdpa:
-    """One backend of torch's scaled_dot_product_attention."""
-
-    def __init__(self, backend):
-        self.backend = backend
-
-    def forward(self, row, q, k, v):
-        import torch
-        from torch.nn.attention import sdpa_kernel
-        with sdpa_kernel(self.backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=row.causal, enable_gqa=row.hq != row.hk)
-
-    def calls(self, row, q, k, v, dout):
-        import torch
-
-        def forward():
-            with torch.no_grad():
-                return self.forward(row, q, k, v)
-
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        out = self.forward(row, *leaves)
-        return forward, lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
-
-
-class Ours:
-    def calls(self, row, q, k, v, dout):
-        import flashgqa
-        out, lse = flashgqa.attention(q, k, v, causal=row.causal, return_lse=True)
-        return (lambda: flashgqa.attention(q, k, v, causal=row.causal),
-                lambda: flashgqa.attention_backward(dout, q, k, v, out, lse, causal=row.causal)[:3])
-
-
 def contestants():
     from torch.nn.attention import SDPBackend
-    return {"flashgqa": Ours(), "fa2": Sdpa(SDPBackend.FLASH_ATTENTION), "cudnn": Sdpa(SDPBackend.CUDNN_ATTENTION)}
+    backends = {"fa2": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    return {"flashgqa": peers.OnGpu()} | {name: peers.Sdpa(backend) for name, backend in backends.items()}
 
 
 def difference(got, want):
@@ -92,33 +65,74 @@ def ceilings():
     return {"matmul_tflops": 2 * n**3 / times["matmul"] / 1e12, "read_tbs": 4 * big.numel() / times["read"] / 1e12}
 
 
-def measure(row, peers, passes):
+def tensors(row):
+    """q, k, v, dout; [total, h, d] of packed sequences."""
     import torch
     torch.manual_seed(0)
-    shape = {h: (row.b, h, row.s, row.d) for h in (row.hq, row.hk)}
-    q, k, v, dout = (torch.randn(shape[h], device="cuda", dtype=torch.bfloat16) for h in (row.hq, row.hk, row.hk, row.hq))
-    calls = {name: peer.calls(row, q, k, v, dout) for name, peer in peers.items()}
-    records = []
+
+    def normal(heads, length):
+        shape = (sum(row.lengths), heads, row.d) if getattr(row, "lengths", ()) else (row.b, heads, length, row.d)
+        return torch.randn(shape, device="cuda", dtype=getattr(torch, row.dtype))
+
+    return normal(row.hq, row.sq), normal(row.hk, row.s), normal(row.hk, row.s), normal(row.hq, row.sq)
+
+
+def repeated(call, launches):
+    def several():
+        for _ in range(launches):
+            call()
+    return call if launches == 1 else several
+
+
+def timed(row, calls, which, rounds, launches=1):
+    """A record of one pass. The results of ours are held against FlashAttention-2's before."""
+    results = {name: call() for name, call in calls.items()}
+    got, want = (x if isinstance(x, tuple) else [x] for x in (results["flashgqa"], results["fa2"]))
+    error = difference(got, want)
+    if not error < TOLERANCE:
+        raise SystemExit(f"{row.label} {which}: relative difference {error:.3g} to FlashAttention-2; not timed")
+    del results, got, want
+    times = in_turn({name: repeated(call, launches) for name, call in calls.items()}, rounds)
+    rate = launches * counting.flops(row, which) / 1e12
+    fields = {name: value for name, value in row._asdict().items() if name not in ("lengths", "passes")}
+    return dict(fields, which=which, difference=error, **{f"{name}_tflops": rate / t for name, t in times.items()})
+
+
+def measure(row, rivals, passes, rounds):
+    inputs = tensors(row)
+    calls = {name: peer.calls(row, *inputs) for name, peer in rivals.items()}
     for n, which in enumerate(("forward", "backward")):
-        if which not in passes:
-            continue
-        results = {name: both[n]() for name, both in calls.items()}
-        want = results["fa2"] if n else [results["fa2"]]
-        error = difference(results["flashgqa"] if n else [results["flashgqa"]], want)
-        if not error < TOLERANCE:
-            raise SystemExit(f"{row.label} {which}: relative difference {error:.3g} to FlashAttention-2; not timed")
-        del results, want
-        times = in_turn({name: both[n] for name, both in calls.items()})
-        rate = counting.flops(row, which) / 1e12
-        rates = {f"{name}_tflops": rate / t for name, t in times.items()}
-        records.append(dict(row._asdict(), which=which, difference=error, **rates))
-    return records
+        if which in passes:
+            record = timed(row, {name: both[n] for name, both in calls.items()}, which, rounds)
+            record["best_peer"], record["best_tflops"] = peers.best_peer(row, which, record["cudnn_tflops"])
+            yield record
+
+
+def measure_more(row, rivals, passes, rounds):
+    """A row of shapes.GPU_MORE against those who can do it."""
+    import torch
+    offsets = torch.tensor([0, *row.lengths], device="cuda").cumsum(0).to(torch.int32) if row.lengths else None
+    inputs = tensors(row)
+    if row.kind in ("packed", "window", "prefill"):
+        rivals = {"flashgqa": peers.OnGpu(), "fa2": peers.FlashAttention2()}
+        calls = {name: peer.calls(row, *inputs, offsets) for name, peer in rivals.items()}
+    else:
+        calls = {name: peer.calls(row, *inputs) for name, peer in rivals.items()}
+    if row.kind == "any order":
+        calls["ordered"] = calls["flashgqa"]
+        calls["flashgqa"] = peers.OnGpu(deterministic=False).calls(row, *inputs)
+    for n, which in enumerate(("forward", "backward")):
+        if which in passes and which in row.passes:
+            of_pass = {name: both[n] for name, both in calls.items()}
+            yield timed(row, of_pass, which, QUICK_ROUNDS if row.launches > 1 else rounds, row.launches)
 
 
 def show(record, row):
-    ours, fa2, cudnn = (record[f"{name}_tflops"] for name in ("flashgqa", "fa2", "cudnn"))
-    print(f"{row.label:42s} b {row.b:2d} {record['which']:8s} {ours:6.0f} TFLOP/s   fa2 {fa2:6.0f} ({ours / fa2:.2f}x)   "
-          f"cudnn {cudnn:6.0f} ({ours / cudnn:.2f}x)", flush=True)
+    ours = record["flashgqa_tflops"]
+    names = {"fa2": "FA2", "cudnn": "cuDNN", "ordered": "in order", "best": f"best ({record.get('best_peer')})"}
+    rates = {text: record[f"{name}_tflops"] for name, text in names.items() if f"{name}_tflops" in record}
+    text = "   ".join(f"{name} {rate:5.0f} ({ours / rate:.2f}x)" for name, rate in rates.items())
+    print(f"{row.label:50s} b {row.b:3d} {record['which']:8s} {ours:5.0f} TFLOP/s   {text}", flush=True)
 
 
 def test_counts(reports):
@@ -133,22 +147,25 @@ def run(options):
     import torch
 
     import flashgqa
-    peers, rows, limit = contestants(), [], ceilings()
+    rivals, records, limit = contestants(), [], ceilings()
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: matmul {limit['matmul_tflops']:.0f} TFLOP/s, "
           f"read {limit['read_tbs']:.2f} TB/s")
-    for row in shapes.GPU_TRAIN:
-        if options.rows in row.label:
-            for record in measure(row, peers, options.which):
-                rows.append(record)
-                show(record, row)
-            torch.cuda.empty_cache()
-    record = {
+    rows = [row for row in shapes.GPU_TRAIN + shapes.GPU_MORE if options.rows in row.label and row.dtype in options.dtype]
+    for row in rows:
+        of_row = measure if isinstance(row, shapes.Row) else measure_more
+        for record in of_row(row, rivals, options.which, rounds):
+            records.append(record)
+            show(record, row)
+        torch.cuda.empty_cache()
+    result = {
         "sources_sha256": evidence.tree_hash(), "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
         "toolkit": f"CUDA runtime {flashgqa.show_config()['cuda_runtime']}", "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(), "tests": test_counts(options.junit), "ceilings": limit, "rows": rows,
+        "cudnn": torch.backends.cudnn.version(), "tests": test_counts(options.junit), "ceilings": limit, "rows": records,
     }
-    out = options.out or (evidence.RESULT if len(rows) == 2 * len(shapes.GPU_TRAIN) and options.junit else None)
+    whole = 2 * len(shapes.GPU_TRAIN) + sum(len(row.passes) for row in shapes.GPU_MORE)
+    out = options.out or (evidence.RESULT if len(records) == whole and options.junit and not options.quick else None)
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(record, indent=1) + "\n")
+        Path(out).write_text(json.dumps(result, indent=1) + "\n")
         print("wrote", out)

@@ -9,6 +9,9 @@ import json
 import sys
 from pathlib import Path
 
+import peers
+import shapes
+
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- speed: made by benchmarks/report.py -->\n", "<!-- end of speed -->"
@@ -87,27 +90,51 @@ memory, ratio to PyTorch over contiguous tensors of q's dtype ({machine["date"]}
     return "\n".join(lines) + "\n"
 
 
+def gpu_more_table(rows):
+    """The rows with one thing different; what is missing in a run was not measured."""
+    about = {"sustained": "ten launches back to back", "any order": "`deterministic=False`", "float16": "float16",
+             "packed": "packed, 65,536 tokens, 16 to 4,096 each", "window": "window of 1,024 keys", "prefill": "128 queries, b 4"}
+    lines = ["| what | pass | heads q/kv | d | length | causal | TFLOP/s | to FA2 | to cuDNN | to ours in order |",
+             "|---" * 10 + "|"]
+    for row in rows:
+        ours = row["flashgqa_tflops"]
+        others = [row.get(f"{name}_tflops") for name in ("fa2", "cudnn", "ordered")]
+        ratios = [f"{ours / rate:.2f}" if rate else "" for rate in others]
+        causal = "yes" if row["causal"] else "no"
+        cells = [about[row["kind"]], row["which"], heads(row), row["d"], row["s"], causal, f"{ours:.0f}"]
+        lines.append(f"| {' | '.join(map(str, cells + ratios))} |")
+    return lines
+
+
 def gpu_section(record):
-    """The GPU rows, one line a shape; the ratios are our rate over that of torch's backends in the same run."""
+    """The GPU rows, one line a shape; the ratios are our rate over that of torch's backends in the same run, and over that of the
+    best peer (peers.py)."""
     tests, limit, passes = record["tests"], record["ceilings"], {}
+    more = [row for row in record["rows"] if row.get("kind")]
     for row in record["rows"]:
-        key = heads(row), row["d"], row["s"], "yes" if row["causal"] else "no"
-        passes.setdefault(key, {})[row["which"]] = row
+        if not row.get("kind"):
+            key = heads(row), row["d"], row["s"], "yes" if row["causal"] else "no"
+            passes.setdefault(key, {})[row["which"]] = row
     machine = f"{record['device']}, bfloat16, 16,384 tokens a row, {record['date']}, torch {record['torch']}"
-    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped (float64, attention weights)"
+    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
     lines = [f"""
 {machine}: TFLOP/s of one launch behind queued work,
 and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
-{limit["matmul_tflops"]:.0f} TFLOP/s. GPU tests of that build: {counts}.
+{limit["matmul_tflops"]:.0f} TFLOP/s. best: to the fastest of these two, FlashAttention-3 and flash-attn-4, at the ratio to cuDNN
+that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {counts}.
 """,
-             "| heads q/kv | d | length | causal | forward | to FA2 | to cuDNN | backward | to FA2 | to cuDNN |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+             "| heads q/kv | d | length | causal | forward | to FA2 | to cuDNN | best | backward | to FA2 | to cuDNN | best |",
+             "|---" * 12 + "|"]
     for key, both in passes.items():
         cells = [str(x) for x in key]
         for which in ("forward", "backward"):
+            row = shapes.Row(*(both[which][name] for name in shapes.Row._fields))
             rates = [both[which][f"{name}_tflops"] for name in ("flashgqa", "fa2", "cudnn")]
-            cells += [f"{rates[0]:.0f}", f"{rates[0] / rates[1]:.2f}", f"{rates[0] / rates[2]:.2f}"]
+            rates.append(peers.best_peer(row, which, rates[2])[1])
+            cells += [f"{rates[0]:.0f}", *(f"{rates[0] / rate:.2f}" for rate in rates[1:])]
         lines.append(f"| {' | '.join(cells)} |")
+    if more:
+        lines += ["", "Other settings:", "", *gpu_more_table(more)]
     return "\n".join(lines) + "\n"
 
 

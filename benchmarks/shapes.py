@@ -1,4 +1,5 @@
 """The named rows that benchmarks run: one tuple a row, never edited into the runner."""
+import random
 from typing import NamedTuple
 
 
@@ -39,4 +40,53 @@ GPU_TRAIN = tuple(
     Row("bfloat16", 16384 // s, hq, hk, s, d, causal)
     for hq, hk, d in ((16, 16, 128), (32, 8, 128), (64, 8, 128), (32, 1, 128), (32, 8, 64), (16, 4, 256))
     for causal in (False, True) for s in (1024, 4096, 16384)
+)
+
+
+class GpuRow(NamedTuple):
+    """What GPU_TRAIN does not show: one setting that differs from its rows, which `kind` names."""
+    kind: str
+    dtype: str
+    b: int
+    hq: int
+    hk: int
+    s: int                      # keys of a sequence; of packed ones the longest
+    d: int
+    causal: bool = False
+    queries: int = 0            # 0: as many as keys
+    window: int = 0             # keys that a row sees, its own included; 0: all
+    lengths: tuple = ()         # of packed sequences
+    launches: int = 1           # back to back
+    passes: tuple = ("forward", "backward")
+
+    @property
+    def sq(self):
+        return self.queries or self.s
+
+    @property
+    def label(self):
+        return f"{self.dtype} {self.hq}/{self.hk} d {self.d} s {self.s} {'causal' if self.causal else 'dense'} {self.kind}"
+
+
+def _packed(total=65536, shortest=16, longest=4096):
+    """Lengths of a packed batch, evenly spread on a logarithmic scale."""
+    draw, lengths = random.Random(0), []
+    while sum(lengths) < total:
+        lengths.append(int(shortest * (longest / shortest) ** draw.random()))
+    lengths[-1] -= sum(lengths) - total
+    return tuple(n for n in lengths if n > 0)
+
+
+_PACKED = _packed()
+_BOTH = (False, True)
+GPU_MORE = (
+    *(GpuRow("sustained", "bfloat16", 16384 // s, 32, 8, s, 128, causal, launches=10) for s in (4096, 16384) for causal in _BOTH),
+    *(GpuRow("any order", "bfloat16", 16384 // s, hq, hk, s, 128, causal, passes=("backward",))
+      for hq, hk in ((16, 16), (32, 8), (32, 1)) for s in (1024, 4096, 16384) for causal in _BOTH),
+    *(GpuRow("float16", "float16", 4, hq, hk, 4096, d, causal) for hq, hk, d in ((32, 8, 128), (32, 8, 64), (16, 4, 256))
+      for causal in _BOTH),
+    *(GpuRow("packed", "bfloat16", len(_PACKED), hq, hk, max(_PACKED), 128, causal, lengths=_PACKED)
+      for hq, hk in ((32, 8), (32, 32)) for causal in _BOTH),
+    GpuRow("window", "bfloat16", 1, 32, 8, 16384, 128, True, window=1024),
+    GpuRow("prefill", "bfloat16", 4, 32, 8, 32768, 128, True, queries=128, passes=("forward",)),
 )

@@ -363,7 +363,8 @@ def attention_weights(
     q, k : array
         As in `attention`.
     rows : int64 array [n], or sequence of int, optional
-        Query rows whose weights are returned; with packed sequences local to each sequence.
+        Query rows whose weights are returned; with packed sequences local to each sequence. On a GPU a sequence or NumPy array is
+        copied there (not while a graph is recorded); rows out of range have weights 0 there unless check is True.
     reduce : {"keys"}, optional
         Return for each key the sum of its weights over all query rows. Exactly one of rows and reduce must be given.
     causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
@@ -373,7 +374,8 @@ cu_seqlens_kv, max_q, max_kv, layout, stream, check, device, kernel
     Returns
     -------
     array, float32 (float64 for float64)
-        [b, hq, n, sk] for rows, [b, hq, sk] for reduce="keys"; without b for rank 3. Keys not seen have weight 0.
+        [b, hq, n, sk] for rows, [b, hq, sk] for reduce="keys"; without b for rank 3. Keys not seen have weight 0. Of packed
+        sequences sk is the longest one; on a GPU, where offsets are not read, max_kv, or all rows of k if it is not given.
     """
     if (rows is None) == (reduce is None):
         raise ValueError('rows and reduce: exactly one must be given; pass rows=[...], or reduce="keys"')

@@ -88,6 +88,7 @@ int fgqa_call_gather(fgqa_call *call)
             tensor->data = memory;
         }
         fgqa_contiguous_strides(tensor);
+        call->in[arg].copied = 1;
     }
     return 0;
 }

@@ -277,11 +277,37 @@ static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_place 
 
 /* ---- torch ---- */
 
+static int find_torch(fgqa_torch *found, fgqa_state *state)
+{
+    PyObject *torch = PyImport_GetModule(state->str_torch), *type = torch ? PyObject_GetAttrString(torch, "Tensor") : NULL;
+    fgqa_torch t = {0};
+    if (type != NULL) {
+        t.requires_grad = PyObject_GetAttrString(type, "requires_grad");
+        t.is_neg = PyObject_GetAttrString(type, "is_neg");
+        t.data_ptr = PyObject_GetAttrString(type, "data_ptr");
+        t.empty_like = PyObject_GetAttrString(torch, "empty_like");
+    }
+    Py_XDECREF(type);
+    Py_XDECREF(torch);
+    if (t.requires_grad != NULL) { t.get_requires_grad = (descrgetfunc)PyType_GetSlot(Py_TYPE(t.requires_grad), Py_tp_descr_get); }
+    if (t.get_requires_grad != NULL && t.is_neg != NULL && t.data_ptr != NULL && t.empty_like != NULL) {
+        *found = t;
+        return 0;
+    }
+    if (!PyErr_Occurred()) { PyErr_SetString(PyExc_RuntimeError, "torch.Tensor is not what it should be"); }
+    Py_XDECREF(t.requires_grad);
+    Py_XDECREF(t.is_neg);
+    Py_XDECREF(t.data_ptr);
+    Py_XDECREF(t.empty_like);
+    return -1;
+}
+
 /* What torch's exchange table does not check: a tensor that records gradients, or whose memory is not its values
  * (negative bit, sparse layout, wrappers of torch.func and functionalization, all of exact type torch.Tensor). */
 static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slot)
 {
-    PyObject *flag = PyObject_GetAttr(object, state->str_requires_grad);
+    if (state->torch.is_neg == NULL && find_torch(&state->torch, state) < 0) { return -1; }
+    PyObject *flag = state->torch.get_requires_grad(state->torch.requires_grad, object, (PyObject *)Py_TYPE(object));
     if (flag == NULL) { return -1; }
     const int requires_grad = flag == Py_True;
     Py_DECREF(flag);
@@ -298,7 +324,7 @@ static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slo
             return -1;
         }
     }
-    PyObject *negative = PyObject_CallMethodObjArgs(object, state->str_is_neg, NULL);
+    PyObject *negative = PyObject_CallFunctionObjArgs(state->torch.is_neg, object, NULL);
     if (negative == NULL) { return wrap_producer_error(slot, "is_neg()"); }
     const int lazy = negative != Py_False;
     Py_DECREF(negative);
@@ -313,7 +339,7 @@ static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slo
 /* Where torch says the values are; the exchange table may say otherwise (it does for some wrappers). */
 static int torch_memory(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const void **data)
 {
-    PyObject *number = PyObject_CallMethodObjArgs(object, state->str_data_ptr, NULL);
+    PyObject *number = PyObject_CallFunctionObjArgs(state->torch.data_ptr, object, NULL);
     *data = number ? PyLong_AsVoidPtr(number) : NULL;
     Py_XDECREF(number);
     return PyErr_Occurred() ? wrap_producer_error(slot, "memory cannot be read (a sparse tensor, or a wrapper made by torch.func "

@@ -94,6 +94,10 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->dlpack_kwargs);
     Py_VISIT(state->logged_plans);
     for (int n = 0; n < FGQA_DTYPE_COUNT; n++) { Py_VISIT(state->torch_dtype[n]); }
+    Py_VISIT(state->torch.requires_grad);
+    Py_VISIT(state->torch.is_neg);
+    Py_VISIT(state->torch.data_ptr);
+    Py_VISIT(state->torch.empty_like);
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_VISIT(state->types[n].type);
         Py_VISIT(state->types[n].from_dlpack);
@@ -111,6 +115,10 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->float8);
     Py_CLEAR(state->logged_plans);
     for (int n = 0; n < FGQA_DTYPE_COUNT; n++) { Py_CLEAR(state->torch_dtype[n]); }
+    Py_CLEAR(state->torch.requires_grad);
+    Py_CLEAR(state->torch.is_neg);
+    Py_CLEAR(state->torch.data_ptr);
+    Py_CLEAR(state->torch.empty_like);
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_CLEAR(state->types[n].type);
         Py_CLEAR(state->types[n].from_dlpack);

@@ -20,7 +20,7 @@
 
 /* Strings that are looked up on every call, interned once. */
 #define FGQA_NAMES(X) \
-    X(__dlpack__) X(__dlpack_device__) X(requires_grad) X(data_ptr) X(is_neg) X(new_empty) X(torch)
+    X(__dlpack__) X(__dlpack_device__) X(new_empty) X(torch)
 
 /* How arrays of one exact Python type are read and made. */
 typedef enum {
@@ -42,6 +42,12 @@ typedef struct {
 
 enum { FGQA_TYPES = 16 };
 
+/* What is asked of every torch tensor: the descriptors of torch.Tensor, found once, without a look-up by name each time. */
+typedef struct {
+    PyObject *requires_grad, *is_neg, *data_ptr, *empty_like;      /* the last one is torch's function */
+    descrgetfunc get_requires_grad;
+} fgqa_torch;
+
 typedef struct {
     PyTypeObject *tensor_type;           /* flashgqa.Tensor */
     PyObject *dlpack_kwargs;             /* {"max_version": (1, 3)} */
@@ -54,6 +60,7 @@ typedef struct {
 #define FGQA_NAME_FIELD(name) PyObject *str_##name;
     FGQA_NAMES(FGQA_NAME_FIELD)
 #undef FGQA_NAME_FIELD
+    fgqa_torch torch;                    /* empty before the first torch tensor */
     PyObject *torch_dtype[FGQA_DTYPE_COUNT]; /* {"dtype": torch.float32} and so on, once a result has needed it */
 } fgqa_state;
 

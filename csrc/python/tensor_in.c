@@ -201,6 +201,7 @@ static int copy_contiguous(fgqa_import *in)
     in->memory = fgqa_block_new((size_t)size);
     if (in->memory == NULL) { PyErr_NoMemory(); return -1; }
     fgqa_pack(in->memory, &in->tensor);
+    in->copied = 1;
     in->tensor.data = in->memory;
     fgqa_contiguous_strides(&in->tensor);
     return 0;

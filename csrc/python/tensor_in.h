@@ -23,6 +23,7 @@ typedef struct {
     PyObject *object;                      /* the caller's; borrowed */
     void *stream;                          /* of the call, if the tensor is on a GPU */
     fgqa_type type;                        /* of the caller's object; owns from_dlpack, borrows the rest */
+    int copied;                            /* strides are those of a copy, not of the object */
     PyObject *copy;                        /* array that owns a copy made by NumPy, or NULL */
     void *memory;                          /* block that owns a copy made here, or NULL */
     DLManagedTensorVersioned *versioned;   /* consumed capsule, or NULL */

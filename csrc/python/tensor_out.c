@@ -64,11 +64,23 @@ static PyObject *torch_dtype(fgqa_state *state, fgqa_dtype dtype)
     return state->torch_dtype[dtype];
 }
 
-/* q.new_empty(*shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
+/* Whether q's object has the dtype, shape and strides of a result. */
+static int is_like(const fgqa_import *in, const fgqa_tensor *spec)
+{
+    const fgqa_tensor *q = &in->tensor;
+    int same = !in->copied && q->dtype == spec->dtype && q->ndim == spec->ndim;
+    for (int32_t axis = 0; axis < spec->ndim && same; axis++) {
+        same = q->shape[axis] == spec->shape[axis] && q->shape[axis] > 0 && (q->shape[axis] == 1 || q->stride[axis] == spec->stride[axis]);
+    }
+    return same;
+}
+
+/* torch.empty_like(q) where that is it, else q.new_empty(*shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
  * resized and recorded on streams), and no default device applies. Extents one by one: given a tuple, torch first raises and
  * drops an exception because it is no integer, which takes as long as the allocation. */
 static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
 {
+    if (is_like(q, spec)) { return PyObject_CallFunctionObjArgs(state->torch.empty_like, q->object, NULL); }
     const int other = spec->dtype != q->tensor.dtype;
     PyObject *kwargs = other ? torch_dtype(state, spec->dtype) : NULL, *result = NULL;
     if (other && kwargs == NULL) { return NULL; }
@@ -86,7 +98,7 @@ static int allocate_torch(fgqa_state *state, const fgqa_import *q, const fgqa_te
     result->object = torch_empty(state, q, spec);
     if (result->object == NULL) { return -1; }
     fgqa_find_type(state, Py_TYPE(result->object), &type);
-    PyObject *address = type.kind == FGQA_KIND_TORCH ? PyObject_CallMethodObjArgs(result->object, state->str_data_ptr, NULL) : NULL;
+    PyObject *address = type.kind == FGQA_KIND_TORCH ? PyObject_CallFunctionObjArgs(state->torch.data_ptr, result->object, NULL) : NULL;
     result->tensor.data = address ? PyLong_AsVoidPtr(address) : NULL;
     Py_XDECREF(address);
     if (PyErr_Occurred() || (result->tensor.data == NULL && result_bytes(spec) > 0)) {
