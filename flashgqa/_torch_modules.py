@@ -180,10 +180,7 @@ class FlashGQA(nn.Module):
             k, v = cache.append(k, v)
         if key_padding_mask is not None:
             mask = _join(key_padding_mask, mask, k)
-        options = dict(
-            causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap, mask=mask,
-            alibi_slopes=None if self.alibi_slopes is None else self.alibi_slopes.float(),
-        )  # fmt: skip
+        options = self._options() | dict(mask=mask)
         if cu_seqlens is None:
             options["layout"] = "bshd"
         else:
@@ -196,6 +193,10 @@ class FlashGQA(nn.Module):
             raise ValueError("need_weights and cu_seqlens are given: weights are for padded sequences")
         return out, attention_matrix(q, k, lambda unit: attention(q, k, unit, **options))
 
+    def _options(self):
+        slopes = None if self.alibi_slopes is None else self.alibi_slopes.float()   # narrow after module.half()
+        return dict(causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap, alibi_slopes=slopes)
+
     def _heads(self, x, x_kv):
         """Queries of x, keys and values of x_kv, [..., heads, head_dim]."""
         pairs = ((self.W_q, x), (self.W_k, x_kv), (self.W_v, x_kv))
@@ -206,9 +207,7 @@ class FlashGQA(nn.Module):
             raise ValueError(f'cache has layout {cache.layout!r}: a layer needs KVCache(..., layout="bshd")')
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
             raise RuntimeError("a cache is for inference: call the layer under torch.no_grad() or torch.inference_mode()")
-        slopes = None if self.alibi_slopes is None else self.alibi_slopes.float()
-        options = dict(causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap, alibi_slopes=slopes)
-        return cache.attention(q, k, v, **options)
+        return cache.attention(q, k, v, **self._options())
 
     def _joined(self, heads):
         return self.W_o(heads)

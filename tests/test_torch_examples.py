@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch_tools import DEVICES, near, on_devices, randn, seeded, tables  # noqa: E402, F401
+from torch_tools import DEVICES, dense, near, on_devices, randn, seeded, seen, tables  # noqa: E402, F401
 
 MODULES = {
     "flash_attn_interface": "flashgqa.torch.fa3",
@@ -17,17 +17,12 @@ MODULES = {
 }
 
 
-def dense(q, k, v, causal=False, window=None, bias=None):
-    """Attention of [b, s, h, d] by torch's softmax; the last query stands at the last key."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    place = torch.arange(k.shape[2], device=q.device) - torch.arange(q.shape[2], device=q.device)[:, None]
-    place = place - (k.shape[2] - q.shape[2])
-    seen = place <= 0 if causal else torch.ones_like(place, dtype=torch.bool)
-    seen = seen if window is None else seen & (place >= -window)
-    scores = q @ k.mT / q.shape[-1] ** 0.5
-    scores = scores if bias is None else scores + bias(place)
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(1, 2)
+def attend(q, k, v, causal=False, window=None, bias=None):
+    """What flash_attn documents, by torch's softmax; bias of i + sk - sq - j."""
+    sq, sk, left = q.shape[1], k.shape[1], -1 if window is None else window
+    place = torch.arange(sk, device=q.device) - torch.arange(sk - sq, sk, device=q.device)[:, None]
+    allowed = seen(sq, sk, causal, (left, -1), q.device)
+    return dense(q, k, v, allowed, None if bias is None else bias(place))[0]
 
 
 def turned(x, cos, sin):
@@ -42,13 +37,13 @@ EXAMPLES = {
 from flash_attn import flash_attn_func
 q, k, v = make(2, 9, 4, 8), make(2, 9, 2, 8), make(2, 9, 2, 8)
 out = flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=True, window_size=(3, 0), deterministic=True)
-expected = dense(q, k, v, True, 3)
+expected = attend(q, k, v, True, 3)
 """,
     "returned probabilities": """
 from flash_attn.flash_attn_interface import flash_attn_func
 q, k, v = make(2, 5, 4, 8), make(2, 9, 4, 8), make(2, 9, 4, 8)
 out, softmax_lse, S_dmask = flash_attn_func(q, k, v, return_attn_probs=True)
-expected = dense(q, k, v)
+expected = attend(q, k, v)
 assert softmax_lse.shape == (2, 4, 5)
 """,
     "alibi": """
@@ -56,19 +51,19 @@ from flash_attn import flash_attn_func
 q, k, v = make(2, 5, 4, 8), make(2, 9, 2, 8), make(2, 9, 2, 8)
 slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
 out = flash_attn_func(q, k, v, alibi_slopes=slopes)
-expected = dense(q, k, v, bias=lambda place: -slopes[:, None, None] * place.abs())
+expected = attend(q, k, v, bias=lambda place: -slopes[:, None, None] * place.abs())
 """,
     "flash_attn_qkvpacked_func": """
 from flash_attn import flash_attn_qkvpacked_func
 qkv = make(2, 9, 3, 4, 8)
 out = flash_attn_qkvpacked_func(qkv, 0.0, None, True)
-expected = dense(*qkv.unbind(2), True)
+expected = attend(*qkv.unbind(2), True)
 """,
     "flash_attn_kvpacked_func": """
 from flash_attn import flash_attn_kvpacked_func
 q, kv = make(2, 5, 4, 8), make(2, 9, 2, 2, 8)
 out = flash_attn_kvpacked_func(q, kv, causal=True)
-expected = dense(q, *kv.unbind(2), True)
+expected = attend(q, *kv.unbind(2), True)
 """,
     "flash_attn_varlen_func": """
 from flash_attn import flash_attn_varlen_func
@@ -81,20 +76,20 @@ out = flash_attn_varlen_func(
     q_unpad, k_unpad, v_unpad, cu_seqlens_q, cu_seqlens_q, max_seqlen_q, max_seqlen_q, causal=True
 )
 out = pad_input(out, indices, 2, 9)
-expected = dense(q, k, v, True) * attention_mask[:, :, None, None]
+expected = attend(q, k, v, True) * attention_mask[:, :, None, None]
 """,
     "flash_attn_varlen_qkvpacked_func": """
 from flash_attn import flash_attn_varlen_qkvpacked_func
 qkv, cu_seqlens = make(15, 3, 4, 8), torch.tensor([0, 9, 15], dtype=torch.int32, device=device)
 out = flash_attn_varlen_qkvpacked_func(qkv, cu_seqlens, 9, causal=True)
-expected = torch.cat([dense(*x[None].unbind(2), True)[0] for x in qkv.split((9, 6))])
+expected = torch.cat([attend(*x[None].unbind(2), True)[0] for x in qkv.split((9, 6))])
 """,
     "flash_attn_varlen_kvpacked_func": """
 from flash_attn import flash_attn_varlen_kvpacked_func
 q, kv = make(8, 4, 8), make(15, 2, 2, 8)
 cu_q, cu_k = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([0, 5, 8], [0, 9, 15]))
 out = flash_attn_varlen_kvpacked_func(q, kv, cu_q, cu_k, 5, 9)
-expected = torch.cat([dense(x[None], *y[None].unbind(2))[0] for x, y in zip(q.split((5, 3)), kv.split((9, 6)))])
+expected = torch.cat([attend(x[None], *y[None].unbind(2))[0] for x, y in zip(q.split((5, 3)), kv.split((9, 6)))])
 """,
     "flash_attn_with_kvcache": """
 from flash_attn import flash_attn_with_kvcache
@@ -111,7 +106,7 @@ with torch.no_grad():
         ))
         cache_seqlens += end - start
 out = torch.cat(steps, 1)
-expected = dense(turned(q, cos, sin), turned(k, cos, sin), v, True)
+expected = attend(turned(q, cos, sin), turned(k, cos, sin), v, True)
 """,
     "paged cache": """
 from flash_attn import flash_attn_with_kvcache
@@ -122,7 +117,7 @@ for page, x in zip(pages, (k, v)):
     page[block_table.flatten().long()] = x.detach().unflatten(1, (3, 8)).flatten(0, 1)
 with torch.no_grad():
     out = flash_attn_with_kvcache(q, *pages, cache_seqlens=20, block_table=block_table)
-expected = dense(q, k[:, :20], v[:, :20])
+expected = attend(q, k[:, :20], v[:, :20])
 """,
     "rotary": """
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
@@ -138,7 +133,7 @@ layer = MHA(32, 4, num_heads_kv=2, causal=True, use_flash_attn=True, device=devi
 x = make(2, 9, 32)
 out = layer(x)
 q, k, v = layer.Wqkv(x).unflatten(-1, (-1, 8)).split((4, 2, 2), 2)
-expected = layer.out_proj(dense(q, k, v, True).flatten(2))
+expected = layer.out_proj(attend(q, k, v, True).flatten(2))
 """,
     "FlashAttention-3": """
 import flash_attn_interface
@@ -147,7 +142,7 @@ q, k, v = make(2, 9, 4, 8), make(2, 9, 2, 8), make(2, 9, 2, 8)
 out = flash_attn_func(q, k, v, causal=True)
 cu_seqlens = torch.tensor([0, 9, 18], dtype=torch.int32, device=device)
 packed = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), cu_seqlens, cu_seqlens, 9, 9, causal=True)
-expected = dense(q, k, v, True)
+expected = attend(q, k, v, True)
 assert torch.allclose(packed, out.flatten(0, 1), atol=1e-4)
 """,
     "FlashAttention-3's cache": """
@@ -157,27 +152,27 @@ cache_seqlens = torch.tensor([11, 11], dtype=torch.int32, device=device)
 metadata = get_scheduler_metadata(2, 1, 16, 4, 2, 8, cache_seqlens, q.dtype, causal=True, num_splits=0)
 with torch.no_grad():
     out = flash_attn_with_kvcache(q, k, v, cache_seqlens=cache_seqlens, causal=True, scheduler_metadata=metadata)
-expected = dense(q, k[:, :11], v[:, :11], True)
+expected = attend(q, k[:, :11], v[:, :11], True)
 """,
     "xformers": """
 import xformers.ops as xops
 from xformers.ops import LowerTriangularMask
 q, k, v = make(2, 9, 4, 8), make(2, 9, 4, 8), make(2, 9, 4, 8)
 out = xops.memory_efficient_attention(q, k, v, attn_bias=LowerTriangularMask(), p=0.0)
-expected = dense(q, k, v, True)
+expected = attend(q, k, v, True)
 """,
     "xformers' sequences": """
 from xformers.ops import fmha
 parts = [make(1, n, 4, 8) for n in (3, 9, 1)]
 attn_bias, x = fmha.BlockDiagonalMask.from_tensor_list(parts)
 out = torch.cat([y[0] for y in attn_bias.split(fmha.memory_efficient_attention(x, x, x, attn_bias=attn_bias.make_causal()))])
-expected = torch.cat([dense(y, y, y, True)[0] for y in parts])
+expected = torch.cat([attend(y, y, y, True)[0] for y in parts])
 """,
     "scaled_dot_product_attention": """
 from torch.nn.functional import scaled_dot_product_attention
 q, k, v = make(2, 4, 9, 8), make(2, 2, 9, 8), make(2, 2, 9, 8)
 out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-expected = dense(*(x.transpose(1, 2) for x in (q, k, v)), True).transpose(1, 2)
+expected = attend(*(x.transpose(1, 2) for x in (q, k, v)), True).transpose(1, 2)
 """,
 }
 
@@ -203,7 +198,7 @@ def test_example(device, name):
         made.append(randn(*shape, dtype=dtype, device=device))
         return made[-1]
 
-    space = dict(torch=torch, make=make, dense=dense, turned=turned, tables=tables, device=device, dtype=dtype)
+    space = dict(torch=torch, make=make, attend=attend, turned=turned, tables=tables, device=device, dtype=dtype)
     exec(changed(EXAMPLES[name]), space)
     out, expected = space["out"], space["expected"]
     near(out, expected, device)

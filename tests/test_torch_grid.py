@@ -12,7 +12,7 @@ import flashgqa
 
 torch = pytest.importorskip("torch")
 
-from torch_tools import DEVICES, assert_near, inputs, on_devices, randn, seeded  # noqa: E402, F401
+from torch_tools import DEVICES, assert_near, inputs, on_devices, randn, seeded, seen  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 
@@ -106,14 +106,6 @@ RULES = {
 }
 
 
-def rule_mask(name, sq, sk, device):
-    """Bool [sq, sk]: what a row sees, up to its place from the end."""
-    causal, (left, right), _ = RULES[name]
-    place = torch.arange(sk, device=device) - torch.arange(sq, device=device)[:, None] - (sk - sq)
-    seen = place <= (0 if causal else right if right >= 0 else sq)
-    return seen & (place >= -left) if left >= 0 else seen
-
-
 @pytest.mark.parametrize("device, d, sq, sk", POINTS)
 def test_flash_attn(device, d, sq, sk):
     for dtype, name in combinations(device, d, sq, sk, RULES):
@@ -125,7 +117,7 @@ def test_flash_attn(device, d, sq, sk):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return fg.flash_attn_func(q, k, v, p, causal=causal, window_size=window).transpose(1, 2)
 
-        agree(ours, tensors, mask=rule_mask(name, sq, sk, device), keep=keep)
+        agree(ours, tensors, mask=seen(sq, sk, causal, window, device), keep=keep)
 
 
 @on_devices
@@ -137,7 +129,7 @@ def test_flash_attn_varlen(device, d):
     for dtype, name in itertools.product(DTYPES[device], ("plain", "causal", "window")):
         causal, window, _ = RULES[name]
         tensors = inputs(b=1, sq=sum(lengths_q), sk=sum(lengths_k), d=d, dv=d, dtype=dtype, device=device)
-        blocks = [rule_mask(name, sq, sk, device) for sq, sk in zip(lengths_q, lengths_k, strict=True)]
+        blocks = [seen(*lengths, causal, window, device) for lengths in zip(lengths_q, lengths_k, strict=True)]
 
         def ours(q, k, v, bias, causal=causal, window=window):
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))

@@ -7,7 +7,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch_tools import DEVICES, gradients, near, on_devices, randn, seeded  # noqa: E402, F401
+from torch_tools import DEVICES, dense, gradients, near, on_devices, randn, seeded  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 from flashgqa._torch_packing import moved_rows  # noqa: E402
@@ -17,17 +17,6 @@ from flashgqa.torch.xops.fmha import attn_bias  # noqa: E402
 
 def make(device, *shapes):
     return tuple(randn(*shape, dtype=DEVICES[device][0], device=device) for shape in shapes)
-
-
-def dense(q, k, v, allowed, bias=None, scale=None):
-    """Attention of [b, s, h, d] by torch's softmax; rows that see nothing are 0 with lse -inf."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (scores if bias is None else scores + bias).masked_fill(~allowed, -torch.inf)
-    seen = allowed.any(-1, keepdim=True)
-    weights = torch.where(seen, scores, 0).softmax(-1) * seen
-    return (weights @ v).transpose(1, 2), scores.logsumexp(-1)
 
 
 # ---- FlashAttention-3 ----

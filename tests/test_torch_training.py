@@ -18,7 +18,7 @@ torch = pytest.importorskip("torch")
 import torch_distributed  # noqa: E402
 from torch.nn import attention as hooks  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
-from torch_tools import DEVICES, assert_near, gradients, inputs, on_devices, randn, seeded  # noqa: E402, F401
+from torch_tools import DEVICES, assert_near, dense, gradients, inputs, on_devices, randn, seeded, seen  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
 
@@ -75,13 +75,7 @@ class Llama(torch.nn.Module):
 
 
 def eager_attention(q, k, v, causal, window_size):
-    sq, sk = q.shape[1], k.shape[1]
-    distance = torch.arange(sk) - torch.arange(sq)[:, None]
-    seen = ((distance <= 0) & (distance >= -window_size[0])).to(q.device)
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    scores = (q @ k.mT / q.shape[-1] ** 0.5).masked_fill(~seen, -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    return dense(q, k, v, seen(q.shape[1], k.shape[1], causal, window_size, q.device))[0]
 
 
 def eager_varlen(q, k, v, cu_q, cu_k, longest_q, longest_k, **options):

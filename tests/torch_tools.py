@@ -36,6 +36,25 @@ def gradients(outputs, tensors, *cotangents):
     return torch.autograd.grad(outputs, tensors, cotangents or [torch.cos(x.detach()) for x in outputs])
 
 
+def seen(sq, sk, causal=False, window=(-1, -1), device="cpu"):
+    """Bool [sq, sk]: what row i sees, whose own key is i + sk - sq; window as flash_attn has it, -1 for no bound."""
+    left, right = window
+    place = torch.arange(sk, device=device) - torch.arange(sk - sq, sk, device=device)[:, None]
+    allowed = place <= (0 if causal else right if right >= 0 else sq)
+    return allowed & (place >= -left) if left >= 0 else allowed
+
+
+def dense(q, k, v, allowed, bias=None, scale=None):
+    """Attention of [b, s, h, d] by torch's softmax, and lse [b, h, sq]; rows that see nothing are 0 with lse -inf."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = (scores if bias is None else scores + bias).masked_fill(~allowed, -torch.inf)
+    any_seen = allowed.any(-1, keepdim=True)
+    weights = torch.where(any_seen, scores, 0).softmax(-1) * any_seen
+    return (weights @ v).transpose(1, 2), scores.logsumexp(-1)
+
+
 def turned(x, positions, dim, interleaved=False, base=10000.0):
     """Rotation of pairs as multiplication by exp(i angle); x [..., seq, heads, d], positions [..., seq]."""
     angles = positions.double()[..., None, None] * base ** -(torch.arange(0, dim, 2).double() / dim)
