@@ -3,6 +3,8 @@
 The tests that run on both devices stand where those of the CPU do; ``-k cuda`` picks what runs here.
 """
 
+import copy
+
 import numpy
 import pytest
 import torch
@@ -212,6 +214,34 @@ def test_graphs_of_forward_and_backward():
         dropped.replay()
         outs.append(out.clone())
     assert not torch.equal(*outs)
+
+
+def test_torchs_own_ways_to_graphs():
+    """torch.cuda.make_graphed_callables of a layer, and the graphs of torch.compile's reduce-overhead: as without graphs."""
+    layer = fg.FlashGQA(64, 4, 2, causal=True, rotary_dim=16, device="cuda", dtype=torch.bfloat16)
+    twin, x = copy.deepcopy(layer), torch.randn(2, 40, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(twin, (x,))
+    for _ in range(2):
+        y = torch.randn_like(x).requires_grad_()
+        results = []
+        for function, module in ((layer, layer), (graphed, twin)):
+            out = function(y)
+            results.append((out.clone(), *gradients((out,), (y, *module.parameters()))))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+    def function(q, k, v):
+        return fg.attention(q, k, v, causal=True) + q
+
+    compiled = torch.compile(function, fullgraph=True, mode="reduce-overhead")
+    for _ in range(4):      # warm-up, recording, replays
+        tensors = cuda(*inputs(sq=65, sk=65, d=64, dv=64), dtype=torch.float16)
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(*tensors)
+        found, expected = out.clone(), function(*tensors)
+        assert torch.equal(found, expected)
+        cotangent = torch.randn_like(expected)
+        for a, b in zip(gradients((out,), tensors, cotangent), gradients((expected,), tensors, cotangent), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-2)     # inductor adds the gradients of q without rounding between
 
 
 def test_memory_that_does_not_suffice():
