@@ -184,7 +184,8 @@ class Build(build_ext):
         folder, include = CSRC / "cuda", [f"-I{cuda_libraries(find_nvcc())[0]}"]
         for row in sorted(kernel_rows(), key=lambda row: (row["pass"] != "bwd", -int(row["d"]))):
             name = "{pass}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}".format(**row)
-            yield folder / f"sm{row['arch']}" / f"{row['pass']}.cu", objects / f"cuda_{name}.o", \
+            source = {"decode": "decode", "decodewide": "decode_wide"}.get(row["variant"], row["pass"])
+            yield folder / f"sm{row['arch']}" / f"{source}.cu", objects / f"cuda_{name}.o", \
                 nvcc_targets(row["arch"]) + [f"-DFGQA_{column.upper()}={cell}" for column, cell in row.items()]
         for source in sorted((folder / "any").glob("*.cu")):
             yield source, objects / f"cuda_{source.stem}.o", nvcc_targets()

@@ -5,6 +5,7 @@
 #include "any/bwd_plan.h"
 #include "any/fwd_split.h"
 #include "any/weights.h"
+#include "sm90/dec_work.h"
 
 #include <cuda_runtime_api.h>
 #include <float.h>
@@ -21,7 +22,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90 };
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 64, DECODE_PAGE = 16, DECODE_KEYS = 256 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
@@ -58,7 +59,8 @@ typedef struct {
 #undef FGQA_KERNEL
 
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
-    {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, FGQA_VARIANT_##variant},                              \
+    {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, FGQA_VARIANT_##variant == FGQA_VARIANT_general,        \
+      FGQA_VARIANT_##variant >= FGQA_VARIANT_decode ? block_q : 0},                                                                             \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
@@ -149,6 +151,46 @@ static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, c
     return head_tiles(k, p) > INT32_MAX / 2 ? "too many tiles" : NULL;
 }
 
+/* What a decode row cannot address. */
+static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    static const fgqa_arg tensors[] = {FGQA_ARG_k, FGQA_ARG_v};
+    const int64_t rows = (int64_t)p->sq * p->g, granules = ((int64_t)p->sk + k->row.block_k - 1) / k->row.block_k + 1;
+    const int paged = p->cache.table != NULL && p->cache.page_size < p->cache.capacity;
+    if (p->varlen) { return "has no packed sequences"; }
+    if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
+        snprintf(why, 128, "up to %d query rows of a KV head", k->row.most_rows);
+        return why;
+    }
+    if (paged && p->cache.page_size % DECODE_PAGE != 0) {
+        snprintf(why, 128, "pages of a multiple of %d slots", DECODE_PAGE);
+        return why;
+    }
+    for (int n = 0; n < 2; n++) {
+        const char *reason = p->view[tensors[n]].dtype != p->dtype ? "another dtype than q" : fgqa_tensor_map_refuse(p, tensors[n]);
+        if (reason) {
+            snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
+            return why;
+        }
+    }
+    /* counted in 32 bits, slots of the last granule included */
+    return (double)(rows / k->row.block_q + 1) * p->hk * p->b * (double)granules > INT32_MAX / 2 || p->sk > INT32_MAX - 4096 ? "too many keys" : NULL;
+}
+
+/* Where other rows are faster than a decode row. */
+static const char *pass_over_decode(const fgqa_problem *p, char why[128])
+{
+    if ((int64_t)p->sq * p->g > 2 * DECODE_ROWS) {
+        snprintf(why, 128, "%d query rows: more than a memory stream can serve", p->sq);
+        return why;
+    }
+    if (p->sk < DECODE_KEYS) {
+        snprintf(why, 128, "%d keys: too few to be streamed", p->sk);
+        return why;
+    }
+    return NULL;
+}
+
 /* Where the rows of sm80/, at about half of Hopper's speed, gain more by what they do besides: heads of a group share a tile,
  * and keys are split over blocks. With batch_invariant only the shape of one sequence decides. */
 static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
@@ -156,6 +198,7 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
     const cuda_kernel *k = kernel->row;
     fgqa_cuda_properties device;
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
+    if (k->row.most_rows) { return pass_over_decode(p, why); }
     const int64_t rows = k->row.block_q, alone = (p->sq + rows - 1) / rows * p->g, shared = ((int64_t)p->sq * p->g + rows - 1) / rows;
     const int64_t tiles = head_tiles(k, p);
     if (alone > 2 * shared) {
@@ -199,6 +242,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
         if (k->row.pass == FGQA_PASS_BWD && k->row.arch == HOPPER) { return refuse_hopper_backward(k, p, why); }
     }
+    if (k->row.most_rows) { return refuse_decode(k, p, why); }
     return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD ? refuse_tensors(k, p, why) : NULL;
 }
 
@@ -212,6 +256,10 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
     if (k->row.pass == FGQA_PASS_BWD) {
         fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
+        return;
+    }
+    if (k->row.most_rows) {
+        fgqa_dec_tile(p, plan, device.multiprocessors);
         return;
     }
     if (k->row.arch == HOPPER) {

@@ -2,7 +2,8 @@
  * and is not allowed while a graph is recorded.
  *
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
- * the parts; sink and bias bring those of their gradients.
+ * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, and one more
+ * for batch_invariant.
  */
 #include "device.h"
 #include "kernel_table.h"
@@ -10,7 +11,7 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-enum { HEADS = 2, ROWS = 512, KEYS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
+enum { HEADS = 2, ROWS = 512, KEYS = 2048, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
 typedef struct { int32_t device; void *zeros, *results; } warmup_memory;
@@ -47,10 +48,10 @@ static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *re
     return status;
 }
 
-static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
+static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
 {
-    const int64_t q_shape[] = {1, HEADS, ROWS, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
-    const int64_t out_shape[] = {1, HEADS, ROWS, row->dv}, lse_shape[] = {1, HEADS, ROWS}, sink_shape[] = {HEADS}, bias_shape[] = {ROWS, KEYS};
+    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
+    const int64_t out_shape[] = {1, HEADS, rows, row->dv}, lse_shape[] = {1, HEADS, rows}, sink_shape[] = {HEADS}, bias_shape[] = {rows, KEYS};
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
     const fgqa_tensor out = ZEROS(row->dtype, 4, out_shape), lse = ZEROS(FGQA_F32, 3, lse_shape);
@@ -58,7 +59,8 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
 #undef ZEROS
     const int backward = row->pass == FGQA_PASS_BWD;
     fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
-                            .want_lse = 1, .want_dsink = backward, .want_dbias = backward && row->general, .deterministic = 1};
+                            .want_lse = 1, .want_dsink = backward, .want_dbias = backward && row->general, .deterministic = 1,
+                            .batch_invariant = invariant};
     request.tensor[FGQA_ARG_q] = &q;
     request.tensor[FGQA_ARG_k] = &k;
     request.tensor[FGQA_ARG_v] = &v;
@@ -104,7 +106,9 @@ static fgqa_status run_all(const warmup_memory *memory)
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
-            FGQA_TRY(run_kernel(&kernels[n], row, memory));
+            int64_t rows = row->most_rows ? row->most_rows / HEADS : ROWS;
+            FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0));
+            for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0)); }
             continue;
         }
         for (fgqa_dtype dtype = FGQA_F32; dtype <= FGQA_BF16; dtype++) { FGQA_TRY(run_weights(&kernels[n], dtype, memory)); }

@@ -1,0 +1,226 @@
+/* dec_combine.cuh - partial results of one row: records, their merge, and the final write.
+ *
+ *     m = max_j m_j,  l = sum_j l_j 2^(c (m_j - m)),  o = sum_j o_j 2^(c (m_j - m)) / l
+ *
+ * The order of a sum is that of the parts: same split, same bits. Who merges a pair of several blocks:
+ *
+ *     in place    the blocks themselves. Each counts itself on the pair's counter when its record is written, waits until all
+ *                 have, and does its share of the slices. All blocks are resident: the launch is cooperative. The last one to
+ *                 count leaves 0 behind. Who has two such pairs counts on both before it waits for one.
+ *     afterwards  a second kernel: with batch_invariant, or where there is no counter.
+ */
+#pragma once
+#include "../common/ptx_global.cuh"
+#include "../common/ptx_sync.cuh"
+#include "../common/softmax.cuh"
+#include "../common/split.cuh"
+#include "dec_split.cuh"
+
+static constexpr int SLICES = DV / FGQA_DEC_SLICE, COMBINE_BARRIER = 2;    /* and 3 */
+static_assert(D == DV && D % 64 == 0, "kernels.def: one tile form for K and V, of 64-column chunks");
+
+struct dec_partial { float m, l, o[4]; };       /* 4 outputs of a row */
+
+static __device__ __forceinline__ dec_partial empty_partial()
+{
+    const dec_partial none = {-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+    return none;
+}
+
+/* Over the 4 planes of a warp, lanes of equal lane % 8. */
+static __device__ __forceinline__ void merge_planes(dec_partial &a, float scale_log2)
+{
+    float m = a.m;
+#pragma unroll
+    for (int d = 8; d < 32; d *= 2) { m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, d)); }
+    const float weight = ex2((a.m - finite_max(m)) * scale_log2);
+    a.m = m;
+    a.l *= weight;
+#pragma unroll
+    for (int e = 0; e < 4; e++) { a.o[e] *= weight; }
+#pragma unroll
+    for (int d = 8; d < 32; d *= 2) {
+        a.l += __shfl_xor_sync(0xFFFFFFFFu, a.l, d);
+#pragma unroll
+        for (int e = 0; e < 4; e++) { a.o[e] += __shfl_xor_sync(0xFFFFFFFFu, a.o[e], d); }
+    }
+}
+
+/* sum += N partials at once; m = -inf where there is none. */
+template <int N> static __device__ __forceinline__ void merge_batch(dec_partial &sum, const dec_partial (&part)[N], float scale_log2)
+{
+    float m = sum.m;
+#pragma unroll
+    for (int n = 0; n < N; n++) { m = fmaxf(m, part[n].m); }
+    const float base = finite_max(m);
+    float weight = ex2((sum.m - base) * scale_log2);
+    sum.m = m;
+    sum.l *= weight;
+#pragma unroll
+    for (int e = 0; e < 4; e++) { sum.o[e] *= weight; }
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        weight = ex2((part[n].m - base) * scale_log2);
+        sum.l += part[n].l * weight;
+#pragma unroll
+        for (int e = 0; e < 4; e++) { sum.o[e] += part[n].o[e] * weight; }
+    }
+}
+
+/* Four outputs of row `local` of a pair, from `column` on, as the result. */
+static __device__ __forceinline__ void store_output(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
+                                                    const dec_partial &a)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
+    float lse;
+    const float scale = softmax_finish(a.m * p.common.scale, a.l, sink_logit(problem, b, h, i >= sq), &lse);
+    if (column < problem.dv) {
+        const uint2 pairs = {pack2(a.o[0] * scale, a.o[1] * scale, T()), pack2(a.o[2] * scale, a.o[3] * scale, T())};
+        *(uint2 *)(fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, h, i) + column * (int)sizeof(T)) = pairs;
+    }
+    if (column == 0) { store_lse(problem, b, h, i, lse); }
+}
+
+static __device__ __forceinline__ float *record_of(const dec_params &p, int64_t record, int32_t local, int slice)
+{
+    return p.layout.record + ((record * p.layout.rows + local) * SLICES + slice) * FGQA_DEC_RECORD;
+}
+
+/* Four outputs of a row of a finished segment: the result where record < 0, else a part of it. */
+static __device__ __forceinline__ void store_segment(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
+                                                     int64_t record, const dec_partial &a)
+{
+    if (record < 0) {
+        store_output(p, b, rows, sq, local, column, a);
+        return;
+    }
+    float *to = record_of(p, record, local, column / FGQA_DEC_SLICE);
+    const int at = column % FGQA_DEC_SLICE;
+    *(float4 *)(to + at) = make_float4(a.o[0], a.o[1], a.o[2], a.o[3]);
+    if (at == 0) { *(float2 *)(to + FGQA_DEC_SLICE) = make_float2(a.m, a.l); }
+}
+
+/* A share of the merge of one pair: slices first, first + step, ... of all its rows. step 0: nothing. */
+struct dec_share { int32_t b, h, first, step; dec_parts parts; };
+
+/* By `warps` warps (a power of two) of which this is number `warp`. A lane has 4 columns of a slice, quad lane % 8.
+ *   few parts:  a lane takes all of them; a warp has 4 slices in hand.
+ *   many parts: a lane takes parts plane, plane + planes, ...; planes merge inside the warp, then across the `spread` warps of
+ *               the slice through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. */
+static __device__ __forceinline__ void combine_slices(const dec_params &p, const dec_share &share, int32_t sq, int warp, int warps, int barrier,
+                                                      dec_partial *scratch)
+{
+    constexpr int BATCH = 4;                    /* records in flight per lane */
+    const dec_parts &parts = share.parts;
+    const pair_rows rows = pair_rows_of(p, share.h);
+    const int lane = (int)thread_index() % 32, quad = lane % 8, slices = rows.valid * SLICES;
+    const int mine = max((slices - share.first + share.step - 1) / share.step, 1);
+    const bool few = parts.count <= BATCH;
+    int spread = 1;
+    while (!few && 2 * spread * mine <= warps && 4 * spread < parts.count) { spread *= 2; }
+    const int planes = few ? 1 : 4 * spread, plane = few ? 0 : lane / 8 + 4 * (warp & (spread - 1));
+    const int item = few ? 4 * warp + lane / 8 : warp / spread, items = few ? 4 * warps : warps / spread;
+    for (int s0 = share.first; s0 < slices; s0 += items * share.step) {     /* the same trips in every lane */
+        const int s = s0 + item * share.step;
+        dec_partial sum = empty_partial();
+        for (int j0 = plane; s < slices && j0 < parts.count; j0 += BATCH * planes) {
+            dec_partial part[BATCH];
+#pragma unroll
+            for (int n = 0; n < BATCH; n++) {
+                const int j = j0 + n * planes;
+                part[n] = empty_partial();
+                if (j < parts.count) {
+                    const float *from = record_of(p, parts.record(j), s / SLICES, s % SLICES);
+                    const float4 o = load_relaxed_f32x4(from + 4 * quad), ml = load_relaxed_f32x4(from + FGQA_DEC_SLICE);
+                    const dec_partial read = {ml.x, ml.y, {o.x, o.y, o.z, o.w}};
+                    part[n] = read;
+                }
+            }
+            merge_batch(sum, part, p.scale_log2);
+        }
+        if (!few) { merge_planes(sum, p.scale_log2); }
+        bool writer = s < slices && (few || lane < 8);
+        if (spread > 1) {
+            if (lane < 8) { scratch[warp * 8 + quad] = sum; }
+            bar_sync((uint32_t)barrier, (uint32_t)warps * 32);
+            writer = writer && (warp & (spread - 1)) == 0;
+            sum = empty_partial();
+            for (int w = lane / 8; w < spread; w += 4) {
+                const dec_partial other[1] = {scratch[(warp / spread * spread + w) * 8 + quad]};
+                merge_batch(sum, other, p.scale_log2);
+            }
+            merge_planes(sum, p.scale_log2);
+            if (s0 + items * share.step < slices) { bar_sync((uint32_t)barrier, (uint32_t)warps * 32); }      /* scratch is free again */
+        }
+        if (writer) { store_output(p, share.b, rows, sq, s / SLICES, s % SLICES * FGQA_DEC_SLICE + 4 * quad, sum); }
+    }
+}
+
+/* This block's share of the pair of its first (n = 0) or last (n = 1) unit; it takes part in no others. */
+static __device__ __forceinline__ dec_share share_of(const dec_params &p, const dec_schedule &schedule, int n)
+{
+    const dec_place &at = n ? schedule.tail : schedule.head;
+    const dec_parts parts = parts_of(p, schedule.split, at);
+    const bool split_here = parts.count > 1 && (n == 0 || at.pair_unit > schedule.begin);
+    const dec_share share = {at.b, at.h, (int32_t)blockIdx.x - parts.first, split_here ? parts.count : 0, parts};
+    return share;
+}
+
+/* *counter + 1, but 0 after `last`: released, and acquires what the others have released. The old value. */
+static __device__ __forceinline__ uint32_t atom_inc_acq_rel(uint32_t *counter, uint32_t last)
+{
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
+    return old;
+}
+
+/* The end of a block, by its consumer warps, after a barrier: all its records are written. */
+static __device__ __forceinline__ void combine_in_place(const dec_params &p, const dec_schedule &schedule, int warps, dec_partial *scratch)
+{
+    const int warp = (int)thread_index() / 32;
+    const dec_share head = share_of(p, schedule, 0), tail = share_of(p, schedule, 1);
+    if (!head.step && !tail.step) { return; }
+    const bool both = head.step && tail.step;
+    if (thread_index() < 2) {
+        const dec_share &share = thread_index() ? tail : head;
+        uint32_t *counter = p.counters + share.parts.first;
+        const uint32_t last = (uint32_t)share.parts.count - 1;
+        const bool waits = share.step && atom_inc_acq_rel(counter, last) != last;
+        __syncwarp(3);
+        while (waits && load_acquire_s32((const int32_t *)counter) != 0) {}
+    }
+    bar_sync(COMBINE_BARRIER, (uint32_t)warps * 32);
+    /* two of them: half of the warps each */
+    const bool second = both ? warp >= warps / 2 : tail.step != 0;
+    const int team = both ? warps / 2 : warps;
+    const dec_share share = second ? tail : head;
+    combine_slices(p, share, sequence_of(p, schedule, share.b).sq, warp % team, team, COMBINE_BARRIER + second, scratch + second * 8 * (warps / 2));
+}
+
+/* The second kernel: `step` blocks of 8 warps for each pair. */
+static constexpr int COMBINE_WARPS = 8;
+extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
+FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t step)
+{
+    __shared__ dec_partial scratch[COMBINE_WARPS * 8];
+    const int32_t pair = (int32_t)blockIdx.x / step, b = p.by_heads(pair), h = pair - b * p.layout.heads;
+    work_split split = {1, 0, 0};
+    dec_place at;
+    if (p.uniform) {
+        at = place_of_pair(p, pair);
+        split = split_of(p, p.common.problem.b * p.layout.heads * at.units, true);
+    } else {
+        const length_scan scan(p, (int)thread_index() % 32);
+        at = scan.pair(b, h);
+        if (!p.layout.chunk) {
+            bool equal;
+            const int32_t units = scan.total(&equal);
+            split = split_of(p, units, equal);
+        }
+    }
+    const dec_parts parts = parts_of(p, split, at);
+    if (parts.count == 1) { return; }
+    const dec_share share = {b, h, (int32_t)blockIdx.x % step, step, parts};
+    combine_slices(p, share, dec_sequence_at(p, b).sq, (int)thread_index() / 32, COMBINE_WARPS, COMBINE_BARRIER, scratch);
+}

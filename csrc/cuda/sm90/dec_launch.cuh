@@ -1,0 +1,77 @@
+/* dec_launch.cuh - host side of the decode kernels: copies, constants, launches. */
+#pragma once
+#include "../any/dec_counters.h"
+#include "../common/launch.cuh"
+#include "../tensor_map.h"
+#include "dec_split.cuh"
+
+/* Largest N <= blocks for which every block has one pair's part or whole pairs; `blocks` if that leaves a tenth of them idle.
+ * Memory is the limit: a few idle SMs cost nothing, and a second segment or a record costs microseconds. */
+static int32_t aligned_blocks(int64_t pairs, int32_t blocks)
+{
+    for (int32_t n = blocks; 10 * n >= 9 * blocks; n--) {
+        if (n % pairs == 0 || pairs % n == 0) { return n; }
+    }
+    return blocks;
+}
+
+/* A copy is 64 columns wide and, where the head dim fills the tile, all chunks deep. */
+static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p, fgqa_arg arg, int32_t columns)
+{
+    const int32_t chunks = D / 64, pieces = has_pieces(p->cache), deep = chunks > 1 && columns == D && !pieces;
+    *boxes = deep ? 1 : chunks;
+    return fgqa_cache_map(map, p, arg, pieces ? PIECE : GRANULE, deep ? chunks : 1);
+}
+
+static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
+{
+    p->common = fgqa_params_make(problem);
+    fgqa_dec_layout_make(problem, BLOCK_Q, GRANULE, (int32_t)plan->tasks, workspace, &p->layout);
+    const fgqa_mask mask = {problem->sq, problem->sk, problem->align == FGQA_ALIGN_BOTTOM_RIGHT ? problem->sk - problem->sq : 0,
+                            problem->left, problem->right, problem->chunk};
+    const int64_t pairs = (int64_t)problem->b * p->layout.heads;
+    p->uniform = fgqa_dec_is_uniform(problem);
+    p->span = fgqa_dec_span_of(&mask, 0, GRANULE);
+    p->blocks_aligned = p->layout.chunk ? p->layout.blocks : aligned_blocks(pairs, p->layout.blocks);
+    p->by_units = fast_div_make(p->layout.chunk ? (p->span.count + p->layout.chunk - 1) / p->layout.chunk : p->span.count);
+    p->by_heads = fast_div_make(p->layout.heads);
+    p->by_row_blocks = fast_div_make(p->layout.row_blocks);
+    p->by_page_size = fast_div_make(problem->cache.page_size);
+    p->scale_log2 = p->common.scale * (float)FGQA_LOG2E;
+    p->counters = p->layout.chunk ? NULL : fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
+    const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d);
+    return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv);
+}
+
+static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t threads, int32_t shared_bytes, bool cooperative, void *stream)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((uint32_t)p->layout.blocks);
+    config.blockDim = dim3((uint32_t)threads);
+    config.dynamicSmemBytes = (size_t)shared_bytes;
+    config.stream = (cudaStream_t)stream;
+    config.attrs = &attribute;
+    config.numAttrs = cooperative ? 1 : 0;
+    void *arguments[] = {(void *)p};
+    return cudaLaunchKernelExC(&config, kernel, arguments);
+}
+
+/* The kernel, and the one that merges where blocks do not. */
+static cudaError_t launch_decode(const void *kernel, dec_params *p, int32_t threads, int32_t shared_bytes, void *stream)
+{
+    cudaError_t error = cudaErrorCooperativeLaunchTooLarge;
+    if (p->counters) {
+        error = launch_blocks(kernel, p, threads, shared_bytes, true, stream);
+        if (error == cudaErrorCooperativeLaunchTooLarge) { cudaGetLastError(); }      /* part of the device: a green context */
+    }
+    if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
+    p->counters = NULL;
+    error = launch_blocks(kernel, p, threads, shared_bytes, false, stream);
+    if (error != cudaSuccess || p->layout.records == 0) { return error; }
+    const int64_t pairs = (int64_t)p->common.problem.b * p->layout.heads, slices = p->layout.rows * SLICES, wanted = 2 * p->layout.blocks / pairs;
+    const int32_t step = (int32_t)(wanted < 1 ? 1 : wanted > slices ? slices : wanted);
+    return launch_kernel(FGQA_SUFFIX(FGQA_ROW, _combine), (uint32_t)(pairs * step), 32 * COMBINE_WARPS, 0, stream, *p, step);
+}

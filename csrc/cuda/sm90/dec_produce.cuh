@@ -1,0 +1,98 @@
+/* dec_produce.cuh - the lanes that keep the rings of a decode kernel full: which granule is next, on which page, and its copy. */
+#pragma once
+#include "../common/ptx_cp_async.cuh"
+#include "../common/ptx_ldmatrix.cuh"
+#include "../common/ptx_sync.cuh"
+#include "dec_ptx.cuh"
+#include "dec_split.cuh"
+
+/* Page numbers are fetched that many granules ahead: a load behind the stream of all SMs takes microseconds. */
+static constexpr int PAGES_AHEAD = 4;
+
+/* Granules n = stream, stream + STREAMS, ... of each segment. */
+template <int STREAMS> struct granule_walk {
+    dec_segment segment;
+    int32_t g, stream;
+
+    __device__ __forceinline__ granule_walk(const dec_params &p, const dec_schedule &schedule, int stream, bool works) : stream(stream)
+    {
+        segment = first_segment(p, schedule);
+        if (!works) { segment.left = -1; }
+        g = segment.g0 + stream;
+        settle(p, schedule);
+    }
+    __device__ __forceinline__ bool valid() const { return segment.valid(); }
+    __device__ __forceinline__ void settle(const dec_params &p, const dec_schedule &schedule)
+    {
+        while (segment.valid() && g >= segment.g1) {
+            segment.next(p, schedule);
+            g = segment.g0 + stream;
+        }
+    }
+    __device__ __forceinline__ void advance(const dec_params &p, const dec_schedule &schedule)
+    {
+        g += STREAMS;
+        settle(p, schedule);
+    }
+    __device__ __forceinline__ int32_t slot() const { return (segment.span.first + g) * GRANULE; }
+};
+
+static __device__ __forceinline__ int32_t in_page(const dec_params &p, int32_t slot)
+{
+    return p.common.problem.cache.table ? slot - p.by_page_size(slot) * p.common.problem.cache.page_size : slot;
+}
+
+/* The pages of the next granules, one a piece, on their way to this lane's `queue`. */
+template <int STREAMS> struct page_queue {
+    granule_walk<STREAMS> ahead;
+    uint32_t queue;
+    int at;
+
+    __device__ __forceinline__ page_queue(const dec_params &p, const dec_schedule &schedule, const granule_walk<STREAMS> &walk, uint32_t queue)
+        : ahead(walk), queue(queue), at(0)
+    {
+        if (p.common.problem.cache.table) {
+            for (int n = 0; n < PAGES_AHEAD; n++) { fetch(p, schedule); }
+        }
+    }
+    __device__ __forceinline__ void fetch(const dec_params &p, const dec_schedule &schedule)
+    {
+        const fgqa_cache &cache = p.common.problem.cache;
+        if (ahead.valid()) {
+            const int32_t last = p.by_page_size(cache.capacity - 1);
+#pragma unroll
+            for (int n = 0; n < PIECES; n++) {
+                cp_async_4(queue + 4 * (PIECES * at + n), cache.table + ahead.segment.b * cache.table_stride
+                                                                  + min(p.by_page_size(ahead.slot() + n * PIECE), last));
+            }
+            ahead.advance(p, schedule);
+        }
+        cp_async_commit();
+        at = at + 1 == PAGES_AHEAD ? 0 : at + 1;
+    }
+    /* The pages of the granule that `walk` is at, and then those of a later one are fetched. */
+    __device__ __forceinline__ void take(const dec_params &p, const dec_schedule &schedule, const granule_walk<STREAMS> &walk, int32_t (&page)[PIECES])
+    {
+        if (p.common.problem.cache.table) {
+            cp_async_wait<PAGES_AHEAD - 1>();
+#pragma unroll
+            for (int n = 0; n < PIECES; n++) {
+                asm volatile("ld.shared.s32 %0, [%1];" : "=r"(page[n]) : "r"(queue + 4 * (PIECES * at + n)) : "memory");
+            }
+            fetch(p, schedule);
+        } else {
+#pragma unroll
+            for (int n = 0; n < PIECES; n++) { page[n] = walk.segment.b; }
+        }
+    }
+};
+
+struct tile_source { const CUtensorMap *map; int32_t boxes; uint64_t policy; };
+
+/* Rows from `row` of page `page` on -> the chunks of a tile, which are chunk_bytes apart. */
+static __device__ __forceinline__ void load_boxes(const tile_source &source, uint32_t tile, int chunk_bytes, uint32_t bar, int32_t row, int32_t kv_head, int32_t page)
+{
+    for (int chunk = 0; chunk < source.boxes; chunk++) {
+        tma_load_5d(tile + chunk * chunk_bytes, source.map, bar, source.policy, 64 * chunk, row, 0, kv_head, page);
+    }
+}

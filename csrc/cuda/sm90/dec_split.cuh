@@ -1,0 +1,322 @@
+/* dec_split.cuh - device side of dec_work.h: which granules of which pair a block of threads works on. */
+#pragma once
+#include "../common/params.cuh"
+#include "../common/ptx_tma.cuh"
+#include "dec_work.h"
+
+/* Pages that do not hold whole granules: these come in pieces. Keys of a piece: */
+static constexpr int32_t PIECE = 16, PIECES = GRANULE / PIECE;
+static __host__ __device__ __forceinline__ bool has_pieces(const fgqa_cache &cache)
+{
+    return cache.table && cache.page_size % GRANULE != 0 && cache.page_size < cache.capacity;
+}
+
+/* Exact a / d for 0 <= a < 2^31 by one multiplication; magic 0 stands for d = 1. */
+struct fast_div {
+    uint64_t magic;
+    __device__ __forceinline__ int32_t operator()(int32_t a) const { return magic ? (int32_t)__umul64hi((uint64_t)(uint32_t)a, magic) : a; }
+};
+static inline fast_div fast_div_make(int32_t d)
+{
+    const fast_div division = {d <= 1 ? 0 : UINT64_MAX / (uint64_t)d + 1};
+    return division;
+}
+
+/* Block k has units [begin(k), begin(k + 1)): equal shares, the first ones one unit longer. */
+struct work_split {
+    int32_t blocks, share, longer;
+    __device__ __forceinline__ int32_t begin(int32_t k) const { return k * share + min(k, longer); }
+    __device__ __forceinline__ int32_t block_of(int32_t unit) const
+    {
+        const int32_t first_short = longer * (share + 1);
+        return unit < first_short ? unit / (share + 1) : longer + (unit - first_short) / share;
+    }
+};
+
+struct dec_params {
+    fgqa_params common;
+    CUtensorMap k_map, v_map;
+    int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
+    fgqa_dec_layout layout;
+    int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
+    int32_t uniform;                /* all sequences have the span and the units below */
+    fgqa_dec_span span;
+    fast_div by_units, by_heads, by_row_blocks, by_page_size;
+    float scale_log2;
+    uint32_t *counters;             /* one a block, zero between launches; NULL: a second kernel merges */
+};
+
+/* What a block needs to know of a sequence. Keys are slots: key j is slot first_slot + j. */
+struct dec_sequence { int32_t first_slot, sk, sq; fgqa_dec_span span; };
+
+static __device__ __forceinline__ dec_sequence dec_sequence_at(const dec_params &p, int32_t b)
+{
+    int32_t rows;
+    const fgqa_sequence s = fgqa_device_sequence(p.common.problem, b, &rows);
+    const dec_sequence sequence = {(int32_t)s.k_row, s.mask.sk, s.mask.sq, fgqa_dec_span_of(&s.mask, (int32_t)s.k_row, GRANULE)};
+    return sequence;
+}
+
+static __device__ __forceinline__ int32_t units_of(const dec_params &p, int32_t granules)
+{
+    return p.layout.chunk ? (granules + p.layout.chunk - 1) / p.layout.chunk : granules;
+}
+
+/* Where a unit lies. pair_unit: number of the first unit of its pair. */
+struct dec_place { int32_t b, h, units, pair_unit; fgqa_dec_span span; };
+
+static __device__ __forceinline__ work_split split_of(const dec_params &p, int32_t units, bool equal)
+{
+    const int32_t least = p.layout.chunk ? 1 : FGQA_DEC_MIN_KEYS / GRANULE, wanted = (units + least - 1) / least;
+    work_split split;
+    split.blocks = max(1, min(wanted, equal ? p.blocks_aligned : p.layout.blocks));
+    split.share = units / split.blocks;
+    split.longer = units - split.blocks * split.share;
+    return split;
+}
+
+static __device__ __forceinline__ dec_place place_of_pair(const dec_params &p, int32_t pair)
+{
+    const int32_t b = p.by_heads(pair), units = units_of(p, p.span.count);
+    const dec_place at = {b, pair - b * p.layout.heads, units, pair * units, p.span};
+    return at;
+}
+
+static __device__ __forceinline__ int32_t warp_scan(int32_t x, int lane)
+{
+#pragma unroll
+    for (int d = 1; d < 32; d *= 2) {
+        const int32_t up = __shfl_up_sync(0xFFFFFFFFu, x, d);
+        if (lane >= d) { x += up; }
+    }
+    return x;
+}
+
+/* Lengths on the device: a warp looks at 32 sequences at a time. */
+struct length_scan {
+    const dec_params &p;
+    int lane;
+    fgqa_dec_span first;            /* of sequence `lane`: most batches need no other */
+
+    __device__ __forceinline__ length_scan(const dec_params &params, int lane) : p(params), lane(lane)
+    {
+        first = span(0, false);
+    }
+    __device__ __forceinline__ fgqa_dec_span span(int32_t b0, bool kept = true) const
+    {
+        if (b0 == 0 && kept) { return first; }
+        fgqa_dec_span s = {0, 0};
+        if (b0 + lane < p.common.problem.b) { s = dec_sequence_at(p, b0 + lane).span; }
+        return s;
+    }
+    /* Units in all, and whether all sequences have equally many granules. */
+    __device__ __forceinline__ int32_t total(bool *equal) const
+    {
+        int32_t sum = 0, least = INT32_MAX, most = 0;
+        for (int32_t b0 = 0; b0 < p.common.problem.b; b0 += 32) {
+            const int32_t count = span(b0).count;
+            sum += units_of(p, count);
+            if (count > 0) { least = min(least, count); }
+            most = max(most, count);
+        }
+        *equal = __reduce_min_sync(0xFFFFFFFFu, least) == __reduce_max_sync(0xFFFFFFFFu, most);
+        return __reduce_add_sync(0xFFFFFFFFu, sum) * p.layout.heads;
+    }
+    __device__ __forceinline__ dec_place locate(int32_t unit) const
+    {
+        dec_place at = {0, 0, 1, 0, {0, 1}};
+        int32_t before = 0;
+        for (int32_t b0 = 0; b0 < p.common.problem.b; b0 += 32) {
+            const fgqa_dec_span own = span(b0);
+            const int32_t units = units_of(p, own.count), after = before + warp_scan(units * p.layout.heads, lane);
+            const uint32_t past = __ballot_sync(0xFFFFFFFFu, after > unit);
+            if (past) {
+                const int from = __ffs((int)past) - 1;
+                at.b = b0 + from;
+                at.units = __shfl_sync(0xFFFFFFFFu, units, from);
+                at.span.first = __shfl_sync(0xFFFFFFFFu, own.first, from);
+                at.span.count = __shfl_sync(0xFFFFFFFFu, own.count, from);
+                const int32_t begin = __shfl_sync(0xFFFFFFFFu, after, from) - at.units * p.layout.heads;
+                at.h = (unit - begin) / at.units;
+                at.pair_unit = begin + at.h * at.units;
+                return at;
+            }
+            before = __shfl_sync(0xFFFFFFFFu, after, 31);
+        }
+        return at;
+    }
+    __device__ __forceinline__ dec_place pair(int32_t b, int32_t h) const
+    {
+        dec_place at = {b, h, 1, 0, {0, 1}};
+        int32_t sum = 0;
+        for (int32_t b0 = 0; b0 <= b; b0 += 32) {
+            const fgqa_dec_span own = span(b0);
+            if (b0 + lane < b) { sum += units_of(p, own.count); }
+            at.span.first = __shfl_sync(0xFFFFFFFFu, own.first, b & 31);
+            at.span.count = __shfl_sync(0xFFFFFFFFu, own.count, b & 31);
+        }
+        at.units = units_of(p, at.span.count);
+        at.pair_unit = __reduce_add_sync(0xFFFFFFFFu, sum) * p.layout.heads + h * at.units;
+        return at;
+    }
+};
+
+/* A block's part of the work, made by one warp for all. */
+enum { CACHED_SEQUENCES = 16 };
+struct dec_schedule {
+    work_split split;
+    int32_t begin, end;             /* units */
+    dec_place head, tail;           /* of the first and of the last of them */
+    dec_sequence cached[CACHED_SEQUENCES];      /* sequence head.b and the next ones */
+};
+
+static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_schedule &schedule, int lane)
+{
+    work_split split;
+    dec_place head, tail;
+    int32_t begin, end;
+    if (p.uniform) {
+        const int32_t units = units_of(p, p.span.count);
+        split = split_of(p, p.common.problem.b * p.layout.heads * units, true);
+        begin = split.begin((int32_t)blockIdx.x);
+        end = split.begin((int32_t)blockIdx.x + 1);
+        head = place_of_pair(p, p.by_units(begin));
+        tail = place_of_pair(p, p.by_units(max(begin, end - 1)));
+    } else {
+        const length_scan scan(p, lane);
+        bool equal;
+        const int32_t units = scan.total(&equal);
+        split = split_of(p, units, equal);
+        begin = split.begin((int32_t)blockIdx.x);
+        end = split.begin((int32_t)blockIdx.x + 1);
+        head = scan.locate(begin);
+        tail = scan.locate(max(begin, end - 1));
+    }
+    if (lane == 0) {
+        schedule.split = split;
+        schedule.begin = begin;
+        schedule.end = end;
+        schedule.head = head;
+        schedule.tail = tail;
+    }
+    if (lane < CACHED_SEQUENCES && head.b + lane <= tail.b) { schedule.cached[lane] = dec_sequence_at(p, head.b + lane); }
+    __syncwarp();
+}
+
+static __device__ __forceinline__ dec_sequence sequence_of(const dec_params &p, const dec_schedule &schedule, int32_t b)
+{
+    return b - schedule.head.b < CACHED_SEQUENCES ? schedule.cached[b - schedule.head.b] : dec_sequence_at(p, b);
+}
+
+/* A walk over the segments of a block. */
+struct dec_segment {
+    int32_t b, h;
+    fgqa_dec_span span;             /* of the pair */
+    int32_t g0, g1;                 /* granules of the span, [g0, g1) */
+    int32_t left;                   /* units after this segment; -1: there is no segment any more */
+
+    __device__ __forceinline__ bool valid() const { return left >= 0; }
+    __device__ __forceinline__ void clip(const dec_params &p)
+    {
+        if (left <= 0) {
+            left = -1;
+            g1 = g0;
+            return;
+        }
+        g1 = min(span.count, g0 + (p.layout.chunk ? p.layout.chunk : left));
+        left -= p.layout.chunk ? 1 : g1 - g0;
+    }
+    __device__ __forceinline__ void next(const dec_params &p, const dec_schedule &schedule)
+    {
+        g0 = g1;
+        if (g0 == span.count && left > 0) {
+            g0 = 0;
+            if (++h == p.layout.heads) {
+                h = 0;
+                b++;
+                if (!p.uniform) { span = sequence_of(p, schedule, b).span; }
+            }
+        }
+        clip(p);
+    }
+    __device__ __forceinline__ bool whole() const { return g0 == 0 && g1 == span.count; }
+};
+
+static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_schedule &schedule)
+{
+    const dec_place &head = schedule.head;
+    dec_segment s = {head.b, head.h, head.span, (schedule.begin - head.pair_unit) * (p.layout.chunk ? p.layout.chunk : 1), 0,
+                     schedule.end - schedule.begin};
+    s.clip(p);
+    return s;
+}
+
+/* The parts of a pair that is split: part n has left record(n). */
+struct dec_parts {
+    int32_t count, first, offset;
+    int32_t chunked;
+    __device__ __forceinline__ int64_t record(int32_t n) const
+    {
+        return chunked ? first + n : 2 * (int64_t)(first + n) + (n == 0 ? offset : 0);
+    }
+};
+
+/* Without chunks part n is that of block first + n: its first segment, or for n = 0 maybe its last. */
+static __device__ __forceinline__ dec_parts parts_of(const dec_params &p, const work_split &split, const dec_place &at)
+{
+    if (p.layout.chunk) {
+        const dec_parts chunks = {at.units, at.pair_unit, 0, 1};
+        return chunks;
+    }
+    const int32_t first = split.block_of(at.pair_unit), last = split.block_of(at.pair_unit + at.units - 1);
+    const dec_parts parts = {last - first + 1, first, at.pair_unit != split.begin(first), 0};
+    return parts;
+}
+
+/* The packed rows of a pair. */
+struct pair_rows { packed_rows rows; int32_t kv_head, valid; };
+
+static __device__ __forceinline__ pair_rows pair_rows_of(const dec_params &p, int32_t h)
+{
+    const int32_t kv_head = p.by_row_blocks(h), first = (h - kv_head * p.layout.row_blocks) * p.layout.rows;
+    const pair_rows rows = {packed_rows_at(first, p.common.problem.g), kv_head, min(p.layout.rows, p.common.problem.sq * p.common.problem.g - first)};
+    return rows;
+}
+
+static __device__ __forceinline__ fgqa_mask mask_of(const dec_params &p, const dec_sequence &s)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const fgqa_mask mask = {s.sq, s.sk, problem.align == FGQA_ALIGN_BOTTOM_RIGHT ? s.sk - s.sq : 0, problem.left, problem.right, problem.chunk};
+    return mask;
+}
+
+/* Slots that packed row `local` sees; none for rows that do not exist or are padding. */
+static __device__ __forceinline__ fgqa_range slots_of_row(const fgqa_mask &mask, const dec_sequence &s, const pair_rows &rows, int32_t local)
+{
+    fgqa_range seen = {0, 0};
+    const int32_t i = rows.rows.i(local);
+    if (local < rows.valid && i < mask.sq) {
+        seen.begin = s.first_slot + fgqa_kv_begin(&mask, i);
+        seen.end = s.first_slot + fgqa_kv_end(&mask, i);
+    }
+    return seen;
+}
+
+/* Slots that some row of the pair sees, and those that all of them see. */
+struct pair_slots { fgqa_range seen, full; };
+
+static __device__ __forceinline__ pair_slots pair_slots_of(const fgqa_mask &mask, const dec_sequence &s, const pair_rows &rows)
+{
+    pair_slots slots = {{0, 0}, {0, 0}};
+    const int32_t i = rows.rows.i(0), last = rows.rows.i(rows.valid - 1);
+    if (i < mask.sq) {
+        const fgqa_range keys = fgqa_kv_range(&mask, i, min(last, mask.sq - 1) + 1);
+        slots.seen.begin = s.first_slot + keys.begin;
+        slots.seen.end = s.first_slot + keys.end;
+    }
+    if (last < mask.sq) {
+        slots.full.begin = s.first_slot + fgqa_kv_begin(&mask, last);
+        slots.full.end = s.first_slot + fgqa_kv_end(&mask, i);
+    }
+    return slots;
+}

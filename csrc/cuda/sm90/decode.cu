@@ -1,0 +1,360 @@
+/* decode.cu - attention of up to 8 packed query rows of a KV head over many keys, for Hopper: a memory stream with arithmetic on
+ * the side. Compiled once per `decode` row of kernels.def. More rows: decode_wide.cu; who works on what: dec_work.h.
+ *
+ * A block is STREAMS consumer warps and one producer warp. Granule n of a segment belongs to stream (= warp) n % STREAMS, which
+ * has its own ring of tiles and its own m, l, o: no barrier inside a segment; at its end the streams are added up. Lane
+ * (stream, K or V) of the producer keeps that half of the stream's ring full.
+ *
+ *   barrier                    arrivals                                  waited for by
+ *   full[stream][stage][KV]    producer lane (1) + bytes                 the stream's warp
+ *   empty[stream][stage][KV]   the warp (1)                              producer lane
+ *   named MERGE                consumers                                 end of a segment
+ *   named COMBINE, + 1         warps that merge records                  dec_combine.cuh
+ *
+ * A tile is GRANULE keys in chunks of 64 columns, 128 bytes a row, with the swizzle of TMA: piece c of row r at c ^ (r & 7).
+ * The products are turned so that query rows are the short side of the mma:
+ *
+ *   S^T[16 keys x 8 rows] = K Q^T        O^T[16 columns x 8 rows] += V^T P^T
+ *
+ * Register e of both: key or column lane / 4 + 8 (e / 2), row 2 (lane % 4) + e % 2.
+ */
+#include "../common/launch.cuh"
+#include "../common/params.cuh"
+#include "../kernel_table.h"
+#include "dec_work.h"
+
+#define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
+
+#ifndef FGQA_NO_CODE
+
+#include "../common/numeric.cuh"
+#include "../common/ptx_ldmatrix.cuh"
+
+typedef FGQA_DTYPE T;
+static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
+
+#include "../sm80/gemm.cuh"
+#include "dec_combine.cuh"
+#include "dec_launch.cuh"
+#include "dec_produce.cuh"
+
+static constexpr int STREAMS = FGQA_WARPS - 1, THREADS = 32 * FGQA_WARPS, K_STEPS = D / 16;
+static constexpr int CHUNK_BYTES = GRANULE * 128, TILE_BYTES = D / 64 * CHUNK_BYTES;
+static constexpr int MERGE_PITCH = D + 4, MERGE = 1;        /* + m, l; and the 8 rows of a fragment fall on different banks */
+static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
+static_assert(GRANULE == 16 && BLOCK_Q == 8 && STREAMS == 8, "kernels.def: one mma per granule and 16 columns, 8 rows, 8 streams and a producer");
+
+struct shared {
+    alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
+    alignas(16) float merge[STREAMS][BLOCK_Q][MERGE_PITCH];     /* o, m, l, 2 unused */
+    uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
+    int32_t pages[2 * STREAMS][PAGES_AHEAD];
+    dec_schedule schedule;
+};
+
+static __device__ __forceinline__ void produce(const dec_params &p, shared &mem, int lane)
+{
+    const int stream = lane / 2 % STREAMS, kv = lane % 2;
+    const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, createpolicy_evict_first()};
+    const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
+    const uint32_t full = smem_address(&mem.full[stream][0][kv]), empty = smem_address(&mem.empty[stream][0][kv]);
+    granule_walk<STREAMS> walk(p, mem.schedule, stream, lane < 2 * STREAMS);
+    page_queue<STREAMS> pages(p, mem.schedule, walk, smem_address(mem.pages[lane % (2 * STREAMS)]));
+    int stage = 0;
+    uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
+    while (__any_sync(0xFFFFFFFFu, walk.valid())) {
+        if (walk.valid() && mbarrier_test(empty + 16 * stage, parity)) {
+            const uint32_t bar = full + 16 * stage;
+            const int32_t slot = walk.slot();
+            int32_t page[PIECES];
+            pages.take(p, mem.schedule, walk, page);
+            mbarrier_arrive_expect_tx(bar, TILE_BYTES);
+            load_boxes(source, ring + 2 * TILE_BYTES * stage, CHUNK_BYTES, bar, in_page(p, slot), p.by_row_blocks(walk.segment.h), page[0]);
+            if (++stage == STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
+            walk.advance(p, mem.schedule);
+        }
+        __syncwarp();
+    }
+}
+
+/* One warp's result of a segment, for its 8 rows. */
+struct state {
+    float o[K_STEPS][4];        /* fragments of 16 columns */
+    float m[2];                 /* of the lane's two rows */
+    float l[2];                 /* over this lane's keys only */
+};
+
+/* B fragments of Q^T. Called a segment ahead: behind the K/V stream of all SMs a load takes 4 to 5 us. */
+static __device__ __forceinline__ void load_q(const dec_params &p, int32_t b, const pair_rows &rows, uint32_t (&q)[K_STEPS][2])
+{
+    const fgqa_problem &problem = p.common.problem;
+    const int lane = (int)thread_index() % 32, local = lane / 4, column = 2 * (lane % 4);
+    const bool exists = local < rows.valid;
+    const char *row = exists ? fgqa_row_address(problem.view[FGQA_ARG_q], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local)) : NULL;
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int at = 16 * k + 8 * half;
+            q[k][half] = exists && at < problem.d ? *(const uint32_t *)(row + 2 * (at + column)) : 0;
+        }
+    }
+}
+
+/* s = K Q^T of 16 keys, as two chains of dependent mma. k_lane: this lane's row for ldmatrix at step 0. */
+static __device__ __forceinline__ void scores(uint32_t k_lane, const uint32_t (&q)[K_STEPS][2], float (&s)[4])
+{
+    float sum[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) {
+        uint32_t a[4];
+        ldmatrix_x4(a, (k_lane ^ ((k & 3) << 5)) + (k >> 2) * CHUNK_BYTES);
+        mma_step(sum[k & 1], a, q[k][0], q[k][1], T());
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) { s[e] = sum[0][e] + sum[1][e]; }
+}
+
+/* Which slots count in a tile that not all rows see in full; `first` is its first slot. */
+struct tile_mask {
+    int32_t first;
+    fgqa_range seen;            /* by some row */
+    fgqa_range rows[2];         /* by this lane's */
+};
+
+/* Scores -> weights, as B fragments of P^T. MASKED: `sees` gets 1 where the row sees the key, in the same form. */
+template <bool MASKED>
+static __device__ __forceinline__ void softmax(const dec_params &p, const tile_mask &mask, float (&s)[4], state &st, uint32_t (&pt)[2], uint32_t (&sees)[2])
+{
+    const int key = (int)thread_index() % 32 / 4;
+    bool grows = false, visible[4];
+    const float lazy = LAZY / p.scale_log2;
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        if (MASKED) {
+            const int32_t slot = mask.first + key + 8 * (e / 2);
+            visible[e] = mask.rows[e & 1].begin <= slot && slot < mask.rows[e & 1].end;
+            if (!visible[e]) { s[e] = -INFINITY; }
+        }
+        grows |= s[e] > st.m[e & 1] + lazy;
+    }
+    if (__any_sync(0xFFFFFFFFu, grows)) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            float m = fmaxf(fmaxf(s[c], s[c + 2]), st.m[c]);
+#pragma unroll
+            for (int d = 4; d < 32; d *= 2) { m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, d)); }
+            const float alpha = m == -INFINITY ? 1.0f : ex2((st.m[c] - m) * p.scale_log2);
+            st.m[c] = m;
+            st.l[c] *= alpha;
+#pragma unroll
+            for (int k = 0; k < K_STEPS; k++) {
+                st.o[k][c] *= alpha;
+                st.o[k][c + 2] *= alpha;
+            }
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+        s[e] = ex2((s[e] - finite_max(st.m[e & 1])) * p.scale_log2);
+        st.l[e & 1] += s[e];
+    }
+    pt[0] = movmatrix_trans(pack2(s[0], s[1], T()));
+    pt[1] = movmatrix_trans(pack2(s[2], s[3], T()));
+    if (MASKED) {
+        sees[0] = movmatrix_trans(pack2(visible[0] ? 1.0f : 0.0f, visible[1] ? 1.0f : 0.0f, T()));
+        sees[1] = movmatrix_trans(pack2(visible[2] ? 1.0f : 0.0f, visible[3] ? 1.0f : 0.0f, T()));
+    }
+}
+
+/* o += V^T P^T. Unseen keys have p = 0, but 0 * NaN is NaN: what no row sees is cleared, and inf and NaN of what some rows see go
+ * to those alone. Register r holds keys 8 (r / 2) + 2 (lane % 4) + {0, 1}. */
+template <bool MASKED>
+static __device__ __forceinline__ void accumulate(uint32_t v_lane, const tile_mask &mask, const uint32_t (&pt)[2], const uint32_t (&sees)[2], state &st)
+{
+    uint32_t keep[2] = {~0u, ~0u};
+    if (MASKED) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int32_t slot = mask.first + 8 * r + 2 * ((int)thread_index() % 4);
+            keep[r] = (mask.seen.begin <= slot && slot < mask.seen.end ? 0xFFFFu : 0u)
+                    | (mask.seen.begin <= slot + 1 && slot + 1 < mask.seen.end ? 0xFFFF0000u : 0u);
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < K_STEPS; k++) {
+        uint32_t a[4], code[4];
+        ldmatrix_x4_trans(a, (v_lane ^ ((k & 3) << 5)) + (k >> 2) * CHUNK_BYTES);
+        if (MASKED) {
+#pragma unroll
+            for (int r = 0; r < 4; r++) { split_poison(a[r] & keep[r / 2], &a[r], &code[r], T()); }
+        }
+        mma_step(st.o[k], a, pt[0], pt[1], T());
+        if (MASKED && __any_sync(0xFFFFFFFFu, (code[0] | code[1] | code[2] | code[3]) != 0)) {
+            float count[4] = {};
+            mma_step(count, code, sees[0], sees[1], T());
+            add_poison(st.o[k], count);
+        }
+    }
+}
+
+/* Consumer warps: sum of the streams' states; a whole pair goes to the result, a part to its record. */
+static __device__ __forceinline__ void finish_segment(const dec_params &p, shared &mem, const state &st, int32_t b, const pair_rows &rows, int32_t sq, int stream,
+                                                      int64_t record)
+{
+    const int lane = (int)thread_index() % 32;
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        float l = st.l[c], *row = mem.merge[stream][2 * (lane % 4) + c];
+#pragma unroll
+        for (int d = 4; d < 32; d *= 2) { l += __shfl_xor_sync(0xFFFFFFFFu, l, d); }
+        if (lane < 4) { *(float2 *)(row + D) = make_float2(st.m[c], l); }
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) {
+            row[16 * k + lane / 4] = st.o[k][c];
+            row[16 * k + lane / 4 + 8] = st.o[k][c + 2];
+        }
+    }
+    bar_sync(MERGE, 32 * STREAMS);
+    for (int item = (int)thread_index(); item < rows.valid * (D / 4); item += 32 * STREAMS) {
+        const int local = item / (D / 4), column = 4 * (item % (D / 4));
+        dec_partial sum = empty_partial();
+        float2 ml[STREAMS];
+#pragma unroll
+        for (int w = 0; w < STREAMS; w++) {
+            ml[w] = *(const float2 *)&mem.merge[w][local][D];
+            sum.m = fmaxf(sum.m, ml[w].x);
+        }
+        const float base = finite_max(sum.m);
+#pragma unroll
+        for (int w = 0; w < STREAMS; w++) {
+            const float weight = ex2((ml[w].x - base) * p.scale_log2);
+            const float4 o = *(const float4 *)&mem.merge[w][local][column];
+            sum.l += weight * ml[w].y;
+            sum.o[0] += weight * o.x;
+            sum.o[1] += weight * o.y;
+            sum.o[2] += weight * o.z;
+            sum.o[3] += weight * o.w;
+        }
+        store_segment(p, b, rows, sq, local, column, record, sum);
+    }
+    bar_sync(MERGE, 32 * STREAMS);              /* merge is free again; every record of the segment is written */
+}
+
+static __device__ __forceinline__ void consume(const dec_params &p, shared &mem, int stream)
+{
+    const int lane = (int)thread_index() % 32;
+    dec_segment segment = first_segment(p, mem.schedule);
+    pair_rows rows = pair_rows_of(p, segment.h), rows_next = rows;
+    uint32_t q_next[K_STEPS][2];
+    load_q(p, segment.b, rows, q_next);
+
+    /* Rows for ldmatrix. K: matrices (keys 0-7 | 8-15) x (columns 0-7 | 8-15), key half first. V, transposed: column half first. */
+    const int low = lane & 7, mid = lane >> 3 & 1, high = lane >> 4;
+    const uint32_t ring = smem_address(mem.ring[stream][0][0]);
+    const uint32_t full = smem_address(&mem.full[stream][0][0]), empty = smem_address(&mem.empty[stream][0][0]);
+    const uint32_t k_lane = ring + (low + 8 * mid) * 128 + ((high ^ low) << 4);
+    const uint32_t v_lane = ring + TILE_BYTES + (low + 8 * high) * 128 + ((mid ^ low) << 4);
+
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int segments = 0; segment.valid(); segments++) {
+        dec_segment next = segment;
+        next.next(p, mem.schedule);
+        uint32_t q[K_STEPS][2];
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) { q[k][0] = q_next[k][0], q[k][1] = q_next[k][1]; }
+        if (next.valid()) {
+            rows_next = pair_rows_of(p, next.h);
+            load_q(p, next.b, rows_next, q_next);
+        }
+        state st = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
+        const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
+        const fgqa_mask rule = mask_of(p, sequence);
+        const pair_slots slots = pair_slots_of(rule, sequence, rows);
+        tile_mask mask = {0, slots.seen, {slots_of_row(rule, sequence, rows, 2 * (lane % 4)), slots_of_row(rule, sequence, rows, 2 * (lane % 4) + 1)}};
+        for (int32_t g = segment.g0 + stream; g < segment.g1; g += STREAMS) {
+            const int offset = 2 * TILE_BYTES * stage;
+            mask.first = (segment.span.first + g) * GRANULE;
+            const bool is_full = slots.full.begin <= mask.first && mask.first + GRANULE <= slots.full.end;
+            float s[4];
+            uint32_t pt[2], sees[2];
+            mbarrier_wait(full + 16 * stage, parity);
+            scores(k_lane + offset, q, s);
+            __syncwarp();
+            if (lane == 0) { mbarrier_arrive(empty + 16 * stage); }
+            if (is_full) {
+                softmax<false>(p, mask, s, st, pt, sees);
+            } else {
+                softmax<true>(p, mask, s, st, pt, sees);
+            }
+            mbarrier_wait(full + 16 * stage + 8, parity);
+            if (is_full) {
+                accumulate<false>(v_lane + offset, mask, pt, sees, st);
+            } else {
+                accumulate<true>(v_lane + offset, mask, pt, sees, st);
+            }
+            __syncwarp();
+            if (lane == 0) { mbarrier_arrive(empty + 16 * stage + 8); }
+            if (++stage == STAGES) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+        const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)mem.schedule.begin + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
+        finish_segment(p, mem, st, segment.b, rows, sequence.sq, stream, record);
+        segment = next;
+        rows = rows_next;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ dec_params p)
+{
+    extern __shared__ __align__(1024) char memory[];
+    shared &mem = *(shared *)memory;
+    const int warp = (int)thread_index() / 32, lane = (int)thread_index() % 32;
+    if (warp == STREAMS) {
+        if (lane == 0) {
+            prefetch_tensormap(&p.k_map);
+            prefetch_tensormap(&p.v_map);
+        }
+        for (int n = lane; n < STREAMS * STAGES * 2; n += 32) {
+            mbarrier_init(smem_address(&mem.full[0][0][0] + n), 1);
+            mbarrier_init(smem_address(&mem.empty[0][0][0] + n), 1);
+        }
+        fence_mbarrier_init();
+        make_schedule(p, mem.schedule, lane);
+    }
+    __syncthreads();
+    if ((int32_t)blockIdx.x >= mem.schedule.split.blocks) { return; }
+    if (warp == STREAMS) {
+        produce(p, mem, lane);
+        return;
+    }
+    consume(p, mem, warp);
+    if (p.counters) { combine_in_place(p, mem.schedule, STREAMS, (dec_partial *)mem.merge); }
+}
+
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
+
+extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
+{
+    static launch_state state;
+    const void *kernel = (const void *)FGQA_SUFFIX(FGQA_ROW, _kernel);
+    dec_params p;
+    int error = allow_shared_memory(kernel, sizeof(shared), problem->device.index, &state);
+    if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec); }
+    return error != cudaSuccess ? error : launch_decode(kernel, &p, THREADS, sizeof(shared), exec->stream);
+}
+
+#else
+
+/* A build without machine code for sm_90a: refused before it is launched (launch.c). */
+extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return -1; }
+extern "C" int FGQA_ROW(const fgqa_plan *, const fgqa_problem *, void *, const fgqa_exec *) { return cudaErrorNoKernelImageForDevice; }
+
+#endif

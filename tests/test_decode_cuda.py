@@ -1,0 +1,160 @@
+"""The decode kernels for Hopper (csrc/cuda/sm90/decode.cu, decode_wide.cu): few query rows over many keys, which blocks share."""
+import itertools
+import math
+
+import pytest
+import torch
+
+import flashgqa
+
+ROWS = [row["name"] for row in flashgqa.kernels() if row["name"].endswith(("decode", "decodewide")) and row["available"]]
+pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
+UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def random(*shape, dtype=torch.bfloat16, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").to(dtype)
+
+
+def int32(values):
+    return torch.tensor(values, dtype=torch.int32, device="cuda")
+
+
+def inputs(b, hk, g, sq, sk, d=128, dv=None, dtype=torch.bfloat16, lens=None):
+    """NaN where no sequence has keys."""
+    q, k, v = (random(b, h, s, n, dtype=dtype, seed=h + s + n) for h, s, n in ((hk * g, sq, d), (hk, sk, d), (hk, sk, dv or d)))
+    if lens is not None:
+        beyond = (torch.arange(sk, device="cuda") >= lens[:, None])[:, None, :, None]
+        k, v = k.masked_fill(beyond, math.nan), v.masked_fill(beyond, math.nan)
+    return q, k, v
+
+
+def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=None):
+    """out and LSE, computed in `dtype`."""
+    (b, hq, sq, d), (hk, sk) = q.shape, k.shape[1:3]
+    lens = torch.full((b,), sk, device="cuda") if lens is None else lens
+    j, diag = torch.arange(sk, device="cuda"), torch.arange(sq, device="cuda")[None] + lens[:, None] - sq
+    seen = (j < lens[:, None, None]) & ((j <= diag[..., None]) | torch.tensor(not causal, device="cuda"))
+    if window[0] is not None:
+        seen &= j >= diag[..., None] - window[0]
+    seen = seen[:, None, None]
+    some = seen.any(3)[:, 0, 0][:, None, :, None]
+    k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in (k, v))
+    x = (q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5).masked_fill(~seen, -math.inf)
+    if sink is not None:
+        x = torch.cat([x, sink.to(dtype).view(1, hk, -1, 1, 1).expand(*x.shape[:4], 1)], -1)
+    p = x.softmax(-1).nan_to_num(nan=0.0)[..., :sk]
+    return (p @ v).reshape(b, hq, sq, -1), x.logsumexp(-1).reshape(b, hq, sq)
+
+
+def check(q, k, v, expected_kernel, **options):
+    """Twice the error of the plain formula in the same dtype and two units, as everywhere; the same bits twice."""
+    lens, sink = options.get("kv_lens"), options.get("sink")
+    plain = {"lens": lens, "sink": sink, "causal": options.get("causal", False), "window": options.get("window", (None, None))}
+    out, lse = flashgqa.attention(q, k, v, return_lse=True, **options)
+    again = flashgqa.attention(q, k, v, **options, out=torch.full_like(out, math.nan))
+    exact, exact_lse = formula(q, k, v, torch.float64, **plain)
+    naive, _ = formula(q, k, v, q.dtype, **plain)
+    bound = 2 * (naive - exact).abs().max() + 2 * UNIT[q.dtype] * exact.abs().max()
+    assert flashgqa.explain(q, k, v, **options)["kernel"].endswith(expected_kernel)
+    assert torch.equal(out, again)
+    assert (out - exact).abs().max() <= bound
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=3e-5)
+    return out
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("g", [1, 2, 3, 4, 5, 7, 8, 16, 32, 71])
+def test_groups_and_lengths(g, dtype):
+    """One sequence, and unequal ones of which one is empty; shares of blocks end anywhere."""
+    for sk, invariant in itertools.product((257, 1000, 4097), (False, True)):
+        for lens in (None, int32([sk, 0, sk // 2, 1, 15, 17])):
+            q, k, v = inputs(1 if lens is None else 6, 2, g, 1, sk, dtype=dtype, lens=lens)
+            check(q, k, v, "decode" if g <= 8 else "decodewide", kv_lens=lens, batch_invariant=invariant)
+
+
+@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 4), (16, 1), (16, 4), (8, 9), (3, 40)])
+def test_rows_masks_and_sink(sq, g):
+    for sk, window in itertools.product((300, 2500), ((None, None), (100, None), (700, None))):
+        for lens in (None, int32([sk, 3, 0, sk - 1])):
+            q, k, v = inputs(1 if lens is None else 4, 2, g, sq, sk, lens=lens)
+            sink = None if sk == 300 else torch.linspace(-2, 2, 2 * g, device="cuda")
+            check(q, k, v, "decode" if sq * g <= 8 else "decodewide", causal=True, window=window, kv_lens=lens, sink=sink)
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(8, 8), (40, 64), (64, 64), (72, 128), (128, 96)])
+def test_head_dims_and_strides(d, dv, dtype):
+    for g in (4, 16):
+        q, k, v = inputs(2, 3, g, 1, 700, d, dv, dtype)
+        out = check(q, k, v, "decode" if g == 4 else "decodewide")
+        turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+        assert torch.equal(flashgqa.attention(*turned, layout="bshd").transpose(1, 2), out)
+
+
+@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 8), (8, 8)])
+def test_inf_and_nan_reach_only_rows_that_see_them(sq, g):
+    q, k, v = inputs(1, 1, g, sq, 900)
+    clean = flashgqa.attention(q, k, v, causal=True)
+    v[0, 0, 899, 5], v[0, 0, 899, 77], v[0, 0, 899, 9] = math.nan, math.inf, -math.inf
+    out = flashgqa.attention(q, k, v, causal=True)
+    assert torch.equal(out[:, :, :-1], clean[:, :, :-1])
+    last = out[0, :, -1]
+    assert last[:, 5].isnan().all() and (last[:, 77] == math.inf).all() and (last[:, 9] == -math.inf).all()
+    k[0, 0, 3] = math.nan
+    assert flashgqa.attention(q, k, v, causal=True).isnan().all()
+
+
+def test_batch_invariant_rows_do_not_depend_on_the_batch():
+    lens = int32([3000, 17, 2000, 1024, 1025, 0])
+    for g in (4, 16):
+        q, k, v = inputs(6, 2, g, 1, 3000, lens=lens)
+        together = flashgqa.attention(q, k, v, kv_lens=lens, batch_invariant=True)
+        for n in range(6):
+            alone = flashgqa.attention(q[n:n + 1], k[n:n + 1], v[n:n + 1], kv_lens=lens[n:n + 1], batch_invariant=True)
+            assert torch.equal(alone[0], together[n])
+
+
+def test_one_graph_serves_all_lengths():
+    """Lengths are read on the device: a graph recorded once follows them, with the counters of its own."""
+    lens = int32([5, 1])
+    q, k, v = inputs(2, 2, 16, 1, 3000)
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    flashgqa.attention(q, k, v, kv_lens=lens)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        out = flashgqa.attention(q, k, v, kv_lens=lens)
+    for pair in ((3000, 1), (1, 2999), (1500, 1500), (0, 3000)):
+        lens.copy_(int32(pair))
+        graph.replay()
+        assert torch.equal(out, flashgqa.attention(q, k, v, kv_lens=lens))
+
+
+def test_streams_side_by_side():
+    """Blocks of a launch wait for each other; those of two launches, of which the card holds one at a time, do not."""
+    calls = [inputs(3, 4, 8, 1, 5000), inputs(1, 1, 32, 1, 9000)]
+    expected = [flashgqa.attention(*call) for call in calls]
+    streams, wrong = [torch.cuda.Stream() for _ in calls], torch.zeros(2, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(300):
+        for n, (call, stream) in enumerate(zip(calls, streams, strict=True)):
+            with torch.cuda.stream(stream):
+                wrong[n] += (flashgqa.attention(*call) != expected[n]).sum()
+    torch.cuda.synchronize()
+    assert wrong.tolist() == [0, 0]
+
+
+def test_plan_says_why_not():
+    q, k, v = inputs(1, 2, 4, 1, 1000)
+
+    def why(q, k, v, **options):
+        return dict(flashgqa.explain(q, k, v, **options)["refused"])["fwd_sm90_bf16_d128_dv128_decode"]
+
+    assert "too few" in why(q, k[:, :, :200], v[:, :, :200])
+    assert "softcap" in why(q, k, v, softcap=3.0)
+    assert "up to 8 query rows" in why(*inputs(1, 2, 4, 3, 1000))
+    assert "strides above 0" in why(q, k[:, :1].expand(1, 2, 1000, 128), v)
+    packed = [x[0].transpose(0, 1) for x in (q, k, v)]
+    assert "packed" in why(*packed, cu_seqlens_q=int32([0, 1]), cu_seqlens_kv=int32([0, 1000]))
