@@ -60,7 +60,7 @@ typedef struct {
 
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, FGQA_VARIANT_##variant == FGQA_VARIANT_general,        \
-      FGQA_VARIANT_##variant >= FGQA_VARIANT_decode ? block_q : 0},                                                                             \
+      FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide ? block_q : 0},                                                                          \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
