@@ -180,7 +180,7 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 /* Where other rows are faster than a decode row. */
 static const char *pass_over_decode(const fgqa_problem *p, char why[128])
 {
-    if ((int64_t)p->sq * p->g > 2 * DECODE_ROWS) {
+    if ((int64_t)p->sq * p->g > DECODE_ROWS * 3 / 2) {
         snprintf(why, 128, "%d query rows: more than a memory stream can serve", p->sq);
         return why;
     }
