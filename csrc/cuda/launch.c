@@ -283,7 +283,7 @@ static void tile_weights(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_
     fgqa_weights_tile(p, plan);
 }
 
-#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1}
+#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0}
 static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), fgqa_weights_rows, fgqa_weights_smem};
 static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), fgqa_weights_keysum, fgqa_weights_smem};
 #undef WEIGHTS
