@@ -21,7 +21,10 @@ def seed_tensor(seed, device):
 
 def bounds(window):
     """A window of flash_attn's, in which -1 (any negative number) is no bound, as `attention` takes it. None is none, too."""
-    left, right = window
+    try:
+        left, right = window
+    except (TypeError, ValueError):
+        raise TypeError(f"window_size is {window!r}: it must be (left, right), where -1 or None is no bound") from None
     return None if left is None or left < 0 else left, None if right is None or right < 0 else right
 
 

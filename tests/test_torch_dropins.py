@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings, strategies
 
 import flashgqa
 
@@ -93,6 +94,37 @@ def test_sdpa_mask_shapes(shape):
     mask = torch.rand(shape) < 0.8
     mask[..., 0] = True
     agree(tensors, mask)
+
+
+@strategies.composite
+def sdpa_calls(draw):
+    """Shapes of query, key and value whose leading axes broadcast, a mask (shape, kind) or None, options."""
+
+    def part(shape):
+        """Some axes 1, some of the first left out."""
+        shape = [draw(strategies.sampled_from((1, n))) for n in shape]
+        return (*shape[draw(strategies.integers(0, len(shape))) :],)
+
+    batch = draw(strategies.lists(strategies.integers(1, 3), max_size=2))
+    hk, g = draw(strategies.integers(1, 3)), draw(strategies.integers(1, 3))
+    sq, sk, d, dv = (draw(strategies.integers(1, 9)) for _ in range(4))
+    grouped = draw(strategies.booleans())
+    heads = (hk * g, hk, hk) if grouped else [draw(strategies.sampled_from((1, hk))) for _ in range(3)]
+    shapes = [(*part(batch), h, *matrix) for h, matrix in zip(heads, ((sq, d), (sk, d), (sk, dv)), strict=True)]
+    kind, scale = draw(strategies.sampled_from(("plain", "causal", "bool", "float"))), draw(strategies.sampled_from((None, 0.3)))
+    lead = torch.broadcast_shapes(*(x[:-3] for x in shapes[:2]))        # torch adds the mask in place to query times key
+    mask = (part((*lead, max(heads[:2]), sq, sk)), kind) if kind in ("bool", "float") else None
+    return shapes, mask, dict(is_causal=kind == "causal", enable_gqa=grouped, scale=scale)
+
+
+@settings(max_examples=80)
+@given(sdpa_calls())
+def test_sdpa_any_shapes(call):
+    shapes, mask, options = call
+    if mask is not None:
+        shape, kind = mask
+        mask = torch.rand(shape) < 0.7 if kind == "bool" else torch.randn(shape, dtype=torch.float64)
+    agree([randn(*shape) for shape in shapes], mask, **options)
 
 
 def test_sdpa_grouped_heads_of_key_and_value_may_differ():
@@ -351,6 +383,9 @@ def test_flash_attn_rows_without_keys_and_dropout():
 
 def test_flash_attn_errors():
     q, k, v = randn(4, 2, 8), randn(4, 2, 8), randn(4, 2, 8)
+    for window in (3, (1, 2, 3)):
+        with pytest.raises(TypeError, match=r"window_size is .*: it must be \(left, right\)"):
+            fg.flash_attn_func(q[None], q[None], q[None], window_size=window)
     with pytest.raises(ValueError, match=r"qkv is \[4, 2, 8\]: it must be \[..., 3, heads, head dim\]"):
         fg.flash_attn_qkvpacked_func(q)
     with pytest.raises(ValueError, match=r"kv is \[1, 4, 2, 8\]: it must be \[..., 2, heads, head dim\]"):
