@@ -64,7 +64,7 @@ def flash_attn_func(
     Raises
     ------
     TypeError, ValueError
-        Naming the argument and what it must be.
+        What an argument must be, under the name that it has in `flashgqa.torch.attention`: scale, window, cu_seqlens_kv, max_q.
     NotImplementedError
         No kernel serves the request, such as float64 on a GPU; or a second or forward-mode derivative.
 

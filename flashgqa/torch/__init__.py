@@ -1,6 +1,11 @@
 """flashgqa for PyTorch: attention with gradients, and what other libraries call it.
 
-Nothing of flashgqa imports torch but this module, and only when it is asked for.
+Here: `attention` and `merge`; torch's `scaled_dot_product_attention` and `use_flashgqa`; the functions of FlashAttention 2; the
+layers `FlashGQA` and `FlashMHA`, and `mean_pool_kv_heads`. In modules of their own, under the names of the originals: `fa3`
+(FlashAttention-3), `bert_padding`, `layers.rotary`, `modules.mha`, `xops` (xformers). Importing it also makes the implementation
+"FGQA" known to torch.nn.attention.activate_flash_attention_impl.
+
+Importing flashgqa alone never imports torch.
 """
 
 from .. import _torch_flash_impl  # noqa: F401 - registers itself with torch
