@@ -60,13 +60,13 @@ def attend(q, k, v, return_lse, options, given):
             if not given:
                 if _is_recording() and (q.requires_grad or k.requires_grad or v.requires_grad):
                     return _with_lse(q, k, v, options) if return_lse else _plain(q, k, v, options)
-                return c_forward(q, k, v, return_lse, None, *options)
+                return c_forward(q, k, v, return_lse, options)
             if all(options[n] is None or type(options[n]) in _PLAIN for n in TENSORS_AT):
                 bias, sink = options[BIAS_AT], options[SINK_AT]
                 if _is_recording() and torch._C._any_requires_grad(q, k, v, bias, sink):
                     out, lse = _with_tensors(q, k, v, bias, sink, options)
                     return (out, lse) if return_lse else out
-                return c_forward(q, k, v, return_lse, None, *options)
+                return c_forward(q, k, v, return_lse, options)
     names = ("mask", "bias", "alibi_slopes", "sink", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_kv", "seed")
     _check({"q": q, "k": k, "v": v, **{name: options[n] for name, n in zip(names, TENSORS_AT, strict=True)}})
     q, k, v = as_autocast(q, k, v)
@@ -82,7 +82,7 @@ def _differentiate(tensors, dout, dlse, want_dbias, options):
         operands = _torch_ops.operator_options(options)
         dq, dk, dv, dbias, dsink = _torch_ops.differentiable_backward(dout, *tensors, dlse, want_dbias, *operands)
         return dq, dk, dv, dbias if want_dbias else None, None if options[SINK_AT] is None else dsink
-    return c_backward(dout, *tensors, dlse, want_dbias, *options)
+    return c_backward(dout, tensors, dlse, want_dbias, options)
 
 
 class _Plain(torch.autograd.Function):
@@ -91,7 +91,7 @@ class _Plain(torch.autograd.Function):
     @staticmethod
     @untraced
     def forward(ctx, q, k, v, options):
-        out, lse = c_forward(q, k, v, True, None, *options)
+        out, lse = c_forward(q, k, v, True, options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = options
         return out
@@ -107,7 +107,7 @@ class _WithLse(torch.autograd.Function):
     @staticmethod
     @untraced
     def forward(ctx, q, k, v, options):
-        out, lse = c_forward(q, k, v, True, None, *options)
+        out, lse = c_forward(q, k, v, True, options)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.set_materialize_grads(False)
         ctx.options = options
@@ -124,7 +124,7 @@ class _WithTensors(torch.autograd.Function):
     @staticmethod
     @untraced
     def forward(ctx, q, k, v, bias, sink, options):
-        out, lse = c_forward(q, k, v, True, None, *options)
+        out, lse = c_forward(q, k, v, True, options)
         # Saved as torch saves tensors, so that one that is changed before backward() is noticed.
         ctx.at = [n for n in TENSORS_AT if options[n] is not None]
         ctx.save_for_backward(q, k, v, out, lse, *(options[n] for n in ctx.at))

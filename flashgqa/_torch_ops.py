@@ -60,34 +60,35 @@ def operator_options(options):
 
 
 @untraced
-def c_forward(*inputs):
-    """_C.forward; torch's own error where memory does not suffice."""
+def c_forward(q, k, v, return_lse, options):
+    """_C.forward, options in its order; torch's own error where memory does not suffice."""
     try:
-        return _C.forward(*inputs)
+        return _C.forward(q, k, v, return_lse, None, *options)
     except MemoryError as error:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
 @untraced
-def c_backward(dout, *inputs):
+def c_backward(dout, tensors, dlse, want_dbias, options):
+    """_C.backward of tensors q, k, v, out and lse."""
     # Gradients of sums and means are expanded scalars.
     if not dout.is_contiguous() and dout.stride(-1) != 1:
         dout = dout.contiguous()
     try:
-        return _C.backward(dout, *inputs)
+        return _C.backward(dout, *tensors, dlse, want_dbias, *options)
     except MemoryError as error:
         raise torch.OutOfMemoryError(str(error)) from error
 
 
 @untraced
 def _forward(q, k, v, *options):
-    return c_forward(q, k, v, True, None, *_c_options(options[:_N_TENSORS], options[_N_TENSORS:]))
+    return c_forward(q, k, v, True, _c_options(options[:_N_TENSORS], options[_N_TENSORS:]))
 
 
 @untraced
 def _backward(dout, q, k, v, out, lse, dlse, want_dbias, *options):
     of_options = _c_options(options[:_N_TENSORS], options[_N_TENSORS:])
-    dq, dk, dv, dbias, dsink = c_backward(dout, q, k, v, out, lse, dlse, want_dbias, *of_options)
+    dq, dk, dv, dbias, dsink = c_backward(dout, (q, k, v, out, lse), dlse, want_dbias, of_options)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink
 
 
