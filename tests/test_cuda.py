@@ -32,8 +32,8 @@ def whole(q, k, v, **options):
 
 
 def assert_same(got, expected):
-    assert len(got) == len(expected) <= len(NAMES)
-    for name, a, b in zip(NAMES, got, expected, strict=False):      # the first of the five, or all
+    names = NAMES[: len(expected)]      # the first of the five, or all
+    for name, a, b in zip(names, got, expected, strict=True):
         assert torch.equal(a, b), name
 
 
@@ -84,7 +84,7 @@ def test_any_strides():
     swapped = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v)]
     assert_same(whole(*swapped), expected)
     bshd = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    assert_same([flashgqa.attention(*bshd, layout="bshd").transpose(1, 2)], expected)
+    assert_same([flashgqa.attention(*bshd, layout="bshd").transpose(1, 2)], expected[:1])
     lens = torch.tensor([[130, 0], [77, 0]], dtype=torch.int32, device="cuda")[:, 0]
     close(get(flashgqa.attention(q, k, v, kv_lens=lens)), get(flashgqa.attention(q, k, v, kv_lens=lens.contiguous())), 0)
 
