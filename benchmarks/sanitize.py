@@ -17,10 +17,11 @@ import flashgqa
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
+FEW_ROWS = {"decode": 3, "decodewide": 20}      # query rows, of which a KV head has twice as many
 
 
 def options_of(variant, rng):
-    if variant == "plain":
+    if variant != "general":
         return {"causal": True, "sink": np.linspace(-1, 1, HQ, dtype=np.float32)}
     return {"softcap": 8.0, "dropout_p": 0.2, "seed": 7, "window": (150, 20), "sink": np.linspace(-1, 1, HQ, dtype=np.float32),
             "bias": rng.standard_normal((1, 1, SQ, SK), np.float32), "alibi_slopes": np.linspace(0.01, 0.5, HQ, dtype=np.float32),
@@ -31,7 +32,8 @@ def run_row(name):
     """One row of kernels.def; the backward ones take what a float32 forward pass on the CPU left."""
     which, _, dtype, d, dv, variant = name.split("_")
     rng = np.random.default_rng(0)
-    extents = ((B, HQ, SQ, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, SQ, int(dv[2:])))
+    sq = FEW_ROWS.get(variant, SQ)
+    extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
     q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
     options = options_of(variant, rng)
     if which == "fwd":

@@ -152,13 +152,19 @@ def test_dq_in_any_order(dtype):
         close(free.dq.double().cpu(), dq.double().cpu(), 2.0**-7 * float(dq.abs().max()))
 
 
-def test_results_do_not_depend_on_what_memory_held():
-    """Workspace and results come from memory full of NaN."""
-    q, k, v = qkv(1, 8, 64, 128, sk=4096)
-    expected = whole(q, k, v)
-    poison = torch.full((2**26,), float("nan"), device="cuda")
-    del poison
-    assert_same(whole(q, k, v), expected)
+@pytest.mark.parametrize("softcap", [None, 7.0])
+@pytest.mark.parametrize("d", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_what_memory_held(dtype, d, softcap):
+    """Workspace and results come from memory full of NaN: what a kernel reads there before it was written shows."""
+    for sq, sk, options in ((64, 4096, {}), (700, 700, {"causal": True})):
+        q, k, v = qkv(1, 8, sq, d, sk=sk, dtype=dtype)
+        expected = whole(q, k, v, softcap=softcap, **options)
+        for _ in range(3):
+            poison = torch.full((2**26,), float("nan"), device="cuda")
+            del poison
+            assert_same(whole(q, k, v, softcap=softcap, **options), expected)
+        assert all(torch.isfinite(x).all() for x in expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 7.0])
@@ -461,7 +467,7 @@ def test_everything_on_the_device_that_is_not_current(current):
             side = torch.cuda.Stream(data)
             torch.cuda.synchronize(data)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.device(data), torch.cuda.graph(graph):
+            with torch.cuda.device(data), torch.cuda.graph(graph, stream=torch.cuda.Stream(data)):
                 captured = whole(*moved, **options)
             given = whole(*moved, **options, stream=side)
             graph.replay()
@@ -498,6 +504,24 @@ def test_both_devices_at_once_from_two_threads():
         for future in futures:
             for results in future.result():
                 assert_same([x.cpu() for x in results], expected)
+
+
+@two_gpus
+def test_parts_on_two_devices_are_merged():
+    """Keys shared out to two GPUs; and keys that a copy from the other one, still under way, brings."""
+    q, k, v = qkv(1, 8, 1000, 128, dtype=torch.bfloat16)
+    whole_out, whole_lse = flashgqa.attention(q, k, v, return_lse=True)
+    far = [x.to("cuda:1") for x in (q, k, v)]
+    here = flashgqa.attention(q, k[:, :, :500], v[:, :, :500], return_lse=True)
+    there = flashgqa.attention(far[0], far[1][:, :, 500:], far[2][:, :, 500:], return_lse=True)
+    out, lse = flashgqa.merge(*zip(here, [x.to("cuda:0", non_blocking=True) for x in there], strict=True))
+    close(out.double().cpu(), whole_out.double().cpu())
+    close(lse.cpu(), whole_lse.cpu(), 1e-5)
+    with torch.cuda.device(1):
+        torch.cuda._sleep(200_000_000)
+        far[1].mul_(2)
+        near = far[1].to("cuda:0", non_blocking=True)
+    assert torch.equal(flashgqa.attention(q, near, v), flashgqa.attention(q, 2 * k, v))
 
 
 # ---- weights ----
