@@ -34,13 +34,15 @@ def as_autocast(*tensors):
     return tuple(x.to(dtype) if x is not None and x.dtype in narrow else x for x in tensors)
 
 
-def _check(tensors):
+def check_tensors(required, optional=()):
+    """Of {name: tensor}, and of pairs (name, tensor or None)."""
+    tensors = {**required, **{name: x for name, x in optional if x is not None}}
     for name, x in tensors.items():
-        if x is not None and not isinstance(x, torch.Tensor):
+        if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor; flashgqa.attention takes other arrays")
     if not _is_compiling() and forward_ad._current_level >= 0:
         for name, x in tensors.items():
-            if x is not None and forward_ad.unpack_dual(x).tangent is not None:
+            if forward_ad.unpack_dual(x).tangent is not None:
                 raise NotImplementedError(
                     f"flashgqa: {name} has a forward-mode tangent, and attention no forward-mode derivative; use backward()"
                 )
@@ -68,7 +70,7 @@ def attend(q, k, v, return_lse, options, given):
                     return (out, lse) if return_lse else out
                 return c_forward(q, k, v, return_lse, options)
     names = ("mask", "bias", "alibi_slopes", "sink", "q_lens", "kv_lens", "cu_seqlens_q", "cu_seqlens_kv", "seed")
-    _check({"q": q, "k": k, "v": v, **{name: options[n] for name, n in zip(names, TENSORS_AT, strict=True)}})
+    check_tensors({"q": q, "k": k, "v": v}, zip(names, (options[n] for n in TENSORS_AT), strict=True))
     q, k, v = as_autocast(q, k, v)
     out, lse = _torch_ops.differentiable_forward(q, k, v, *_torch_ops.operator_options(options))
     return (out, lse) if return_lse else out

@@ -167,6 +167,13 @@ class FlashGQA(nn.Module):
             raise ValueError("cu_seqlens is given: x_kv, key_padding_mask, mask and cache do not go with it")
         if cache is not None and x_kv is not None:
             raise ValueError("cache and x_kv are given: a cache is for attention of x to itself")
+        rank = 3 if cu_seqlens is None else 2
+        for name, y in (("x", x), ("x_kv", x if x_kv is None else x_kv)):
+            if y.dim() != rank or y.shape[-1] != self.embed_dim:
+                raise ValueError(
+                    f"{name} is {list(y.shape)}: it must be [batch, seq, embed_dim] with embed_dim {self.embed_dim}, or "
+                    "[total, embed_dim] with cu_seqlens"
+                )
         q, k, v = self._heads(x, x if x_kv is None else x_kv)
         if self.rotary is not None:
             if x_kv is not None:

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ._torch_attention import attention
-from ._torch_eager import as_autocast, attend
+from ._torch_eager import as_autocast, attend, check_tensors
 
 
 def _fold(x, batch, heads, matrix):
@@ -70,7 +70,12 @@ def scaled_dot_product_attention(
     NotImplementedError
         No kernel serves the request; a second or forward-mode derivative.
     """
-    if attn_mask is None and dropout_p == 0 and query.dim() == key.dim() == value.dim() == 4:
+    try:
+        ranks = (query.dim(), key.dim(), value.dim())
+    except AttributeError:
+        check_tensors({"query": query, "key": key, "value": value})
+        raise
+    if attn_mask is None and dropout_p == 0 and ranks == (4, 4, 4):
         # What models call, layer by layer.
         (b, hq, _, _), (bk, hk, _, _), (bv, hv, _, _) = query.shape, key.shape, value.shape
         if b == bk == bv and hk == hv and (hq == hk or enable_gqa and hk > 0 and hq % hk == 0):
@@ -90,9 +95,9 @@ def scaled_dot_product_attention(
             raise ValueError(f"attn_mask is a CausalBias of {sizes}: it must be of {(query.shape[-2], key.shape[-2])}")
         causal, align = True, "top-left" if attn_mask.variant == CausalVariant.UPPER_LEFT else "bottom-right"
         attn_mask = None
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if x.dim() < 2:
-            raise ValueError(f"{name} has {x.dim()} dimensions: it must have at least 2, [..., length, head dim]")
+    for name, rank in zip(("query", "key", "value"), ranks, strict=True):
+        if rank < 2:
+            raise ValueError(f"{name} has {rank} dimensions: it must have at least 2, [..., length, head dim]")
     query, key, value, attn_mask = as_autocast(query, key, value, attn_mask)
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
         raise RuntimeError(f"attn_mask is {attn_mask.dtype}: it must be torch.bool, torch.float32 or query's {query.dtype}")
@@ -122,7 +127,7 @@ def scaled_dot_product_attention(
     )  # fmt: skip
     if len(batch) != 1:
         out = out.reshape(*batch, hq, *out.shape[-2:])
-    return out[0] if query.dim() == key.dim() == value.dim() == 2 else out
+    return out[0] if ranks == (2, 2, 2) else out
 
 
 class _Route(TorchFunctionMode):

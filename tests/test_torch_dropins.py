@@ -176,6 +176,11 @@ def test_sdpa_errors():
         fg.scaled_dot_product_attention(q, k[:, :3], v[:, :3], enable_gqa=True)
     with pytest.raises(ValueError, match="at least 2"):
         fg.scaled_dot_product_attention(q[0, 0, 0], k, v)
+    for position, name in enumerate(("query", "key", "value")):
+        tensors = [q, k, v]
+        tensors[position] = None
+        with pytest.raises(TypeError, match=f"{name} is NoneType: it must be a torch.Tensor"):
+            fg.scaled_dot_product_attention(*tensors)
     with pytest.raises(RuntimeError, match="attn_mask is torch.int64"):
         fg.scaled_dot_product_attention(q, k, v, torch.ones(5, 7, dtype=torch.int64))
     with pytest.raises(ValueError, match="attn_mask has shape"):

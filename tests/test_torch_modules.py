@@ -164,8 +164,13 @@ def test_flash_gqa_errors():
     for options in (dict(x_kv=x), dict(key_padding_mask=torch.ones(2, 9, dtype=torch.bool)), dict(cache=layer.new_cache(2, 9))):
         with pytest.raises(ValueError, match="cu_seqlens"):
             layer(x[0], cu_seqlens=cu_seqlens, max_seqlen=9, **options)
-    with pytest.raises(ValueError, match="x_kv"):
+    with pytest.raises(ValueError, match="x_kv is given: rotary"):
         layer(x, x)
+    for wrong, options in ((x[0], {}), (x[..., :16], {}), (x, dict(cu_seqlens=cu_seqlens, max_seqlen=9))):
+        with pytest.raises(ValueError, match=r"x is \[.*\]: it must be \[batch, seq, embed_dim\] with embed_dim 32"):
+            layer(wrong, **options)
+    with pytest.raises(ValueError, match=r"x_kv is \[2, 9, 16\]: it must"):
+        make("cpu", 32, 4)(x, x[..., :16])
     with pytest.raises(ValueError, match="need_weights"):
         layer(x[0], cu_seqlens=cu_seqlens, max_seqlen=9, need_weights=True)
     with pytest.raises(ValueError, match="key_padding_mask"):
