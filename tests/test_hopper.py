@@ -84,7 +84,7 @@ def test_all_pairs_of_lengths(name, mask):
     compare(*padded, q_lens=queries, kv_lens=keys, **MASKS[mask])
 
 
-@pytest.mark.parametrize("d, dv", [(8, 8), (16, 40), (72, 120), (104, 64)])
+@pytest.mark.parametrize("d, dv", [(8, 8), (16, 40), (72, 120), (104, 64), (136, 8), (160, 136), (200, 256), (16, 248)])
 def test_smaller_head_dims(d, dv):
     compare(*inputs(2, 4, 2, 300, 333, d, dv), causal=True)
 
@@ -99,8 +99,9 @@ def test_max_q_may_be_too_small():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("mask", ["causal", "window", "chunk"])
-def test_poison_reaches_those_who_see_it_and_nobody_else(mask, value):
-    q, k, v = inputs(2, 4, 2, 700, 700, 128)
+@pytest.mark.parametrize("d", [64, 128, 256])
+def test_poison_reaches_those_who_see_it_and_nobody_else(d, mask, value):
+    q, k, v = inputs(2, 4, 2, 700, 700, d)
     clean, _ = compare(q, k, v, **MASKS[mask])
     v[:, 0, 400, 5] = value
     v[0, 1, 650, 3] = -value
