@@ -24,12 +24,15 @@ def _call(
 ):  # fmt: skip
     bool_mask, bias = (mask, None) if mask is None or mask.dtype == torch.bool else (None, mask)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    with torch.no_grad():  # _C refuses tensors that require grad elsewhere
-        return function(
-            *tensors, causal, bounds(window), align, None, scale, None,
-            bool_mask, bias, alibi_slopes, None, None, None, *cu_seqlens, *lengths, dropout_p, seed, layout, None,
-            deterministic, False, None, False, None, None,
-        )  # fmt: skip
+    try:
+        with torch.no_grad():  # _C refuses tensors that require grad elsewhere
+            return function(
+                *tensors, causal, bounds(window), align, None, scale, None,
+                bool_mask, bias, alibi_slopes, None, None, None, *cu_seqlens, *lengths, dropout_p, seed, layout, None,
+                deterministic, False, None, False, None, None,
+            )  # fmt: skip
+    except MemoryError as error:
+        raise torch.OutOfMemoryError(str(error)) from error
 
 
 def _seed(device, dropout_p):

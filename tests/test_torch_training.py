@@ -257,8 +257,8 @@ if "cuda" in DEVICES:       # where torch has it
             assert torch.equal(a, b)
 
 
-def test_out_of_memory_is_torchs_error(monkeypatch):
-    q, k, v = inputs()
+def test_out_of_memory_is_torchs_error(activated, monkeypatch):
+    q, k, v = inputs(hk=4, dv=8)
     out = fg.attention(q, k, v)
 
     def fail(*_):
@@ -267,7 +267,8 @@ def test_out_of_memory_is_torchs_error(monkeypatch):
     monkeypatch.setattr(flashgqa._C, "forward", fail)
     monkeypatch.setattr(flashgqa._C, "backward", fail)
     plain = [x.detach() for x in (q, k, v)]
-    for call in (lambda: fg.attention(q, k, v), lambda: fg.attention(*plain), lambda: out.sum().backward()):
+    calls = (lambda: fg.attention(q, k, v), lambda: fg.attention(*plain), lambda: out.sum().backward(), lambda: flash(*plain))
+    for call in calls:
         with pytest.raises(torch.OutOfMemoryError, match="a workspace of 5 bytes"):
             call()
 
