@@ -53,6 +53,16 @@ class LayerCache:
         return self.k[:, :end], self.v[:, :end]
 
 
+def check_input(embed_dim, packed, **inputs):
+    """Of a layer: that no sequences are joined without cu_seqlens, which would attend to each other in silence."""
+    for name, x in inputs.items():
+        if x is not None and (x.dim() != (2 if packed else 3) or x.shape[-1] != embed_dim):
+            raise ValueError(
+                f"{name} is {list(x.shape)}: it must be [batch, seq, embed_dim] with embed_dim {embed_dim}, or "
+                "[total, embed_dim] with cu_seqlens"
+            )
+
+
 class FlashGQA(nn.Module):
     """Multi-head attention with fewer KV heads, over x [batch, seq, embed_dim]; out as x.
 
@@ -167,13 +177,7 @@ class FlashGQA(nn.Module):
             raise ValueError("cu_seqlens is given: x_kv, key_padding_mask, mask and cache do not go with it")
         if cache is not None and x_kv is not None:
             raise ValueError("cache and x_kv are given: a cache is for attention of x to itself")
-        rank = 3 if cu_seqlens is None else 2
-        for name, y in (("x", x), ("x_kv", x if x_kv is None else x_kv)):
-            if y.dim() != rank or y.shape[-1] != self.embed_dim:
-                raise ValueError(
-                    f"{name} is {list(y.shape)}: it must be [batch, seq, embed_dim] with embed_dim {self.embed_dim}, or "
-                    "[total, embed_dim] with cu_seqlens"
-                )
+        check_input(self.embed_dim, cu_seqlens is not None, x=x, x_kv=x_kv)
         q, k, v = self._heads(x, x if x_kv is None else x_kv)
         if self.rotary is not None:
             if x_kv is not None:

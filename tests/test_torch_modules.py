@@ -306,6 +306,9 @@ def test_flash_attns_mha_errors():
             mha.MHA(*arguments)
     with pytest.raises(ValueError, match="rotary_emb_dim and cross_attn are given"):
         mha.MHA(32, 4, cross_attn=True, rotary_emb_dim=4)
+    for wrong in (torch.randn(9, 32), torch.randn(2, 9, 16)):
+        with pytest.raises(ValueError, match=r"x is \[.*\]: it must be \[batch, seq, embed_dim\] with embed_dim 32"):
+            mha.MHA(32, 4)(wrong)
     x, padding, cu_seqlens = torch.randn(2, 9, 32), torch.ones(2, 9, dtype=torch.bool), torch.tensor([0, 9], dtype=torch.int32)
     for options, more in (
         ({}, dict(key_padding_mask=padding)),

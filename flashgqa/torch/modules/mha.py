@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from ..._torch_attention import attention, bounds
 from ..._torch_flash_attn import flash_attn_with_kvcache
 from ..._torch_modules import alibi_slopes as _alibi_slopes
+from ..._torch_modules import check_input
 from ..._torch_packing import unbound
 from ..._torch_rotary import RotaryEmbedding
 
@@ -211,6 +212,7 @@ class MHA(nn.Module):
         if inference_params is not None:
             if key_padding_mask is not None or cu_seqlens is not None or self.dwconv:
                 raise ValueError("inference_params is given: key_padding_mask, cu_seqlens and dwconv do not go with it")
+        check_input(self.embed_dim, cu_seqlens is not None, x=x, x_kv=x_kv)
         q, kv = self._project(x, x_kv, mixer_subset)
         params = inference_params
         if params is not None and params.lengths_per_sample is not None and params.seqlen_offset > 0:
