@@ -68,7 +68,8 @@ def backends():
     return rows
 
 
-ON_A_GPU = ["test_cuda.py", "test_cuda_arrays.py", "test_decode_cuda.py", "test_hopper.py", "test_torch_cuda.py"]
+ON_A_GPU = ["test_cuda.py", "test_cuda_arrays.py", "test_decode_cuda.py", "test_hopper.py", "test_hopper_backward.py",
+            "test_torch_cuda.py"]
 collect_ignore = [] if has_gpu() else ON_A_GPU
 
 

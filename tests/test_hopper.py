@@ -16,9 +16,9 @@ MASKS = {
 }
 
 
-def row_for(dtype, d, dv, arch=90):
+def row_for(dtype, d, dv, arch=90, which="fwd"):
     """The smallest row that serves these head dims without options."""
-    stem = f"fwd_sm{arch}_{DTYPES[dtype]}_d"
+    stem = f"{which}_sm{arch}_{DTYPES[dtype]}_d"
     for row in flashgqa.kernels():
         if row["name"].startswith(stem) and row["name"].endswith("plain"):
             widths = row["name"].removeprefix(stem).split("_")

@@ -11,7 +11,7 @@
 #include "../common/mask_tile.cuh"
 #include "bwd_workspace.h"
 
-static constexpr int THREADS = 256, ROWS = 64, HALF = 16, AT_ONCE = THREADS / HALF, AHEAD = 2, MOST_ROWS = 128;
+static constexpr int THREADS = 256, ROWS = 64, HALF = 16, AT_ONCE = THREADS / HALF, AHEAD = 4, MOST_ROWS = 128;
 static constexpr float LARGEST_LSE = 0x1p17f;      /* beyond, an LSE may be off by more than 1/128: 2^-6 / epsilon */
 
 /* Eight elements from `column` on, as float32; zero from d on. */
@@ -102,12 +102,13 @@ template <typename T> static __device__ void zero_tail(const fgqa_view &view, in
     }
 }
 
-/* rowsum(dO O) and LSE of up to MOST_ROWS rows of up to 8 HALF elements that start on 16 bytes, for the half warp that takes
- * the row in describe_tile(): rows of AHEAD turns are on their way before the first is used. */
+/* rowsum(dO O) and LSE of up to MOST_ROWS rows that start on 16 bytes, for the half warp that takes the row in describe_tile(), 8
+ * HALF columns at a time: rows of AHEAD turns are on their way before the first is used. */
 template <typename T> static __device__ __forceinline__ void sum_rows(float2 (&sums)[MOST_ROWS], const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t count)
 {
-    const int part = threadIdx.x % HALF;
-    for (int32_t at = (int32_t)threadIdx.x / HALF; at < count; at += AHEAD * AT_ONCE) {
+    const int32_t half = (int32_t)threadIdx.x / HALF, columns = (p.dv + 8 * HALF - 1) / (8 * HALF), turns = (count + AHEAD * AT_ONCE - 1) / (AHEAD * AT_ONCE);
+    for (int32_t turn = 0; turn < turns * columns; turn++) {
+        const int32_t at = half + turn / columns * (AHEAD * AT_ONCE), part = (int32_t)threadIdx.x % HALF + turn % columns * HALF;
         uint4 out[AHEAD] = {}, dout[AHEAD] = {};
         float lse[AHEAD];
 #pragma unroll
@@ -126,7 +127,10 @@ template <typename T> static __device__ __forceinline__ void sum_rows(float2 (&s
 #pragma unroll
             for (int m = 0; m < 8; m++) { sum = fmaf(to_float(x[m]), to_float(y[m]), sum); }
             sum = half_warp_sum(sum);
-            if (part == 0 && at + n * AT_ONCE < count) { sums[at + n * AT_ONCE] = make_float2(sum, lse[n]); }
+            if (threadIdx.x % HALF == 0 && at + n * AT_ONCE < count) {
+                float2 &to = sums[at + n * AT_ONCE];
+                to = make_float2(part == 0 ? sum : to.x + sum, lse[n]);
+            }
         }
     }
     __syncwarp();
@@ -145,7 +149,7 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
     const bool unreached = order.begin == order.end;
     const bool tiled = !GENERAL && w.stats_kind == FGQA_BWD_TILED;
     const int64_t q_tile = bwd_q_tile(p, w, b, h, sequence.q_row, i0 / w.block_q);
-    const bool ahead = !GENERAL && params.vector_out && params.vector_dout && p.dv <= 8 * HALF;
+    const bool ahead = !GENERAL && params.vector_out && params.vector_dout;
     __shared__ float2 sums[MOST_ROWS];
     if (ahead && i0 < mask.sq) { sum_rows<T>(sums, p, b, h, sequence.q_row + i0, min(mask.sq, i1) - i0); }
     for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < (tiled ? i0 + w.block_q : i1); i += AT_ONCE) {
@@ -193,7 +197,7 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
         if (i < i1 && (!real || unreached)) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
     }
     dirty = __syncthreads_or(dirty);
-    if (threadIdx.x == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (tiled ? order.begin | FGQA_BWD_FRESH : 0); }
+    if (threadIdx.x == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (tiled ? (w.chain ? 0 : order.begin) | FGQA_BWD_FRESH : 0); }
 }
 
 template <typename T, bool GENERAL> __global__ void __launch_bounds__(THREADS, 2)

@@ -5,7 +5,8 @@
  *   dq       [q_tiles][block_q * d]   float32 sums; order inside a tile is the main kernel's own (its accumulators')
  *   turn     [q_tiles]         key tiles that have been added to the tile; with FGQA_BWD_DIRTY some row of the tile has an inf or
  *                              NaN in q or dO
- *            Of kernels with tiled statistics: the key tile whose turn it is; with FGQA_BWD_FRESH nothing has been added
+ *            Of kernels with tiled statistics: the key tile whose turn it is, or how many have added (chain > 0); with FGQA_BWD_FRESH
+ *            nothing has been added
  *   key_rows [b][sk] or [total_k]   of kernels with tiled statistics: query rows that see each key, where not all do
  *   control  ticket of the next task; key tiles of the longest sequence
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
@@ -37,6 +38,7 @@ typedef struct {
     int64_t q_rows, k_rows, q_tiles;      /* over batch and heads */
     int64_t head_tiles;                   /* q tiles of one head: of one sequence, or of all when they are packed */
     int32_t block_q, block_k, splits, stats_kind;   /* of the main kernel's row */
+    int32_t chain;                        /* order of the key tiles: bwd_key_tile_at() */
 } fgqa_bwd_workspace;
 
 /* Whether some row of some tile may not see some key of it. */
@@ -117,6 +119,42 @@ static __device__ __forceinline__ fgqa_range bwd_key_tiles(const fgqa_mask &mask
     r.end = (int32_t)(((int64_t)end + block_k - 1) / block_k);
     if (r.end < r.begin || fgqa_kv_begin(&mask, i0) >= mask.sk) { r.end = r.begin; }
     return r;
+}
+
+/* Order in which the N key tiles of a sequence are taken and add to dQ: 0, 1, .. or, with a chain of C, folded. Under a causal mask
+ * key tile n meets fewer query tiles the larger n is. The folded order takes C from the front, C - 1 down to 0, which walk from the
+ * last query tile down to their diagonal, then C from the back, N - C .. N - 1, which walk from their diagonal up; then the same with
+ * what is left. Blocks that take tiles in this order are all at the same query tile at the same time and share what they read: front
+ * tile m is followed by N - 1 - m, which begins where the others have just come by. */
+static __device__ __forceinline__ int32_t bwd_key_tiles_of(const fgqa_bwd_workspace &w, const fgqa_mask &mask) { return (mask.sk + w.block_k - 1) / w.block_k; }
+static __device__ __forceinline__ bool bwd_in_front(int32_t n, int32_t tiles) { return 2 * n < tiles; }
+
+/* The key tile of a place in the order. Places from `tiles` on (padding) stay as they are. */
+static __device__ __forceinline__ int32_t bwd_key_tile_at(int32_t chain, int32_t tiles, int32_t place)
+{
+    if (chain == 0 || place >= tiles) { return place; }
+    const int32_t taken = place / (2 * chain) * chain, within = place % (2 * chain), left = tiles - 2 * taken;
+    const int32_t front = min(chain, (left + 1) / 2), back = min(chain, left - front);
+    return within < front ? taken + front - 1 - within : tiles - taken - back + within - front;
+}
+
+/* A key tile's turn at a query tile that sees the key tiles before `end`: base + max(0, end - limit) + min(end, cap). In the
+ * folded order it is how many of those come before it: all in front of its chain, those behind it that were taken already, those
+ * of its chain that come first. */
+typedef struct { int32_t base, limit, cap; } bwd_turn;
+
+static __device__ __forceinline__ bwd_turn bwd_turn_of(int32_t chain, int32_t tiles, int32_t n)
+{
+    bwd_turn turn = {n, INT32_MAX, 0};
+    if (chain > 0) {
+        const bool in_front = bwd_in_front(n, tiles);
+        const int32_t taken = (in_front ? n : tiles - 1 - n) / chain * chain, left = tiles - 2 * taken;
+        const int32_t front = min(chain, (left + 1) / 2), back = min(chain, left - front);
+        turn.base = in_front ? taken - 1 - n : taken + front + n - (tiles - taken - back);
+        turn.limit = tiles - taken;
+        turn.cap = in_front ? taken + front : 0;
+    }
+    return turn;
 }
 
 /* The same seen from a key tile: query tiles to whose dQ it adds. */

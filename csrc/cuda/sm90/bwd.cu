@@ -5,16 +5,18 @@
  *     dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K              interval masks of semantics.h
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
- * of the group, and are stored once. dQ of a query tile is summed in float32 in memory, by bulk additions of whole tiles: in the
- * order of the key tiles, so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it.
+ * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
+ * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it.
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
  *                warp 1   scheduler: takes tasks
- *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step
- *   warpgroups 1, 2       consumers: 64 keys each, all scores transposed (bwd_consumer.cuh)
+ *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step. Head
+ *                                   dim 256: warp 2 waits for turns, consumers add
+ *   warpgroups 1, 2       consumers: all scores transposed (bwd_consumer.cuh), 64 keys each (bwd_pair.cuh) or, head dim 256, the same
+ *                                   64 keys (bwd_wide.cuh)
  *
- * Shared memory: 128-byte-swizzled tiles in chunks of 64 columns, q[stage][chunk][64 rows][64], k[chunk][128 keys][64]; ds
- * [stage][key][64 rows]; dq[buffer] in the order of the consumers' accumulators.
+ * Shared memory: 128-byte-swizzled tiles in chunks of 64 columns, q[stage][chunk][row][64], k[chunk][128 keys][64]; ds
+ * [stage][half][key][64 rows]; dq[buffer] in the order of the consumers' accumulators.
  *
  * mbarrier              arrivals (count)                            waited for by              meaning
  * task_full             scheduler (1)                               all others                 tasks[count % 2] is there
@@ -25,10 +27,14 @@
  * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
  * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
  * dq_empty[s]           writer (1)                                  consumers                  staged dQ was read
+ * ds_empty              consumer warps (8)                          consumers, if one dS       dQ of the step before is there
  * named BOTH            256                                         consumers                  both halves of dS are stored
+ * turn_come[s]          writer (1)                                  consumers, d 256           their turn at dQ has come
+ * dq_added[s]           consumer warps (8)                          writer, d 256              dQ is in memory
  * named OWN + n         128                                         consumer n
+ * named WEIGHTS         256                                         consumer 1, d 256          P is stored
  */
-#include "../any/bwd_workspace.h"
+#include "../any/bwd_plan.h"
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_bulk.cuh"
@@ -48,11 +54,14 @@
 
 typedef FGQA_DTYPE T;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, THREADS = 32 * FGQA_WARPS, CONSUMERS = 256;
-static_assert(D == 128 && DV == 128 && BLOCK_Q == 64 && BLOCK_K == 128 && FGQA_STAGES == 2 && FGQA_WARPS == 12, "kernels.def: the only size there is");
+static_assert(D == DV && (D == 64 || D == 128 || D == 256) && BLOCK_Q == (D == 64 ? 128 : 64) && BLOCK_K == (D == 256 ? 64 : 128) && FGQA_STAGES == 2 && FGQA_WARPS == 12,
+              "kernels.def: sizes that there are");
+static constexpr int CHUNKS = D / CHUNK, DS_STAGES = D == 128 ? 2 : 1, WRITERS = D == 256 ? 1 : 2;
+static constexpr int FEW_KEYS = 2048;
 static constexpr int64_t L2_BYTES = 32 << 20;                    /* of the 50 MB that there are */
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum { BOTH = 1, OWN = 2 };                                      /* named barriers: 0 is __syncthreads */
+enum { BOTH = 1, OWN = 2, WEIGHTS = 4 };                         /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
 
@@ -86,6 +95,11 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
 
 #include "bwd_tasks.cuh"
 #include "bwd_consumer.cuh"
+#if FGQA_D == 256
+#include "bwd_wide.cuh"
+#else
+#include "bwd_pair.cuh"
+#endif
 #include "bwd_finish.cuh"
 
 template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
@@ -101,7 +115,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
         mbarrier_init(smem_address(&sm.task_full), 1);
-        mbarrier_init(smem_address(&sm.task_free), 3 + CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.task_free), 1 + WRITERS + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
         mbarrier_init(smem_address(&sm.v_full), 1);
         mbarrier_init(smem_address(&sm.kv_empty), CONSUMERS / 32);
@@ -110,9 +124,8 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
             mbarrier_init(smem_address(&sm.q_empty[s]), 2);
             mbarrier_init(smem_address(&sm.dout_full[s]), 1);
             mbarrier_init(smem_address(&sm.dout_empty[s]), 2);
-            mbarrier_init(smem_address(&sm.dq_full[s]), CONSUMERS / 32);
-            mbarrier_init(smem_address(&sm.dq_empty[s]), 1);
         }
+        init_dq_barriers(sm);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -120,7 +133,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         setmaxnreg_dec<PRODUCER_REGS>();
         if (warp == 0 && lane == 0) { produce<MASKED>(p, sm); }
         if (warp == 1) { schedule<MASKED>(p, sm); }
-        if (warp >= 2 && lane == 0) { write_dq(p, sm, (uint32_t)warp - 2); }
+        if (warp >= 2 && warp < 2 + WRITERS && lane == 0) { write_dq<MASKED>(p, sm, (uint32_t)warp - 2); }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consume<MASKED>(p, sm, wg - 1);
@@ -145,23 +158,30 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
+    p.w.chain = fgqa_bwd_chain(problem, BLOCK_K, p.w.splits, multiprocessors);
     p.scale_log2 = p.common.scale * (float)FGQA_LOG2E;
-    p.ordered = problem->deterministic;
+    /* Free, dQ is cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
+    p.ordered = problem->deterministic || (D < 256 && problem->sk <= FEW_KEYS && !problem->varlen);
     p.foreign_rows = problem->varlen || problem->q_lens;
     p.vector_dk = fgqa_view_is_vector(problem, FGQA_ARG_dk);
     p.vector_dv = fgqa_view_is_vector(problem, FGQA_ARG_dv);
 
     const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
     p.sections = (uint32_t)problem->b * (uint32_t)problem->hk * (uint32_t)p.w.splits;
-    /* Sections in work at once: few enough that their Q and dO (512 bytes a row at most) and sums of dQ (512) stay in the L2 cache
+    /* Sections in work at once: few enough that their Q, dO and sums of dQ (8 bytes an element of Q) stay in the L2 cache
      * or that several key tiles share what they read, enough that their turns at dQ do not wait for each other. */
-    const int64_t wide = (4 * multiprocessors + key_tiles - 1) / key_tiles, cached = L2_BYTES * p.w.splits / ((int64_t)problem->sq * problem->g * 1024 + 1);
-    const int64_t shared_by_eight = multiprocessors / 8 + 1, band = min(wide, max(cached, shared_by_eight));
+    const int64_t wide = (4 * multiprocessors + key_tiles - 1) / key_tiles, cached = L2_BYTES * p.w.splits / ((int64_t)problem->sq * problem->g * 8 * D + 1);
+    const int64_t shared_by_eight = multiprocessors / 8 + 1;
+    int64_t band = min(wide, max(cached, shared_by_eight));
+    if (D == 256) { band = max((int64_t)1, min((int64_t)4, multiprocessors / key_tiles)); }      /* twice the bytes a product: shared by more */
+    if (p.w.chain) { band = max((int64_t)1, (int64_t)multiprocessors / p.w.chain); }
     p.band = band < p.sections ? (uint32_t)band : p.sections;
     const bool masked = p.w.key_rows != NULL;
     const auto kernel = masked ? bwd_kernel<true> : bwd_kernel<false>;
     const int64_t tasks = p.sections * key_tiles;
-    const uint32_t blocks = (uint32_t)(tasks < multiprocessors ? tasks : multiprocessors);
+    /* More blocks than chains have members would take tickets out of step. */
+    const int64_t members = (int64_t)p.band * p.w.chain, most = 10 * members >= 9 * multiprocessors ? min(members, (int64_t)multiprocessors) : multiprocessors;
+    const uint32_t blocks = (uint32_t)min(tasks, most);
     error = allow_shared_memory((const void *)kernel, sizeof(shared), device, masked ? &masked_state : &plain_state);
     if (error == cudaSuccess) { error = fgqa_bwd_delta(problem, &p.w, stream); }
     if (error == cudaSuccess && !p.ordered) { error = cudaMemsetAsync(p.w.dq, 0, (size_t)p.w.q_tiles * (BLOCK_Q * D) * sizeof(float), stream); }

@@ -78,7 +78,7 @@ static __device__ __forceinline__ void add_poison(const bwd_params &p, const tas
     const fgqa_problem &problem = p.common.problem;
     const fgqa_range seen[2] = {rows_of_key(p, t, key), rows_of_key(p, t, key + 8)};
     const fgqa_view &view = problem.view[FGQA_ARG_dout];
-    walk at(t);
+    walk<true> at(t);
 #pragma unroll 1
     for (int32_t step = 0; step < t.steps; step++, at.next(p.w.splits, problem.g)) {
         if (!(load_relaxed_s32(p.w.turn + t.q_tile + at.head * p.w.head_tiles + at.tile) & FGQA_BWD_DIRTY)) { continue; }
@@ -152,13 +152,13 @@ template <int N = 0> static __device__ __forceinline__ void hide(uint32_t (&pair
 
 /* ---- gradients of the keys ---- */
 
-/* Accumulators as pairs of T into rows of two 64-column chunks. */
-static __device__ __forceinline__ void stage_rows(uint32_t base, const float (&acc)[64], float factor, int thread)
+/* Accumulators as pairs of T into rows of 64-column chunks. */
+static __device__ __forceinline__ void stage_rows(uint32_t base, const float (&acc)[D / 2], float factor, int thread)
 {
     const int lane = thread % 32;
     const uint32_t row = base + (thread / 32) * 16 * 128 + (lane & 15) * 128;
 #pragma unroll
-    for (int n = 0; n < 8; n++) {             /* 16 columns */
+    for (int n = 0; n < D / 16; n++) {        /* 16 columns */
         uint32_t r[4];
 #pragma unroll
         for (int m = 0; m < 4; m++) { r[m] = pack2(acc[8 * n + 2 * m] * factor, acc[8 * n + 2 * m + 1] * factor, T()); }
@@ -171,8 +171,8 @@ static __device__ __forceinline__ void write_rows(const char *staged, const bwd_
     const fgqa_view &view = p.common.problem.view[arg];
     char *const to = fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.k_row + j0);
 #pragma unroll
-    for (int n = thread; n < 64 * 16; n += 128) {
-        const int row = n / 16, piece = n % 16;
+    for (int n = thread; n < 64 * (D / 8); n += 128) {
+        const int row = n / (D / 8), piece = n % (D / 8);
         if (j0 + row >= t.key_rows || 8 * piece >= d) { continue; }
         const uint4 x = *(const uint4 *)(staged + piece / 8 * (BLOCK_K * 128) + row * 128 + ((piece % 8) ^ (row % 8)) * 16);
         char *const at = to + row * view.stride_s * (int64_t)sizeof(T) + 16 * piece;
@@ -184,7 +184,7 @@ static __device__ __forceinline__ void write_rows(const char *staged, const bwd_
 }
 
 /* One of several parts, in float32. */
-static __device__ __forceinline__ void write_part(const bwd_params &p, const task &t, float *parts, const float (&acc)[64], float factor, int32_t key, int lane)
+static __device__ __forceinline__ void write_part(const bwd_params &p, const task &t, float *parts, const float (&acc)[D / 2], float factor, int32_t key, int lane)
 {
     const int64_t row = t.part * p.w.k_rows + bwd_k_row(p.common.problem, t.b, t.kv_head, t.k_row, key);
 #pragma unroll
@@ -192,7 +192,7 @@ static __device__ __forceinline__ void write_part(const bwd_params &p, const tas
         if (key + 8 * half >= t.key_rows) { continue; }
         float *to = parts + (row + 8 * half) * D + 2 * (lane % 4);
 #pragma unroll
-        for (int n = 0; n < 16; n++) { *(float2 *)(to + 8 * n) = make_float2(acc[4 * n + 2 * half] * factor, acc[4 * n + 2 * half + 1] * factor); }
+        for (int n = 0; n < D / 8; n++) { *(float2 *)(to + 8 * n) = make_float2(acc[4 * n + 2 * half] * factor, acc[4 * n + 2 * half + 1] * factor); }
     }
 }
 
@@ -208,171 +208,39 @@ static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int 
     return n % 2 ? e ? four.w : four.z : e ? four.y : four.x;
 }
 
-/* One step:
- *     lse2 to registers; S and dP issued
- *     wait S:   P                                              under dP
- *     dV issued; wait dP: dS, to shared memory                 under dV
- *     both consumers meet; dQ, then dK issued
- *     wait dQ:  staged for the writer                          under dK
- *     wait all: with register operands in flight over the back edge ptxas would serialise every wgmma
- * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas of
- * their warp. Registers: dK 64, dV 64, S 32, dP and later dQ 32, P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
-template <bool MASKED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
+/* Waits for a query tile. Whether some row of it does not see all keys. */
+template <bool MASKED> static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, uint32_t &state, int thread, int32_t &row0)
 {
-    const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = consumer * 64 + thread / 32 * 16 + lane / 4;      /* and key + 8 */
-    const float scale = p.common.scale;
-    const uint64_t k_rows = wgmma_desc_sw128(smem_address(sm.k) + consumer * 64 * 128, 0, 1024);                           /* own 64 keys */
-    const uint64_t v_rows = k_rows + sizeof(sm.k) / 16;
-    const uint64_t k_columns = wgmma_desc_sw128(smem_address(sm.k[consumer]), BLOCK_K * 128, 1024);                        /* own 64 columns */
-    ring2 r;
-    for (uint32_t state = 0;; state = ~state & 1) {            /* parity of the task, and what it met */
-        mbarrier_wait(smem_address(&sm.task_full), state & 1);
-        const task &t = sm.tasks[state & 1];
-        if (t.done) { return; }
-        int32_t steps = t.steps;
-        __syncwarp();
-        if (lane == 0) { mbarrier_arrive(smem_address(&sm.task_free)); }
-        mbarrier_wait(smem_address(&sm.k_full), state & 1);
-        mbarrier_wait(smem_address(&sm.v_full), state & 1);
-        if (MASKED) {
-            if (keys_poisoned(sm, consumer * 128 + thread)) {
-                clean_keys(sm, consumer * 128 + thread);
-                state |= KEYS_POISONED;
-            }
-            if (lane % 4 < 2) {                                /* for this warp alone */
-                const int mine = key + lane % 4 * 8;
-                const fgqa_range none = {0, 0};
-                sm.rows[mine] = state & KEYS_POISONED && is_poisoned(sm, mine) ? none : rows_of_key(p, t, mine);
-            }
-            __syncwarp();
+    mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
+    mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
+    bool partial = false;
+    if (MASKED) {
+        const int2 about = sm.about[r.stage];
+        row0 = about.x;
+        partial = (about.y | state) & (PARTIAL | KEYS_POISONED);
+        if (about.y & (CARE_PADDING | CARE_POISON)) {
+            state |= about.y & CARE_POISON;
+            clean_rows(sm, r.stage, thread);
         }
-        float dk[64], dv[64];
-#pragma unroll
-        for (int n = 0; n < 64; n++) { dk[n] = dv[n] = 0.0f; }
+    }
+    return partial;
+}
 
-        for (; steps > 0; steps--) {
-            float s[32], dp[32], dq[32];
-            uint32_t weights[16], gradients[16];           /* pairs of P^T and dS^T: A operands of dV and dK */
-            const uint32_t q_tile = smem_address(sm.q[r.stage]), dout_tile = smem_address(sm.dout[r.stage]);
-
-            mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
-            mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
-            int32_t row0 = 0;
-            bool partial = false;
-            if (MASKED) {
-                const int2 about = sm.about[r.stage];
-                row0 = about.x;
-                partial = (about.y | state) & (PARTIAL | KEYS_POISONED);
-                if (about.y & (CARE_PADDING | CARE_POISON)) {
-                    state |= about.y & CARE_POISON;
-                    clean_rows(sm, r.stage, consumer * 128 + thread);
-                }
-            }
-            const float4 *of_lane = (const float4 *)sm.lse2[r.stage] + (lane & 3);
-            const float4 lse2[4] = {of_lane[0], of_lane[4], of_lane[8], of_lane[12]};
-            const uint64_t q_rows = wgmma_desc_sw128(q_tile, 0, 1024), dout_rows = wgmma_desc_sw128(dout_tile, 0, 1024);
-            wgmma_fence();
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                wgmma64<0>(s, k_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, q_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0);
-            }
-            wgmma_commit();
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                wgmma64<0>(dp, v_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, dout_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0);
-            }
-            wgmma_commit();
-
-            wgmma_wait<1>();
-            const float4 *delta_of_lane = (const float4 *)sm.delta[r.stage] + (lane & 3);
-            float4 delta[4];
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-                if (n == 4) {
-#pragma unroll
-                    for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
-                }
-#pragma unroll
-                for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(fmaf(s[4 * n + e], p.scale_log2, -of_row(lse2, n, e % 2))); }
-                weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
-                weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
-            }
-            if (MASKED && partial) { hide(weights, tile_mask(sm.rows + consumer * 64, row0)); }
-            wgmma_fence();
-#pragma unroll
-            for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, weights + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
-            wgmma_commit();
-
-            wgmma_wait<1>();
-#pragma unroll
-            for (int n = 0; n < 8; n++) {
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const float2 weight = unpack2(weights[2 * n + half], T());       /* as dV sees it */
-                    gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
-                }
-            }
-            if (MASKED && partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, row0)); }
-            const int here = (int)thread_index() & 127;    /* anew: one register less in the loop */
-            const uint32_t ds = smem_address(sm.ds[r.stage]), ds_row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                stmatrix_x4(ds_row + ((n * 32 + (here >> 4 & 1) * 16) ^ ((here & 7) << 4)), gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]);
-            }
-            fence_proxy_async();
-            bar_sync(BOTH, CONSUMERS);
-            const uint64_t ds_columns = wgmma_desc_sw128(ds, 0, 1024);
-            wgmma_fence();
-#pragma unroll
-            for (int n = 0; n < 8; n++) { wgmma64<1>(dq, ds_columns + n * 2048 / 16, k_columns + n * 2048 / 16, n == 0); }
-            wgmma_commit();
-#pragma unroll
-            for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
-            wgmma_commit();
-
-            mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
-            wgmma_wait<1>();
-            if (thread == 0) { mbarrier_arrive(smem_address(&sm.dout_empty[r.stage])); }
-#pragma unroll
-            for (int n = 0; n < 32; n++) { dq[n] *= scale; }
-            float4 *const staged = (float4 *)sm.dq[r.stage] + consumer * 1024 + ((int)thread_index() & 127);
-#pragma unroll
-            for (int n = 0; n < 8; n++) { staged[128 * n] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
-            fence_proxy_async();
-            __syncwarp();
-            if (lane == 0) { mbarrier_arrive(smem_address(&sm.dq_full[r.stage])); }
-            wgmma_wait<0>();
-            if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
-            r.advance();
+/* Waits for K and V, cleans them, and notes for this warp which rows see each of its lanes' keys. */
+template <bool MASKED> static __device__ __forceinline__ void begin_keys(const bwd_params &p, shared &sm, const task &t, uint32_t &state, int thread, int key)
+{
+    mbarrier_wait(smem_address(&sm.k_full), state & 1);
+    mbarrier_wait(smem_address(&sm.v_full), state & 1);
+    if (MASKED) {
+        if (keys_poisoned(sm, thread)) {
+            clean_keys(sm, thread);
+            state |= KEYS_POISONED;
         }
-
-        const int32_t j0 = t.n * BLOCK_K;
-        const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
-        if (MASKED && state & CARE_POISON) { add_poison(p, t, last_key, last_lane, dv); }
-        if (MASKED && state & KEYS_POISONED) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const fgqa_range seen = rows_of_key(p, t, last_key + 8 * half);
-                if (!is_poisoned(sm, last_key + 8 * half) || seen.begin >= seen.end) { continue; }
-#pragma unroll
-                for (int n = 0; n < 64; n += 4) { dk[n + 2 * half] = dk[n + 2 * half + 1] = dv[n + 2 * half] = dv[n + 2 * half + 1] = NAN; }
-            }
-            bar_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
-        }
-        if (p.w.splits > 1) {
-            write_part(p, t, p.w.dk, dk, scale, j0 + last_key, last_lane);
-            write_part(p, t, p.w.dv, dv, 1.0f, j0 + last_key, last_lane);
-        } else {                                           /* through the memory of V and K: own keys */
-            char *const v_own = (char *)sm.v + consumer * 64 * 128, *const k_own = (char *)sm.k + consumer * 64 * 128;
-            stage_rows(smem_address(v_own), dv, 1.0f, last);
-            bar_sync(BOTH, CONSUMERS);                     /* the other consumer is done with K, too */
-            stage_rows(smem_address(k_own), dk, scale, last);
-            bar_sync(OWN + consumer, 128);
-            write_rows(v_own, p, t, j0 + consumer * 64, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last);
-            write_rows(k_own, p, t, j0 + consumer * 64, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last);
-            fence_proxy_async();
+        const int lane = thread % 32, mine = key + lane % 4 * 8;
+        if (lane % 4 < 2) {
+            const fgqa_range none = {0, 0};
+            sm.rows[thread / 32 * 16 + lane / 4 + lane % 4 * 8] = state & KEYS_POISONED && is_poisoned(sm, mine) ? none : rows_of_key(p, t, mine);
         }
         __syncwarp();
-        if (last_lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }
     }
 }

@@ -1,7 +1,7 @@
 /* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators to its rows, after the main kernel. */
 #pragma once
 
-static constexpr int FINISH_THREADS = 256;
+static constexpr int FINISH_THREADS = 256, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
 
 /* One query tile of one head. Tiles to which no key tile adds were written by bwd_delta.cu. */
 static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t (&tile)[BLOCK_Q][D / 2 + 4], const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t n, bool vector)
@@ -13,18 +13,19 @@ static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t
     if (key_tiles.begin == key_tiles.end) { return; }
     const float4 *sums = (const float4 *)(p.w.dq + bwd_q_tile(problem, p.w, b, h, sequence.q_row, n) * (BLOCK_Q * D));
     __syncthreads();
-#pragma unroll
+#pragma unroll 8
     for (int m = 0; m < BLOCK_Q * D / 4 / FINISH_THREADS; m++) {
-        const int at = threadIdx.x + FINISH_THREADS * m, consumer = at / 1024, group = at / 128 % 8, thread = at % 128;
+        const int at = threadIdx.x + FINISH_THREADS * m, consumer = at / OF_CONSUMER, group = at / 128 % (OF_CONSUMER / 128), thread = at % 128;
         const float4 x = sums[at];
-        const int row = thread / 32 * 16 + thread % 32 / 4, pair = consumer * 32 + group * 4 + thread % 4;
+        /* a consumer has half of the rows or, from head dim 128 on, of the columns */
+        const int row = (D == 64 ? consumer * 64 : 0) + thread / 32 * 16 + thread % 32 / 4, pair = (D == 64 ? 0 : consumer * (D / 4)) + group * 4 + thread % 4;
         tile[row][pair] = pack2(x.x, x.y, T());
         tile[row + 8][pair] = pack2(x.z, x.w, T());
     }
     __syncthreads();
 #pragma unroll
     for (int m = 0; m < BLOCK_Q * D / 8 / FINISH_THREADS; m++) {
-        const int row = threadIdx.x / 16 + FINISH_THREADS / 16 * m, piece = threadIdx.x % 16;
+        const int row = threadIdx.x / (D / 8) + FINISH_THREADS / (D / 8) * m, piece = threadIdx.x % (D / 8);
         if (i0 + row >= end || 8 * piece >= problem.d) { continue; }
         const uint4 x = *(const uint4 *)&tile[row][4 * piece];
         char *const at = fgqa_row_address(problem.view[FGQA_ARG_dq], sizeof(T), b, h, sequence.q_row + i0 + row) + 16 * piece;

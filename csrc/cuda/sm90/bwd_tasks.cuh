@@ -2,12 +2,14 @@
 #pragma once
 
 /* One key tile of one KV head of one sequence, with all query heads of the group or, when they are split, every splits-th of
- * its (query tile, head) pairs. The walk goes down from the last pair: all heads of a tile, then the tile before. */
+ * its (query tile, head) pairs. The walk goes through all heads of a tile, then to the tile before or, if `up`, behind it. */
 struct task {
     int32_t b, kv_head, part, n;              /* part of the pairs; key tile */
     int32_t q_row, k_row;                     /* rows of packed tensors at which the sequence begins */
     int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
     int32_t tile, head, steps;                /* the first pair, head counted in the group; how many pairs */
+    int32_t up;
+    bwd_turn turn;
     int32_t done;                             /* no task left */
     int32_t full_begin, full_end;             /* tiles between these rows see every key whole */
     int64_t q_tile;                           /* in the workspace: of tile 0 of the group's first head */
@@ -15,27 +17,40 @@ struct task {
 };
 
 struct shared {
-    T k[2][BLOCK_K * CHUNK], v[2][BLOCK_K * CHUNK];
-    T q[2][2][BLOCK_Q * CHUNK], dout[2][2][BLOCK_Q * CHUNK];
-    T ds[2][BLOCK_K * BLOCK_Q];
+    T k[CHUNKS][BLOCK_K * CHUNK], v[CHUNKS][BLOCK_K * CHUNK];
+    T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
+    T ds[DS_STAGES][BLOCK_Q / 64][BLOCK_K * 64];
+#if FGQA_D == 256
+    T weights[BLOCK_K * BLOCK_Q];                                /* P^T in the order of the consumers' registers */
+#else
     float dq[2][BLOCK_Q * D];
+#endif
     float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];                   /* of a stage, in the order of bwd_stats_slot() */
-    fgqa_range rows[BLOCK_K];                                    /* that see each key */
+    fgqa_range rows[2 * 64];                                     /* that see each key of each consumer */
     task tasks[2];
     int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
+    int32_t tile[2];                                             /* in the workspace */
     uint32_t poisoned_keys[BLOCK_K / 32];
     uint64_t task_full, task_free, k_full, v_full, kv_empty;
-    uint64_t q_full[2], q_empty[2], dout_full[2], dout_empty[2], dq_full[2], dq_empty[2];
+    uint64_t q_full[2], q_empty[2], dout_full[2], dout_empty[2];
+#if FGQA_D == 256
+    uint64_t turn_come[2], dq_added[2];
+    int32_t first[2];                                            /* nothing has been added to dQ of the stage's tile */
+#else
+    uint64_t dq_full[2], dq_empty[2], ds_empty;
+#endif
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
 
-struct walk {
+template <bool MASKED> struct walk {
     int32_t tile, head;
-    __device__ __forceinline__ walk(const task &t) : tile(t.tile), head(t.head) {}
+    const int32_t up;
+    __device__ __forceinline__ walk(const task &t) : tile(t.tile), head(t.head), up(t.up) {}
     __device__ __forceinline__ void next(int32_t splits, int32_t group)
     {
-        head -= splits;
+        head += MASKED && up ? splits : -splits;
         while (head < 0) { head += group; tile--; }
+        while (MASKED && head >= group) { head -= group; tile++; }
     }
 };
 
@@ -52,7 +67,8 @@ struct ring2 {
 /* ---- scheduler: a warp ---- */
 
 /* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile, so that blocks which
- * become free together get key tiles of different sections, whose turns at dQ do not wait for each other. */
+ * become free together get key tiles of different sections, whose turns at dQ do not wait for each other; in the folded order
+ * a chain of each section is in work at once. The place of the key tile in the order is left in t->n. */
 static __device__ __forceinline__ void find_task(const bwd_params &p, uint32_t ticket, uint32_t key_tiles, task *t)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -83,6 +99,10 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
             int32_t rows;
             const fgqa_sequence sequence = fgqa_device_sequence(problem, t.b, &rows);
             t.mask = sequence.mask;
+            const int32_t tiles = bwd_key_tiles_of(p.w, t.mask);
+            t.n = bwd_key_tile_at(p.w.chain, tiles, t.n);
+            t.up = p.w.chain > 0 && !bwd_in_front(t.n, tiles);
+            t.turn = bwd_turn_of(p.w.chain, tiles, t.n);
             t.q_row = (int32_t)sequence.q_row;
             t.k_row = (int32_t)sequence.k_row;
             t.q_tile = bwd_q_tile(problem, p.w, t.b, t.kv_head * problem.g, sequence.q_row, 0);
@@ -104,14 +124,16 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
                     t.full_end = first.end;
                 }
             }
-            const int32_t first_tile = seen.begin / BLOCK_Q, end_tile = max(first_tile, (seen.end + BLOCK_Q - 1) / BLOCK_Q);
+            const int32_t first_tile = seen.begin / BLOCK_Q, end_tile = seen.begin < seen.end ? (seen.end + BLOCK_Q - 1) / BLOCK_Q : first_tile;
             const int32_t pairs = (end_tile - first_tile) * problem.g;
-            /* the last pair whose index from tile 0, head 0 on is `part` modulo splits */
+            /* pairs before the first one whose index from tile 0, head 0 on is `part` modulo splits, and behind the last one */
+            const int32_t before = (t.part + p.w.splits - first_tile * problem.g % p.w.splits) % p.w.splits;
             const int32_t behind = (end_tile * problem.g - 1 - t.part + p.w.splits) % p.w.splits;
             t.steps = pairs > behind ? (pairs - behind - 1) / p.w.splits + 1 : 0;
-            t.tile = end_tile - 1;
-            t.head = problem.g - 1 - behind;
+            t.tile = t.up ? first_tile : end_tile - 1;
+            t.head = t.up ? before : problem.g - 1 - behind;
             while (t.head < 0) { t.head += problem.g; t.tile--; }
+            while (t.head >= problem.g) { t.head -= problem.g; t.tile++; }
         }
         if (lane == 0) { out = t; }
         __syncwarp();
@@ -122,19 +144,19 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
 
 /* ---- producer: a thread ---- */
 
-static __device__ __forceinline__ void load_keys(const CUtensorMap *map, T (&to)[2][BLOCK_K * CHUNK], uint64_t *full, uint64_t policy, int kv_head, int row, int batch)
+static __device__ __forceinline__ void load_keys(const CUtensorMap *map, T (&to)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t policy, int kv_head, int row, int batch)
 {
     const uint32_t bar = smem_address(full);
     mbarrier_arrive_expect_tx(bar, sizeof(to));
-    for (int c = 0; c < 2; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, kv_head, row, batch); }
+    for (int c = 0; c < CHUNKS; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, kv_head, row, batch); }
 }
 
-static __device__ __forceinline__ void load_rows(const CUtensorMap *map, T (&to)[2][BLOCK_Q * CHUNK], float (&stats)[BLOCK_Q], const float *from, uint64_t *full,
+static __device__ __forceinline__ void load_rows(const CUtensorMap *map, T (&to)[CHUNKS][BLOCK_Q * CHUNK], float (&stats)[BLOCK_Q], const float *from, uint64_t *full,
                                                  uint64_t policy, int head, int row, int batch)
 {
     const uint32_t bar = smem_address(full);
     mbarrier_arrive_expect_tx(bar, sizeof(to) + sizeof(stats));
-    for (int c = 0; c < 2; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, head, row, batch); }
+    for (int c = 0; c < CHUNKS; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, head, row, batch); }
     bulk_load(smem_address(stats), from, sizeof(stats), bar);
 }
 
@@ -149,7 +171,7 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
         if (t.done) { return; }
         const int batch = problem.varlen ? 0 : t.b, key = t.k_row + t.n * BLOCK_K;
         const int64_t first_tile = t.q_tile;
-        walk at(t);
+        walk<MASKED> at(t);
         for (int32_t step = 0; step == 0 || step < t.steps; step++) {
             const bool exists = t.steps > 0;
             const int head = t.kv_head * problem.g + at.head, row = t.q_row + at.tile * BLOCK_Q;
@@ -164,6 +186,7 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
                 }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
                 if (MASKED) { sm.about[r.stage] = make_int2(at.tile * BLOCK_Q, care); }
+                if (D == 256) { sm.tile[r.stage] = (int32_t)tile; }
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }
             if (step == 0) {
@@ -182,46 +205,12 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
     }
 }
 
-/* ---- writers: a thread for each of the two buffers ---- */
+/* ---- writers ---- */
 
-/* Adds staged dQ tiles to those in memory. In order: a word a query tile says whose turn it is; the first stores. Blocks only
- * wait for blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
-static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t buffer)
+/* What the word of a query tile says when it is the task's turn. A task's description stays until its writers have begun the next. */
+template <bool MASKED> static __device__ __forceinline__ int32_t turn_at(const bwd_params &p, const task &t, int32_t tile)
 {
-    const fgqa_problem &problem = p.common.problem;
-    ring2 r;
-    for (uint32_t count = 0;; count++) {
-        mbarrier_wait(smem_address(&sm.task_full), count & 1);
-        const task &t = sm.tasks[count & 1];
-        if (t.done) { return; }
-        const int64_t first_tile = t.q_tile;
-        const int32_t n = t.n, steps = t.steps;
-        walk at(t);
-        mbarrier_arrive(smem_address(&sm.task_free));
-        for (int32_t step = 0; step < steps; step++, at.next(p.w.splits, problem.g), r.advance()) {
-            if (r.stage != buffer) { continue; }
-            const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
-            float *const to = p.w.dq + tile * (BLOCK_Q * D);
-            int32_t *const turn = p.w.turn + tile;
-            const uint32_t staged = smem_address(sm.dq[r.stage]);
-            bool first = false;
-            if (p.ordered) {                                     /* mostly it has come before the tile has */
-                int32_t state;
-                while (((state = load_acquire_s32(turn)) & (FGQA_BWD_FRESH - 1)) != n) { __nanosleep(20); }
-                first = state & FGQA_BWD_FRESH;
-                fence_proxy_async_global();
-            }
-            mbarrier_wait(smem_address(&sm.dq_full[r.stage]), r.parity);
-            if (first) { bulk_store(to, staged, sizeof(sm.dq[0])); } else { bulk_add_f32(to, staged, sizeof(sm.dq[0])); }
-            tma_store_commit();
-            tma_store_wait_read();
-            mbarrier_arrive(smem_address(&sm.dq_empty[r.stage]));
-            if (p.ordered) {
-                bulk_wait();
-                fence_proxy_async_global();
-                red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
-            }
-        }
-        bulk_wait();
-    }
+    if (!MASKED || p.w.chain == 0) { return t.n; }
+    const int32_t end = (fgqa_kv_end(&t.mask, min(t.mask.sq, (tile + 1) * BLOCK_Q) - 1) + BLOCK_K - 1) / BLOCK_K;
+    return t.turn.base + max(0, end - t.turn.limit) + min(end, t.turn.cap);
 }

@@ -1,0 +1,137 @@
+/* bwd_pair.cuh - part of bwd.cu, head dims 64 and 128: two consumers with 64 keys each, and the writers that add what they make of
+ * dQ to memory.
+ */
+#pragma once
+
+static __device__ __forceinline__ void init_dq_barriers(shared &sm)
+{
+    for (int s = 0; s < 2; s++) {
+        mbarrier_init(smem_address(&sm.dq_full[s]), CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.dq_empty[s]), 1);
+    }
+    mbarrier_init(smem_address(&sm.ds_empty), CONSUMERS / 32);
+}
+
+/* ---- writers: a thread for each of the two buffers ---- */
+
+/* Adds staged dQ tiles to those in memory. In order: a word a query tile says whose turn it is, the first one stores. Blocks only
+ * wait for blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
+template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t buffer)
+{
+    const fgqa_problem &problem = p.common.problem;
+    ring2 r;
+    for (uint32_t count = 0;; count++) {
+        mbarrier_wait(smem_address(&sm.task_full), count & 1);
+        const task &t = sm.tasks[count & 1];
+        if (t.done) { return; }
+        const int64_t first_tile = t.q_tile;
+        const int32_t steps = t.steps;
+        walk<MASKED> at(t);
+        mbarrier_arrive(smem_address(&sm.task_free));
+        for (int32_t step = 0; step < steps; step++, at.next(p.w.splits, problem.g), r.advance()) {
+            if (r.stage != buffer) { continue; }
+            const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
+            float *const to = p.w.dq + tile * (BLOCK_Q * D);
+            int32_t *const turn = p.w.turn + tile;
+            const uint32_t staged = smem_address(sm.dq[r.stage]);
+            bool first = false;
+            if (p.ordered) {                                     /* mostly it has come before the tile has */
+                const int32_t own_turn = turn_at<MASKED>(p, t, at.tile);
+                int32_t state;
+                while (((state = load_acquire_s32(turn)) & (FGQA_BWD_FRESH - 1)) != own_turn) { __nanosleep(20); }
+                first = state & FGQA_BWD_FRESH;
+                fence_proxy_async_global();
+            }
+            mbarrier_wait(smem_address(&sm.dq_full[r.stage]), r.parity);
+            if (first) { bulk_store(to, staged, sizeof(sm.dq[0])); } else { bulk_add_f32(to, staged, sizeof(sm.dq[0])); }
+            tma_store_commit();
+            tma_store_wait_read();
+            mbarrier_arrive(smem_address(&sm.dq_empty[r.stage]));
+            if (p.ordered) {
+                bulk_wait();
+                fence_proxy_async_global();
+                red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
+            }
+        }
+        bulk_wait();
+    }
+}
+
+/* ---- consumers ---- */
+
+/* Own keys in shared memory, as operands: K and V by rows, K by columns (head dim 128: the own 64). */
+struct key_tile { uint64_t k_rows, v_rows, k_columns; };
+
+/* dQ, 64 x 64, for the writer. */
+static __device__ __forceinline__ void stage_dq(shared &sm, const ring2 &r, float (&dq)[32], float scale, int consumer, int lane)
+{
+#pragma unroll
+    for (int n = 0; n < 32; n++) { dq[n] *= scale; }
+    float4 *const staged = (float4 *)sm.dq[r.stage] + consumer * 1024 + ((int)thread_index() & 127);
+#pragma unroll
+    for (int n = 0; n < 8; n++) { staged[128 * n] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.dq_full[r.stage])); }
+}
+
+#if FGQA_D == 128
+#include "bwd_step128.cuh"
+#else
+#include "bwd_step64.cuh"
+#endif
+
+template <bool MASKED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
+{
+    const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = consumer * 64 + thread / 32 * 16 + lane / 4;      /* and key + 8 */
+    const float scale = p.common.scale;
+    const uint64_t k_rows = wgmma_desc_sw128(smem_address(sm.k) + consumer * 64 * 128, 0, 1024), v_rows = k_rows + sizeof(sm.k) / 16;
+    const key_tile keys = {k_rows, v_rows, wgmma_desc_sw128(smem_address(sm.k[D == 128 ? consumer : 0]), BLOCK_K * 128, 1024)};
+    ring2 r;
+    for (uint32_t state = 0;; state = ~state & 1) {            /* parity of the task, and what it met */
+        mbarrier_wait(smem_address(&sm.task_full), state & 1);
+        const task &t = sm.tasks[state & 1];
+        if (t.done) { return; }
+        int32_t steps = t.steps;
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.task_free)); }
+        begin_keys<MASKED>(p, sm, t, state, consumer * 128 + thread, key);
+        float dk[D / 2], dv[DV / 2];
+#pragma unroll
+        for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
+
+        for (; steps > 0; steps--) {
+            step<MASKED>(p, sm, consumer, thread, keys, r, state, dk, dv);
+            r.advance();
+        }
+
+        const int32_t j0 = t.n * BLOCK_K;
+        const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
+        if (MASKED && state & CARE_POISON) { add_poison(p, t, last_key, last_lane, dv); }
+        if (MASKED && state & KEYS_POISONED) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const fgqa_range seen = rows_of_key(p, t, last_key + 8 * half);
+                if (!is_poisoned(sm, last_key + 8 * half) || seen.begin >= seen.end) { continue; }
+#pragma unroll
+                for (int n = 0; n < D / 2; n += 4) { dk[n + 2 * half] = dk[n + 2 * half + 1] = dv[n + 2 * half] = dv[n + 2 * half + 1] = NAN; }
+            }
+            bar_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
+        }
+        if (p.w.splits > 1) {
+            write_part(p, t, p.w.dk, dk, scale, j0 + last_key, last_lane);
+            write_part(p, t, p.w.dv, dv, 1.0f, j0 + last_key, last_lane);
+        } else {                                           /* through the memory of V and K: own keys */
+            char *const v_own = (char *)sm.v + consumer * 64 * 128, *const k_own = (char *)sm.k + consumer * 64 * 128;
+            stage_rows(smem_address(v_own), dv, 1.0f, last);
+            bar_sync(BOTH, CONSUMERS);                     /* the other consumer is done with K, too */
+            stage_rows(smem_address(k_own), dk, scale, last);
+            bar_sync(OWN + consumer, 128);
+            write_rows(v_own, p, t, j0 + consumer * 64, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last);
+            write_rows(k_own, p, t, j0 + consumer * 64, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last);
+            fence_proxy_async();
+        }
+        __syncwarp();
+        if (last_lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }
+    }
+}

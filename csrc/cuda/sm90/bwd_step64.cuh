@@ -1,0 +1,135 @@
+/* bwd_step64.cuh - part of bwd.cu: what a consumer does with a query tile of 128 rows, head dim 64.
+ *
+ * The tile is worked on in halves A and B of 64 rows, so that the tensor cores have products of one half to make while weights of
+ * the other are computed. Each consumer then makes dQ of one half, from the dS of both.
+ *     S(A), dP(A), S(B) issued
+ *     wait S(A):  P(A)                                          under dP(A), S(B)
+ *     dP(B), dV(A) issued; wait dP(A): dS(A), then P(B)         under dP(B), dV(A)
+ *     dS(A) to shared memory; dK(A), dV(B) issued
+ *     wait dP(B): dS(B), to shared memory                       under dK(A), dV(B)
+ *     both consumers meet; dQ, then dK(B) issued
+ *     wait dQ:    staged for the writer                         under dK(B)
+ * Registers: dK 32, dV 32, S 32 + 32, dP 32 + 32, lse2 and delta of a half 16 each; P and dS, 16 a half, where S and dP were.
+ */
+#pragma once
+
+static constexpr int HALF = 64, STATS_OF_HALF = HALF / 4;       /* rows; their float4s of statistics */
+
+/* S or dP of a half: own 64 keys x 64 rows. */
+static __device__ __forceinline__ void score_products(float (&x)[32], uint64_t keys, uint64_t rows)
+{
+#pragma unroll
+    for (int n = 0; n < D / 16; n++) { wgmma64<0>(x, keys + n * 32 / 16, rows + n * 32 / 16, n == 0); }
+    wgmma_commit();
+}
+
+/* dV += P dO or dK += dS Q over the rows of a half. */
+static __device__ __forceinline__ void key_products(float (&sum)[32], const uint32_t (&pairs)[16], uint64_t columns)
+{
+#pragma unroll
+    for (int n = 0; n < HALF / 16; n++) { wgmma_rs_bt(sum, pairs + 4 * n, columns + n * 2048 / 16, 1); }
+    wgmma_commit();
+}
+
+static __device__ __forceinline__ void load_stats(float4 (&x)[4], const float *stats, int half, int lane)
+{
+    const float4 *of_lane = (const float4 *)stats + half * STATS_OF_HALF + (lane & 3);
+#pragma unroll
+    for (int n = 0; n < 4; n++) { x[n] = of_lane[4 * n]; }
+}
+
+static __device__ __forceinline__ void make_weights(uint32_t (&weights)[16], float (&s)[32], const float4 (&lse2)[4], float scale_log2)
+{
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(fmaf(s[4 * n + e], scale_log2, -of_row(lse2, n, e % 2))); }
+        weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
+        weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
+    }
+}
+
+/* Of the weights as dV sees them. */
+static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16], const uint32_t (&weights)[16], const float (&dp)[32], const float4 (&delta)[4])
+{
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float2 weight = unpack2(weights[2 * n + half], T());
+            gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
+        }
+    }
+}
+
+static __device__ __forceinline__ void store_gradients(uint32_t ds, const uint32_t (&gradients)[16], int consumer)
+{
+    const int here = (int)thread_index() & 127;
+    const uint32_t row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        stmatrix_x4(row + ((n * 32 + (here >> 4 & 1) * 16) ^ ((here & 7) << 4)), gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]);
+    }
+}
+
+template <bool MASKED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, uint32_t &state,
+                                                                   float (&dk)[D / 2], float (&dv)[DV / 2])
+{
+    const int lane = thread & 31;
+    const uint64_t q_rows = wgmma_desc_sw128(smem_address(sm.q[r.stage]), 0, 1024), dout_rows = wgmma_desc_sw128(smem_address(sm.dout[r.stage]), 0, 1024);
+    constexpr uint64_t NEXT = HALF * 128 / 16;                  /* from half A to half B of a tile; by columns, too: D is one chunk */
+    float s_a[32], s_b[32], dp_a[32], dp_b[32], dq[32];
+    uint32_t weights_a[16], weights_b[16], gradients_a[16], gradients_b[16];
+    float4 lse2[4], delta[4];
+
+    int32_t row0 = 0;
+    const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0);
+    load_stats(lse2, sm.lse2[r.stage], 0, lane);
+    load_stats(delta, sm.delta[r.stage], 0, lane);
+    wgmma_fence();
+    score_products(s_a, keys.k_rows, q_rows);
+    score_products(dp_a, keys.v_rows, dout_rows);
+    score_products(s_b, keys.k_rows, q_rows + NEXT);
+
+    wgmma_wait<2>();
+    make_weights(weights_a, s_a, lse2, p.scale_log2);
+    load_stats(lse2, sm.lse2[r.stage], 1, lane);
+    if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
+    wgmma_fence();
+    score_products(dp_b, keys.v_rows, dout_rows + NEXT);
+    key_products(dv, weights_a, dout_rows);
+
+    wgmma_wait<3>();
+    make_gradients(gradients_a, weights_a, dp_a, delta);
+    if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
+    wgmma_wait<2>();
+    make_weights(weights_b, s_b, lse2, p.scale_log2);
+    if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
+    load_stats(delta, sm.delta[r.stage], 1, lane);
+    mbarrier_wait(smem_address(&sm.ds_empty), r.stage ^ 1);
+    store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
+    wgmma_fence();
+    key_products(dk, gradients_a, q_rows);
+    key_products(dv, weights_b, dout_rows + NEXT);
+
+    wgmma_wait<3>();
+    make_gradients(gradients_b, weights_b, dp_b, delta);
+    if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
+    store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
+    fence_proxy_async();
+    bar_sync(BOTH, CONSUMERS);
+    const uint64_t ds_columns = wgmma_desc_sw128(smem_address(sm.ds[0][consumer]), 0, 1024);
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < BLOCK_K / 16; n++) { wgmma64<1>(dq, ds_columns + n * 2048 / 16, keys.k_columns + n * 2048 / 16, n == 0); }
+    wgmma_commit();
+    key_products(dk, gradients_b, q_rows + NEXT);
+
+    mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
+    wgmma_wait<1>();
+    if (thread == 0) { mbarrier_arrive(smem_address(&sm.dout_empty[r.stage])); }
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty)); }
+    stage_dq(sm, r, dq, p.common.scale, consumer, lane);
+    wgmma_wait<0>();
+    if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
+}

@@ -1,0 +1,109 @@
+"""The backward kernels for Hopper (csrc/cuda/sm90/bwd*): which row runs, and what is theirs alone: the order in which key tiles
+add to dQ, turns among blocks, lengths against the size of a tile. Everything else is tested with all kernels, in
+test_backward.py and its neighbours."""
+import pytest
+import torch
+from test_hopper import DTYPES, MASKS, inputs, random, row_for
+
+import flashgqa
+
+ROWS = [row["name"] for row in flashgqa.kernels() if row["name"].startswith("bwd_sm90") and row["available"]]
+pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
+DIMS = [64, 128, 256]
+
+
+def backward_row(dtype, d, arch=90):
+    return row_for(dtype, d, d, arch, "bwd")
+
+
+def gradients(q, k, v, arch=90, dout=None, **options):
+    """By the Hopper row, from results of whichever forward kernel is the fastest."""
+    forward = {key: value for key, value in options.items() if key not in ("deterministic",)}
+    out, lse = flashgqa.attention(q, k, v, return_lse=True, **forward)
+    dout = random(*out.shape, dtype=q.dtype, seed=9) if dout is None else dout
+    return flashgqa.attention_backward(dout, q, k, v, out, lse, kernel=backward_row(q.dtype, q.shape[-1], arch), **options)[:3]
+
+
+def assert_alike(got, expected):
+    """Both are within the error rule; they differ by roundings of weights and of their gradients."""
+    for name, a, b in zip(("dq", "dk", "dv"), got, expected, strict=True):
+        a, b = a.float(), b.float()
+        assert torch.isfinite(a).all(), name
+        tolerance = {torch.bfloat16: 2e-2, torch.float16: 4e-3}[got[0].dtype] * max(1.0, b.abs().max().item())
+        torch.testing.assert_close(a, b, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_each_head_dim_has_its_row(dtype):
+    for d, row in ((8, 64), (64, 64), (72, 128), (128, 128), (136, 256), (256, 256)):
+        x = inputs(1, 4, 2, 256, 256, d, dtype=dtype)
+        assert flashgqa.explain(*x, backward=True)["kernel"] == f"bwd_sm90_{DTYPES[dtype]}_d{row}_dv{row}_plain"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", DIMS)
+def test_all_pairs_of_lengths(d, mask):
+    """Packed, and padded with NaN; the order that a long causal pass has is taken whatever the number of tasks, too."""
+    grid = torch.meshgrid(torch.arange(1, 301, 23), torch.arange(1, 401, 29), indexing="ij")
+    queries, keys = (x.reshape(-1).int().cuda() for x in grid)
+    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
+    packed = [x[0].transpose(0, 1) for x in inputs(1, 4, 2, *(int(s[-1]) for s in starts), d)]
+    options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=300, max_kv=400, **MASKS[mask])
+    expected = gradients(*packed, arch=80, **options)
+    for extra in ({}, {"batch_invariant": True}, {"deterministic": False}):
+        assert_alike(gradients(*packed, **options, **extra), expected)
+    padded = inputs(len(queries), 4, 2, 300, 400, d)
+    for x, lengths in zip(padded, (queries, keys, keys), strict=True):
+        x.masked_fill_((torch.arange(x.shape[2], device="cuda") >= lengths[:, None])[:, None, :, None], float("nan"))
+    options = dict(q_lens=queries, kv_lens=keys, batch_invariant=True, **MASKS[mask])
+    assert_alike(gradients(*padded, **options), gradients(*padded, arch=80, **options))
+
+
+@pytest.mark.parametrize("group", [1, 2, 8, 32])
+@pytest.mark.parametrize("d", DIMS)
+def test_long_causal_passes_and_their_groups(d, group):
+    """Enough tasks for the folded order, with parts of a group and without."""
+    for b, hk, s in ((4, 32 // group, 1000), (1, 32 // group, 2048)):
+        x = inputs(b, 32, hk, s, s, d, dtype=torch.bfloat16)
+        expected = gradients(*x, arch=80, causal=True)
+        for extra in ({}, {"batch_invariant": True}, {"deterministic": False}):
+            assert_alike(gradients(*x, causal=True, **extra), expected)
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_one_sequence_has_the_same_bits_in_any_batch(d):
+    x = inputs(5, 8, 2, 700, 700, d, dtype=torch.bfloat16)
+    dout = random(5, 8, 700, d, dtype=torch.bfloat16, seed=9)
+    together = gradients(*x, dout=dout, causal=True, batch_invariant=True)
+    alone = gradients(*(y[3:4] for y in x), dout=dout[3:4], causal=True, batch_invariant=True)
+    assert all(torch.equal(a[3:4], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", DIMS)
+def test_same_bits_in_200_runs_beside_a_busy_stream(d, causal):
+    q, k, v = inputs(60, 8, 2, 512, 512, d, dtype=torch.bfloat16)
+    out, lse = flashgqa.attention(q, k, v, causal=causal, return_lse=True)
+    dout = random(*out.shape, dtype=q.dtype, seed=9)
+    expected = flashgqa.attention_backward(dout, q, k, v, out, lse, causal=causal)[:3]
+    side, busy, same = torch.cuda.Stream(), random(2048, 2048, dtype=q.dtype), torch.ones((), dtype=torch.bool, device="cuda")
+    torch.cuda.synchronize()
+    for _ in range(200):
+        with torch.cuda.stream(side):
+            torch.mm(busy, busy)
+        got = flashgqa.attention_backward(dout, q, k, v, out, lse, causal=causal)[:3]
+        for a, b in zip(got, expected, strict=True):
+            same &= (a.view(torch.int16) == b.view(torch.int16)).all()
+    assert same.item()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", DIMS)
+def test_logits_far_below_zero_at_every_length_modulo_a_tile(d, causal):
+    """All logits are shifted by -120: keys that do not exist must not count as 0."""
+    lengths = torch.arange(1, 129).int().cuda() + 128
+    starts = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    q, k, v = (x[0].transpose(0, 1) for x in inputs(1, 2, 1, int(starts[-1]), int(starts[-1]), d))
+    q[..., 0], k[..., 0] = 16.0, -120.0 / 16.0 * d**0.5
+    options = dict(cu_seqlens_q=starts, cu_seqlens_kv=starts, max_q=256, max_kv=256, causal=causal)
+    assert_alike(gradients(q, k, v, **options), gradients(q, k, v, arch=80, **options))
