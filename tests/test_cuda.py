@@ -551,6 +551,18 @@ def test_rows_out_of_range_on_the_device_are_clamped_away_or_refused():
         flashgqa.attention_weights(q, k, rows=rows, check=True)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 3000, 128), (5, 4, 1500, 128)], ids=["by head", "by batch"])
+def test_weights_of_arrays_that_are_moved_in_parts(shape):
+    q, k, _ = qkv(*shape, dtype=torch.float32)
+    arrays = q.cpu().numpy(), k.cpu().numpy()
+    for which in ({"rows": [0, 700, 1499]}, {"reduce": "keys"}):
+        expected = flashgqa.attention_weights(q, k, causal=True, **which)
+        close(flashgqa.attention_weights(*arrays, causal=True, **which, device="cuda"), expected.cpu(), 0)
+        if shape[0] == 1:
+            of_head = flashgqa.attention_weights(*(x[0] for x in arrays), causal=True, **which, device="cuda")
+            close(of_head, expected[0].cpu(), 0)
+
+
 def test_weights_of_arrays_and_in_graphs():
     q, k, _ = qkv(dtype=torch.float32)
     rows = torch.tensor([7, 129], device="cuda")
