@@ -1,6 +1,7 @@
 """The one benchmark: every row against PyTorch in alternating calls, ceilings of the same run, JSON and a plot.
 
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
+    python benchmarks/bench.py cpu --lengths              lengths 1 to 4,096 against plain attention, see lengths.py
     python benchmarks/bench.py kvcache [the same but --pass]     decode through attention_with_kvcache, see kvcache.py
     python benchmarks/bench.py gpu [--pass forward backward] [--dtype bfloat16 float16] [--rows TEXT] [--quick] [--junit FILE ...]
                                                                  one NVIDIA GPU, see gpu.py
@@ -22,6 +23,7 @@ from pathlib import Path
 import counting
 import gpu
 import kvcache
+import lengths
 import shapes
 from peers import FlashGQA, TorchSDPA
 from timing import alternate, once
@@ -135,7 +137,10 @@ def read_options(arguments=None):
     parser.add_argument("--quick", action="store_true", help="half a second a row instead of three; gpu: 3 launches instead of 9")
     parser.add_argument("--out", help="JSON file; by default that in results/ if all rows are measured at full length, else none")
     parser.add_argument("--junit", nargs="*", help="gpu: pytest's JUnit reports of the same build, to be counted")
+    parser.add_argument("--lengths", action="store_true", help="cpu: short and odd lengths against plain attention")
     options = parser.parse_args(arguments)
+    if options.lengths and options.device != "cpu":
+        parser.error(f"{options.device} has no --lengths")
     choices = CHOICES[options.device]
     for name, flag in (("threads", "--threads"), ("which", "--pass"), ("dtype", "--dtype"), ("junit", "--junit")):
         given, known = getattr(options, name), choices.get(name)
@@ -150,7 +155,10 @@ def read_options(arguments=None):
 
 def main():
     options = read_options()
-    if options.device == "cpu":
+    if options.lengths:
+        os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
+        lengths.run(options, FlashGQA(options.threads), TorchSDPA(options.threads))
+    elif options.device == "cpu":
         cpu(options)
     elif options.device == "kvcache":
         kvcache.run(options, FlashGQA(options.threads), TorchSDPA(options.threads), sys.modules[__name__])
