@@ -7,6 +7,9 @@
  *     A      tiles of 16 rows of 32 terms, rows any number of bytes apart: a matrix as it lies in memory
  *     B      1 KB a tile: pair of terms after pair, each 16 columns of 2:      b[k/2][n][k%2]
  *
+ * Numbers with more digits than bfloat16 has are the sum of two, high and low. Of their product low*low may be left out, which
+ * is about 2^-16 of |A||B|.
+ *
  * Rows in memory become B by pairing the terms of a row (a transpose of 32-bit pairs), or by pairing rows (an interleave);
  * columns become A by pairing rows and transposing the pairs.
  */
@@ -24,8 +27,9 @@ typedef uint16_t bf16;
 
 /* ---- the product ---- */
 
-/* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column of tiles `tile`. */
-typedef struct { const bf16 *data; ptrdiff_t step, tile, ld; } amx_operand;
+/* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column of tiles `tile`.
+ * The low parts lie `low` behind the high ones; 0: there are none, of either operand. `low_low` of A: multiply these, too. */
+typedef struct { const bf16 *data; ptrdiff_t step, tile, ld, low; int low_low; } amx_operand;
 typedef struct { float *data; ptrdiff_t ld; } amx_result;
 
 /* mt x nt tiles of C, both 1 or 2 and constant. */
@@ -45,21 +49,24 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
         if (mt > 1) { amx_zero(2); }
         if (mt > 1 && nt > 1) { amx_zero(3); }
     }
-    for (int k = 0; k < steps; k++) {
-        amx_load(4, a0, a_row);
-        amx_load(6, b0, b_row);
-        amx_dot(0, 4, 6);
-        if (nt > 1) {
-            amx_load(7, b0 + b->tile, b_row);
-            amx_dot(1, 4, 7);
+    for (int part = a->low_low ? 3 : a->low ? 2 : 0; part >= 0; part--) {
+        const bf16 *a1 = a0 + (part & 2 ? a->low : 0), *b1 = b0 + (part & 1 ? b->low : 0);
+        for (int k = 0; k < steps; k++) {
+            amx_load(4, a1, a_row);
+            amx_load(6, b1, b_row);
+            amx_dot(0, 4, 6);
+            if (nt > 1) {
+                amx_load(7, b1 + b->tile, b_row);
+                amx_dot(1, 4, 7);
+            }
+            if (mt > 1) {
+                amx_load(5, a1 + a->tile, a_row);
+                amx_dot(2, 5, 6);
+                if (nt > 1) { amx_dot(3, 5, 7); }
+            }
+            a1 += a->step;
+            b1 += b->step;
         }
-        if (mt > 1) {
-            amx_load(5, a0 + a->tile, a_row);
-            amx_dot(2, 5, 6);
-            if (nt > 1) { amx_dot(3, 5, 7); }
-        }
-        a0 += a->step;
-        b0 += b->step;
     }
     amx_store(0, c, row);
     if (nt > 1) { amx_store(1, c + AMX_SIDE, row); }
@@ -102,6 +109,40 @@ SIMD void amx_row(bf16 *to, const void *from, int64_t stride, int32_t n)
     }
     for (; i + 32 <= n; i += 32) { _mm512_storeu_si512(to + i, _mm512_loadu_si512(x + i)); }
     if (i < n) { _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(((__mmask32)1 << (n - i)) - 1, x + i)); }
+}
+
+/* x = high + low, both bfloat16, as floats; low is 0 where x is not finite. Finite numbers too large to be rounded up are cut off. */
+SIMD vreal amx_high(vreal x)
+{
+    const __m512i bits = (__m512i)x, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), top = _mm512_set1_epi32(0x7F800000);
+    const __mmask16 special = _mm512_cmpeq_epi32_mask(_mm512_and_si512(rounded, top), top) | _mm512_cmpeq_epi32_mask(_mm512_and_si512(bits, top), top);
+    const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+    const __m512i cut = _mm512_mask_or_epi32(bits, nan, bits, _mm512_set1_epi32(0x400000));
+    return (vreal)_mm512_and_si512(_mm512_mask_blend_epi32(special, rounded, cut), _mm512_set1_epi32((int)0xFFFF0000));
+}
+
+SIMD vreal amx_low(vreal x, vreal high)
+{
+    const __m512i top = _mm512_set1_epi32(0x7F800000);
+    const __mmask16 finite = _mm512_cmpneq_epi32_mask(_mm512_and_si512((__m512i)x, top), top);
+    return (vreal)_mm512_maskz_sub_ps(finite, (__m512)x, (__m512)high);
+}
+
+/* n numbers at x as high parts and, `low` behind, low parts; zeros up to AMX_PAD(n). */
+SIMD void amx_row_split(bf16 *to, ptrdiff_t low, const real *x, int32_t n)
+{
+    for (int32_t i = 0; i < AMX_PAD(n); i += 2 * VL) {
+        vreal part[2], high[2];
+        UNROLL(2)
+        for (int v = 0; v < 2; v++) {
+            const int32_t rest = n - i - v * VL;
+            part[v] = rest >= VL ? v_load(x + i + v * VL) : rest > 0 ? v_load_part(x + i + v * VL, rest) : v_zero();
+            high[v] = amx_high(part[v]);
+        }
+        _mm512_storeu_si512(to + i, amx_narrow((__m512)high[0], (__m512)high[1]));
+        _mm512_storeu_si512(to + low + i, amx_narrow((__m512)amx_low(part[0], high[0]), (__m512)amx_low(part[1], high[1])));
+    }
 }
 
 SIMD int amx_row_is_finite(const bf16 *x, int32_t padded)
@@ -177,6 +218,17 @@ SIMD __m512i amx_narrow_pairs(vreal a, vreal b)
 {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, amx_narrow((__m512)a, (__m512)b));
+}
+
+/* Such pairs at `to` and, unless `low` is 0, what they leave of the numbers `low` behind. */
+SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
+{
+    const __m512i pairs = amx_narrow_pairs(a, b);
+    _mm512_store_si512(to, pairs);
+    if (low) {
+        const vreal a_high = (vreal)_mm512_slli_epi32(pairs, 16), b_high = (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
+        _mm512_store_si512(to + low, amx_narrow_pairs(a - a_high, b - b_high));
+    }
 }
 
 #endif

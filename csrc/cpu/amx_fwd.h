@@ -1,8 +1,13 @@
-/* amx_fwd.h - forward's products on the tile unit: the part of fwd.c that differs in the row "amx" (bfloat16 only).
+/* amx_fwd.h - forward's products on the tile unit: the part of fwd.c that differs in the row "amx".
  *
  *     S^T = K Q^T         K as it lies in memory, Q packed once a panel
  *     P^T = 2^(S^T - m)   written as bfloat16, pairs of keys interleaved
  *     O^T += V^T P^T      V transposed once a block of keys, for all panels of the task
+ *
+ * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): K, Q, V and P; float16 without
+ * loss, and its scores are those of float32 arithmetic, as their LSE is float32. What is infinite or NaN must not meet the other
+ * operand's low part, whose sign is its own: scores of such rows of K and Q are computed apart, and such rows of V are added
+ * apart even where all lanes see them.
  *
  * m follows the largest score only when that has grown by more than AMX_LAZY: weights up to 2^AMX_LAZY lose nothing in
  * bfloat16, and O is rarely rescaled.
@@ -13,23 +18,41 @@
 #include "amx_panel.h"
 
 #define AMX_LAZY ((real)8)
+#define SMALLEST_SCALE 0x1p-126f
+
+/* Numbers from high to low parts of a buffer of n numbers; 0: bfloat16, which has one part. */
+SIMD ptrdiff_t amx_low_of(const fgqa_problem *p, ptrdiff_t n) { return p->dtype == FGQA_BF16 ? 0 : n; }
+SIMD size_t amx_parts(const fgqa_problem *p) { return p->dtype == FGQA_BF16 ? 1 : 2; }
 
 typedef struct {
     bf16 *k, *v;              /* rows of the block */
     bf16 *v_t, *v_t_clean;    /* A: [tile of columns][KEYS/AMX_DEPTH]; without the rows that hold a NaN or an infinity */
     bf16 *p;                  /* B: [KEYS/AMX_DEPTH][nv] */
-    tile_bad_rows bad;        /* of V, counted from origin */
+    ptrdiff_t k_low, v_low, v_t_low, p_low;   /* from the high parts of each */
+    tile_bad_rows bad_keys;   /* of K, where there are two parts, counted from origin */
+    tile_bad_rows bad;        /* of V */
     int32_t origin, searched; /* the multiple of KEYS at which the block starts */
 } amx_keys;
 
 static void amx_keys_carve(amx_keys *keys, fgqa_arena *arena, const fgqa_problem *p)
 {
-    const size_t d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv);
-    keys->k = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
-    keys->v = fgqa_arena_take(arena, AMX_BLOCK_ROWS * dv, sizeof(bf16));
-    keys->v_t = fgqa_arena_take(arena, KEYS * dv, sizeof(bf16));
-    keys->v_t_clean = fgqa_arena_take(arena, KEYS * dv, sizeof(bf16));
-    keys->p = fgqa_arena_take(arena, KEYS * PANEL, sizeof(bf16));
+    const size_t d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv), parts = amx_parts(p);
+    keys->k = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * d, sizeof(bf16));
+    keys->v = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * dv, sizeof(bf16));
+    keys->v_t = fgqa_arena_take(arena, parts * KEYS * dv, sizeof(bf16));
+    keys->v_t_clean = fgqa_arena_take(arena, parts * KEYS * dv, sizeof(bf16));
+    keys->p = fgqa_arena_take(arena, parts * KEYS * PANEL, sizeof(bf16));
+    keys->k_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)d);
+    keys->v_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)dv);
+    keys->v_t_low = amx_low_of(p, KEYS * (ptrdiff_t)dv);
+    keys->p_low = amx_low_of(p, KEYS * PANEL);
+}
+
+/* V^T of the rows of V, all parts. */
+static void amx_pack_values(const amx_keys *keys, bf16 *to, int32_t dv)
+{
+    amx_pack_keys(to, keys->v, dv);
+    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, keys->v + keys->v_low, dv); }
 }
 
 /* Keys [j0, j1) of one block. */
@@ -38,15 +61,17 @@ static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, in
     const fgqa_problem *p = t->p;
     keys->origin = j0 / KEYS * KEYS;
     keys->searched = 0;
-    amx_load_keys(keys->k, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
-    amx_load_keys(keys->v, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
-    amx_pack_keys(keys->v_t, keys->v, p->dv);
+    keys->bad_keys.count = 0;
+    amx_load_keys(keys->k, keys->k_low, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
+    amx_load_keys(keys->v, keys->v_low, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
+    if (keys->k_low) { amx_zero_bad_rows(&keys->bad_keys, keys->k, keys->k_low, p->d); }
+    amx_pack_values(keys, keys->v_t, p->dv);
 }
 
 /* The block's bad rows of V, found when first asked for; then they are zeroed and the block is transposed again. */
 static int32_t amx_bad_values(amx_keys *keys, const fgqa_problem *p)
 {
-    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, p->dv)) { amx_pack_keys(keys->v_t_clean, keys->v, p->dv); }
+    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, keys->v_low, p->dv)) { amx_pack_values(keys, keys->v_t_clean, p->dv); }
     keys->searched = 1;
     return keys->bad.count;
 }
@@ -55,7 +80,7 @@ static int32_t amx_bad_values(amx_keys *keys, const fgqa_problem *p)
 
 /* p = 2^(s*scale - m) of n keys, a multiple of AMX_DEPTH, with m as it is after them; l = l*factor + sum p. Returns whether
  * some factor is not 1. `keep`: s becomes p as well. */
-SIMD int amx_softmax_strip(const int nv, const int keep, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
+SIMD int amx_softmax_strip(const int nv, const int keep, const ptrdiff_t low, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
 {
     const int w = nv * VL;
     vreal top[NV], shift[NV], sum[NV];
@@ -87,7 +112,7 @@ SIMD int amx_softmax_strip(const int nv, const int keep, real *s, int32_t n, rea
                 v_store(at, even);
                 v_store(at + w, odd);
             }
-            _mm512_store_si512(p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, amx_narrow_pairs(even, odd));
+            amx_store_pairs(p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, low, even, odd);
         }
     }
     UNROLL(2)
@@ -95,29 +120,62 @@ SIMD int amx_softmax_strip(const int nv, const int keep, real *s, int32_t n, rea
     return grown;
 }
 
-static int amx_softmax(int nv, int keep, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
+static int amx_softmax(int nv, int keep, ptrdiff_t low, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
 {
-    if (nv == 1) { return amx_softmax_strip(1, 1, s, n, scale, m, l, factor, p); }
-    return keep ? amx_softmax_strip(2, 1, s, n, scale, m, l, factor, p) : amx_softmax_strip(2, 0, s, n, scale, m, l, factor, p);
+    if (nv == 1) { return amx_softmax_strip(1, 1, low, s, n, scale, m, l, factor, p); }
+    if (keep) { return amx_softmax_strip(2, 1, low, s, n, scale, m, l, factor, p); }
+    return low ? amx_softmax_strip(2, 0, KEYS * PANEL, s, n, scale, m, l, factor, p) : amx_softmax_strip(2, 0, 0, s, n, scale, m, l, factor, p);
 }
 
 /* Weights as floats, [n keys][w], to B. */
-static void amx_pack_weights(bf16 *p, const real *s, int32_t n, int32_t nv)
+static void amx_pack_weights(bf16 *p, ptrdiff_t low, const real *s, int32_t n, int32_t nv)
 {
     const int32_t w = nv * VL;
     for (int32_t j = 0; j < n; j += 2) {
         for (int32_t v = 0; v < nv; v++) {
             const real *const at = s + j * w + v * VL;
-            _mm512_store_si512(p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, amx_narrow_pairs(v_load(at), v_load(at + w)));
+            amx_store_pairs(p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, low, v_load(at), v_load(at + w));
         }
     }
 }
 
 /* A panel and where its results grow. */
-typedef struct { const tile_panel *panel; const bf16 *q; real *o, *m, *l; } amx_rows;
+typedef struct { const tile_panel *panel; const bf16 *q; ptrdiff_t q_low; int q_special; real *o, *m, *l; } amx_rows;   /* q_special: it is not finite */
 
 /* Scratch of one tile: s has AMX_DEPTH keys more than KEYS. */
 typedef struct { real *s, *add, *rows, *factor; ireal *keep; } amx_scratch;
+
+/* Number c of a packed row. */
+SIMD real amx_packed(const amx_rows *to, int32_t lane, int32_t c)
+{
+    const bf16 *const at = to->q + (c / AMX_DEPTH * to->panel->nv + lane / AMX_SIDE) * AMX_TILE
+                           + c % AMX_DEPTH / 2 * AMX_DEPTH + lane % AMX_SIDE * 2 + c % 2;
+    return float_from_bf16(at[0]) + float_from_bf16(at[to->q_low]);
+}
+
+/* Scores of keys [j0, j1) with rows of K or Q that are not finite, where these have two parts. */
+static void amx_scores_apart(const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, const amx_keys *keys, int32_t j0, int32_t j1, real *s)
+{
+    const int32_t d = t->p->d, w = to->panel->w;
+    uint32_t lanes = 0;
+    for (int32_t lane = 0; lane < to->panel->rows; lane++) {
+        real nothing = 0;
+        for (int32_t c = 0; c < d; c++) { nothing += amx_packed(to, lane, c) * 0; }
+        lanes |= (uint32_t)(nothing != nothing) << lane;
+    }
+    for (int32_t j = j0, bad = 0; j < j1; j++) {
+        while (bad < keys->bad_keys.count && keys->origin + keys->bad_keys.row[bad] < j) { bad++; }
+        const int all = bad < keys->bad_keys.count && keys->origin + keys->bad_keys.row[bad] == j;
+        if (!all && !lanes) { continue; }
+        const tile_block row = tile_block_load(t, &t->p->view[FGQA_ARG_k], j, j + 1, d, scratch->rows);
+        for (int32_t lane = 0; lane < to->panel->rows; lane++) {
+            if (!all && !(lanes >> lane & 1)) { continue; }
+            real sum = 0;
+            for (int32_t c = 0; c < d; c++) { sum += amx_packed(to, lane, c) * row.data[c]; }
+            s[(ptrdiff_t)(j - j0) * w + lane] = sum;
+        }
+    }
+}
 
 /* Rows of a panel attend to keys [j0, j1) of the block. */
 static void amx_attend(const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1, int32_t block_end)
@@ -130,16 +188,22 @@ static void amx_attend(const amx_scratch *scratch, const tile_sequence *t, const
     const real *add;
     const tile_kind kind = tile_scores_begin(t, panel, j0, j1, scratch->add, scratch->rows, &add);
     if (kind == TILE_UNSEEN) { return; }
-    const amx_operand k = {keys->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, ld}, q = {to->q, nv * AMX_TILE, AMX_TILE, 0};
+    const amx_operand k = {keys->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, ld, keys->k_low, p->dtype == FGQA_F16};
+    const amx_operand q = {to->q, nv * AMX_TILE, AMX_TILE, 0, to->q_low, 0};
     amx_product(0, amx_tiles(n), nv, ld / AMX_DEPTH, &k, &q, seen, w);
-    const real scale = tile_scores_end(seen, t, panel, j0, j1, kind, add, NULL);
+    if (to->q_special || keys->bad_keys.count) { amx_scores_apart(scratch, t, to, keys, j0, j1, seen); }
+    real scale = tile_scores_end(seen, t, panel, j0, j1, kind, add, NULL);
+    if (!(scale >= SMALLEST_SCALE)) {          /* vectors of it are 0, and 0 * -inf is NaN */
+        for (int32_t i = 0; i < n * w; i += VL) { v_store(seen + i, v_load(seen + i) * v_set1(scale)); }
+        scale = 1;
+    }
     for (int32_t i = 0; i < before * w; i += VL) { v_store(s + i, v_set1(-REAL_INF)); }
     for (int32_t i = (before + n) * w; i < all * w; i += VL) { v_store(s + i, v_set1(-REAL_INF)); }
 
     /* Keys of the first and last step that the panel does not reach count as unseen ones do. */
     const int others = before || (all != before + n && j1 < block_end);
-    const int dirty = (kind == TILE_PARTIAL || others) && amx_bad_values(keys, p), dropped = p->dropout_threshold != 0;
-    if (amx_softmax(nv, dirty || dropped, s, all, scale, to->m, to->l, scratch->factor, keys->p)) {
+    const int dirty = (kind == TILE_PARTIAL || others || keys->v_low) && amx_bad_values(keys, p), dropped = p->dropout_threshold != 0;
+    if (amx_softmax(nv, dirty || dropped, keys->p_low, s, all, scale, to->m, to->l, scratch->factor, keys->p)) {
         for (int32_t c = 0; c < p->dv; c++) {
             for (int32_t v = 0; v < w; v += VL) { v_store(to->o + c * w + v, v_load(to->o + c * w + v) * v_load(scratch->factor + v)); }
         }
@@ -148,10 +212,11 @@ static void amx_attend(const amx_scratch *scratch, const tile_sequence *t, const
         tile_dropout(scratch->keep, t, panel, j0, j1);
         ireal *const weight = (ireal *)(void *)seen;
         for (int32_t i = 0; i < n * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
-        amx_pack_weights(keys->p, s, all, nv);
+        amx_pack_weights(keys->p, keys->p_low, s, all, nv);
     }
-    const amx_operand v_t = {(dirty ? keys->v_t_clean : keys->v_t) + (first - before) * AMX_SIDE, AMX_TILE, AMX_KEYS_TILE, AMX_DEPTH};
-    const amx_operand weights = {keys->p, nv * AMX_TILE, AMX_TILE, 0};
+    const amx_operand v_t = {(dirty ? keys->v_t_clean : keys->v_t) + (first - before) * AMX_SIDE, AMX_TILE, AMX_KEYS_TILE, AMX_DEPTH,
+                             keys->v_t_low, 0};
+    const amx_operand weights = {keys->p, nv * AMX_TILE, AMX_TILE, 0, keys->p_low, 0};
     amx_product(1, amx_tiles(p->dv), nv, all / AMX_DEPTH, &v_t, &weights, to->o, w);
     for (int32_t i = 0; dirty && i < keys->bad.count; i++) {
         const int32_t j = keys->origin + keys->bad.row[i];

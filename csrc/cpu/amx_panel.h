@@ -13,11 +13,32 @@
 
 SIMD int32_t amx_tiles(int32_t n) { return (n + AMX_SIDE - 1) / AMX_SIDE; }
 
-/* Keys [j0, j1) of one block as rows [AMX_BLOCK_ROWS][AMX_PAD(cols)], zeros where the block has no key. */
-static void amx_load_keys(bf16 *to, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+/* What is not bfloat16 becomes two parts (amx.h), the low ones `low` behind the high ones; `low` is 0 for bfloat16. */
+
+/* A row of a view; `scratch`: as many reals. */
+SIMD void amx_load_row(bf16 *to, ptrdiff_t low, const void *from, const fgqa_view *view, int32_t cols, real *scratch)
 {
+    if (low) {
+        row_load(scratch, from, view->dtype, view->stride_d, cols);
+        amx_row_split(to, low, scratch, cols);
+    } else {
+        amx_row(to, from, view->stride_d, cols);
+    }
+}
+
+SIMD void amx_zero_rows(bf16 *rows, ptrdiff_t low, int32_t n, int32_t ld)
+{
+    memset(rows, 0, (size_t)(n * ld) * sizeof(bf16));
+    if (low) { memset(rows + low, 0, (size_t)(n * ld) * sizeof(bf16)); }
+}
+
+/* Keys [j0, j1) of one block as rows [AMX_BLOCK_ROWS][AMX_PAD(cols)], zeros where the block has no key. */
+static void amx_load_keys(bf16 *to, ptrdiff_t low, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+{
+    real row[AMX_PAD(FGQA_MAX_HEAD_DIM)];
+    const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
     const int32_t ld = AMX_PAD(cols), before = j0 % KEYS, s0 = (int32_t)t->seq.k_row + j0, s1 = s0 + j1 - j0;
-    memset(to, 0, (size_t)before * (size_t)ld * sizeof(bf16));
+    amx_zero_rows(to, low, before, ld);
     to += (ptrdiff_t)before * ld;
     tile_page page = {0};
     for (int32_t s = s0; s < s1; s += page.rows) {
@@ -27,11 +48,9 @@ static void amx_load_keys(bf16 *to, const tile_sequence *t, const fgqa_view *vie
             page.row = view_at(view, t->b, t->kv_head, s0);
             page.rows = s1 - s0;
         }
-        for (int32_t n = 0; n < page.rows; n++, to += ld) {
-            amx_row(to, page.row + n * view->stride_s * (int64_t)sizeof(bf16), view->stride_d, cols);
-        }
+        for (int32_t n = 0; n < page.rows; n++, to += ld) { amx_load_row(to, low, page.row + n * step, view, cols, row); }
     }
-    memset(to, 0, (size_t)(AMX_BLOCK_ROWS - before - (j1 - j0)) * (size_t)ld * sizeof(bf16));
+    amx_zero_rows(to, low, AMX_BLOCK_ROWS - before - (j1 - j0), ld);
 }
 
 /* A block's rows to A with the keys as terms: [tile of columns][KEYS/AMX_DEPTH]. */
@@ -43,28 +62,30 @@ static void amx_pack_keys(bf16 *to, const bf16 *rows, int32_t cols)
 }
 
 /* Zeroes the rows of a block that hold a NaN or an infinity; counted from its origin. Returns how many there are. */
-static int32_t amx_zero_bad_rows(tile_bad_rows *bad, bf16 *rows, int32_t cols)
+static int32_t amx_zero_bad_rows(tile_bad_rows *bad, bf16 *rows, ptrdiff_t low, int32_t cols)
 {
     const int32_t ld = AMX_PAD(cols);
     bad->count = 0;
     for (int32_t j = 0; j < KEYS; j++) {
         if (amx_row_is_finite(rows + j * ld, ld)) { continue; }
         bad->row[bad->count++] = (int16_t)j;
-        memset(rows + j * ld, 0, (size_t)ld * sizeof(bf16));
+        amx_zero_rows(rows + j * ld, low, 1, ld);
     }
     return bad->count;
 }
 
 /* Packed rows of a panel as [PANEL][AMX_PAD(cols)], lanes beyond them 0; `negate`: with the other sign. */
-static void amx_load_panel(bf16 *rows, const tile_sequence *t, const tile_panel *panel, const fgqa_view *view, int32_t cols, int negate)
+static void amx_load_panel(bf16 *rows, ptrdiff_t low, const tile_sequence *t, const tile_panel *panel, const fgqa_view *view, int32_t cols, int negate)
 {
+    real scratch[AMX_PAD(FGQA_MAX_HEAD_DIM)];
     const int32_t ld = AMX_PAD(cols);
     for (int32_t lane = 0; lane < panel->rows; lane++) {
         bf16 *const row = rows + lane * ld;
-        amx_row(row, tile_packed_row(t, view, panel->r0 + lane), view->stride_d, cols);
+        amx_load_row(row, low, tile_packed_row(t, view, panel->r0 + lane), view, cols, scratch);
         for (int32_t c = 0; negate && c < cols; c++) { row[c] ^= 0x8000; }
+        for (int32_t c = 0; negate && low && c < cols; c++) { row[low + c] ^= 0x8000; }
     }
-    memset(rows + panel->rows * ld, 0, (size_t)(PANEL - panel->rows) * (size_t)ld * sizeof(bf16));
+    amx_zero_rows(rows + panel->rows * ld, low, PANEL - panel->rows, ld);
 }
 
 /* Such rows to B with the lanes as columns: [step][nv]. */

@@ -75,9 +75,14 @@ static const struct { const char *name; int32_t compiled; } isas[] = {
 
 static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
-    (void)kernel;
+    const cpu_row *row = kernel->row;
     if (p->device.type != FGQA_CPU) { return "the arrays are not in CPU memory"; }
-    if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" needs a CPU with AMX and a kernel for it, which this build does not have"; }
+    if (p->precision != FGQA_PRECISION_DEFAULT && strcmp(row->isa, "amx") != 0) {
+        return "precision=\"bf16x3\" needs a CPU with AMX: this kernel multiplies float32 numbers as they are; leave precision out";
+    }
+    if (p->precision != FGQA_PRECISION_DEFAULT && row->pass != FGQA_PASS_FWD) {
+        return "precision=\"bf16x3\" is for the forward pass: this one multiplies float32 numbers as they are; leave precision out";
+    }
     if (p->dtype != FGQA_F64 && p->dtype != FGQA_F32 && p->dtype != FGQA_F16 && p->dtype != FGQA_BF16) {
         snprintf(why, 128, "dtype %s: built for float64, float32, float16 and bfloat16", fgqa_dtype_name(p->dtype));
         return why;
@@ -85,11 +90,13 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     return NULL;
 }
 
+/* Forward on tiles also takes what it can split into bfloat16 numbers. */
 static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
 {
     const cpu_row *row = kernel->row;
     const int float8_cache = p->view[FGQA_ARG_k].dtype != p->dtype;
-    return p->dtype == FGQA_F64 ? &row->f64 : p->dtype == FGQA_BF16 && !float8_cache ? &row->bf16 : &row->f32;
+    const int split = row->pass == FGQA_PASS_FWD && (p->dtype == FGQA_F16 || p->precision == FGQA_PRECISION_BF16X3);
+    return p->dtype == FGQA_F64 ? &row->f64 : (p->dtype == FGQA_BF16 || split) && !float8_cache ? &row->bf16 : &row->f32;
 }
 
 static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan) { code_for(kernel, p)->tile(p, plan); }

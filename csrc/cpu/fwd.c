@@ -52,6 +52,8 @@ static key_parts split_keys(const fgqa_problem *p, const fgqa_mask *mask)
 }
 
 static int32_t columns(int32_t n) { return ROUND_UP(n, VL); }
+/* Of packed q, in reals a lane: on tiles there is room for two bfloat16 numbers each. */
+static int32_t q_columns(int32_t d) { return FGQA_AMX ? ROUND_UP(d, 32) : columns(d); }
 
 /* Lanes of the partial results of one part: the rows of the largest sequence that is split. */
 static int32_t partial_lanes(const fgqa_problem *p)
@@ -74,6 +76,7 @@ typedef struct {
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
     const real **k_list, **v_list;
 #if FGQA_AMX
+    int *q_special;           /* [panel]: q has two parts and is not finite */
     amx_keys keys;
 #endif
 } fwd_scratch;
@@ -89,7 +92,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->panel = fgqa_arena_take(&arena, panels, sizeof(tile_panel));
     scratch->m = fgqa_arena_take(&arena, lanes, sizeof(real));
     scratch->l = fgqa_arena_take(&arena, lanes, sizeof(real));
-    scratch->q = fgqa_arena_take(&arena, lanes * d, sizeof(real));
+    scratch->q = fgqa_arena_take(&arena, lanes * (size_t)q_columns(p->d), sizeof(real));
     scratch->o = fgqa_arena_take(&arena, lanes * dv, sizeof(real));
     scratch->rows = fgqa_arena_take(&arena, widest * PANEL > VL * KEYS ? widest * PANEL : VL * KEYS, sizeof(real));
     scratch->k = fgqa_arena_take(&arena, KEYS * d, sizeof(real));
@@ -100,6 +103,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
 #if FGQA_AMX
+    scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
     amx_keys_carve(&scratch->keys, &arena, p);
 #endif
     return arena.used;
@@ -233,7 +237,7 @@ static void rotate_rows(real *q, int32_t ld, const tile_sequence *t, const tile_
 #if FGQA_AMX
 SIMD bf16 *packed_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
 {
-    return (bf16 *)(void *)(scratch->q + (size_t)n * PANEL * (size_t)columns(t->p->d));
+    return (bf16 *)(void *)(scratch->q + (size_t)n * PANEL * (size_t)q_columns(t->p->d));
 }
 
 SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
@@ -241,16 +245,29 @@ SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
     const fgqa_problem *p = t->p;
     const tile_panel *const panel = &scratch->panel[n];
     bf16 *const rows = (bf16 *)(void *)scratch->k;
+    const int32_t ld = AMX_PAD(p->d);
+    const ptrdiff_t low = amx_low_of(p, PANEL * (ptrdiff_t)ld);
     if (p->cache.rotary.pairs == 0) {
-        amx_load_panel(rows, t, panel, &p->view[FGQA_ARG_q], p->d, t->q_sign < 0);
+        amx_load_panel(rows, low, t, panel, &p->view[FGQA_ARG_q], p->d, t->q_sign < 0);
     } else {
-        const int32_t d = columns(p->d), ld = AMX_PAD(p->d);
+        const int32_t d = columns(p->d);
         tile_pack_rows(scratch->rows, d, t, panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
         rotate_rows(scratch->rows, d, t, panel);
-        memset(rows, 0, (size_t)(PANEL * ld) * sizeof(bf16));
-        for (int32_t lane = 0; lane < panel->rows; lane++) { row_store(rows + lane * ld, FGQA_BF16, 1, scratch->rows + lane * d, p->d); }
+        amx_zero_rows(rows, low, PANEL, ld);
+        for (int32_t lane = 0; lane < panel->rows; lane++) {
+            if (low) {
+                amx_row_split(rows + lane * ld, low, scratch->rows + lane * d, p->d);
+            } else {
+                row_store(rows + lane * ld, FGQA_BF16, 1, scratch->rows + lane * d, p->d);
+            }
+        }
     }
     amx_pack_panel(packed_q(scratch, t, n), rows, panel, p->d);
+    scratch->q_special[n] = 0;
+    if (low) {
+        amx_pack_panel(packed_q(scratch, t, n) + low, rows + low, panel, p->d);
+        for (int32_t lane = 0; lane < panel->rows; lane++) { scratch->q_special[n] |= !amx_row_is_finite(rows + lane * ld, ld); }
+    }
 }
 #else
 SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
@@ -283,7 +300,8 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
 {
 #if FGQA_AMX
     if (!scratch->panel[n].few) {
-        const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv),
+        const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(t->p, PANEL * (ptrdiff_t)AMX_PAD(t->p->d)), scratch->q_special[n],
+                               scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv),
                                scratch->m + n * PANEL, scratch->l + n * PANEL};
         const amx_scratch tile = {scratch->s, scratch->add, scratch->rows, scratch->factor, scratch->keep};
         amx_attend(&tile, t, &rows, &scratch->keys, j0, j1, block->j1);

@@ -68,9 +68,9 @@ int main(void)
     amx_begin();
     fill();
     for (int tiles = 1; tiles <= 3; tiles++) {
-        const amx_operand natural = {&a[0][0], AMX_DEPTH, AMX_SIDE * LD, LD};
-        const amx_operand columns = {packed_a, AMX_TILE, K / AMX_DEPTH * AMX_TILE, AMX_DEPTH};
-        const amx_operand right = {packed_b, tiles * AMX_TILE, AMX_TILE, 0};
+        const amx_operand natural = {&a[0][0], AMX_DEPTH, AMX_SIDE * LD, LD, 0, 0};
+        const amx_operand columns = {packed_a, AMX_TILE, K / AMX_DEPTH * AMX_TILE, AMX_DEPTH, 0, 0};
+        const amx_operand right = {packed_b, tiles * AMX_TILE, AMX_TILE, 0, 0, 0};
         for (int k = 0; k < K; k += AMX_DEPTH) {
             amx_pack_columns(packed_a + k / AMX_DEPTH * AMX_TILE, columns.tile, &a_columns[k][0], LD, M / AMX_SIDE);
         }
