@@ -1,11 +1,11 @@
 """bench.py gpu: attention on one NVIDIA GPU against torch's cuDNN and FlashAttention-2 backends.
 
 The training rows (shapes.GPU_TRAIN) and those with one thing different (shapes.GPU_MORE): ten launches back to back, dQ added in
-any order, float16, packed sequences, a window, a part of a long prompt. The best peer of a training row is that of peers.py's
-table, at its ratio there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the median over launches
-between two CUDA events, queued behind a kernel that spins, so that the host's time is hidden; the contestants take turns. The
-record, results/gpu.json, carries the hash of the kernel sources (evidence.py), the count of the GPU tests of the same build and
-the ceilings of the same run.
+any order, float16, packed sequences, a window, a part of a long prompt; and those of gpu_decode.py. The best peer of a training
+row is that of peers.py's table, at its ratio there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the
+median over launches between two CUDA events, queued behind a kernel that spins, so that the host's time is hidden; the
+contestants take turns. The record, results/gpu.json, carries the hash of the kernel sources (evidence.py), the count of the GPU
+tests of the same build and the ceilings of the same run.
 """
 import json
 import statistics
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import counting
 import evidence
+import gpu_decode
 import peers
 import shapes
 
@@ -162,6 +163,7 @@ def run(options):
         "sources_sha256": evidence.tree_hash(), "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
         "toolkit": f"CUDA runtime {flashgqa.show_config()['cuda_runtime']}", "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(), "tests": test_counts(options.junit), "ceilings": limit, "rows": records,
+        "decode": gpu_decode.run(options),
     }
     whole = 2 * len(shapes.GPU_TRAIN) + sum(len(row.passes) for row in shapes.GPU_MORE)
     out = options.out or (evidence.RESULT if len(records) == whole and options.junit and not options.quick else None)

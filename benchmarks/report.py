@@ -106,6 +106,21 @@ def gpu_more_table(rows):
     return lines
 
 
+def gpu_decode_table(rows):
+    columns = ("batch", "cached keys", "heads q/kv", "page", "us", "TB/s", "best peer", "ratio", "to cuDNN", "to FA2", "read us",
+               "lengths given", "invariant")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        mine = row["flashgqa_us"]
+        ratios = [f"{row[f'{name}_us'] / mine:.2f}" for name in ("best", "cudnn", "fa2")]
+        rate = 4 * row["b"] * row["hk"] * row["s"] * 128 / mine / 1e6
+        invariant = f"{row['invariant_us']:.1f}" if "invariant_us" in row else ""
+        cells = [row["b"], row["s"], heads(row), row["page"] or "", f"{mine:.1f}", f"{rate:.2f}", row["best_peer"], *ratios,
+                 f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", invariant]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
 def gpu_section(record):
     """The GPU rows, one line a shape; the ratios are our rate over that of torch's backends in the same run, and over that of the
     best peer (peers.py)."""
@@ -135,6 +150,12 @@ that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {counts
         lines.append(f"| {' | '.join(cells)} |")
     if more:
         lines += ["", "Other settings:", "", *gpu_more_table(more)]
+    if record.get("decode"):
+        lines += ["", """\
+Decode, one query token, bfloat16, d 128, replayed from a CUDA graph over more than 512 MB of keys and values: a launch in us; the
+ratio of the best peer's time to ours (`benchmarks/gpu_decode.py`: at its ratio to cuDNN on an H200), of cuDNN's and
+FlashAttention-2's in the same run; the time in which torch's `amax` reads as many bytes; ours with lengths on the device (of
+paged rows: contiguous) and with `batch_invariant=True`:""", "", *gpu_decode_table(record["decode"])]
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,159 @@
+"""The decode rows of bench.py gpu: one query token over a cache, replayed from a CUDA graph whose launches go over other keys and
+values each time, more than 512 MB of them, so that none are in the L2 cache.
+
+Against torch's cuDNN and FlashAttention-2 backends, and the time in which torch's largest-element reduction reads the same bytes.
+The best peer of a row is that of PEERS, measured on an H200 the same way, at its ratio there to cuDNN (paged: to cuDNN's
+contiguous row). A row is held against cuDNN first, paged ones against our contiguous result.
+"""
+import statistics
+from typing import NamedTuple
+
+LAUNCHES, REPLAYS, QUICK_REPLAYS = 24, 15, 5
+ROTATED = 512 << 20
+TOLERANCE = 2e-2
+
+
+class DecodeRow(NamedTuple):
+    b: int
+    s: int
+    hq: int
+    hk: int
+    page: int = 0               # 0: contiguous
+
+    @property
+    def label(self):
+        return f"bfloat16 {self.hq}/{self.hk} d 128 s {self.s} decode b {self.b}" + (f" page {self.page}" if self.page else "")
+
+    @property
+    def bytes(self):
+        return 4 * self.b * self.hk * self.s * 128
+
+
+_SIZES = ((1, 131072), (16, 8192), (64, 4096), (128, 2048))
+ROWS = tuple(DecodeRow(b, s, hq, hk) for b, s in _SIZES for hq, hk in ((32, 8), (64, 8), (32, 1)))
+ROWS += tuple(DecodeRow(b, s, 32, 8, page) for b, s in _SIZES[1:3] for page in (16, 64))
+
+# Microseconds on an H200: cuDNN, and the fastest of cuDNN, FlashAttention-2, -3, flash-attn-4, FlashInfer and XQA.
+PEERS = {
+    (1, 131072, 32, 8, 0): (125.7, 125.7, "cuDNN"), (1, 131072, 64, 8, 0): (126.8, 126.8, "cuDNN"),
+    (1, 131072, 32, 1, 0): (29.4, 29.4, "cuDNN"), (16, 8192, 32, 8, 0): (122.4, 122.1, "flash-attn-4"),
+    (16, 8192, 64, 8, 0): (122.7, 122.0, "flash-attn-4"), (16, 8192, 32, 1, 0): (25.0, 25.0, "cuDNN"),
+    (64, 4096, 32, 8, 0): (240.7, 240.7, "cuDNN"), (64, 4096, 64, 8, 0): (242.8, 242.8, "cuDNN"),
+    (64, 4096, 32, 1, 0): (44.3, 41.2, "FlashAttention-3"), (128, 2048, 32, 8, 0): (241.2, 241.2, "cuDNN"),
+    (128, 2048, 64, 8, 0): (243.1, 243.1, "cuDNN"), (128, 2048, 32, 1, 0): (36.3, 36.0, "flash-attn-4"),
+    (16, 8192, 32, 8, 16): (122.4, 131.2, "FlashInfer"), (16, 8192, 32, 8, 64): (122.4, 128.2, "XQA"),
+    (64, 4096, 32, 8, 16): (240.7, 249.1, "FlashInfer"), (64, 4096, 32, 8, 64): (240.7, 247.2, "FlashInfer"),
+}
+
+
+def replayed(calls, replays):
+    """Median seconds of a launch, over replays of a graph of LAUNCHES or more; the calls follow each other."""
+    import torch
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    launches = -(-LAUNCHES // len(calls)) * len(calls)
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    kept = []                                           # results live as long as the graph writes them
+    with torch.cuda.graph(graph, stream=stream):
+        for n in range(launches):
+            kept.append(calls[n % len(calls)]())
+    times = []
+    for n in range(replays + 1):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        if n > 0:
+            times.append(start.elapsed_time(end) / 1e3 / launches)
+    return statistics.median(times)
+
+
+def caches(row):
+    """q, K and V of the sets that launches take in turn; [b, h, s, d]."""
+    import torch
+    torch.manual_seed(0)
+    shapes = (row.b, row.hq, 1, 128), (row.b, row.hk, row.s, 128), (row.b, row.hk, row.s, 128)
+    count = max(2, -(-ROTATED // row.bytes))
+    return [[torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for shape in shapes] for _ in range(count)]
+
+
+def paged(row, k, v, table):
+    """The same cache in pages [pages, hk, page, d], in the order of the table."""
+    import torch
+    cut = [x.view(row.b, row.hk, -1, row.page, 128).transpose(1, 2).reshape(-1, row.hk, row.page, 128) for x in (k, v)]
+    pages = [torch.empty_like(x) for x in cut]
+    for to, x in zip(pages, cut, strict=True):
+        to[table.view(-1).long()] = x
+    return pages
+
+
+def ours(row, sets):
+    """{what: calls} of this library."""
+    import torch
+
+    import flashgqa
+    lens = torch.full((row.b,), row.s, device="cuda", dtype=torch.int32)
+    if not row.page:
+        return {
+            "flashgqa": [lambda x=x: flashgqa.attention(*x) for x in sets],
+            "invariant": [lambda x=x: flashgqa.attention(*x, batch_invariant=True) for x in sets],
+            "lengths": [lambda x=x: flashgqa.attention_with_kvcache(*x, cache_lens=lens) for x in sets],
+        }
+    table = torch.randperm(row.b * row.s // row.page, device="cuda").to(torch.int32).view(row.b, -1)
+    pages = [(q, *paged(row, k, v, table)) for q, k, v in sets]
+    return {"flashgqa": [lambda x=x: flashgqa.attention_with_kvcache(*x, cache_lens=lens, page_table=table) for x in pages],
+            "lengths": [lambda x=x: flashgqa.attention_with_kvcache(*x, cache_lens=lens) for x in sets]}
+
+
+def theirs(sets):
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call(backend, q, k, v):
+        with sdpa_kernel(backend), torch.no_grad():
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    backends = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
+    return {name: [lambda x=x, b=backend: call(b, *x) for x in sets] for name, backend in backends.items()}
+
+
+def measure(row, replays):
+    """The record of a row, times in microseconds."""
+    import torch
+    sets = caches(row)
+    flat = [torch.randint(0, 9, (row.bytes // 4,), device="cuda", dtype=torch.int32) for _ in sets]
+    own, others = ours(row, sets), theirs(sets)
+    got, want = own["flashgqa"][0]().float(), (own["lengths"] if row.page else others["cudnn"])[0]().float()
+    error = ((got - want).norm() / want.norm()).item()
+    if not error < TOLERANCE:
+        raise SystemExit(f"{row.label}: relative difference {error:.3g}; not timed")
+    calls = own | others | {"read": [x.amax for x in flat]}
+    times = {f"{name}_us": 1e6 * replayed(some, replays) for name, some in calls.items()}
+    record = dict(row._asdict(), difference=error, **times)
+    cudnn_then, best_then, record["best_peer"] = PEERS[tuple(row)]
+    record["best_us"] = record["cudnn_us"] * best_then / cudnn_then
+    return record
+
+
+def show(record, row):
+    mine = record["flashgqa_us"]
+    names = {"best": f"best ({record['best_peer']})", "cudnn": "cuDNN", "fa2": "FA2", "read": "read", "lengths": "with lengths",
+             "invariant": "invariant"}
+    others = "   ".join(f"{text} {record[f'{name}_us']:.1f}" for name, text in names.items() if f"{name}_us" in record)
+    print(f"{row.label:50s} {mine:7.1f} us {row.bytes / mine / 1e6:5.2f} TB/s   {others}", flush=True)
+
+
+def run(options):
+    """Records of the rows that the options name."""
+    import torch
+    records = []
+    for row in ROWS:
+        if options.rows in row.label and "forward" in options.which and "bfloat16" in options.dtype:
+            records.append(measure(row, QUICK_REPLAYS if options.quick else REPLAYS))
+            show(records[-1], row)
+            torch.cuda.empty_cache()
+    return records
