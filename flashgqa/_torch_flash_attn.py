@@ -135,7 +135,7 @@ def flash_attn_varlen_func(
     """
     if block_table is not None:
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-        if not recorded and dropout_p == 0 and q.device.type == "cpu":
+        if not recorded and dropout_p == 0:
             out, lse = with_kvcache(
                 padded_rows(q, cu_seqlens_q, max_seqlen_q), k, v, cache_lens=cu_seqlens_k.diff(), q_lens=cu_seqlens_q.diff(),
                 page_table=block_table, scale=softmax_scale, causal=causal, window=window_size,

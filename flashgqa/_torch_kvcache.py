@@ -1,18 +1,13 @@
-"""What flash_attn_with_kvcache and block tables are made of: on the CPU `flashgqa.attention_with_kvcache`, which reads pages
-where they are. On a GPU, where that does not run yet, the same by torch's indexing around `attention`: new keys are written into
-the cache in place, and pages, or rows that batch_index picks, are copied together before they are read.
+"""What flash_attn_with_kvcache and block tables are made of: `flashgqa.attention_with_kvcache`, which reads pages where they are,
+with flash_attn's meaning of rotary embeddings; and packed rows as padded ones.
 """
 
 import torch
 
-from ._torch_attention import attention, bounds
+from ._torch_attention import bounds
 from ._torch_eager import as_autocast
 from ._torch_rotary import apply_rotary_emb
 from .kvcache import attention_with_kvcache
-
-
-def _has_kernel(q):
-    return q.device.type == "cpu"
 
 
 class _NoBackward(torch.autograd.Function):
@@ -57,11 +52,10 @@ def with_kvcache(
         if rotary is not None:
             more.update(rotary=rotary, rotary_interleaved=rotary_interleaved, rotary_offsets=rotary_offsets)
     q, k, v = as_autocast(q, k, v)
-    function = _in_place if _has_kernel(q) else _composed
 
     def run(q, k, v):
         with torch.no_grad():
-            return function(q, k_cache.detach(), v_cache.detach(), k, v, more, options)
+            return _in_place(q, k_cache.detach(), v_cache.detach(), k, v, more, options)
 
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
     return _NoBackward.apply(run, q, k, v) if recorded else run(q, k, v)
@@ -73,7 +67,7 @@ def _turned(q, k, rotary, interleaved, offsets, options, more):
     """
     moves = options["causal"] or options["window"] != (None, None)
     simple = more["q_lens"] is None and more["new_lens"] is None and q.shape[1] == k.shape[1]
-    if _has_kernel(q) and simple and (moves or q.shape[1] == 1):
+    if simple and (moves or q.shape[1] == 1):
         return q, k, rotary
     start = more["cache_lens"] if offsets is None else offsets
     k = apply_rotary_emb(k, *rotary, interleaved, seqlen_offsets=start)
@@ -87,44 +81,6 @@ def _turned(q, k, rotary, interleaved, offsets, options, more):
 
 def _in_place(q, k_cache, v_cache, k, v, more, options):
     return attention_with_kvcache(q, k_cache, v_cache, k, v, layout="bshd", return_lse=True, **more, **options)
-
-
-def _composed(q, k_cache, v_cache, k, v, more, options):
-    lens, new_lens, table, rows = (more[name] for name in ("cache_lens", "new_lens", "page_table", "batch_index"))
-    if k is not None:
-        _append((k_cache, v_cache), (k, v), lens, new_lens, table, rows)
-        lens = lens + (k.shape[1] if new_lens is None else new_lens)
-    if table is not None:
-        pages = table.clamp(0, k_cache.shape[0] - 1)      # entries that no slot needs may hold anything
-        k_cache, v_cache = (x[pages].flatten(1, 2) for x in (k_cache, v_cache))
-    elif rows is not None:
-        k_cache, v_cache = (x.index_select(0, rows) for x in (k_cache, v_cache))
-    mask = None
-    if more["left_pad"] is not None:
-        mask = (torch.arange(k_cache.shape[1], device=q.device) >= more["left_pad"][:, None])[:, None, None]
-    return attention(
-        q, k_cache, v_cache, kv_lens=lens, q_lens=more["q_lens"], mask=mask, layout="bshd", return_lse=True, **options
-    )
-
-
-def _append(caches, added, lens, new_lens, table, rows):
-    """Rows of added [b, new, hk, d] into the slots lens + 0, 1, ... of the caches."""
-    page_size, device = caches[0].shape[1], caches[0].device
-    room = page_size if table is None else table.shape[1] * page_size
-    sequence = torch.arange(lens.shape[0], device=device)[:, None]
-    # Rows that do not fit write what the last one that fits writes: nothing outside of the cache, and nobody waits to know.
-    local = torch.minimum(torch.arange(added[0].shape[1], device=device), (room - 1 - lens).clamp(min=0)[:, None])
-    slots = (lens[:, None] + local).clamp(max=room - 1)
-    if table is None:
-        where = (sequence if rows is None else rows[:, None].long()).expand_as(slots), slots.long()
-    else:
-        where = table.gather(1, (slots // page_size).long()).clamp(0, caches[0].shape[0] - 1).long(), (slots % page_size).long()
-    picked = sequence.expand_as(slots), local.long()
-    if new_lens is not None:  # waits: how many rows are left decides about shapes
-        counted = torch.arange(added[0].shape[1], device=device) < new_lens[:, None]
-        where, picked = [x[counted] for x in where], [x[counted] for x in picked]
-    for cache, new in zip(caches, added, strict=True):
-        cache.index_put_(tuple(where), new[tuple(picked)])
 
 
 # ---- packed queries ----

@@ -56,10 +56,16 @@ def attention_with_kvcache(
     chunks of a prompt are all the same call. The arguments are checked completely before anything is written, and a call
     that fails leaves the cache as it was. ``cache_lens`` itself is not changed: add the new lengths to it.
 
+    On a GPU nothing waits: lengths, tables and offsets are read on the device when the kernels run, so that one captured CUDA
+    graph serves every step of a generation whose ``cache_lens`` grow in place. What they say is looked at with ``check=True``
+    alone, which waits for the GPU. Without it, wrong values are limited to what exists, and memory outside the arrays is never
+    touched: slots beyond the cache and pages that do not exist are not written.
+
     Parameters
     ----------
     q : array, [b, hq, sq, d]
-        Queries: NumPy array or any tensor with ``__dlpack__`` on the CPU; float64, float32, float16 or bfloat16.
+        Queries: NumPy array or any tensor with ``__dlpack__``, on the CPU or a GPU, where all other arrays are then, too;
+        float32, float16, bfloat16, or (CPU) float64.
     k_cache : array, [b, hk, slots, d]; paged: [pages, hk, page_size, d]
         Of the dtype of q, or float8 e4m3. Any strides. Only slots that hold keys are ever read.
     v_cache : array, [b, hk, slots, dv]; paged: [pages, hk, page_size, dv]
@@ -94,7 +100,8 @@ def attention_with_kvcache(
     layout : {"bhsd", "bshd"}, optional
         Order of the axes of q, cache, new keys and out; "bshd": k_cache [b, slots, hk, d] or [pages, page_size, hk, d].
     return_lse, out, stream, batch_invariant, check, device, kernel
-        As in `attention`. The bits of a sequence never depend on the rest of the batch, nor on pages and threads.
+        As in `attention`, but ``device``: a cache stays where it is. On the CPU the bits of a sequence never depend on the rest
+        of the batch, nor on pages and threads; on a GPU with ``batch_invariant`` not on the rest of the batch.
 
     Returns
     -------
@@ -107,7 +114,7 @@ def attention_with_kvcache(
     ------
     TypeError, ValueError, BufferError, NotImplementedError
         As `attention`. ValueError also for lengths beyond the cache, page numbers that do not exist, slots that two sequences
-        would write or that another one reads, and a cache that cannot be written. NotImplementedError on a GPU.
+        would write or that another one reads (on a GPU: with ``check=True``), and a cache that cannot be written.
 
     Notes
     -----
@@ -129,7 +136,7 @@ def attention_with_kvcache(
     """
     cos, sin = _cos_sin(rotary)
     if hasattr(cache_lens, "__index__") and not hasattr(cache_lens, "__dlpack__"):
-        cache_lens = numpy.full(q.shape[0], index(cache_lens), numpy.int32)
+        cache_lens = _lengths_beside(q, index(cache_lens))
     if rotary_interleaved and rotary is None:
         raise ValueError("rotary_interleaved is given without rotary: give rotary=(cos, sin), or leave it out")
     return _attention(
@@ -139,6 +146,26 @@ def attention_with_kvcache(
         None, None, None, None, 0.0, None, layout, stream, True, batch_invariant,
         None, check, device, kernel,
     )  # fmt: skip
+
+
+def _lengths_beside(q, length):
+    """int32 [b], all of them `length`, where q is."""
+    library = type(q).__module__.partition(".")[0]
+    if library == "torch" and q.is_cuda:
+        import torch
+
+        return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+    if library == "cupy":
+        import cupy
+
+        with q.device:
+            return cupy.full(q.shape[0], length, cupy.int32)
+    lengths = numpy.full(q.shape[0], length, numpy.int32)
+    if library in ("jax", "jaxlib") and next(iter(q.devices())).platform != "cpu":
+        import jax
+
+        return jax.device_put(lengths, next(iter(q.devices())))
+    return lengths
 
 
 def _cos_sin(rotary):
@@ -152,12 +179,20 @@ def _cos_sin(rotary):
 class _Pool:
     """Pages of keys and values that caches share: each counts the sequences that have it."""
 
-    def __init__(self, pages, page_size, num_kv_heads, dims, dtype, library, layout):
+    def __init__(self, pages, page_size, num_kv_heads, dims, dtype, library, device, layout):
         shape = (pages, page_size, num_kv_heads) if layout == "bshd" else (pages, num_kv_heads, page_size)
-        zeros = _zeros_of(library, dtype)
+        zeros = _zeros_of(library, dtype, device)
         self.k, self.v = (zeros((*shape, dim)) for dim in dims)
         self.references = numpy.zeros(pages, numpy.int64)
         self.page_bytes = (self.k.nbytes + self.v.nbytes) // max(pages, 1)
+
+    def beside(self, numbers):
+        """An array of the host where the pool is, without waiting for it."""
+        if numbers is None or isinstance(self.k, numpy.ndarray) or not self.k.is_cuda:
+            return numbers
+        import torch
+
+        return torch.from_numpy(numpy.ascontiguousarray(numbers, numpy.int32)).to(self.k.device, non_blocking=True)
 
     def take(self, count):
         """Page numbers, lowest first, each with one reference."""
@@ -175,12 +210,14 @@ class _Pool:
         numpy.add.at(self.references, table[table >= 0], change)
 
 
-def _zeros_of(library, dtype):
+def _zeros_of(library, dtype, device):
     """A function from a shape to an array of the library."""
     name = dtype if isinstance(dtype, str) else dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
     name = "float8_e4m3fn" if name == "float8_e4m3" else name
     if name not in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn"):
         raise TypeError(f"dtype is {dtype!r}: it must be float64, float32, float16, bfloat16 or float8_e4m3")
+    if library == "numpy" and device not in (None, "cpu"):
+        raise ValueError(f'device is {device!r}: NumPy arrays are on the CPU; give library="torch", or leave device out')
     if library == "numpy":
         if name in ("bfloat16", "float8_e4m3fn"):
             import ml_dtypes
@@ -190,7 +227,7 @@ def _zeros_of(library, dtype):
     if library == "torch":
         import torch
 
-        return lambda shape: torch.zeros(shape, dtype=getattr(torch, name))
+        return lambda shape: torch.zeros(shape, dtype=getattr(torch, name), device=device)
     raise ValueError(f'library is {library!r}: it must be "numpy" or "torch"')
 
 
@@ -229,7 +266,9 @@ class KVCache:
     layout : {"bhsd", "bshd"}
         Of q, new keys and values, results, and the pool.
     library : {"numpy", "torch"}
-        Whose arrays the pool is made of, on the CPU. q and new keys may be of any library.
+        Whose arrays the pool is made of. q and new keys may be of any library.
+    device : str or torch.device, optional
+        Of a pool of torch tensors, as "cuda". The bookkeeping stays on the host, and nothing waits for the GPU.
     k_scale, v_scale : float32 array, [hk] or [b, hk], optional
         Of a float8 cache.
 
@@ -269,6 +308,7 @@ class KVCache:
         pages=None,
         layout="bhsd",
         library="numpy",
+        device=None,
         k_scale=None,
         v_scale=None,
     ):
@@ -278,7 +318,7 @@ class KVCache:
         pages = batch * columns if pages is None else _count("pages", pages, 0)
         if layout not in ("bhsd", "bshd"):
             raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')
-        self._pool = _Pool(pages, page_size, _count("num_kv_heads", num_kv_heads, 1), dims, dtype, library, layout)
+        self._pool = _Pool(pages, page_size, _count("num_kv_heads", num_kv_heads, 1), dims, dtype, library, device, layout)
         self.capacity, self.page_size, self.layout = capacity, page_size, layout
         self._scales = {"k_scale": k_scale, "v_scale": v_scale}
         self._table = numpy.full((batch, columns), -1, numpy.int32)
@@ -324,7 +364,7 @@ class KVCache:
         Parameters
         ----------
         q, k_new, v_new, new_lens
-            As there.
+            As there; new_lens on the host.
         **options
             Its options but for those that the cache itself answers (cache_lens, page_table, layout, scales).
 
@@ -342,10 +382,11 @@ class KVCache:
         """
         added = self._added(k_new, new_lens)
         table, taken, left = self._grow(added)
+        beside = self._pool.beside
         try:
             result = attention_with_kvcache(
-                q, self.k, self.v, k_new, v_new, cache_lens=self._lens, new_lens=new_lens, page_table=table, layout=self.layout,
-                **self._scales, **options,
+                q, self.k, self.v, k_new, v_new, cache_lens=beside(self._lens), new_lens=beside(new_lens),
+                page_table=beside(table), layout=self.layout, **self._scales, **options,
             )  # fmt: skip
         except BaseException:
             self._pool.add(taken, -1)
@@ -422,6 +463,8 @@ class KVCache:
         rows = k_new.shape[1 if self.layout == "bshd" else 2] if len(k_new.shape) == 4 else 0     # else C says what is wrong
         added = rows if new_lens is None else numpy.minimum(self._per_sequence("new_lens", new_lens), rows)
         added = numpy.broadcast_to(added, len(self)).astype(numpy.int32)
+        if new_lens is not None and (self._per_sequence("new_lens", new_lens) > rows).any():
+            raise ValueError(f"new_lens is {new_lens!r} but k_new has {rows} rows: lengths must be 0 to {rows}")
         for n, total in enumerate(self._lens.astype(numpy.int64) + added):
             if total > self.capacity:
                 raise ValueError(

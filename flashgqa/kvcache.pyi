@@ -75,6 +75,7 @@ class KVCache:
         pages: int | None = None,
         layout: Literal["bhsd", "bshd"] = "bhsd",
         library: Literal["numpy", "torch"] = "numpy",
+        device: Any = None,
         k_scale: Array | None = None,
         v_scale: Array | None = None,
     ) -> None: ...

@@ -50,6 +50,9 @@ class Backend:
     def attention_backward(self, *inputs, **options):
         return flashgqa.attention_backward(*inputs, **options, kernel=f"bwd_{self.isa}")
 
+    def attention_with_kvcache(self, *inputs, **options):
+        return flashgqa.attention_with_kvcache(*inputs, **options, kernel=f"fwd_{self.isa}")
+
     def attention_weights(self, *inputs, **options):
         which = "keysum" if "reduce" in options else "rows"
         return flashgqa.attention_weights(*inputs, **options, kernel=f"{which}_{self.isa}")
@@ -68,8 +71,20 @@ def backends():
     return rows
 
 
-ON_A_GPU = ["test_cuda.py", "test_cuda_arrays.py", "test_decode_cuda.py", "test_hopper.py", "test_hopper_backward.py",
-            "test_torch_cuda.py"]
+def cache_backends():
+    """The same for KV caches, which kernels of their own read: the plan's choice, and the one that serves every call."""
+    rows = [Backend(isa) for isa in cpu_isas()]
+    if has_gpu():
+        from gpu import CudaBackend
+
+        rows += [CudaBackend(), CudaBackend("cache")]
+    return rows
+
+
+ON_A_GPU = [
+    "test_cuda.py", "test_cuda_arrays.py", "test_decode_cuda.py", "test_hopper.py", "test_hopper_backward.py", "test_kvcache_cuda.py",
+    "test_torch_cuda.py",
+]  # fmt: skip
 collect_ignore = [] if has_gpu() else ON_A_GPU
 
 

@@ -11,13 +11,18 @@ from checking import memory_of
 
 import flashgqa
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BFLOAT16, FLOAT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
+# NumPy's name for the bits, torch's for them, torch's for what they mean
+FOREIGN = {BFLOAT16: (np.int16, torch.int16, torch.bfloat16), FLOAT8: (np.uint8, torch.uint8, torch.float8_e4m3fn)}
 SPARSE = 2**30      # bytes from which on an array's address space is not copied, only its elements
 
 
 def _as_torch(flat):
     flat = np.array(flat)
-    return torch.from_numpy(flat.view(np.int16)).view(torch.bfloat16) if flat.dtype == BFLOAT16 else torch.from_numpy(flat)
+    if flat.dtype in FOREIGN:
+        bits, _, dtype = FOREIGN[flat.dtype]
+        return torch.from_numpy(flat.view(bits)).view(dtype)
+    return torch.from_numpy(flat)
 
 
 def _address(x):
@@ -46,7 +51,10 @@ def get(t):
     if t is None:
         return None
     t = t.detach().cpu()
-    return t.contiguous().view(torch.int16).numpy().view(BFLOAT16) if t.dtype == torch.bfloat16 else t.numpy()
+    for numpy_dtype, (_, bits, dtype) in FOREIGN.items():
+        if t.dtype == dtype:
+            return t.contiguous().view(bits).numpy().view(numpy_dtype)
+    return t.numpy()
 
 
 def _write_back(out, t):
@@ -83,11 +91,15 @@ class CudaBackend:
                     return row["name"]
         raise AssertionError(f"no {self.variant} kernel for {stem}{d}")
 
-    def call(self, function, which, qkv, tensors, options, kernel=None):
-        if qkv[0].dtype == np.float64:
+    @staticmethod
+    def check_dtype(dtype):
+        if dtype == np.float64:
             if hypothesis.currently_in_test_context():
                 hypothesis.reject()      # this example, not the test
             pytest.skip("float64 runs on the CPU only")
+
+    def call(self, function, which, qkv, tensors, options, kernel=None):
+        self.check_dtype(qkv[0].dtype)
         options = {name: put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
         if which is not None:
             kernel = self.kernel(which, qkv[0].dtype, qkv[0].shape[-1], qkv[2].shape[-1])
@@ -104,6 +116,23 @@ class CudaBackend:
     def attention_backward(self, dout, q, k, v, out, lse, **options):
         result = self.call(flashgqa.attention_backward, "bwd", (q, k, v), (dout, q, k, v, out, lse), options)
         return flashgqa.Gradients(*map(get, result))
+
+    def attention_with_kvcache(self, q, k_cache, v_cache, k_new=None, v_new=None, out=None, **options):
+        """The caches are written as they are by the CPU, all memory around them included."""
+        self.check_dtype(q.dtype)
+        options = {name: put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+        if "rotary" in options:
+            options["rotary"] = tuple(map(put, options["rotary"]))
+        caches, placed = [put(k_cache), put(v_cache)], None if out is None else put(out)
+        added = [None if x is None else put(x) for x in (k_new, v_new)]
+        kernel = self.kernel("fwd", q.dtype, q.shape[-1], v_cache.shape[-1])
+        result = flashgqa.attention_with_kvcache(put(q), *caches, *added, out=placed, kernel=kernel, **options)
+        for x, t in zip((k_cache, v_cache), caches, strict=True):
+            _write_back(x, t)
+        if out is not None:
+            _write_back(out, placed)
+        first = get(result[0] if isinstance(result, tuple) else result) if out is None else out
+        return (first, get(result[1])) if isinstance(result, tuple) else first
 
     def attention_weights(self, q, k, **options):
         name = "keysum_any" if "reduce" in options else "rows_any"

@@ -8,6 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 from checking import DTYPES, EPSILON_OF, Guarded, assert_within, memory_of, naive_forward, place, same_bits
+from conftest import cache_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvcases import CASES, FLOAT8_CASES, CacheCase, angles, build, expected
@@ -16,10 +17,12 @@ from test_forward import FAR, sparse
 import flashgqa
 from flashgqa import kvcache, reference
 
-ISAS = [k["name"] for k in flashgqa.kernels() if k["device"] == "cpu" and k["available"] and k["pass"] == "forward"]
+BACKENDS = cache_backends()
+# The best row of the CPU, and those of a GPU.
+BEST = BACKENDS[:1] + [backend for backend in BACKENDS if backend.device == "cuda"]
 
 
-def check(case, kernel=None):
+def check(case, backend):
     tensors, options = build(case)
     swap = (lambda x: x.swapaxes(1, 2)) if case.layout == "bshd" else (lambda x: x)
     dtype, q = DTYPES[case.dtype], tensors[0]
@@ -34,7 +37,7 @@ def check(case, kernel=None):
         offset = tensors[n].__array_interface__["data"][0] - memory_of(tensors[n]).__array_interface__["data"][0]
         copies[n] = np.ndarray(tensors[n].shape, tensors[n].dtype, memory, offset, tensors[n].strides)
     answers = list(expected(case, copies, options))
-    out, lse = flashgqa.attention_with_kvcache(*tensors, **options, return_lse=True, out=guarded.array, kernel=kernel)
+    out, lse = backend.attention_with_kvcache(*tensors, **options, return_lse=True, out=guarded.array)
     assert out is guarded.array
     guarded.check()
     assert [memory_of(x).tobytes() for x in others] == before, "an input other than the cache was written"
@@ -51,10 +54,10 @@ def check(case, kernel=None):
         assert not swap(out)[n, :, rows[n] :].any() and (lse[n, :, rows[n] :] == -np.inf).all()
 
 
-@pytest.mark.parametrize("kernel", ISAS)
+@pytest.mark.parametrize("backend", BACKENDS, ids=repr)
 @pytest.mark.parametrize("case", CASES + FLOAT8_CASES, ids=str)
-def test_within_the_error_rule(case, kernel):
-    check(case, kernel)
+def test_within_the_error_rule(case, backend):
+    check(case, backend)
 
 
 @st.composite
@@ -83,10 +86,11 @@ def cache_cases(draw):
     )  # fmt: skip
 
 
-@given(cache_cases())
+@pytest.mark.parametrize("backend", BEST, ids=repr)
+@given(case=cache_cases())
 @settings(max_examples=60)
-def test_random_calls_within_the_error_rule(case):
-    check(case)
+def test_random_calls_within_the_error_rule(case, backend):
+    check(case, backend)
 
 
 # ---- token by token ----
@@ -108,7 +112,7 @@ OPTIONS = {
 }
 
 
-def decode(kind, q, k, v, lens_at_start, **options):
+def decode(backend, kind, q, k, v, lens_at_start, **options):
     """out [b, hq, s, dv] of s tokens, each its own call, on an empty cache of this kind."""
     b, hk, s, d = k.shape
     slots = lens_at_start + s
@@ -120,22 +124,28 @@ def decode(kind, q, k, v, lens_at_start, **options):
         shape = (b + 1, hk, slots) if kind == "indexed" else (b, hk, slots)
         if kind == "indexed":
             options["batch_index"] = np.arange(b, 0, -1, dtype=np.int32)
-    caches = [place(np.full((*shape, x.shape[-1]), np.nan, x.dtype)) for x in (k, v)]
-    out = np.empty((*q.shape[:3], v.shape[-1]), q.dtype)
+    caches = [backend.put(place(np.full((*shape, x.shape[-1]), np.nan, x.dtype))) for x in (k, v)]
+    options = {name: backend.put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
+    if "rotary" in options:
+        options["rotary"] = [backend.put(x) for x in options["rotary"]]
+    kernel = backend.kernel("fwd", q.dtype, d, v.shape[-1]) if backend.device == "cuda" else None
+    q, k, v = map(backend.put, (q, k, v))
+    out = []
     for i in range(s):
         token = [x[:, :, i : i + 1] for x in (q, k, v)]
-        lens = lens_at_start + i
-        out[:, :, i : i + 1] = flashgqa.attention_with_kvcache(
-            token[0], *caches, *token[1:], cache_lens=lens, causal=True, **options
-        )
-    return out
+        out.append(flashgqa.attention_with_kvcache(
+            token[0], *caches, *token[1:], cache_lens=lens_at_start + i, causal=True, **options, kernel=kernel
+        ))  # fmt: skip
+    return np.concatenate([backend.get(x) for x in out], axis=2)
 
 
+@pytest.mark.parametrize("backend", BEST, ids=repr)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("g", GROUPS)
-def test_token_by_token_equals_the_whole_causal_forward(g, name, rng):
+def test_token_by_token_equals_the_whole_causal_forward(g, name, backend, rng):
+    names = [name for name in sorted(DTYPES) if backend.device == "cpu" or name != "float64"]
     for n, kind in enumerate(KINDS):
-        dtype = DTYPES[sorted(DTYPES)[(n + g) % 4]]
+        dtype = DTYPES[names[(n + g) % len(names)]]
         options = dict(OPTIONS[name])
         q, k, v = (rng.standard_normal((2, h, STEPS, 16)).astype(dtype) for h in (g, 1, 1))
         if "sink" in options:
@@ -151,13 +161,14 @@ def test_token_by_token_equals_the_whole_causal_forward(g, name, rng):
             options["rotary"] = angles(STEPS, options["rotary"])
             turn = (*options["rotary"], np.arange(STEPS), options.get("rotary_interleaved", False))
             q_turned, k_turned = reference.rotate(q, *turn), reference.rotate(k, *turn).astype(dtype)
-        out = decode(kind, q, k, v, pad, **options)
+        out = decode(backend, kind, q, k, v, pad, **options)
         right = reference.attention(q_turned, k_turned, v, causal=True, **whole)
         naive = naive_forward(q_turned.astype(dtype), k_turned, v, causal=True, **whole)
         assert_within(f"out of {kind}", out, right, (x for x, _ in naive), dtype, 2)
 
 
-def test_chunked_prefill_equals_the_whole_causal_forward(rng):
+@pytest.mark.parametrize("backend", BEST, ids=repr)
+def test_chunked_prefill_equals_the_whole_causal_forward(backend, rng):
     dtype, s = np.float32, 150
     q, k, v = (rng.standard_normal((2, h, s, 32)).astype(dtype) for h in (6, 2, 2))
     for page_size, chunks in ((None, (64, 64, 22)), (16, (1, 16, 16, 100, 17)), (48, (150,))):
@@ -168,7 +179,7 @@ def test_chunked_prefill_equals_the_whole_causal_forward(rng):
         out, start = np.empty_like(q), 0
         for n in chunks:
             rows = slice(start, start + n)
-            out[:, :, rows] = flashgqa.attention_with_kvcache(
+            out[:, :, rows] = backend.attention_with_kvcache(
                 q[:, :, rows], *caches, k[:, :, rows], v[:, :, rows], cache_lens=start, page_table=table, causal=True
             )
             start += n

@@ -128,6 +128,33 @@ def test_torch_and_float8():
     assert fork.lens == [6] and torch.equal(cache.sequence(0)[0].float() * 0.01, held)
 
 
+def test_scales_of_sequences_follow_them():
+    """k_scale [b, hk]: a sequence keeps its own through reorder() and fork(), for what it holds and for what it appends."""
+    pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(0)
+    scale = np.array([[0.5, 0.01], [0.02, 3], [1, 0.25]], np.float32)
+    cache = flashgqa.KVCache(3, HK, D, capacity=8, page_size=3, dtype="float8_e4m3", k_scale=scale, v_scale=scale[:, ::-1])
+    whole = [np.zeros((3, HK, 0, D))] * 2
+
+    def attend(of, held, order, rows):
+        q, k, v = (rng.standard_normal((len(order), h, rows, D)).astype(np.float32) for h in (3 * HK, HK, HK))
+        out = of.attention(q, k, v, causal=True)
+        held = [np.concatenate([old, x], axis=2) for old, x in zip(held, (k, v), strict=True)]
+        stored = []
+        for x, s in zip(held, (scale[order], scale[order][:, ::-1]), strict=True):
+            stored.append((x / s[..., None, None]).clip(-448, 448).astype(of.k.dtype).astype(np.float64) * s[..., None, None])
+        right = flashgqa.attention(q.astype(np.float64), *stored, causal=True)
+        np.testing.assert_allclose(out, right, rtol=0, atol=1e-5)
+        return held
+
+    whole = attend(cache, whole, [0, 1, 2], 3)
+    cache.reorder([2, 0])
+    whole = attend(cache, [x[[2, 0]] for x in whole], [2, 0], 2)
+    fork = cache.fork([1, 1, 0])
+    attend(cache, whole, [2, 0], 1)
+    attend(fork, [x[[1, 1, 0]] for x in whole], [0, 0, 2], 2)
+
+
 def test_dtypes_by_any_name():
     import ml_dtypes
 
@@ -144,6 +171,7 @@ def test_dtypes_by_any_name():
     (ValueError, "page_size is 0: it must be 1 or more", {"page_size": 0}),
     (TypeError, "dtype is 'int8'", {"dtype": "int8"}),
     (ValueError, "library is 'jax'", {"library": "jax"}),
+    (ValueError, "device is 'cuda': NumPy arrays are on the CPU", {"device": "cuda"}),
     (ValueError, "layout is 'sbhd'", {"layout": "sbhd"}),
 ])  # fmt: skip
 def test_what_cannot_be_made(error, text, arguments):

@@ -171,6 +171,8 @@ def test_jax_arrays_can_be_read_but_not_written():
     ({"rotary": (f32(11, 4), f32(11, 4))}, "rotary has 11 positions but sequence 1 needs 10 to 11"),
     ({"rotary": (f32(20, 4), f32(20, 4)), "rotary_offsets": i32(0, 19, 0)}, r"1 needs 19 to 20 \(rotary_offsets is 19\)"),
     ({"rotary": (f32(20, 4), f32(20, 4)), "q": f32(B, HQ, 4, D)}, "sequence 0 needs -1 to 2"),
+    ({"rotary": (f32(20), f32(20))}, r"rotary\[0\] \(cos\) has shape \(20,\): it must have 2 dimensions, \[positions, pairs\]"),
+    ({"rotary": (f32(20, 4), f32(20, 4, 1))}, r"rotary\[1\] \(sin\) has shape \(20, 4, 1\): it must have 2 dimensions"),
     ({"rotary_offsets": i32(0, 0, 0)}, "rotary_offsets is given without rotary"),
     ({"rotary_interleaved": True}, "rotary_interleaved is given without rotary"),
     ({"k_scale": f32(HK) + 1}, "k_scale is given but the cache has dtype float32"),
@@ -244,7 +246,7 @@ def test_memory_that_is_shared():
 
 def test_what_is_not_there_yet():
     refused(NotImplementedError, "v_cache has head dim dv = 300", v_cache=f32(B, HK, SLOTS, 300))
-    refused(NotImplementedError, "device is \"cuda\": attention_with_kvcache computes on the CPU only", device="cuda")
+    refused(ValueError, "device is \"cuda\" but q is on cpu: a cache stays where it is", device="cuda")
 
 
 def test_interrupted_call_leaves_the_cache_as_it_was():

@@ -9,18 +9,10 @@ torch = pytest.importorskip("torch")
 from torch_tools import DEVICES, gradients, on_devices, randn, seeded, turned  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
-from flashgqa import _torch_kvcache  # noqa: E402
 from flashgqa.torch import fa3  # noqa: E402
 
 LENS, SLOTS, PAGE = [5, 0, 11], 20, 4
 TABLE = torch.tensor([[3, 9, 1, 11, 14], [0, 8, 2, 12, 13], [5, 10, 7, 4, 6]], dtype=torch.int32)
-
-
-@pytest.fixture(params=["direct", "composed"])
-def way(request, monkeypatch):
-    """The CPU's own, and what a GPU has instead."""
-    if request.param == "composed":
-        monkeypatch.setattr(_torch_kvcache, "_has_kernel", lambda q: False)
 
 
 def make(device, *shape):
@@ -75,7 +67,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("sq, new", [(1, 1), (3, 3), (2, 4), (3, 0)])
 @pytest.mark.parametrize("paged", [False, True])
-def test_with_kvcache(way, device, name, sq, new, paged):
+def test_with_kvcache(device, name, sq, new, paged):
     q, k, v = make(device, 3, sq, 4, 8), make(device, 3, new, 2, 8), make(device, 3, new, 2, 8)
     whole_k, whole_v = make(device, 3, SLOTS, 2, 8), make(device, 3, SLOTS, 2, 8)
     for n, length in enumerate(LENS):
@@ -111,7 +103,7 @@ def test_with_kvcache(way, device, name, sq, new, paged):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("options", [{}, dict(causal=True), dict(window_size=(4, -1))], ids=str)
 @pytest.mark.parametrize("sq, new", [(1, 1), (3, 3), (2, 3)])
-def test_with_kvcache_and_rotary(way, device, interleaved, options, sq, new):
+def test_with_kvcache_and_rotary(device, interleaved, options, sq, new):
     q, k, v = make(device, 3, sq, 4, 8), make(device, 3, new, 2, 8), make(device, 3, new, 2, 8)
     k_cache, v_cache = make(device, 5, SLOTS, 2, 8), make(device, 5, SLOTS, 2, 8)
     rows = torch.tensor([4, 0, 2], dtype=torch.int32, device=device)
@@ -132,7 +124,7 @@ def test_with_kvcache_and_rotary(way, device, interleaved, options, sq, new):
 
 
 @on_devices
-def test_with_kvcache_int_lengths_left_pad_and_whole_cache(way, device):
+def test_with_kvcache_int_lengths_left_pad_and_whole_cache(device):
     q, k_cache, v_cache = make(device, 3, 2, 4, 8), make(device, 3, 9, 2, 8), make(device, 3, 9, 2, 8)
     k_cache[2, :3] = torch.nan
     pad = torch.tensor([0, 1, 3], dtype=torch.int32, device=device)
@@ -149,7 +141,7 @@ def test_with_kvcache_int_lengths_left_pad_and_whole_cache(way, device):
 
 @on_devices
 @pytest.mark.parametrize("causal", [False, True])
-def test_fa3_with_kvcache_of_packed_rows(way, device, causal):
+def test_fa3_with_kvcache_of_packed_rows(device, causal):
     rows_q, rows_new, lens, chunk = [3, 1, 2], [3, 0, 4], [5, 6, 11], 8
     cu_q, cu_new = (torch.tensor([0, *x], device=device).cumsum(0, dtype=torch.int32) for x in (rows_q, rows_new))
     q, k, v = make(device, 6, 4, 8), make(device, 7, 2, 8), make(device, 7, 2, 8)

@@ -29,7 +29,8 @@ typedef struct {
     int32_t rotary_interleaved;
 } fgqa_cache_request;
 
-/* Checks everything, contents of index arrays included (CPU), and fills the problem; nothing has been written anywhere.
+/* Checks everything, contents of index arrays included (CPU; those on a GPU are not read, and sk is then what a sequence can
+ * hold), and fills the problem; nothing has been written anywhere.
  * Of the problem, out and lse are bound as by fgqa_problem_init(). */
 fgqa_status fgqa_cache_init(const fgqa_cache_request *request, fgqa_problem *problem);
 

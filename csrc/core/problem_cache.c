@@ -333,7 +333,7 @@ static fgqa_status read_cache(const call_form *f, fgqa_cache *c)
     c->new_max = (int32_t)f->n_new;
     c->pages = (int32_t)f->pages;
     FGQA_TRY(read_table(f, c));
-    c->capacity = fgqa_clamp(f->paged ? f->slots * TENSOR(page_table)->shape[1] : f->slots, 0, INT32_MAX);
+    c->capacity = f->pages > 0 ? fgqa_clamp(f->paged ? f->slots * TENSOR(page_table)->shape[1] : f->slots, 0, INT32_MAX) : 0;
     FGQA_TRY(read_vector(f, FGQA_CACHE_cache_lens, "give the number of slots in use of each sequence", &c->lens));
     FGQA_TRY(read_vector(f, FGQA_CACHE_new_lens, "give the number of new keys of each sequence", &c->new_lens));
     FGQA_TRY(read_vector(f, FGQA_CACHE_left_pad, "give the number of empty slots before each sequence", &c->left_pad));
@@ -369,6 +369,17 @@ static fgqa_status init_forward(const call_form *f, fgqa_problem *p)
     return fgqa_problem_init(&base, p);
 }
 
+static void count_keys(fgqa_problem *p)
+{
+    p->sk = 0;
+    p->total_k = 0;
+    for (int32_t n = 0; n < p->b; n++) {
+        const int32_t keys = fgqa_problem_sequence(p, n).mask.sk;
+        p->sk = keys > p->sk ? keys : p->sk;
+        p->total_k += keys;
+    }
+}
+
 fgqa_status fgqa_cache_init(const fgqa_cache_request *r, fgqa_problem *problem)
 {
     const int bshd = r->base.layout == FGQA_LAYOUT_BSHD;
@@ -392,13 +403,12 @@ fgqa_status fgqa_cache_init(const fgqa_cache_request *r, fgqa_problem *problem)
     p.cache = cache;
     p.view[FGQA_ARG_k] = view_of(f, f->k_cache);
     p.view[FGQA_ARG_v] = view_of(f, f->v_cache);
-    FGQA_TRY(fgqa_check_cache_contents(&p, f->pages, f->paged ? f->slots * TENSOR(page_table)->shape[1] : f->slots, f->paged));
-    p.sk = 0;
-    p.total_k = 0;
-    for (int32_t n = 0; n < p.b; n++) {
-        const int32_t keys = fgqa_problem_sequence(&p, n).mask.sk;
-        p.sk = keys > p.sk ? keys : p.sk;
-        p.total_k += keys;
+    if (p.device.type == FGQA_CPU) {
+        FGQA_TRY(fgqa_check_cache_contents(&p, f->pages, f->paged ? f->slots * TENSOR(page_table)->shape[1] : f->slots, f->paged));
+        count_keys(&p);
+    } else {      /* lengths are on the device: as many keys as there can be */
+        p.sk = p.cache.capacity;
+        p.total_k = (int64_t)p.b * p.sk;
     }
     *problem = p;
     return FGQA_OK;

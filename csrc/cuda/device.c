@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "any/append.h"
 #include "any/gather.h"
 #include "any/merge.h"
 
@@ -166,6 +167,11 @@ fgqa_status fgqa_cuda_merge(int32_t n, const fgqa_view *outs, const fgqa_view *l
     memcpy(parts.outs, outs, (size_t)n * sizeof *outs);
     memcpy(parts.lses, lses, (size_t)n * sizeof *lses);
     return check((cudaError_t)fgqa_merge_launch(&parts, stream), "merge");
+}
+
+fgqa_status fgqa_cuda_append(const fgqa_problem *problem, const fgqa_view *q_turned, void *stream)
+{
+    return check((cudaError_t)fgqa_append_launch(problem, q_turned, stream), "the append to a KV cache");
 }
 
 fgqa_status fgqa_cuda_synchronize(void *stream) { return check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }

@@ -69,6 +69,9 @@ fgqa_status fgqa_cuda_gather(const fgqa_tensor *from, void *to, void *stream);
 fgqa_status fgqa_cuda_merge(int32_t n, const fgqa_view *outs, const fgqa_view *lses, const fgqa_view *out, const fgqa_view *lse,
                             const int64_t shape[4], void *stream);
 
+/* Ahead of attention over a KV cache: new keys and values into their slots; rows of q, rotated, to `q_turned` (data NULL: none). */
+fgqa_status fgqa_cuda_append(const fgqa_problem *problem, const fgqa_view *q_turned, void *stream);
+
 fgqa_status fgqa_cuda_synchronize(void *stream);
 
 /* Whether the stream is recording a graph. */

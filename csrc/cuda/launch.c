@@ -58,9 +58,11 @@ typedef struct {
 #include "kernels.def"
 #undef FGQA_KERNEL
 
+#define IS_GENERAL(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_general || FGQA_VARIANT_##variant == FGQA_VARIANT_cache)
+#define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide)
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
-    {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, FGQA_VARIANT_##variant == FGQA_VARIANT_general,        \
-      FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide ? block_q : 0},                                                                          \
+    {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
+      IS_DECODE(variant) ? block_q : 0, FGQA_VARIANT_##variant == FGQA_VARIANT_cache}, \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
@@ -225,6 +227,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     }
     const char *reason = refuse_device(k, p->device.index, why);
     if (reason) { return reason; }
+    if (!k->row.most_rows && k->row.cached != (p->cache.page_size > 0)) { return k->row.cached ? "for KV caches only" : "reads no KV cache"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const char *option = refuse_options(p);
@@ -283,7 +286,7 @@ static void tile_weights(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_
     fgqa_weights_tile(p, plan);
 }
 
-#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0}
+#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0, 0}
 static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), fgqa_weights_rows, fgqa_weights_smem};
 static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), fgqa_weights_keysum, fgqa_weights_smem};
 #undef WEIGHTS

@@ -5,13 +5,14 @@
  * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, and one more
  * for batch_invariant.
  */
+#include "../core/cache.h"
 #include "device.h"
 #include "kernel_table.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-enum { HEADS = 2, ROWS = 512, KEYS = 2048, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
+enum { HEADS = 2, ROWS = 512, KEYS = 2048, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
 typedef struct { int32_t device; void *zeros, *results; } warmup_memory;
@@ -28,24 +29,53 @@ static fgqa_tensor contiguous(void *data, fgqa_dtype dtype, int32_t device, int3
     return t;
 }
 
-static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *request, const warmup_memory *memory)
+/* Binds results, and runs. */
+static fgqa_status run_problem(const fgqa_kernel *kernel, fgqa_problem *problem, const fgqa_request *request, const warmup_memory *memory)
 {
-    fgqa_problem problem;
     fgqa_plan plan;
-    FGQA_TRY(fgqa_problem_init(request, &problem));
-    FGQA_TRY(fgqa_plan_make(&problem, kernel, 1, kernel->name, &plan));
+    FGQA_TRY(fgqa_plan_make(problem, kernel, 1, kernel->name, &plan));
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
         fgqa_tensor result;
-        if (request->tensor[arg] != NULL || !fgqa_problem_result(&problem, (fgqa_arg)arg, &result)) { continue; }
+        if (request->tensor[arg] != NULL || !fgqa_problem_result(problem, (fgqa_arg)arg, &result)) { continue; }
         result.data = memory->results;
-        fgqa_problem_bind(&problem, (fgqa_arg)arg, &result);
+        fgqa_problem_bind(problem, (fgqa_arg)arg, &result);
     }
     void *workspace;
     const fgqa_exec exec = {NULL, NULL, NULL};
     FGQA_TRY(fgqa_cuda_allocate(plan.workspace_bytes, NULL, &workspace));
-    const fgqa_status status = kernel->run(&plan, &problem, workspace, &exec);
+    const fgqa_status status = kernel->run(&plan, problem, workspace, &exec);
     fgqa_cuda_free(workspace, NULL);
     return status;
+}
+
+/* One new key behind none, over the memory of the results, where nothing is lost. */
+static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
+{
+    const int64_t q_shape[] = {1, HEADS, 1, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv}, lens_shape[] = {1};
+    const int64_t new_shape[] = {1, 1, 1, row->d};
+    const fgqa_tensor q = contiguous(memory->zeros, row->dtype, memory->device, 4, q_shape);
+    const fgqa_tensor new_row = contiguous(memory->zeros, row->dtype, memory->device, 4, new_shape);
+    const fgqa_tensor lens = contiguous(memory->zeros, FGQA_I32, memory->device, 1, lens_shape);
+    const fgqa_tensor k = contiguous(memory->results, row->dtype, memory->device, 4, k_shape);
+    const fgqa_tensor v = contiguous((float *)memory->results + BIGGEST / 2, row->dtype, memory->device, 4, v_shape);
+    fgqa_cache_request request = {.base = {.window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1, .want_lse = 1}};
+    const fgqa_view none = {0};
+    fgqa_problem problem;
+    request.base.tensor[FGQA_ARG_q] = &q;
+    request.tensor[FGQA_CACHE_k_cache] = &k;
+    request.tensor[FGQA_CACHE_v_cache] = &v;
+    request.tensor[FGQA_CACHE_k_new] = request.tensor[FGQA_CACHE_v_new] = &new_row;
+    request.tensor[FGQA_CACHE_cache_lens] = &lens;
+    FGQA_TRY(fgqa_cache_init(&request, &problem));
+    FGQA_TRY(fgqa_cuda_append(&problem, &none, NULL));
+    return run_problem(kernel, &problem, &request.base, memory);
+}
+
+static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *request, const warmup_memory *memory)
+{
+    fgqa_problem problem;
+    FGQA_TRY(fgqa_problem_init(request, &problem));
+    return run_problem(kernel, &problem, request, memory);
 }
 
 static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
@@ -105,6 +135,10 @@ static fgqa_status run_all(const warmup_memory *memory)
         char why[128];
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
+        if (row->cached) {
+            FGQA_TRY(run_cached(&kernels[n], row, memory));
+            continue;
+        }
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             int64_t rows = row->most_rows ? row->most_rows / HEADS : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0));

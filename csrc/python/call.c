@@ -79,8 +79,7 @@ static int enter_gpu(fgqa_call *call)
     return fgqa_place_enter(&call->place, "q", &call->in[FGQA_ARG_q].type, device.index < 0 ? 0 : device.index);
 }
 
-/* device= and stream= against where q is. */
-static int check_place(fgqa_call *call)
+int fgqa_call_check_place(fgqa_call *call)
 {
     const fgqa_extras *extras = &call->extras;
     const fgqa_import *q = &call->in[FGQA_ARG_q];
@@ -145,7 +144,7 @@ int fgqa_call_make_plan(fgqa_call *call)
 
 static int plan_call(fgqa_call *call)
 {
-    if (check_place(call) < 0 || make_problem(call) < 0 || fgqa_call_make_plan(call) < 0) { return -1; }
+    if (fgqa_call_check_place(call) < 0 || make_problem(call) < 0 || fgqa_call_make_plan(call) < 0) { return -1; }
     if (!call->staged || call->plan_only) { return 0; }
     return fgqa_call_stage(call) < 0 ? -1 : fgqa_raise(fgqa_problem_init(&call->request, &call->problem));
 }
@@ -213,7 +212,18 @@ PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given)
     return fgqa_result_object(call->state, &call->in[FGQA_ARG_q], &call->result[arg]);
 }
 
-static int check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted)
+PyObject *fgqa_call_take_forward(fgqa_call *call, PyObject *given)
+{
+    PyObject *out = fgqa_call_take(call, FGQA_ARG_out, given);
+    if (out == NULL || !call->request.want_lse) { return out; }
+    PyObject *lse = fgqa_call_take(call, FGQA_ARG_lse, NULL);
+    PyObject *pair = lse ? PyTuple_Pack(2, out, lse) : NULL;
+    Py_XDECREF(lse);
+    Py_DECREF(out);
+    return pair;
+}
+
+int fgqa_call_check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted)
 {
     if (n == wanted) { return 0; }
     PyErr_Format(PyExc_TypeError, "_C.%s takes %zd arguments, got %zd", name, wanted, n);
@@ -233,19 +243,11 @@ static int prepare_forward(fgqa_call *call, PyObject *const *args)
 PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
 {
     fgqa_call call;
-    PyObject *result = NULL, *out, *lse;
-    if (check_count("forward", n, 5 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    PyObject *result = NULL;
+    if (fgqa_call_check_count("forward", n, 5 + FGQA_OPTION_COUNT) < 0) { return NULL; }
     fgqa_call_begin(&call, module, FGQA_PASS_FWD, args[5 + FGQA_OPTION_stream]);
     if (prepare_forward(&call, args) == 0 && plan_call(&call) == 0 && fgqa_call_allocate(&call) == 0 && run_call(&call) == 0) {
-        out = fgqa_call_take(&call, FGQA_ARG_out, args[4]);
-        if (call.request.want_lse) {
-            lse = out ? fgqa_call_take(&call, FGQA_ARG_lse, NULL) : NULL;
-            result = lse ? PyTuple_Pack(2, out, lse) : NULL;
-            Py_XDECREF(lse);
-            Py_XDECREF(out);
-        } else {
-            result = out;
-        }
+        result = fgqa_call_take_forward(&call, args[4]);
     }
     fgqa_call_end(&call);
     return result;
@@ -270,7 +272,7 @@ PyObject *fgqa_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t n
 {
     fgqa_call call;
     PyObject *result = NULL;
-    if (check_count("backward", n, 8 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    if (fgqa_call_check_count("backward", n, 8 + FGQA_OPTION_COUNT) < 0) { return NULL; }
     fgqa_call_begin(&call, module, FGQA_PASS_BWD, args[8 + FGQA_OPTION_stream]);
     if (prepare_backward(&call, args) == 0 && plan_call(&call) == 0 && fgqa_call_allocate(&call) == 0 && run_call(&call) == 0) {
         static const fgqa_arg order[] = {FGQA_ARG_dq, FGQA_ARG_dk, FGQA_ARG_dv, FGQA_ARG_dbias, FGQA_ARG_dsink};
@@ -289,7 +291,7 @@ PyObject *fgqa_py_weights(PyObject *module, PyObject *const *args, Py_ssize_t n)
 {
     fgqa_call call;
     PyObject *result = NULL;
-    if (check_count("weights", n, 3 + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    if (fgqa_call_check_count("weights", n, 3 + FGQA_OPTION_COUNT) < 0) { return NULL; }
     fgqa_call_begin(&call, module, args[2] == Py_None ? FGQA_PASS_KEYSUM : FGQA_PASS_ROWS, args[3 + FGQA_OPTION_stream]);
     if (fgqa_call_import(&call, FGQA_ARG_q, args[0]) == 0 && fgqa_call_import(&call, FGQA_ARG_k, args[1]) == 0
         && (args[2] == Py_None || fgqa_call_import(&call, FGQA_ARG_rows, args[2]) == 0) && fgqa_call_import_options(&call, args + 3) == 0
@@ -361,7 +363,7 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
     fgqa_tensor stand_in[3];
     PyObject *result = NULL;
     int32_t backward = 0;
-    if (check_count("explain", n, 6 + FGQA_OPTION_COUNT) < 0 || fgqa_read_bool(args[5], "backward", &backward) < 0) { return NULL; }
+    if (fgqa_call_check_count("explain", n, 6 + FGQA_OPTION_COUNT) < 0 || fgqa_read_bool(args[5], "backward", &backward) < 0) { return NULL; }
     PyObject *forward_args[5 + FGQA_OPTION_COUNT];
     memcpy(forward_args, args, 5 * sizeof args[0]);
     memcpy(forward_args + 5, args + 6, FGQA_OPTION_COUNT * sizeof args[0]);
@@ -371,7 +373,7 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
     if (failed == 0 && backward) {
         /* A forced kernel is one of the backward pass: the forward problem is only lowered, not planned. */
         call.request.want_lse = 1;
-        failed = check_place(&call) < 0 || make_problem(&call) < 0 || turn_backward(&call, stand_in) < 0;
+        failed = fgqa_call_check_place(&call) < 0 || make_problem(&call) < 0 || turn_backward(&call, stand_in) < 0;
     } else if (failed == 0) {
         failed = plan_call(&call);
     }

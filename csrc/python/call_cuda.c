@@ -71,24 +71,30 @@ static int upload_rows(fgqa_call *call)
     return 0;
 }
 
+int fgqa_call_gather_tensor(fgqa_call *call, fgqa_tensor *tensor, unsigned flags)
+{
+    size_t bytes;
+    void *memory;
+    if (tensor->device.type != FGQA_CUDA || !fgqa_needs_copy(tensor, flags)) { return 0; }
+    if (!call->plan_only) {
+        if (count_bytes(tensor, &bytes) < 0 || fgqa_call_scratch(call, bytes, &memory) < 0
+            || fgqa_raise(fgqa_cuda_gather(tensor, memory, call->place.stream)) < 0) {
+            return -1;
+        }
+        tensor->data = memory;
+    }
+    fgqa_contiguous_strides(tensor);
+    return 1;
+}
+
 int fgqa_call_gather(fgqa_call *call)
 {
     if (upload_rows(call) < 0) { return -1; }
     for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
         if (!(call->imported >> arg & 1)) { continue; }
-        fgqa_tensor *tensor = &call->in[arg].tensor;
-        size_t bytes;
-        void *memory;
-        if (tensor->device.type != FGQA_CUDA || !fgqa_needs_copy(tensor, fgqa_arg_slot(call->request.pass, (fgqa_arg)arg).flags)) { continue; }
-        if (!call->plan_only) {
-            if (count_bytes(tensor, &bytes) < 0 || fgqa_call_scratch(call, bytes, &memory) < 0
-                || fgqa_raise(fgqa_cuda_gather(tensor, memory, call->place.stream)) < 0) {
-                return -1;
-            }
-            tensor->data = memory;
-        }
-        fgqa_contiguous_strides(tensor);
-        call->in[arg].copied = 1;
+        const int copied = fgqa_call_gather_tensor(call, &call->in[arg].tensor, fgqa_arg_slot(call->request.pass, (fgqa_arg)arg).flags);
+        if (copied < 0) { return -1; }
+        if (copied) { call->in[arg].copied = 1; }
     }
     return 0;
 }
@@ -292,8 +298,7 @@ int fgqa_call_run_staged(fgqa_call *call)
     return fgqa_raise(status);
 }
 
-/* Device memory into a new block, complete on return. */
-static int fetch(const fgqa_call *call, const fgqa_tensor *tensor, void **block)
+int fgqa_call_fetch(const fgqa_call *call, const fgqa_tensor *tensor, void **block)
 {
     size_t bytes;
     if (count_bytes(tensor, &bytes) < 0) { return -1; }
@@ -317,23 +322,26 @@ static int is_index_array(int arg)
            || arg == FGQA_ARG_seed || arg == FGQA_ARG_rows;
 }
 
+int fgqa_call_check_begin(const fgqa_call *call)
+{
+    if (!fgqa_cuda_capturing(call->place.stream)) { return 0; }
+    PyErr_SetString(PyExc_ValueError, "check is True while the stream records a graph: the check waits for the GPU; check before "
+                    "the capture, and leave check out in it");
+    return -1;
+}
+
 int fgqa_call_check_contents(fgqa_call *call)
 {
     fgqa_request request = call->request;
     fgqa_tensor tensor[FGQA_ARG_COUNT];
     fgqa_problem problem;
     void *block[FGQA_ARG_COUNT] = {NULL};
-    int failed = 0;
-    if (fgqa_cuda_capturing(call->place.stream)) {
-        PyErr_SetString(PyExc_ValueError, "check is True while the stream records a graph: the check waits for the GPU; check before "
-                        "the capture, and leave check out in it");
-        return -1;
-    }
+    int failed = fgqa_call_check_begin(call);
     for (int arg = 0; arg < FGQA_ARG_COUNT && failed == 0; arg++) {
         if (request.tensor[arg] == NULL) { continue; }
         tensor[arg] = *request.tensor[arg];
         if (is_index_array(arg)) {
-            failed = fetch(call, &tensor[arg], &block[arg]);
+            failed = fgqa_call_fetch(call, &tensor[arg], &block[arg]);
             tensor[arg].data = block[arg];
         }
         tensor[arg].device = (fgqa_device){FGQA_CPU, 0};

@@ -1,8 +1,9 @@
 /* call_kvcache.c - attention over a KV cache: the one call that writes into its inputs. Everything is checked, and all memory
- * is at hand, before the first byte of the cache changes; where the computation fails after that, it gets its bytes back.
+ * is at hand, before the first byte of the cache changes; where the computation fails after that, it gets its bytes back (CPU).
+ * On a GPU two steps follow each other on the call's stream, the append and attention, and nobody waits.
  */
-#include "../core/cache.h"
 #include "../cpu/cpu.h"
+#include "../cuda/device.h"
 #include "call.h"
 #include "call_state.h"
 #include "memory.h"
@@ -12,6 +13,8 @@ typedef struct {
     fgqa_cache_request request;
     fgqa_import in[FGQA_CACHE_COUNT];
     uint32_t imported;
+    fgqa_view q_given;                     /* q before the rotary embedding, which attention reads after it */
+    int turns;                             /* whether there are rows of q to rotate */
 } cache_call;
 
 /* The order of the arguments: q, the tensors of fgqa_cache_arg, then these, then the options. */
@@ -39,20 +42,6 @@ static fgqa_slot slot_of(fgqa_cache_arg arg, int appends)
     return slot;
 }
 
-static int check_on_cpu(const char *name, const fgqa_tensor *t)
-{
-    if (t->device.type == FGQA_CPU) { return 0; }
-    PyErr_Format(PyExc_NotImplementedError, "%s is on cuda:%d: attention_with_kvcache computes on the CPU only so far; use "
-                 "attention(q, k_cache, v_cache, kv_lens=...) on the GPU for a contiguous cache that is filled already, or move the tensors to the CPU",
-                 name, (int)t->device.index);
-    return -1;
-}
-
-static int import_q(cache_call *c, PyObject *object)
-{
-    return fgqa_call_import(&c->call, FGQA_ARG_q, object) < 0 ? -1 : check_on_cpu("q", &c->call.in[FGQA_ARG_q].tensor);
-}
-
 static int import_cache(cache_call *c, PyObject *const *objects)
 {
     const int appends = objects[FGQA_CACHE_k_new] != Py_None || objects[FGQA_CACHE_v_new] != Py_None;
@@ -63,42 +52,119 @@ static int import_cache(cache_call *c, PyObject *const *objects)
         if (fgqa_import_tensor(c->call.state, objects[arg], &slot, &c->call.place, &c->in[arg]) < 0) { return -1; }
         c->imported |= 1u << arg;
         c->request.tensor[arg] = &c->in[arg].tensor;
-        if (check_on_cpu(slot.name, &c->in[arg].tensor) < 0) { return -1; }
     }
     return 0;
 }
 
-static int check_place(const fgqa_call *call)
+static int check_place(fgqa_call *call)
 {
-    if (call->extras.device_given && call->extras.device.type == FGQA_CUDA) {
-        PyErr_SetString(PyExc_NotImplementedError, "device is \"cuda\": attention_with_kvcache computes on the CPU only so far; leave device out");
+    if (call->in[FGQA_ARG_q].tensor.device.type == FGQA_CPU && call->extras.device_given && call->extras.device.type == FGQA_CUDA) {
+        PyErr_SetString(PyExc_ValueError, "device is \"cuda\" but q is on cpu: a cache stays where it is from call to call; keep it, and q, on "
+                        "the GPU as torch or CuPy arrays, and leave device out");
         return -1;
     }
-    if (call->extras.stream != NULL) {
-        PyErr_Format(PyExc_ValueError, "stream is %R but q is on cpu: only GPU tensors have streams; leave it out", call->extras.stream);
-        return -1;
+    return fgqa_call_check_place(call);
+}
+
+/* ---- on a GPU ---- */
+
+static int gather(cache_call *c)
+{
+    for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) {
+        if (!(c->imported >> arg & 1)) { continue; }
+        if (fgqa_call_gather_tensor(&c->call, &c->in[arg].tensor, slot_of((fgqa_cache_arg)arg, 0).flags) < 0) { return -1; }
     }
+    return fgqa_call_gather(&c->call);
+}
+
+static int is_read(fgqa_cache_arg arg) { return arg >= FGQA_CACHE_cache_lens && arg != FGQA_CACHE_rotary_cos && arg != FGQA_CACHE_rotary_sin; }
+
+/* The tensor as the host sees it: what the checks read of it in `block`, anything else by its address alone. */
+static int fetch(fgqa_call *call, fgqa_tensor *tensor, int read, void **block)
+{
+    fgqa_tensor copy = *tensor;
+    if (read) {
+        if (fgqa_call_gather_tensor(call, &copy, FGQA_IN_CONTIGUOUS) < 0 || fgqa_call_fetch(call, &copy, block) < 0) { return -1; }
+        copy.data = *block;
+    }
+    copy.device = (fgqa_device){FGQA_CPU, 0};
+    *tensor = copy;
     return 0;
 }
+
+/* check=True: the checks that a cache on the CPU goes through. */
+static int check_contents(cache_call *c)
+{
+    fgqa_cache_request request = c->request;
+    fgqa_tensor tensor[FGQA_CACHE_COUNT + FGQA_ARG_COUNT];
+    void *block[FGQA_CACHE_COUNT + FGQA_ARG_COUNT] = {NULL};
+    fgqa_problem problem;
+    int failed = fgqa_call_check_begin(&c->call);
+    for (int n = 0; n < FGQA_CACHE_COUNT + FGQA_ARG_COUNT && failed == 0; n++) {
+        const int of_cache = n < FGQA_CACHE_COUNT;
+        const fgqa_tensor **given = of_cache ? &request.tensor[n] : &request.base.tensor[n - FGQA_CACHE_COUNT];
+        if (*given == NULL) { continue; }
+        tensor[n] = **given;
+        failed = fetch(&c->call, &tensor[n], of_cache ? is_read((fgqa_cache_arg)n) : n - FGQA_CACHE_COUNT == FGQA_ARG_q_lens, &block[n]);
+        *given = &tensor[n];
+    }
+    if (failed == 0) { failed = fgqa_raise(fgqa_cache_init(&request, &problem)); }
+    for (int n = 0; n < FGQA_CACHE_COUNT + FGQA_ARG_COUNT; n++) { fgqa_block_drop(block[n]); }
+    return failed;
+}
+
+/* Where the rows of q go once they are rotated, and where attention reads them. */
+static int make_room_for_q(cache_call *c)
+{
+    fgqa_problem *p = &c->call.problem;
+    fgqa_view turned = {.dtype = p->dtype, .stride_b = (int64_t)p->hq * p->sq * p->d, .stride_h = (int64_t)p->sq * p->d, .stride_s = p->d, .stride_d = 1};
+    c->q_given = p->view[FGQA_ARG_q];
+    c->turns = p->cache.rotary.pairs > 0 && p->b > 0 && p->sq > 0;
+    if (!c->turns) { return 0; }
+    const size_t bytes = (size_t)p->b * (size_t)turned.stride_b * fgqa_dtype_bytes(p->dtype);
+    if (fgqa_call_scratch(&c->call, bytes, &turned.data) < 0) { return -1; }
+    p->view[FGQA_ARG_q] = turned;
+    return 0;
+}
+
+static int run_on_gpu(cache_call *c)
+{
+    fgqa_call *call = &c->call;
+    fgqa_problem given = call->problem;
+    given.view[FGQA_ARG_q] = c->q_given;
+    const fgqa_view none = {0};
+    PyThreadState *thread = PyEval_SaveThread();
+    const fgqa_exec exec = {call->place.stream, fgqa_interrupted, &thread};
+    fgqa_status status = FGQA_OK;
+    if (c->turns || given.cache.new_max > 0) { status = fgqa_cuda_append(&given, c->turns ? &call->problem.view[FGQA_ARG_q] : &none, exec.stream); }
+    if (status == FGQA_OK) { status = call->plan.kernel->run(&call->plan, &call->problem, call->workspace, &exec); }
+    PyEval_RestoreThread(thread);
+    return fgqa_raise(status);
+}
+
+/* ---- the call ---- */
 
 static int prepare(cache_call *c, PyObject *const *args)
 {
     fgqa_call *call = &c->call;
-    if (import_q(c, args[0]) < 0 || import_cache(c, args + 1) < 0
+    if (fgqa_call_import(call, FGQA_ARG_q, args[0]) < 0 || import_cache(c, args + 1) < 0
         || fgqa_read_bool(args[ARG_interleaved], "rotary_interleaved", &c->request.rotary_interleaved) < 0
         || fgqa_read_bool(args[ARG_return_lse], "return_lse", &call->request.want_lse) < 0
         || fgqa_call_import_options(call, args + ARG_options) < 0 || check_place(call) < 0) {
         return -1;
     }
     if (args[ARG_out] != Py_None && fgqa_call_import(call, FGQA_ARG_out, args[ARG_out]) < 0) { return -1; }
+    const int on_gpu = call->in[FGQA_ARG_q].tensor.device.type == FGQA_CUDA;
     c->request.base = call->request;
-    if (fgqa_raise(fgqa_cache_init(&c->request, &call->problem)) < 0) { return -1; }
+    if ((on_gpu && gather(c) < 0) || fgqa_raise(fgqa_cache_init(&c->request, &call->problem)) < 0) { return -1; }
+    if (on_gpu && ((call->request.check && check_contents(c) < 0) || make_room_for_q(c) < 0)) { return -1; }
     return fgqa_call_make_plan(call) < 0 || fgqa_call_allocate(call) < 0 ? -1 : 0;
 }
 
 static int run(cache_call *c)
 {
     fgqa_call *call = &c->call;
+    if (call->problem.device.type == FGQA_CUDA) { return run_on_gpu(c); }
     const size_t bytes = fgqa_cpu_append_bytes(&call->problem);
     void *kept = bytes > 0 ? fgqa_block_new(bytes) : NULL;
     if (bytes > 0 && kept == NULL) {
@@ -125,20 +191,11 @@ PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args
 {
     cache_call c;
     PyObject *result = NULL;
-    if (n != ARG_options + FGQA_OPTION_COUNT) {
-        PyErr_Format(PyExc_TypeError, "_C.attention_with_kvcache takes %d arguments, got %zd", (int)(ARG_options + FGQA_OPTION_COUNT), n);
-        return NULL;
-    }
+    if (fgqa_call_check_count("attention_with_kvcache", n, ARG_options + FGQA_OPTION_COUNT) < 0) { return NULL; }
     c.imported = 0;
     for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) { c.request.tensor[arg] = NULL; }
     fgqa_call_begin(&c.call, module, FGQA_PASS_FWD, args[ARG_options + FGQA_OPTION_stream]);
-    if (prepare(&c, args) == 0 && run(&c) == 0) {
-        PyObject *out = fgqa_call_take(&c.call, FGQA_ARG_out, args[ARG_out]);
-        PyObject *lse = out && c.call.request.want_lse ? fgqa_call_take(&c.call, FGQA_ARG_lse, NULL) : NULL;
-        result = lse ? PyTuple_Pack(2, out, lse) : c.call.request.want_lse ? NULL : out;
-        if (result != out) { Py_XDECREF(out); }
-        Py_XDECREF(lse);
-    }
+    if (prepare(&c, args) == 0 && run(&c) == 0) { result = fgqa_call_take_forward(&c.call, args[ARG_out]); }
     for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) {
         if (c.imported >> arg & 1) { fgqa_import_release(&c.in[arg]); }
     }

@@ -1,10 +1,11 @@
 /* call_state.h - one attention call while it lasts; what call*.c share. */
 #ifndef FGQA_CALL_STATE_H
 #define FGQA_CALL_STATE_H
+#include "../core/cache.h"
 #include "args.h"
 #include "tensor_out.h"
 
-enum { FGQA_SCRATCH = FGQA_ARG_COUNT + 1 };      /* a copy of each argument, and a workspace */
+enum { FGQA_SCRATCH = FGQA_ARG_COUNT + FGQA_CACHE_COUNT + 2 };      /* a copy of each argument, rotated queries, a workspace */
 
 typedef struct {
     fgqa_state *state;
@@ -38,6 +39,12 @@ void fgqa_call_end(fgqa_call *call);
 int fgqa_call_import(fgqa_call *call, fgqa_arg arg, PyObject *object);
 int fgqa_call_import_options(fgqa_call *call, PyObject *const *options);
 
+/* How many arguments a function of the module was given. */
+int fgqa_call_check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted);
+
+/* device= and stream= against where q is. */
+int fgqa_call_check_place(fgqa_call *call);
+
 /* The plan of the problem; memory of its workspace and of every result that the caller did not bring. */
 int fgqa_call_make_plan(fgqa_call *call);
 int fgqa_call_allocate(fgqa_call *call);
@@ -45,10 +52,16 @@ int fgqa_call_allocate(fgqa_call *call);
 /* The object of a result, `given` if the caller brought it, None if this pass has none. New reference. */
 PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given);
 
+/* out or (out, lse) of a forward pass, `given` being the caller's out. New reference. */
+PyObject *fgqa_call_take_forward(fgqa_call *call, PyObject *given);
+
 /* ---- call_cuda.c ---- */
 
 /* Tensors on a GPU that kernels cannot read in place are replaced by copies (plan_only: by their description). */
 int fgqa_call_gather(fgqa_call *call);
+
+/* One tensor, if need be: FGQA_IN_* flags say what a kernel can read. 1 if it was copied, -1 if that failed. */
+int fgqa_call_gather_tensor(fgqa_call *call, fgqa_tensor *tensor, unsigned flags);
 
 /* device="cuda" with NumPy arrays: the request is turned into one of arrays on that device that do not exist yet. */
 int fgqa_call_place_arrays(fgqa_call *call);
@@ -61,6 +74,12 @@ int fgqa_call_run_staged(fgqa_call *call);
 
 /* check=True: the contents of index arrays, by the checks that arrays on the CPU go through. */
 int fgqa_call_check_contents(fgqa_call *call);
+
+/* What they begin with: refused while the stream records a graph. */
+int fgqa_call_check_begin(const fgqa_call *call);
+
+/* Contiguous device memory into a new block, complete on return. */
+int fgqa_call_fetch(const fgqa_call *call, const fgqa_tensor *tensor, void **block);
 
 /* Device memory until the call ends, in the order of its stream. */
 int fgqa_call_scratch(fgqa_call *call, size_t bytes, void **memory);

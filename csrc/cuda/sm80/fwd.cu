@@ -13,7 +13,8 @@
  * carefully (gemm.cuh), which keeps unseen values out. So it does where scores are too large for the short form of the
  * exponent. That costs the common case one test at the end.
  *
- * Variant `plain`: interval masks, lengths, sink, aligned rows. Variant `general`: every option, decided at run time.
+ * Variant `plain`: interval masks, lengths, sink, aligned rows. Variant `general`: every option, decided at run time. Variant
+ * `cache`: those, and keys and values in the slots of a KV cache (cache_tile.cuh).
  */
 #include "../common/launch.cuh"
 #include "../common/mask_tile.cuh"
@@ -23,13 +24,15 @@
 #include "../common/tile_io.cuh"
 #include "../any/fwd_combine.h"
 #include "../kernel_table.h"
+#include "cache_tile.cuh"
 #include "gemm.cuh"
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 typedef FGQA_DTYPE T;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
 static constexpr int THREADS = 32 * FGQA_WARPS, WARP_ROWS = BLOCK_Q / FGQA_WARPS, NB = BLOCK_K / 8, OB = DV / 8;
-static constexpr bool GENERAL = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_general;
+static constexpr bool CACHE = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_cache;
+static constexpr bool GENERAL = CACHE || FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_general;
 static_assert(WARP_ROWS % 16 == 0 && WARP_ROWS * FGQA_WARPS == BLOCK_Q, "kernels.def: block_q is a multiple of 16 rows a warp");
 static_assert(DV <= D, "kernels.def: the K tile has room for a V tile");
 static_assert(STAGES == 1 || STAGES == 2, "kernels.def: one or two stages");
@@ -63,10 +66,10 @@ template <> struct variant<true> {
 
 /* What a block works on: one KV head of one sequence, and of it some packed rows. In shared memory, where reading it again
  * is cheaper than keeping it in registers beside the accumulators. */
-struct head_task {
+struct head_task : cache_task<CACHE> {
     int32_t b, kv_head;
     fgqa_sequence sequence;
-    const char *k, *v;          /* row 0 of the sequence */
+    const char *k, *v;          /* row 0 of the sequence; CACHE: its head in page 0, or in its only page */
     int64_t packed;             /* packed rows of the sequence */
 };
 
@@ -93,6 +96,11 @@ static __device__ __forceinline__ int first_row_of_warp() { return (int)thread_i
 static __device__ __forceinline__ void load_k(shared &mem, const fgqa_params &params, int stage, int32_t tile)
 {
     const head_task &task = mem.task;
+    if constexpr (CACHE) {
+        load_slots<T, BLOCK_K, D, THREADS>(smem_address(mem.k[stage]), params.problem.cache, params.problem.view[FGQA_ARG_k], task, task.k, tile * BLOCK_K,
+                                           task.sequence, params.problem.d, params.vector_k);
+        return;
+    }
     const int64_t row_bytes = params.problem.view[FGQA_ARG_k].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, D, THREADS>(smem_address(mem.k[stage]), task.k + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
                                       task.sequence.mask.sk - tile * BLOCK_K, params.problem.d, !GENERAL || params.vector_k);
@@ -101,6 +109,11 @@ static __device__ __forceinline__ void load_k(shared &mem, const fgqa_params &pa
 static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &params, int stage, int32_t tile)
 {
     const head_task &task = mem.task;
+    if constexpr (CACHE) {
+        load_slots<T, BLOCK_K, DV, THREADS>(smem_address(mem.v[stage]), params.problem.cache, params.problem.view[FGQA_ARG_v], task, task.v, tile * BLOCK_K,
+                                           task.sequence, params.problem.dv, params.vector_v);
+        return;
+    }
     const int64_t row_bytes = params.problem.view[FGQA_ARG_v].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v[stage]), task.v + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
                                        task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, !GENERAL || params.vector_v);
@@ -171,6 +184,7 @@ static __device__ __forceinline__ void mask_scores(const shared &mem, const fgqa
     for (int mb = 0; mb < MB; mb++) {
         const int row = first_row + 16 * mb + lane / 4;
         const variant<GENERAL>::row rows[2] = {mem.rows[row], mem.rows[row + 8]};
+        scale_scores(s[mb], mem.task);
         variant<GENERAL>::scores(params, mem.task.sequence.mask.diag, s[mb], rows, j0, lane);
     }
 }
@@ -208,8 +222,14 @@ static __device__ __forceinline__ void begin_task(shared &mem, const fgqa_params
     int32_t row_count;
     task.sequence = fgqa_device_sequence(p, task.b, &row_count);
     task.packed = (int64_t)row_count * p.g;
-    task.k = fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), task.b, task.kv_head, task.sequence.k_row);
-    task.v = fgqa_row_address(p.view[FGQA_ARG_v], sizeof(T), task.b, task.kv_head, task.sequence.k_row);
+    if constexpr (CACHE) {
+        begin_cache(&task, p, b, kv_head);
+        task.k = cache_head(p, FGQA_ARG_k, task, kv_head);
+        task.v = cache_head(p, FGQA_ARG_v, task, kv_head);
+    } else {
+        task.k = fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), task.b, task.kv_head, task.sequence.k_row);
+        task.v = fgqa_row_address(p.view[FGQA_ARG_v], sizeof(T), task.b, task.kv_head, task.sequence.k_row);
+    }
     mem.task = task;
 }
 
@@ -276,7 +296,7 @@ static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa
     const int lane = thread_index() % 32;
     const packed_rows rows = mem.block.rows;
     const bool partial = split.splits > 1;
-    const float dropout_scale = GENERAL ? params.dropout_scale : 1.0f;
+    const float value_scale = (GENERAL ? params.dropout_scale : 1.0f) * scale_of_values(task);
 #pragma unroll
     for (int mb = 0; mb < MB; mb++) {
 #pragma unroll
@@ -288,7 +308,7 @@ static __device__ __forceinline__ void finish_rows(const shared &mem, const fgqa
             const float sink = partial || !exists ? -INFINITY : sink_logit(p, task.b, h, i >= task.sequence.mask.sq);
             const float top = GENERAL ? m[mb][half] : m[mb][half] * scale_log2 * (float)FGQA_LN2;
             float lse;
-            const float scale = softmax_finish(top, sum, sink, &lse) * dropout_scale;
+            const float scale = softmax_finish(top, sum, sink, &lse) * value_scale;
 #pragma unroll
             for (int n = 0; n < OB; n++) {
                 o[mb][n][2 * half] *= scale;
@@ -524,7 +544,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     static launch_state state;
     const cudaError_t allowed = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), sizeof(shared), problem->device.index, &state);
     if (allowed != cudaSuccess) { return allowed; }
-    const fgqa_params params = fgqa_params_make(problem);
+    fgqa_params params = fgqa_params_make(problem);
+    if (CACHE) { find_vector_access<T>(&params); }
     fgqa_split split;
     fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &split);
     const int64_t rows = (int64_t)problem->sq * problem->g, most = INT32_MAX / split.splits / problem->hk;
