@@ -54,10 +54,10 @@ def check(case, backend):
         assert not swap(out)[n, :, rows[n] :].any() and (lse[n, :, rows[n] :] == -np.inf).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS, ids=repr)
+@pytest.mark.parametrize("on", BACKENDS, ids=repr)
 @pytest.mark.parametrize("case", CASES + FLOAT8_CASES, ids=str)
-def test_within_the_error_rule(case, backend):
-    check(case, backend)
+def test_within_the_error_rule(case, on):
+    check(case, on)
 
 
 @st.composite
@@ -86,11 +86,11 @@ def cache_cases(draw):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BEST, ids=repr)
+@pytest.mark.parametrize("on", BEST, ids=repr)
 @given(case=cache_cases())
 @settings(max_examples=60)
-def test_random_calls_within_the_error_rule(case, backend):
-    check(case, backend)
+def test_random_calls_within_the_error_rule(case, on):
+    check(case, on)
 
 
 # ---- token by token ----
@@ -139,11 +139,11 @@ def decode(backend, kind, q, k, v, lens_at_start, **options):
     return np.concatenate([backend.get(x) for x in out], axis=2)
 
 
-@pytest.mark.parametrize("backend", BEST, ids=repr)
+@pytest.mark.parametrize("on", BEST, ids=repr)
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("g", GROUPS)
-def test_token_by_token_equals_the_whole_causal_forward(g, name, backend, rng):
-    names = [name for name in sorted(DTYPES) if backend.device == "cpu" or name != "float64"]
+def test_token_by_token_equals_the_whole_causal_forward(g, name, on, rng):
+    names = [name for name in sorted(DTYPES) if on.device == "cpu" or name != "float64"]
     for n, kind in enumerate(KINDS):
         dtype = DTYPES[names[(n + g) % len(names)]]
         options = dict(OPTIONS[name])
@@ -161,14 +161,14 @@ def test_token_by_token_equals_the_whole_causal_forward(g, name, backend, rng):
             options["rotary"] = angles(STEPS, options["rotary"])
             turn = (*options["rotary"], np.arange(STEPS), options.get("rotary_interleaved", False))
             q_turned, k_turned = reference.rotate(q, *turn), reference.rotate(k, *turn).astype(dtype)
-        out = decode(backend, kind, q, k, v, pad, **options)
+        out = decode(on, kind, q, k, v, pad, **options)
         right = reference.attention(q_turned, k_turned, v, causal=True, **whole)
         naive = naive_forward(q_turned.astype(dtype), k_turned, v, causal=True, **whole)
         assert_within(f"out of {kind}", out, right, (x for x, _ in naive), dtype, 2)
 
 
-@pytest.mark.parametrize("backend", BEST, ids=repr)
-def test_chunked_prefill_equals_the_whole_causal_forward(backend, rng):
+@pytest.mark.parametrize("on", BEST, ids=repr)
+def test_chunked_prefill_equals_the_whole_causal_forward(on, rng):
     dtype, s = np.float32, 150
     q, k, v = (rng.standard_normal((2, h, s, 32)).astype(dtype) for h in (6, 2, 2))
     for page_size, chunks in ((None, (64, 64, 22)), (16, (1, 16, 16, 100, 17)), (48, (150,))):
@@ -179,7 +179,7 @@ def test_chunked_prefill_equals_the_whole_causal_forward(backend, rng):
         out, start = np.empty_like(q), 0
         for n in chunks:
             rows = slice(start, start + n)
-            out[:, :, rows] = backend.attention_with_kvcache(
+            out[:, :, rows] = on.attention_with_kvcache(
                 q[:, :, rows], *caches, k[:, :, rows], v[:, :, rows], cache_lens=start, page_table=table, causal=True
             )
             start += n

@@ -64,6 +64,11 @@ static __device__ __forceinline__ float float8_value(uint32_t x)
     return (x & 0x7F) == 0x7F ? NAN : x & 0x80 ? -size : size;
 }
 
+static __device__ __forceinline__ void store_words(uint32_t address, const uint32_t (&word)[4])
+{
+    asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+}
+
 /* The words of one 16-byte piece of the tile, from `count` elements of 1, 2 or 4 bytes that are `stride` apart. */
 template <typename E> static __device__ __forceinline__ void gather_words(uint32_t (&word)[4], const char *src, int64_t stride, int count, bool float8, E)
 {
@@ -89,22 +94,84 @@ static __device__ __forceinline__ void gather_words(uint32_t (&word)[4], const c
     }
 }
 
-/* The same from PIECE float8 elements side by side: one load. */
-template <typename E> static __device__ __forceinline__ void widen_words(uint32_t (&word)[4], const char *src, E)
+/* Four float8 elements, one a byte, as two pairs. Exponent and mantissa move to their place in the wider type, which makes a number
+ * that is too small by a power of two. Its NaN is the one number that then is wrong. */
+static __device__ __forceinline__ void widen_pairs(uint32_t (&pair)[2], uint32_t x, f16)
 {
-    const uint2 x = *(const uint2 *)src;
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const uint32_t pair = (n < 2 ? x.x : x.y) >> 16 * (n % 2);
-        word[n] = pack2(float8_value(pair), float8_value(pair >> 8), E());
+    for (int n = 0; n < 2; n++) {
+        const uint32_t high = __byte_perm(x, 0, n ? 0x3424 : 0x1404), bits = (high & 0x80008000u) | (high >> 1 & 0x3F803F80u);
+        const __half2 wide = __hmul2(*(const __half2 *)&bits, __half2half2(__ushort_as_half(0x5C00)));      /* 2^8 */
+        pair[n] = *(const uint32_t *)&wide;
     }
 }
 
-static __device__ __forceinline__ void widen_words(uint32_t (&word)[4], const char *src, f32)
+static __device__ __forceinline__ void widen_pairs(uint32_t (&pair)[2], uint32_t x, bf16)
 {
-    const uint32_t x = *(const uint32_t *)src;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        const uint32_t high = __byte_perm(x, 0, n ? 0x3424 : 0x1404), bits = (high & 0x80008000u) | (high >> 4 & 0x07F007F0u);
+        const __nv_bfloat162 wide = __hmul2(*(const __nv_bfloat162 *)&bits, __bfloat162bfloat162(__ushort_as_bfloat16(0x7B80)));      /* 2^120 */
+        pair[n] = *(const uint32_t *)&wide;
+    }
+}
+
+/* The same from PIECE float8 elements side by side in shared memory, where the piece itself goes. */
+template <typename E> static __device__ __forceinline__ void widen_piece(uint32_t address, E)
+{
+    uint32_t x[2], word[4];
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address) : "memory");
+    const bool nan = ((((x[0] & 0x7F7F7F7Fu) + 0x01010101u) | ((x[1] & 0x7F7F7F7Fu) + 0x01010101u)) & 0x80808080u) != 0;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+        uint32_t pair[2];
+        widen_pairs(pair, x[n], E());
+        word[2 * n] = pair[0];
+        word[2 * n + 1] = pair[1];
+    }
+    if (nan) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const uint32_t two = x[n / 2] >> 16 * (n % 2);
+            word[n] = pack2(float8_value(two), float8_value(two >> 8), E());
+        }
+    }
+    store_words(address, word);
+}
+
+static __device__ __forceinline__ void widen_piece(uint32_t address, f32)
+{
+    uint32_t x, word[4];
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
 #pragma unroll
     for (int n = 0; n < 4; n++) { word[n] = __float_as_uint(float8_value(x >> 8 * n)); }
+    store_words(address, word);
+}
+
+/* 16 bytes of `T` elements as float8: 4 or 8 bytes. Group and wait as for cp_async_16(). */
+template <typename T> static __device__ __forceinline__ void cp_async_narrow(uint32_t dst, const void *src)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(16 / sizeof(T)) : "memory");
+}
+
+/* After load_slots() of the tile with the first `valid` keys, when the copies have arrived: each thread widens the pieces of float8
+ * elements that it has copied itself, where they are. Then a barrier. */
+template <typename T, int ROWS, int D, int THREADS>
+static __device__ __forceinline__ void widen_slots(uint32_t tile, const fgqa_view &view, int valid, int d, bool vector)
+{
+    using shape = tile_shape<T, D, THREADS>;
+    if (view.dtype != FGQA_F8E4M3 || !vector) { return; }
+    const int row0 = thread_index() / shape::LANES, piece0 = thread_index() % shape::LANES;
+    const uint32_t dst = tile + swizzle<shape::ROW_BYTES>(row0, piece0);
+#pragma unroll
+    for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
+        if (row0 + r >= valid) { break; }
+#pragma unroll
+        for (int step = 0; step < shape::STEPS; step++) {
+            const int end = (piece0 + step * shape::LANES + 1) * shape::PIECE;
+            if (end <= d) { widen_piece(dst + r * shape::ROW_BYTES + step * shape::LANES * 16, T()); }
+        }
+    }
 }
 
 /* Keys [j0, j0 + ROWS) of the sequence into a tile, as load_tile() does it; vector: pieces can be read whole. */
@@ -139,9 +206,13 @@ static __device__ __forceinline__ void load_slots(uint32_t tile, const fgqa_cach
                 cp_async_16(to, count > 0 ? from : head, count * (int)sizeof(T));
                 continue;
             }
+            if (vector && count == shape::PIECE) {
+                cp_async_narrow<T>(to, from);      /* widen_slots() does the rest */
+                continue;
+            }
             uint32_t word[4];
-            if (vector && count == shape::PIECE) { widen_words(word, from, T()); } else { gather_words(word, from, view.stride_d, count, float8, T()); }
-            asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(word[0]), "r"(word[1]), "r"(word[2]), "r"(word[3]) : "memory");
+            gather_words(word, from, view.stride_d, count, float8, T());
+            store_words(to, word);
         }
     }
 }

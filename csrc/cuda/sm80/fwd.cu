@@ -35,7 +35,7 @@ static constexpr bool CACHE = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_V
 static constexpr bool GENERAL = CACHE || FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_general;
 static_assert(WARP_ROWS % 16 == 0 && WARP_ROWS * FGQA_WARPS == BLOCK_Q, "kernels.def: block_q is a multiple of 16 rows a warp");
 static_assert(DV <= D, "kernels.def: the K tile has room for a V tile");
-static_assert(STAGES == 1 || STAGES == 2, "kernels.def: one or two stages");
+static_assert(STAGES == 1 || (STAGES == 2 && !CACHE), "kernels.def: one or two stages; of a cache, one");
 
 /* What a variant knows of a row, and does to the scores of two rows; plain: the interval mask alone. */
 template <bool> struct variant {
@@ -117,6 +117,17 @@ static __device__ __forceinline__ void load_v(shared &mem, const fgqa_params &pa
     const int64_t row_bytes = params.problem.view[FGQA_ARG_v].stride_s * (int64_t)sizeof(T);
     load_tile<T, BLOCK_K, DV, THREADS>(smem_address(mem.v[stage]), task.v + (int64_t)tile * BLOCK_K * row_bytes, row_bytes,
                                        task.sequence.mask.sk - tile * BLOCK_K, params.problem.dv, !GENERAL || params.vector_v);
+}
+
+/* Of a float8 cache, what this thread has loaded of a tile that has arrived, into elements of T. */
+static __device__ __forceinline__ void widen_k(shared &mem, const fgqa_params &params, int32_t j0)
+{
+    widen_slots<T, BLOCK_K, D, THREADS>(smem_address(mem.k[0]), params.problem.view[FGQA_ARG_k], mem.task.sequence.mask.sk - j0, params.problem.d, params.vector_k);
+}
+
+static __device__ __forceinline__ void widen_v(shared &mem, const fgqa_params &params, int32_t j0)
+{
+    widen_slots<T, BLOCK_K, DV, THREADS>(smem_address(mem.v[0]), params.problem.view[FGQA_ARG_v], mem.task.sequence.mask.sk - j0, params.problem.dv, params.vector_v);
 }
 
 /* Exponents in base 2 of scores relative to `base`: in one instruction, which rounds that of the largest score and is useless
@@ -381,6 +392,7 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
         const int stage = STAGES == 2 ? tile & 1 : 0;
         const int32_t j0 = tile * BLOCK_K;
         cp_async_wait<0>();
+        if (CACHE) { widen_k(mem, params, j0); }
         __syncthreads();                               /* this tile has arrived, the previous one is used up */
         if (STAGES == 1) {
             load_v(mem, params, 0, tile);
@@ -403,6 +415,7 @@ static __device__ __forceinline__ void walk_tiles(shared &mem, const fgqa_params
         }
         if (STAGES == 1) {
             cp_async_wait<0>();
+            if (CACHE) { widen_v(mem, params, j0); }
             __syncthreads();                           /* V has arrived, K is used up */
             if (!CAREFUL && tile > first_tile) {
                 load_k(mem, params, 0, tile - 1);
