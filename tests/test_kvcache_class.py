@@ -133,7 +133,8 @@ def test_scales_of_sequences_follow_them():
     pytest.importorskip("ml_dtypes")
     rng = np.random.default_rng(0)
     scale = np.array([[0.5, 0.01], [0.02, 3], [1, 0.25]], np.float32)
-    cache = flashgqa.KVCache(3, HK, D, capacity=8, page_size=3, dtype="float8_e4m3", k_scale=scale, v_scale=scale[:, ::-1])
+    scales = {"k_scale": scale, "v_scale": scale[:, ::-1]}
+    cache = flashgqa.KVCache(3, HK, D, capacity=8, page_size=3, pages=20, dtype="float8_e4m3", **scales)
     whole = [np.zeros((3, HK, 0, D))] * 2
 
     def attend(of, held, order, rows):
