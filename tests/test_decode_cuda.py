@@ -91,6 +91,9 @@ def test_head_dims_and_strides(d, dv, dtype):
         out = check(q, k, v, "decode" if g == 4 else "decodewide")
         turned = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
         assert torch.equal(flashgqa.attention(*turned, layout="bshd").transpose(1, 2), out)
+        tile = 64 if max(d, dv) <= 64 else 128
+        whole = inputs(2, 3, g, 1, 700, tile, tile, dtype)       # records hold whole tiles
+        assert flashgqa.explain(q, k, v)["workspace_bytes"] == flashgqa.explain(*whole)["workspace_bytes"] > 0
 
 
 @pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 8), (8, 8)])

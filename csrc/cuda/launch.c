@@ -262,7 +262,7 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
         return;
     }
     if (k->row.most_rows) {
-        fgqa_dec_tile(p, plan, device.multiprocessors);
+        fgqa_dec_tile(p, plan, k->row.dv, device.multiprocessors);
         return;
     }
     if (k->row.arch == HOPPER) {

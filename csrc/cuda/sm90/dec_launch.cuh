@@ -26,7 +26,7 @@ static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p
 static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
     p->common = fgqa_params_make(problem);
-    fgqa_dec_layout_make(problem, BLOCK_Q, GRANULE, (int32_t)plan->tasks, workspace, &p->layout);
+    fgqa_dec_layout_make(problem, BLOCK_Q, GRANULE, DV, (int32_t)plan->tasks, workspace, &p->layout);
     const fgqa_mask mask = {problem->sq, problem->sk, problem->align == FGQA_ALIGN_BOTTOM_RIGHT ? problem->sk - problem->sq : 0,
                             problem->left, problem->right, problem->chunk};
     const int64_t pairs = (int64_t)problem->b * p->layout.heads;

@@ -51,9 +51,10 @@ static inline int fgqa_dec_is_uniform(const fgqa_problem *p)
     return !p->kv_lens && !p->q_lens && !(p->cache.page_size && (p->cache.lens || p->cache.new_lens || p->cache.left_pad));
 }
 
-/* block_q: most packed rows of a block; granule: block_k. Carves, or with base NULL measures, the workspace. */
-static inline size_t fgqa_dec_layout_make(const fgqa_problem *p, int32_t block_q, int32_t granule, int32_t multiprocessors, void *base,
-                                          fgqa_dec_layout *layout)
+/* block_q: most packed rows of a block; granule: block_k; dv: the row's, not the problem's: records have whole tiles. Carves, or
+ * with base NULL measures, the workspace. */
+static inline size_t fgqa_dec_layout_make(const fgqa_problem *p, int32_t block_q, int32_t granule, int32_t dv, int32_t multiprocessors,
+                                          void *base, fgqa_dec_layout *layout)
 {
     fgqa_arena arena = fgqa_arena_begin(base);
     const int64_t rows = (int64_t)p->sq * p->g;
@@ -68,14 +69,14 @@ static inline size_t fgqa_dec_layout_make(const fgqa_problem *p, int32_t block_q
     layout->records = layout->chunk ? (units > 1 ? pairs * units : 0) : 2 * (int64_t)layout->blocks;
     layout->record = NULL;
     if (layout->records > 0) {
-        const size_t slices = (size_t)layout->rows * (size_t)((p->dv + FGQA_DEC_SLICE - 1) / FGQA_DEC_SLICE);
+        const size_t slices = (size_t)layout->rows * (size_t)(dv / FGQA_DEC_SLICE);
         layout->record = (float *)fgqa_arena_take(&arena, (size_t)layout->records * slices * FGQA_DEC_RECORD, sizeof(float));
     }
     return arena.used;
 }
 
 /* block_q and block_k are set. A task is a block of threads, at most one a multiprocessor. */
-static inline void fgqa_dec_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t multiprocessors)
+static inline void fgqa_dec_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t dv, int32_t multiprocessors)
 {
     fgqa_dec_layout layout;
     const int64_t pairs = (int64_t)p->b * p->hk;
@@ -83,7 +84,7 @@ static inline void fgqa_dec_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t
         plan->tasks = 0;
         return;
     }
-    plan->workspace_bytes = fgqa_dec_layout_make(p, plan->block_q, plan->block_k, multiprocessors, NULL, &layout);
+    plan->workspace_bytes = fgqa_dec_layout_make(p, plan->block_q, plan->block_k, dv, multiprocessors, NULL, &layout);
     plan->tasks = layout.blocks;
     plan->splits = layout.blocks > pairs * layout.row_blocks ? (int32_t)(layout.blocks / (pairs * layout.row_blocks)) : 1;
 }
