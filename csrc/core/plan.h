@@ -19,7 +19,7 @@ typedef struct {
     size_t scratch_bytes;      /* per worker */
     size_t workspace_bytes;    /* shared by all tasks, zero-filled by nobody */
     double flops;              /* of the visible part of the score matrix; what explain and benchmarks quote */
-    char refused[3072];        /* "name: reason\n" for each kernel passed over */
+    char refused[6144];        /* "name: reason\n" for each kernel passed over */
 } fgqa_plan;
 
 /* What a running call may need from its caller. */

@@ -98,7 +98,7 @@ int fgqa_call_check_place(fgqa_call *call)
 }
 
 /* The longest text of a plan, in bytes. */
-enum { PLAN_TEXT = 4096 };
+enum { PLAN_TEXT = 8192 };
 
 /* FLASHGQA_LOG=plan: each plan once. */
 static int log_plan(fgqa_call *call)
