@@ -117,9 +117,8 @@ def flash_attn_varlen_func(
     max_seqlen_q, max_seqlen_k : int
         At least the longest length.
     block_table : torch.Tensor, int32 [b, columns], optional
-        The pages of each sequence in their order: read where they are
-    without gradients and dropout, copied together
-        otherwise, with gradients.
+        The pages of each sequence in their order: read where they are without gradients and dropout, copied together otherwise,
+        with gradients.
     dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs
         As in `flash_attn_func`.
 

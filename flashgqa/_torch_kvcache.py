@@ -54,8 +54,12 @@ def with_kvcache(
     q, k, v = as_autocast(q, k, v)
 
     def run(q, k, v):
-        with torch.no_grad():
-            return _in_place(q, k_cache.detach(), v_cache.detach(), k, v, more, options)
+        caches = k_cache.detach(), v_cache.detach()
+        try:
+            with torch.no_grad():
+                return attention_with_kvcache(q, *caches, k, v, layout="bshd", return_lse=True, **more, **options)
+        except MemoryError as error:
+            raise torch.OutOfMemoryError(str(error)) from error
 
     recorded = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v))
     return _NoBackward.apply(run, q, k, v) if recorded else run(q, k, v)
@@ -77,10 +81,6 @@ def _turned(q, k, rotary, interleaved, offsets, options, more):
     b, sq, hq, d = q.shape
     q = apply_rotary_emb(q.reshape(b, 1, sq * hq, d), *rotary, interleaved, seqlen_offsets=start)
     return q.view(b, sq, hq, d), k, None
-
-
-def _in_place(q, k_cache, v_cache, k, v, more, options):
-    return attention_with_kvcache(q, k_cache, v_cache, k, v, layout="bshd", return_lse=True, **more, **options)
 
 
 # ---- packed queries ----

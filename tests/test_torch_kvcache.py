@@ -6,9 +6,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch_tools import DEVICES, gradients, on_devices, randn, seeded, turned  # noqa: E402, F401
+from torch_tools import DEVICES, gradients, near, on_devices, randn, seeded, tables, turned  # noqa: E402, F401
 
 import flashgqa.torch as fg  # noqa: E402
+from flashgqa import _torch_kvcache  # noqa: E402
 from flashgqa.torch import fa3  # noqa: E402
 
 LENS, SLOTS, PAGE = [5, 0, 11], 20, 4
@@ -19,13 +20,8 @@ def make(device, *shape):
     return randn(*shape, dtype=DEVICES[device][0], device=device, grad=False)
 
 
-def near(got, expected, device):
-    torch.testing.assert_close(got, expected, rtol=0, atol=DEVICES[device][1])
-
-
 def angles(device, count=SLOTS, pairs=4):
-    x = torch.arange(count).double()[:, None] * 10000.0 ** -(torch.arange(pairs).double() / pairs)
-    return [y.to(device, DEVICES[device][0]) for y in (x.cos(), x.sin())]
+    return tables(count, 2 * pairs, DEVICES[device][0], device)
 
 
 def attended(q, k, v, causal=False, window=(-1, -1), softcap=0.0, slopes=None, chunk=0, pad=0):
@@ -198,18 +194,30 @@ attention_chunk=0, softcap=0.0, rotary_interleaved=True, scheduler_metadata=None
 return_softmax_lse=False"
 
 
+def test_out_of_memory_is_torchs_error(monkeypatch):
+    def fail(*_, **__):
+        raise MemoryError("a workspace of 5 bytes")
+
+    monkeypatch.setattr(_torch_kvcache, "attention_with_kvcache", fail)
+    q, cache = make("cpu", 2, 1, 4, 8), make("cpu", 2, 9, 2, 8)
+    with pytest.raises(torch.OutOfMemoryError, match="a workspace of 5 bytes"):
+        fg.flash_attn_with_kvcache(q, cache, cache, cache_seqlens=2)
+
+
 def test_signatures_and_errors():
     assert str(inspect.signature(fg.flash_attn_with_kvcache)) == f"({WITH_KVCACHE})"
     assert str(inspect.signature(fa3.flash_attn_with_kvcache)) == f"({FA3_WITH_KVCACHE})"
     q, cache = make("cpu", 2, 1, 4, 8), make("cpu", 2, 9, 2, 8)
     new = make("cpu", 2, 1, 2, 8)
-    with pytest.raises(ValueError, match="k and v"):
+    with pytest.raises(ValueError, match="k and v: both must be given"):
         fg.flash_attn_with_kvcache(q, cache, cache, new, cache_seqlens=2)
-    with pytest.raises(ValueError, match="cache_seqlens"):
+    with pytest.raises(ValueError, match="k and v are given without cache_seqlens"):
         fg.flash_attn_with_kvcache(q, cache, cache.clone(), new, new)
-    with pytest.raises(ValueError, match="rotary_cos"):
+    with pytest.raises(ValueError, match="rotary_cos is given without rotary_sin"):
         fg.flash_attn_with_kvcache(q, cache, cache, rotary_cos=new, cache_seqlens=2)
-    with pytest.raises(ValueError, match="max_seqlen_q"):
+    with pytest.raises(ValueError, match="rotary_cos is given without k and v"):
+        fg.flash_attn_with_kvcache(q, cache, cache, rotary_cos=new, rotary_sin=new, cache_seqlens=2)
+    with pytest.raises(ValueError, match="cu_seqlens_q is given without max_seqlen_q"):
         fa3.flash_attn_with_kvcache(q[0], cache, cache, cu_seqlens_q=torch.tensor([0, 1], dtype=torch.int32))
     kept = cache.clone()
     with pytest.raises(ValueError, match="slots"):
