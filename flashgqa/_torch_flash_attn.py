@@ -183,7 +183,7 @@ def flash_attn_with_kvcache(
 
     q [b, sq, hq, d]; k_cache and v_cache [rows, slots, hk, d], or pages [pages, page_size, hk, d] with block_table int32
     [b, columns], of any page size. cache_seqlens: int, or int32 [b], slots in use before; it is not changed. num_splits changes
-    nothing. See `flashgqa.attention_with_kvcache`; on a GPU the same is put together of torch's indexing and `attention`.
+    nothing. See `flashgqa.attention_with_kvcache`, for errors and sources, too.
 
     Returns out, or (out, lse [b, hq, sq]) with return_softmax_lse. There is no backward.
     """
