@@ -181,11 +181,40 @@ def flash_attn_with_kvcache(
 ):  # fmt: skip
     """flash_attn.flash_attn_with_kvcache: puts k and v [b, new, hk, d] behind what the cache holds, in place, and attends to all.
 
-    q [b, sq, hq, d]; k_cache and v_cache [rows, slots, hk, d], or pages [pages, page_size, hk, d] with block_table int32
-    [b, columns], of any page size. cache_seqlens: int, or int32 [b], slots in use before; it is not changed. num_splits changes
-    nothing. See `flashgqa.attention_with_kvcache`, for errors and sources, too.
+    Parameters
+    ----------
+    q : torch.Tensor, [b, sq, hq, d]
+    k_cache, v_cache : torch.Tensor, [rows, slots, hk, d]
+        Or pages [pages, page_size, hk, d], of any page size, with block_table. Written where k and v go, nowhere else.
+    k, v : torch.Tensor, [b, new, hk, d], optional
+        Go to slots cache_seqlens on.
+    rotary_cos, rotary_sin : torch.Tensor, [positions, r], optional
+        Tables of a rotary embedding of k and q, which stand at positions cache_seqlens on; without causal or a window all rows of
+        q stand at the first. rotary_interleaved: elements 2 n and 2 n + 1 are a pair, or n and n + r.
+    cache_seqlens : int, or torch.Tensor, int32 [b], optional
+        Slots in use before; not changed. Default: all.
+    cache_batch_idx : torch.Tensor, int32 [b], optional
+        The row of the cache of each sequence; default its own number.
+    cache_leftpad : torch.Tensor, int32 [b], optional
+        The first slot that holds a token.
+    block_table : torch.Tensor, int32 [b, columns], optional
+        The pages of each sequence in their order.
+    softmax_scale, causal, window_size, softcap, alibi_slopes
+        As in `flash_attn_func`; the last row of q stands at the last key.
+    num_splits
+        Changes nothing.
+    return_softmax_lse : bool
+        Whether lse is returned.
 
-    Returns out, or (out, lse [b, hq, sq]) with return_softmax_lse. There is no backward.
+    Returns
+    -------
+    out : torch.Tensor, [b, sq, hq, d]
+        With return_softmax_lse (out, lse [b, hq, sq]). There is no backward: an attempt is a NotImplementedError.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        As in `flashgqa.attention_with_kvcache`; nothing is written then.
     """
     out, lse = with_kvcache(
         q, k_cache, v_cache, k, v, cache_lens=cache_seqlens, batch_index=cache_batch_idx, left_pad=cache_leftpad,
