@@ -111,6 +111,10 @@ def gpu_decode_table(rows):
                "lengths given", "invariant")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
+        if "error" in row:
+            cells = [row["b"], row["s"], heads(row), row["page"] or "", "failed", *[""] * (len(columns) - 5)]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            continue
         mine = row["flashgqa_us"]
         ratios = [f"{row[f'{name}_us'] / mine:.2f}" for name in ("best", "cudnn", "fa2")]
         rate = 4 * row["b"] * row["hk"] * row["s"] * 128 / mine / 1e6
