@@ -96,6 +96,28 @@ def test_head_dims_and_strides(d, dv, dtype):
         assert flashgqa.explain(q, k, v)["workspace_bytes"] == flashgqa.explain(*whole)["workspace_bytes"] > 0
 
 
+@pytest.mark.parametrize("page", [16, 48, 64, 256])
+def test_pages(page):
+    """In any order, NaN in what no sequence holds, numbers of other pages behind the last one in use: 2^30."""
+    for g, sq in ((1, 1), (4, 2), (7, 1), (16, 1), (8, 4)):
+        lens = int32([900, 3, 513])
+        q, k, v = inputs(3, 2, g, sq, 960, lens=lens)
+        per = -(-960 // page)
+        table = torch.randperm(3 * per, generator=torch.Generator("cuda").manual_seed(page), device="cuda").view(3, per)
+        cut = [torch.nn.functional.pad(x, (0, 0, 0, per * page - 960), value=math.nan) for x in (k, v)]
+        cut = [x.view(3, 2, per, page, 128).transpose(1, 2).reshape(-1, 2, page, 128) for x in cut]
+        pages = [torch.empty_like(x) for x in cut]
+        for to, x in zip(pages, cut, strict=True):
+            to[table.view(-1)] = x
+        unused = torch.arange(per, device="cuda") * page >= lens[:, None]
+        options = {"cache_lens": lens, "page_table": torch.where(unused, 1 << 30, table).to(torch.int32), "causal": True}
+        out, lse = flashgqa.attention_with_kvcache(q, *pages, **options, return_lse=True)
+        exact, exact_lse = formula(q, k, v, torch.float64, lens, causal=True)
+        naive, _ = formula(q, k, v, q.dtype, lens, causal=True)
+        assert (out - exact).abs().max() <= 2 * (naive - exact).abs().max() + 2 * UNIT[q.dtype] * exact.abs().max()
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=3e-5)
+
+
 @pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 8), (8, 8)])
 def test_inf_and_nan_reach_only_rows_that_see_them(sq, g):
     q, k, v = inputs(1, 1, g, sq, 900)
