@@ -28,7 +28,7 @@ from .api import (
     set_num_threads,
     show_config,
 )
-from .kvcache import KVCache, attention_with_kvcache
+from .kvcache import KVCache, attention_with_kvcache, explain_with_kvcache
 
 __all__ = [
     "Config",
@@ -43,6 +43,7 @@ __all__ = [
     "attention_with_kvcache",
     "dropout_mask",
     "explain",
+    "explain_with_kvcache",
     "get_num_threads",
     "kernels",
     "kv_cache_bytes",

@@ -3,13 +3,15 @@
 All checks and all arithmetic are in ``flashgqa._C``. Letters as in `flashgqa.api`; a slot is the place of one key and value.
 """
 
+from inspect import signature
 from operator import index
 
 import numpy
 
 from . import _C
+from .api import Plan
 
-__all__ = ["KVCache", "attention_with_kvcache"]
+__all__ = ["KVCache", "attention_with_kvcache", "explain_with_kvcache"]
 
 _attention = _C.attention_with_kvcache
 
@@ -146,6 +148,40 @@ def attention_with_kvcache(
         None, None, None, None, 0.0, None, layout, stream, True, batch_invariant,
         None, check, device, kernel,
     )  # fmt: skip
+
+
+# The arguments of _C.attention_with_kvcache before its options.
+_ARGUMENTS = (
+    "q", "k_cache", "v_cache", "k_new", "v_new", "cache_lens", "new_lens", "page_table", "batch_index", "left_pad", "rotary_cos",
+    "rotary_sin", "rotary_offsets", "k_scale", "v_scale", "rotary_interleaved", "return_lse", "out",
+)  # fmt: skip
+
+
+def explain_with_kvcache(*tensors, **options):
+    """Which kernel a call of `attention_with_kvcache` would run, and why others do not serve it. Nothing is written or computed.
+
+    Parameters
+    ----------
+    *tensors, **options
+        As there. On a GPU the plan is that of the largest lengths the cache can have: those on the device are not read.
+
+    Returns
+    -------
+    Plan
+        As `explain` returns it.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError, NotImplementedError
+        What the call itself would raise before it runs.
+    """
+    given = signature(attention_with_kvcache).bind(*tensors, **options)
+    given.apply_defaults()
+    values = {"align": "bottom-right", "dropout_p": 0.0, "deterministic": True} | given.arguments
+    values["rotary_cos"], values["rotary_sin"] = _cos_sin(values["rotary"])
+    if hasattr(values["cache_lens"], "__index__") and not hasattr(values["cache_lens"], "__dlpack__"):
+        values["cache_lens"] = _lengths_beside(values["q"], index(values["cache_lens"]))
+    return Plan(_C.explain_with_kvcache(*(values.get(name) for name in _ARGUMENTS + _C.OPTIONS)))
 
 
 def _lengths_beside(q, length):

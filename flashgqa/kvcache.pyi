@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict, overload
 import numpy
 from typing_extensions import Unpack
 
-from .api import A, Array
+from .api import A, Array, Plan
 
 class _CacheOptions(TypedDict, total=False):
     cache_lens: Array | int | None
@@ -57,6 +57,17 @@ def attention_with_kvcache(
     return_lse: Literal[True],
     **options: Unpack[_CacheOptions],
 ) -> tuple[A, A]: ...
+
+def explain_with_kvcache(
+    q: Array,
+    k_cache: Array,
+    v_cache: Array,
+    k_new: Array | None = None,
+    v_new: Array | None = None,
+    *,
+    return_lse: bool = False,
+    **options: Unpack[_CacheOptions],
+) -> Plan: ...
 
 class KVCache:
     capacity: int

@@ -312,6 +312,22 @@ def test_arguments_are_handed_over_in_the_order_of_C():
     assert names[len(first) :] == [name if name in known else None for name in kvcache._C.OPTIONS]
 
 
+def test_explain_takes_the_same_arguments_and_writes_nothing():
+    first = kvcache._C.attention_with_kvcache.__doc__.split("(")[1].split(", *OPTIONS")[0].split(", ")
+    assert list(kvcache._ARGUMENTS) == first
+    case = CacheCase(sq=2, new=2, pages=16, pairs=8, g=3)
+    tensors, options = build(case)
+    before = [memory_of(x).tobytes() for x in tensors]
+    plan = flashgqa.explain_with_kvcache(*tensors, **options, return_lse=True)
+    assert (plan["b"], plan["hk"], plan["hq"], plan["sq"], plan["sk"]) == (3, 2, 6, 2, 72) and plan["kernel"].startswith("fwd_")
+    assert "KV cache of float32, pages of 16, 2 new" in str(plan)
+    assert [memory_of(x).tobytes() for x in tensors] == before
+    with pytest.raises(ValueError, match="cache_lens"):
+        flashgqa.explain_with_kvcache(*tensors, **options | {"cache_lens": 100})
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        flashgqa.explain_with_kvcache(*tensors, is_causal=True)
+
+
 def test_stubs_name_what_exists():
     stub = ast.parse(pathlib.Path(kvcache.__file__).with_suffix(".pyi").read_text())
     options = next(n for n in stub.body if getattr(n, "name", "") == "_CacheOptions")

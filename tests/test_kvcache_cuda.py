@@ -213,6 +213,14 @@ def test_arguments():
     assert torch.equal(out, flashgqa.attention_with_kvcache(*tensors, **options | {"cache_lens": i32(5, 5, 5)}))
 
 
+def test_explain_names_the_row_and_why_others_do_not_serve():
+    memory, tensors, options = paged_call()
+    before = bits(memory)
+    plan = flashgqa.explain_with_kvcache(*tensors, **options, rotary=angles(20, 4))
+    assert plan["kernel"] == "fwd_sm80_f32_d128_dv128_cache" and plan["sk"] == SIZE * COLUMNS and bits(memory) == before
+    assert ("fwd_sm80_f32_d64_dv64_general", "reads no KV cache") in plan["refused"]
+
+
 # ---- other libraries, KVCache ----
 
 
@@ -264,7 +272,7 @@ def test_kvcache_leads_the_life_of_one_on_the_cpu(dtype, layout):
         q, k, v = (torch.randn(b, rows, h, 16, dtype=of_new) for h in (2 * HK, HK, HK))
         q, k, v = (x if layout == "bshd" else x.transpose(1, 2) for x in (q, k, v))
         results = both(lambda cache, *x: cache.attention(*x, new_lens=lens, causal=True), q, k, v)
-        torch.testing.assert_close(results[1].cpu(), results[0], rtol=0, atol=3e-2 if dtype == "bfloat16" else 3e-6)
+        torch.testing.assert_close(results[1].cpu(), results[0], rtol=0, atol=3e-2 if dtype == "bfloat16" else 2e-5)
 
     attend(5)
     attend(3, np.array([3, 1], np.int32))

@@ -320,7 +320,7 @@ static PyObject *refusals(const fgqa_plan *plan)
     return list;
 }
 
-static PyObject *plan_data(const fgqa_call *call)
+PyObject *fgqa_call_plan_data(const fgqa_call *call)
 {
     const fgqa_problem *p = &call->problem;
     const fgqa_plan *plan = &call->plan;
@@ -377,7 +377,7 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
     } else if (failed == 0) {
         failed = plan_call(&call);
     }
-    if (failed == 0) { result = plan_data(&call); }
+    if (failed == 0) { result = fgqa_call_plan_data(&call); }
     fgqa_call_end(&call);
     return result;
 }

@@ -11,6 +11,7 @@ PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n)
 
 /* call_kvcache.c */
 PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
+PyObject *fgqa_py_explain_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
 
 /* tools.c */
 PyObject *fgqa_py_merge(PyObject *module, PyObject *const *args, Py_ssize_t n);

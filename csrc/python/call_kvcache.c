@@ -122,7 +122,8 @@ static int make_room_for_q(cache_call *c)
     c->turns = p->cache.rotary.pairs > 0 && p->b > 0 && p->sq > 0;
     if (!c->turns) { return 0; }
     const size_t bytes = (size_t)p->b * (size_t)turned.stride_b * fgqa_dtype_bytes(p->dtype);
-    if (fgqa_call_scratch(&c->call, bytes, &turned.data) < 0) { return -1; }
+    turned.data = c->q_given.data;      /* stands in for it while planning */
+    if (!c->call.plan_only && fgqa_call_scratch(&c->call, bytes, &turned.data) < 0) { return -1; }
     p->view[FGQA_ARG_q] = turned;
     return 0;
 }
@@ -157,8 +158,8 @@ static int prepare(cache_call *c, PyObject *const *args)
     const int on_gpu = call->in[FGQA_ARG_q].tensor.device.type == FGQA_CUDA;
     c->request.base = call->request;
     if ((on_gpu && gather(c) < 0) || fgqa_raise(fgqa_cache_init(&c->request, &call->problem)) < 0) { return -1; }
-    if (on_gpu && ((call->request.check && check_contents(c) < 0) || make_room_for_q(c) < 0)) { return -1; }
-    return fgqa_call_make_plan(call) < 0 || fgqa_call_allocate(call) < 0 ? -1 : 0;
+    if (on_gpu && ((call->request.check && !call->plan_only && check_contents(c) < 0) || make_room_for_q(c) < 0)) { return -1; }
+    return fgqa_call_make_plan(call) < 0 || (!call->plan_only && fgqa_call_allocate(call) < 0) ? -1 : 0;
 }
 
 static int run(cache_call *c)
@@ -185,20 +186,34 @@ static int run(cache_call *c)
     return fgqa_raise(status);
 }
 
-/* attention_with_kvcache(q, k_cache, v_cache, k_new, v_new, cache_lens, new_lens, page_table, batch_index, left_pad, rotary_cos,
- * rotary_sin, rotary_offsets, k_scale, v_scale, rotary_interleaved, return_lse, out, *options) -> out | (out, lse) */
-PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n)
+static PyObject *whole_call(PyObject *module, const char *name, int plan_only, PyObject *const *args, Py_ssize_t n)
 {
     cache_call c;
     PyObject *result = NULL;
-    if (fgqa_call_check_count("attention_with_kvcache", n, ARG_options + FGQA_OPTION_COUNT) < 0) { return NULL; }
+    if (fgqa_call_check_count(name, n, ARG_options + FGQA_OPTION_COUNT) < 0) { return NULL; }
     c.imported = 0;
     for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) { c.request.tensor[arg] = NULL; }
     fgqa_call_begin(&c.call, module, FGQA_PASS_FWD, args[ARG_options + FGQA_OPTION_stream]);
-    if (prepare(&c, args) == 0 && run(&c) == 0) { result = fgqa_call_take_forward(&c.call, args[ARG_out]); }
+    c.call.plan_only = plan_only;
+    if (prepare(&c, args) == 0) {
+        result = plan_only ? fgqa_call_plan_data(&c.call) : run(&c) == 0 ? fgqa_call_take_forward(&c.call, args[ARG_out]) : NULL;
+    }
     for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) {
         if (c.imported >> arg & 1) { fgqa_import_release(&c.in[arg]); }
     }
     fgqa_call_end(&c.call);
     return result;
+}
+
+/* attention_with_kvcache(q, k_cache, v_cache, k_new, v_new, cache_lens, new_lens, page_table, batch_index, left_pad, rotary_cos,
+ * rotary_sin, rotary_offsets, k_scale, v_scale, rotary_interleaved, return_lse, out, *options) -> out | (out, lse) */
+PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    return whole_call(module, "attention_with_kvcache", 0, args, n);
+}
+
+/* The same arguments -> dict */
+PyObject *fgqa_py_explain_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n)
+{
+    return whole_call(module, "explain_with_kvcache", 1, args, n);
 }

@@ -49,6 +49,9 @@ int fgqa_call_check_place(fgqa_call *call);
 int fgqa_call_make_plan(fgqa_call *call);
 int fgqa_call_allocate(fgqa_call *call);
 
+/* The plan as a dict. */
+PyObject *fgqa_call_plan_data(const fgqa_call *call);
+
 /* The object of a result, `given` if the caller brought it, None if this pass has none. New reference. */
 PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given);
 
