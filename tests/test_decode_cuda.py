@@ -118,6 +118,15 @@ def test_pages(page):
         torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=3e-5)
 
 
+def test_cache_whose_elements_lie_apart():
+    """The copies of these kernels want them side by side: another kernel reads such a cache."""
+    q, k, v = inputs(2, 2, 4, 1, 700, 256)
+    q, k, v, lens = q[..., :128], k[..., ::2], v[..., ::2], int32([700, 300])
+    expected = flashgqa.attention_with_kvcache(q, k.contiguous(), v.contiguous(), cache_lens=lens)
+    out = flashgqa.attention_with_kvcache(q, k, v, cache_lens=lens)
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=4 * UNIT[q.dtype] * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 8), (8, 8)])
 def test_inf_and_nan_reach_only_rows_that_see_them(sq, g):
     q, k, v = inputs(1, 1, g, sq, 900)

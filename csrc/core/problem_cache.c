@@ -407,6 +407,9 @@ fgqa_status fgqa_cache_init(const fgqa_cache_request *r, fgqa_problem *problem)
         FGQA_TRY(fgqa_check_cache_contents(&p, f->pages, f->paged ? f->slots * TENSOR(page_table)->shape[1] : f->slots, f->paged));
         count_keys(&p);
     } else {      /* lengths are on the device: as many keys as there can be */
+        if (cache.rotary.pairs > 0 && cache.rotary.positions < 1) {
+            return fgqa_fail(FGQA_ERROR_VALUE, "rotary has 0 positions: give one row of cos and sin for each position a key or query can have");
+        }
         p.sk = p.cache.capacity;
         p.total_k = (int64_t)p.b * p.sk;
     }

@@ -160,6 +160,7 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
     const int64_t rows = (int64_t)p->sq * p->g, granules = ((int64_t)p->sk + k->row.block_k - 1) / k->row.block_k + 1;
     const int paged = p->cache.table != NULL && p->cache.page_size < p->cache.capacity;
     if (p->varlen) { return "has no packed sequences"; }
+    if (p->sk < 1) { return "a cache without slots"; }
     if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
         snprintf(why, 128, "up to %d query rows of a KV head", k->row.most_rows);
         return why;
@@ -169,7 +170,8 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
         return why;
     }
     for (int n = 0; n < 2; n++) {
-        const char *reason = p->view[tensors[n]].dtype != p->dtype ? "another dtype than q" : fgqa_tensor_map_refuse(p, tensors[n]);
+        const char *reason = p->view[tensors[n]].dtype != p->dtype ? "another dtype than q"
+            : p->view[tensors[n]].stride_d != 1 ? "elements of a row are not side by side" : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
             snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
             return why;
