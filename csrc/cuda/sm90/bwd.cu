@@ -23,6 +23,7 @@
  * task_free             producer, writers, consumer warps (11)      scheduler                  the task before the next has ended
  * q_full, dout_full[s]  producer + bytes (1)                        consumers                  tile and its lse2, delta are there
  * q_empty, dout_empty   one thread of each consumer (2)             producer                   tile was used by both
+ *                       q_empty, d 256: consumer warps (8)          producer                   and its place at dQ, too
  * k_full, v_full        producer + bytes (1)                        consumers
  * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
  * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
@@ -121,7 +122,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         mbarrier_init(smem_address(&sm.kv_empty), CONSUMERS / 32);
         for (int s = 0; s < 2; s++) {
             mbarrier_init(smem_address(&sm.q_full[s]), 1);
-            mbarrier_init(smem_address(&sm.q_empty[s]), 2);
+            mbarrier_init(smem_address(&sm.q_empty[s]), D == 256 ? CONSUMERS / 32 : 2);
             mbarrier_init(smem_address(&sm.dout_full[s]), 1);
             mbarrier_init(smem_address(&sm.dout_empty[s]), 2);
         }

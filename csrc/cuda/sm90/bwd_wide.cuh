@@ -166,11 +166,11 @@ template <bool MASKED, role OWN_ROLE> static __device__ __forceinline__ void con
             query_products(dq, ds_columns, k_columns + sizeof(sm.k[0]) / 16);
             wgmma_wait<0>();
             add_dq(p, sm, r, dq, 2 * OWN_ROLE + 1, thread);
-            if (p.ordered) {
-                __syncwarp();
-                if (lane == 0) { mbarrier_arrive(smem_address(&sm.dq_added[r.stage])); }
+            __syncwarp();
+            if (lane == 0) {
+                if (p.ordered) { mbarrier_arrive(smem_address(&sm.dq_added[r.stage])); }
+                mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));           /* every warp has read the tile's place at dQ */
             }
-            if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
             r.advance();
         }
 
