@@ -42,10 +42,7 @@ def inputs(shape, dtype, seed=0, factor=1.0):
     return [(factor * rng.standard_normal((2, h, s, n))).astype(dtype) for h, s, n in ((hq, sq, d), (hk, sk, d), (hk, sk, dv))]
 
 
-@pytest.mark.skipif(not ON_TILES, reason="this processor has no AMX")
-@pytest.mark.parametrize("factor", [1, 1e-3, 3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_that_of_three_products(shape, factor):
+def check_error(shape, factor):
     q, k, v = inputs(shape, np.float32, factor=factor)
     out, lse = flashgqa.attention(q, k, v, causal=True, precision="bf16x3", return_lse=True)
     expected, expected_lse = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), causal=True, return_lse=True)
@@ -55,12 +52,16 @@ def test_error_is_that_of_three_products(shape, factor):
     assert not same_bits(out, flashgqa.attention(q, k, v, causal=True))
 
 
-@pytest.mark.skipif(ON_TILES, reason="this processor has AMX")
-def test_without_tiles_the_precision_is_refused_and_explained():
-    q, k, v = inputs(SHAPES[0], np.float32)
+@pytest.mark.parametrize("factor", [1, 1e-3, 3])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_that_of_three_products_or_there_is_none(shape, factor):
+    """Without tiles the precision is refused, by a call and by its plan, with the reason; never something else instead."""
+    if ON_TILES:
+        check_error(shape, factor)
+        return
     for call in (flashgqa.attention, flashgqa.explain):
         with pytest.raises(NotImplementedError, match='fwd_portable: precision="bf16x3" needs a CPU with AMX'):
-            call(q, k, v, precision="bf16x3")
+            call(*inputs(shape, np.float32), precision="bf16x3")
 
 
 def test_backward_and_weights_have_no_such_kernels():
@@ -72,15 +73,14 @@ def test_backward_and_weights_have_no_such_kernels():
 
 
 LARGE = float(np.finfo(np.float32).max)
+IN_PARTS = [("float16", {}), *([("float32", {"precision": "bf16x3"})] if ON_TILES else [])]
 
 
-@pytest.mark.parametrize("dtype, options", [("float32", {"precision": "bf16x3"}), ("float16", {})])
+@pytest.mark.parametrize("dtype, options", IN_PARTS, ids=lambda x: x if isinstance(x, str) else "")
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, LARGE], ids=str)
 @pytest.mark.parametrize("argument", ["q", "k", "v"])
 def test_what_has_no_low_part_means_what_it_does_elsewhere(argument, value, dtype, options):
     """Infinities, NaN and numbers that rounding up would make infinite: the same entries of the results are not finite."""
-    if options and not ON_TILES:
-        pytest.skip("this processor has no AMX")
     if value == LARGE and dtype == "float16":
         value = float(np.finfo(np.float16).max)
     q, k, v = inputs((4, 2, 40, 150, 32, 48), dtype)
@@ -98,13 +98,12 @@ def test_what_has_no_low_part_means_what_it_does_elsewhere(argument, value, dtyp
         np.testing.assert_allclose(out[seen].astype(np.float64), want[seen], rtol=4e-3, atol=4e-3)
 
 
+@pytest.mark.parametrize("isa", cpu_isas())
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_no_scale_at_all(dtype, backend):
+def test_no_scale_at_all(dtype, isa):
     """Uniform weights, also where keys do not fill the last tile."""
-    if backend.device != "cpu":
-        pytest.skip("tiles of the CPU")
     q, k, v = inputs((4, 2, 40, 150, 32, 48), np.float32)
     q, k, v = (x.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype) for x in (q, k, v))
-    out = np.asarray(backend.attention(q, k, v, scale=0.0)).astype(np.float64)
+    out = np.asarray(flashgqa.attention(q, k, v, scale=0.0, kernel=f"fwd_{isa}")).astype(np.float64)
     mean = v.astype(np.float64).mean(2, keepdims=True).repeat(2, 1)
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), rtol=1e-2, atol=1e-3)

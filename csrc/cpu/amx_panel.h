@@ -42,12 +42,7 @@ static void amx_load_keys(bf16 *to, ptrdiff_t low, const tile_sequence *t, const
     to += (ptrdiff_t)before * ld;
     tile_page page = {0};
     for (int32_t s = s0; s < s1; s += page.rows) {
-        if (t->p->cache.page_size > 0) {
-            page = tile_page_at(t, view, s, s1);
-        } else {
-            page.row = view_at(view, t->b, t->kv_head, s0);
-            page.rows = s1 - s0;
-        }
+        page = tile_page_at(t, view, s, s1);
         for (int32_t n = 0; n < page.rows; n++, to += ld) { amx_load_row(to, low, page.row + n * step, view, cols, row); }
     }
     amx_zero_rows(to, low, AMX_BLOCK_ROWS - before - (j1 - j0), ld);

@@ -8,22 +8,12 @@
 #define FGQA_BWD_BLOCK_H
 #include "bwd_shared.h"
 
-/* As many panels as leave room in the second-level cache for K, V, dK, dV of a few key blocks. */
 static bwd_shape shape_of(const fgqa_problem *p)
 {
-    bwd_shape shape;
-    const int32_t lane_bytes = (int32_t)sizeof(real) * (3 * p->d + 2 * p->dv + 2 * KEYS);
-    const int32_t panels = BLOCK_BYTES / (lane_bytes * PANEL);
-    shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
-    shape.ldk = ROUND_UP(p->d, VL);
-    shape.ldv = ROUND_UP(p->dv, VL);
-    shape.ldq = bwd_row_stride(p->d);
-    shape.ldo = bwd_row_stride(p->dv);
+    bwd_shape shape = shape_of_lanes(p, (int32_t)sizeof(real) * (3 * p->d + 2 * p->dv + 2 * KEYS));
     shape.ldt = bwd_row_stride(shape.panels * PANEL);
     return shape;
 }
-
-static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
 
 typedef struct {
     bwd_panel *panels;                         /* [panels] */

@@ -18,6 +18,17 @@ typedef struct {
     int32_t ldt;                 /* between keys of the block's P^T and dS^T */
 } bwd_shape;
 
+/* All but ldt: as many panels as leave room in the second-level cache for K, V, dK, dV of a few key blocks. */
+static bwd_shape shape_of_lanes(const fgqa_problem *p, int32_t lane_bytes)
+{
+    bwd_shape shape = {0, ROUND_UP(p->d, VL), ROUND_UP(p->dv, VL), bwd_row_stride(p->d), bwd_row_stride(p->dv), 0};
+    const int32_t panels = BLOCK_BYTES / (lane_bytes * PANEL);
+    shape.panels = panels < 1 ? 1 : panels > MAX_BLOCK_PANELS ? MAX_BLOCK_PANELS : panels;
+    return shape;
+}
+
+static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
+
 typedef struct {
     real *delta;                               /* [hq][total_q] */
     real *dk, *dv;                             /* [splits][hk][total_k][ldk or ldv]; only where there are several */

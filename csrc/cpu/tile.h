@@ -177,12 +177,16 @@ FGQA_SHARED void tile_transpose_panel(real *to, int32_t ld, const real *from, in
  * already, else a copy in scratch (KEYS x ROUND_UP(cols, VL)). */
 typedef struct { const real *data; ptrdiff_t stride; } tile_block;
 
-/* The first of slots [s0, s1) of a KV cache, and how many of them follow each other in its page. */
+/* The first of rows [s0, s1), and how many of them follow each other: all, or those in one page of a KV cache. */
 typedef struct { const char *row; int32_t rows; } tile_page;
 
 SIMD tile_page tile_page_at(const tile_sequence *t, const fgqa_view *view, int32_t s0, int32_t s1)
 {
     const fgqa_cache *cache = &t->p->cache;
+    if (cache->page_size == 0) {
+        const tile_page all = {view_at(view, t->b, t->kv_head, s0), s1 - s0};
+        return all;
+    }
     const int32_t row = s0 % cache->page_size, rest = cache->page_size - row;
     const tile_page page = {view_at(view, fgqa_cache_page(cache, t->b, s0), t->kv_head, row), s1 - s0 < rest ? s1 - s0 : rest};
     return page;
@@ -204,17 +208,15 @@ SIMD int is_own(const fgqa_view *view, int32_t cols)
 
 FGQA_SHARED tile_block tile_block_load(const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols, real *scratch)
 {
-    const int32_t ld = ROUND_UP(cols, VL), s0 = (int32_t)t->seq.k_row + j0, s1 = (int32_t)t->seq.k_row + j1, cached = t->p->cache.page_size > 0;
+    const int32_t ld = ROUND_UP(cols, VL), s0 = (int32_t)t->seq.k_row + j0, s1 = (int32_t)t->seq.k_row + j1;
     const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
     const tile_block copy = {scratch, ld};
-    tile_page page = {0};
-    page.rows = s1 - s0;
-    if (cached) { page = tile_page_at(t, view, s0, s1); } else { page.row = view_at(view, t->b, t->kv_head, s0); }
+    tile_page page = tile_page_at(t, view, s0, s1);
     if (is_own(view, cols) && page.rows == s1 - s0) {
         const tile_block in_place = {(const real *)(const void *)page.row, (ptrdiff_t)view->stride_s};
         return in_place;
     }
-    const real factor = cached ? tile_cache_scale(t, view) : 1;
+    const real factor = t->p->cache.page_size ? tile_cache_scale(t, view) : 1;
     for (int32_t s = s0;;) {
         for (int32_t n = 0; n < page.rows; n++) {
             real *to = scratch + (ptrdiff_t)(s - s0 + n) * ld;
