@@ -90,12 +90,16 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     return NULL;
 }
 
-/* Forward on tiles also takes what it can split into bfloat16 numbers. */
+#define SPLIT_ROWS 256     /* packed rows that share the work of splitting K and V; decode steps have fewer */
+
+/* Forward on tiles also takes what it can split into bfloat16 numbers: float16 where that pays, by the shape that all sequences
+ * of the batch have. */
 static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
 {
     const cpu_row *row = kernel->row;
     const int float8_cache = p->view[FGQA_ARG_k].dtype != p->dtype;
-    const int split = row->pass == FGQA_PASS_FWD && (p->dtype == FGQA_F16 || p->precision == FGQA_PRECISION_BF16X3);
+    const int many = p->varlen || p->q_lens || (int64_t)p->sq * p->g >= SPLIT_ROWS;
+    const int split = row->pass == FGQA_PASS_FWD && ((p->dtype == FGQA_F16 && many) || p->precision == FGQA_PRECISION_BF16X3);
     return p->dtype == FGQA_F64 ? &row->f64 : (p->dtype == FGQA_BF16 || split) && !float8_cache ? &row->bf16 : &row->f32;
 }
 
