@@ -271,6 +271,12 @@ def test_the_embedded_ptx_gives_the_same_results(tmp_path):
             close(a.double(), b.double(), tolerance)
 
 
+def test_a_precision_for_other_processors_is_refused():
+    q, k, v = qkv(dtype=torch.float32)
+    with pytest.raises(NotImplementedError, match="bf16x3.*leave precision out"):
+        flashgqa.attention(q, k, v, precision="bf16x3")
+
+
 # ---- sizes ----
 
 

@@ -223,6 +223,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (p->dtype != k->row.dtype) {      /* of most rows: a call should not wait for the text */
         return k->row.dtype == FGQA_F32 ? "computes float32" : k->row.dtype == FGQA_F16 ? "computes float16" : "computes bfloat16";
     }
+    if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" is for CPUs with AMX: GPUs multiply float32 numbers as they are; leave precision out"; }
     if (p->d > k->row.d || p->dv > k->row.dv) {
         snprintf(why, 128, "head dims up to %d, %d", k->row.d, k->row.dv);
         return why;
