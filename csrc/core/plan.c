@@ -2,6 +2,7 @@
 #include "plan.h"
 
 #include <stdarg.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -108,7 +109,7 @@ static void append(char *text, size_t size, const char *first, const char *secon
 {
     const char *const parts[] = {first, second, end};
     size_t used = strlen(text);
-    for (int n = 0; n < 3; n++) {      /* on the way of every call: no printf */
+    for (int n = 0; n < 3; n++) {
         const size_t length = strlen(parts[n]), room = size - 1 - used;
         memcpy(text + used, parts[n], length < room ? length : room);
         used += length < room ? length : room;
@@ -132,18 +133,48 @@ static fgqa_status fail_unknown(const fgqa_problem *p, const fgqa_kernel *kernel
                      names[0] ? ", or None" : "");
 }
 
+const char *fgqa_reason(char why[128], const char *format, ...)
+{
+    va_list list;
+    if (why == NULL) { return "?"; }
+    va_start(list, format);
+    vsnprintf(why, 128, format, list);
+    va_end(list);
+    return why;
+}
+
+/* Why the kernel is not the one to take; NULL if it is. */
+static const char *reason_against(const fgqa_kernel *kernel, const fgqa_problem *p, const char *forced, char why[128])
+{
+    const char *reason = kernel->refuse(kernel, p, why);
+    return reason == NULL && forced == NULL && kernel->pass_over ? kernel->pass_over(kernel, p, why) : reason;
+}
+
+static int is_candidate(const fgqa_kernel *kernel, const fgqa_problem *p, const char *forced)
+{
+    return serves(kernel, p) && (forced == NULL || strcmp(forced, kernel->name) == 0);
+}
+
+void fgqa_plan_reasons(const fgqa_problem *p, const fgqa_kernel *kernels, int32_t n, const char *forced, fgqa_plan *plan)
+{
+    plan->refused[0] = '\0';
+    for (int32_t k = 0; k < n && &kernels[k] != plan->kernel; k++) {
+        char why[128];
+        if (!is_candidate(&kernels[k], p, forced)) { continue; }
+        append(plan->refused, sizeof plan->refused, kernels[k].name, ": ", "");
+        append(plan->refused, sizeof plan->refused, reason_against(&kernels[k], p, forced, why), "\n", "");
+    }
+}
+
 fgqa_status fgqa_plan_make(const fgqa_problem *p, const fgqa_kernel *kernels, int32_t n, const char *forced, fgqa_plan *plan)
 {
     int named = 0;
-    memset(plan, 0, sizeof *plan);
+    memset(plan, 0, offsetof(fgqa_plan, refused));
+    plan->refused[0] = '\0';
     for (int32_t k = 0; k < n; k++) {
-        char why[128] = "";
-        if (!serves(&kernels[k], p)) { continue; }
-        if (forced && strcmp(forced, kernels[k].name) != 0) { continue; }
+        if (!is_candidate(&kernels[k], p, forced)) { continue; }
         named = 1;
-        const char *reason = kernels[k].refuse(&kernels[k], p, why);
-        if (reason == NULL && forced == NULL && kernels[k].pass_over) { reason = kernels[k].pass_over(&kernels[k], p, why); }
-        if (reason == NULL) {
+        if (reason_against(&kernels[k], p, forced, NULL) == NULL) {
             plan->kernel = &kernels[k];
             plan->splits = 1;
             plan->threads = 1;
@@ -151,14 +182,13 @@ fgqa_status fgqa_plan_make(const fgqa_problem *p, const fgqa_kernel *kernels, in
             kernels[k].tile(&kernels[k], p, plan);
             return FGQA_OK;
         }
-        append(plan->refused, sizeof plan->refused, kernels[k].name, ": ", "");
-        append(plan->refused, sizeof plan->refused, reason, "\n", "");
     }
     if (forced && !named) { return fail_unknown(p, kernels, n, forced); }
     if (!named) {
         return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "this build has no %s kernel for %s%s", pass_name(p->pass),
                          device_name(p->device.type), p->device.type == FGQA_CPU ? "" : "; move the tensors to the CPU");
     }
+    fgqa_plan_reasons(p, kernels, n, forced, plan);
     return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "no %s kernel for %s serves this call:\n%s%s", pass_name(p->pass),
                      device_name(p->device.type), plan->refused,
                      forced ? "leave kernel out to let the plan choose" : "change what the reasons name");

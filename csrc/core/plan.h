@@ -1,7 +1,7 @@
 /* plan.h - which kernel runs a problem, in what tiles, with how much scratch. Pointer-free but for the kernel row; prints itself.
  *
  * A backend offers its kernels as a list of rows; fgqa_plan_make() takes the first row of the list that serves the
- * problem and keeps the reason why each earlier one did not. Rows are listed fastest first.
+ * problem; fgqa_plan_reasons() says why each earlier one did not. Rows are listed fastest first.
  */
 #ifndef FGQA_PLAN_H
 #define FGQA_PLAN_H
@@ -19,7 +19,7 @@ typedef struct {
     size_t scratch_bytes;      /* per worker */
     size_t workspace_bytes;    /* shared by all tasks, zero-filled by nobody */
     double flops;              /* of the visible part of the score matrix; what explain and benchmarks quote */
-    char refused[6144];        /* "name: reason\n" for each kernel passed over */
+    char refused[6144];        /* "name: reason\n" for each kernel passed over, once asked for */
 } fgqa_plan;
 
 /* What a running call may need from its caller. */
@@ -33,7 +33,8 @@ struct fgqa_kernel {
     const char *name;                      /* "fwd_avx512": what kernel=, explain and profiles show; unique */
     fgqa_pass pass;
     fgqa_device_type device;
-    /* NULL if the row can run this problem on this machine, else the reason (static text, or built in `why`). */
+    /* NULL if the row can run this problem on this machine, else the reason: static text, or built in `why`. Without a `why`
+     * nobody reads it. */
     const char *(*refuse)(const fgqa_kernel *kernel, const fgqa_problem *problem, char why[128]);
     /* Fills tiles, splits, tasks, threads and memory of the plan. From the shape alone, never from the thread count. */
     void (*tile)(const fgqa_kernel *kernel, const fgqa_problem *problem, fgqa_plan *plan);
@@ -48,6 +49,12 @@ struct fgqa_kernel {
  * list of names when `forced` is unknown. */
 fgqa_status fgqa_plan_make(const fgqa_problem *problem, const fgqa_kernel *kernels, int32_t n_kernels,
                            const char *forced, fgqa_plan *plan);
+
+/* Fills `refused` for the same problem and kernels. Not done by the above: on the way of every call nobody reads it. */
+void fgqa_plan_reasons(const fgqa_problem *problem, const fgqa_kernel *kernels, int32_t n_kernels, const char *forced, fgqa_plan *plan);
+
+/* For refuse() and pass_over(): a reason built in `why`, or any one if that is NULL. */
+const char *fgqa_reason(char why[128], const char *format, ...) __attribute__((format(printf, 2, 3)));
 
 /* Visible scores of the problem, summed over batch and query heads (exact for interval masks). Lengths that live on a
  * GPU are not read: there the padded shape counts. */

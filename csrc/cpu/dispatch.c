@@ -84,8 +84,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         return "precision=\"bf16x3\" is for the forward pass: this one multiplies float32 numbers as they are; leave precision out";
     }
     if (p->dtype != FGQA_F64 && p->dtype != FGQA_F32 && p->dtype != FGQA_F16 && p->dtype != FGQA_BF16) {
-        snprintf(why, 128, "dtype %s: built for float64, float32, float16 and bfloat16", fgqa_dtype_name(p->dtype));
-        return why;
+        return fgqa_reason(why, "dtype %s: built for float64, float32, float16 and bfloat16", fgqa_dtype_name(p->dtype));
     }
     return NULL;
 }

@@ -9,7 +9,6 @@
 
 #include <cuda_runtime_api.h>
 #include <float.h>
-#include <stdio.h>
 #include <string.h>
 
 /* ---- errors and devices ---- */
@@ -90,8 +89,7 @@ static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_probl
     for (int n = 0; n < 4; n++) {
         const char *reason = fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
-            snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
-            return why;
+            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
     }
     /* Tasks are counted in 32 bits. Of packed sequences the longest is not known here, all together are. Splits: if they are few. */
@@ -112,22 +110,18 @@ static const char *refuse_device(const cuda_kernel *k, int32_t index, char why[1
 {
     fgqa_cuda_properties device;
     if (fgqa_cuda_device_properties(index, &device) != FGQA_OK) {
-        snprintf(why, 128, "%.127s", fgqa_message());
-        return why;
+        return fgqa_reason(why, "%.127s", fgqa_message());
     }
     const int own = k->row.arch == HOPPER;         /* wgmma exists on 9.0 alone */
     if (own ? device.capability != k->row.arch : device.capability < k->row.arch) {
-        snprintf(why, 128, "needs compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
-        return why;
+        return fgqa_reason(why, "needs compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
     }
     const int32_t smem = k->smem();
     if (smem < 0) {
-        snprintf(why, 128, "this build has no code for compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
-        return why;
+        return fgqa_reason(why, "this build has no code for compute capability %d.%d", k->row.arch / 10, k->row.arch % 10);
     }
     if (smem > device.smem_per_block) {
-        snprintf(why, 128, "needs %d bytes of shared memory a block, the device has %d", smem, device.smem_per_block);
-        return why;
+        return fgqa_reason(why, "needs %d bytes of shared memory a block, the device has %d", smem, device.smem_per_block);
     }
     return NULL;
 }
@@ -146,8 +140,7 @@ static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, c
     for (int n = 0; n < 4; n++) {
         const char *reason = tensors[n] == FGQA_ARG_out && p->view[FGQA_ARG_out].data == NULL ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
-            snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
-            return why;
+            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
     }
     return head_tiles(k, p) > INT32_MAX / 2 ? "too many tiles" : NULL;
@@ -162,19 +155,16 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
     if (p->varlen) { return "has no packed sequences"; }
     if (p->sk < 1) { return "a cache without slots"; }
     if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
-        snprintf(why, 128, "up to %d query rows of a KV head", k->row.most_rows);
-        return why;
+        return fgqa_reason(why, "up to %d query rows of a KV head", k->row.most_rows);
     }
     if (paged && p->cache.page_size % DECODE_PAGE != 0) {
-        snprintf(why, 128, "pages of a multiple of %d slots", DECODE_PAGE);
-        return why;
+        return fgqa_reason(why, "pages of a multiple of %d slots", DECODE_PAGE);
     }
     for (int n = 0; n < 2; n++) {
         const char *reason = p->view[tensors[n]].dtype != p->dtype ? "another dtype than q"
             : p->view[tensors[n]].stride_d != 1 ? "elements of a row are not side by side" : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
-            snprintf(why, 128, "%s: %s", fgqa_arg_name(tensors[n]), reason);
-            return why;
+            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
     }
     /* counted in 32 bits, slots of the last granule included */
@@ -185,12 +175,10 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 static const char *pass_over_decode(const fgqa_problem *p, char why[128])
 {
     if ((int64_t)p->sq * p->g > DECODE_ROWS * 3 / 2) {
-        snprintf(why, 128, "%d query rows: more than a memory stream can serve", p->sq);
-        return why;
+        return fgqa_reason(why, "%d query rows: more than a memory stream can serve", p->sq);
     }
     if (p->sk < DECODE_KEYS) {
-        snprintf(why, 128, "%d keys: too few to be streamed", p->sk);
-        return why;
+        return fgqa_reason(why, "%d keys: too few to be streamed", p->sk);
     }
     return NULL;
 }
@@ -206,13 +194,11 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
     const int64_t rows = k->row.block_q, alone = (p->sq + rows - 1) / rows * p->g, shared = ((int64_t)p->sq * p->g + rows - 1) / rows;
     const int64_t tiles = head_tiles(k, p);
     if (alone > 2 * shared) {
-        snprintf(why, 128, "%d query rows leave its tiles of %d mostly empty; tiles shared by a group are fuller", p->sq, k->row.block_q);
-        return why;
+        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a group are fuller", p->sq, k->row.block_q);
     }
     if (!p->batch_invariant && p->sk > 4 * k->row.block_k && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
         && 2 * tiles < device.multiprocessors) {
-        snprintf(why, 128, "%d tiles leave most of %d multiprocessors idle; split keys do not", (int)tiles, device.multiprocessors);
-        return why;
+        return fgqa_reason(why, "%d tiles leave most of %d multiprocessors idle; split keys do not", (int)tiles, device.multiprocessors);
     }
     return NULL;
 }
@@ -225,8 +211,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     }
     if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" is for CPUs with AMX: GPUs multiply float32 numbers as they are; leave precision out"; }
     if (p->d > k->row.d || p->dv > k->row.dv) {
-        snprintf(why, 128, "head dims up to %d, %d", k->row.d, k->row.dv);
-        return why;
+        return fgqa_reason(why, "head dims up to %d, %d", k->row.d, k->row.dv);
     }
     const char *reason = refuse_device(k, p->device.index, why);
     if (reason) { return reason; }
@@ -235,12 +220,10 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const char *option = refuse_options(p);
         if (option) {
-            snprintf(why, 128, "has no %s", option);
-            return why;
+            return fgqa_reason(why, "has no %s", option);
         }
         if (p->d % piece != 0 || p->dv % piece != 0) {
-            snprintf(why, 128, "head dims must be multiples of %d", piece);
-            return why;
+            return fgqa_reason(why, "head dims must be multiples of %d", piece);
         }
         if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)) {
             return "rows must start on 16 bytes";

@@ -139,6 +139,9 @@ int fgqa_call_make_plan(fgqa_call *call)
     int32_t n_kernels = 0;
     const fgqa_kernel *kernels = call->problem.device.type == FGQA_CPU ? fgqa_cpu_kernels(&n_kernels) : fgqa_cuda_kernels(&n_kernels);
     if (fgqa_raise(fgqa_plan_make(&call->problem, kernels, n_kernels, call->extras.kernel, &call->plan)) < 0) { return -1; }
+    if (call->plan_only || call->state->logged_plans != NULL) {
+        fgqa_plan_reasons(&call->problem, kernels, n_kernels, call->extras.kernel, &call->plan);
+    }
     return log_plan(call);
 }
 

@@ -5,8 +5,7 @@
 static const char *never(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     (void)kernel;
-    snprintf(why, 128, "head dim %d is not 64", (int)p->d);
-    return why;
+    return fgqa_reason(why, "head dim %d is not 64", (int)p->d);
 }
 
 static const char *no_mask(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
@@ -57,9 +56,13 @@ static void choice(void)
     small(&f, FGQA_PASS_FWD);
     fgqa_problem p = lowered(&f);
     CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK);
-    CHECK(strcmp(plan.kernel->name, "fwd_fast") == 0 && strcmp(plan.refused, "fwd_narrow: head dim 8 is not 64\n") == 0);
+    CHECK(strcmp(plan.kernel->name, "fwd_fast") == 0 && !plan.refused[0]);
+    fgqa_plan_reasons(&p, kernels, KERNELS, NULL, &plan);
+    CHECK(strcmp(plan.refused, "fwd_narrow: head dim 8 is not 64\n") == 0);
     CHECK(plan.block_q == 16 && plan.tasks == 6 && plan.splits == 1 && plan.threads == 1);
-    CHECK(fgqa_plan_make(&p, kernels, KERNELS, "fwd_general", &plan) == FGQA_OK && plan.kernel == &kernels[3] && !plan.refused[0]);
+    CHECK(fgqa_plan_make(&p, kernels, KERNELS, "fwd_general", &plan) == FGQA_OK && plan.kernel == &kernels[3]);
+    fgqa_plan_reasons(&p, kernels, KERNELS, "fwd_general", &plan);
+    CHECK(!plan.refused[0]);
     says(fgqa_plan_make(&p, kernels, KERNELS, "fwd_narrow", &plan), FGQA_ERROR_NOT_IMPLEMENTED, "fwd_narrow: head dim 8 is not 64");
     says(fgqa_plan_make(&p, kernels, KERNELS, "fwd_gpu", &plan), FGQA_ERROR_VALUE,
          "kernel is \"fwd_gpu\": no forward kernel for CPU has that name; choose one of fwd_narrow, fwd_fast, fwd_general, or None");
@@ -68,6 +71,7 @@ static void choice(void)
     give(&f, FGQA_ARG_mask, FGQA_BOOL, 5, 7);
     p = lowered(&f);
     CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK && plan.kernel == &kernels[3]);
+    fgqa_plan_reasons(&p, kernels, KERNELS, NULL, &plan);
     CHECK(strcmp(plan.refused, "fwd_narrow: head dim 8 is not 64\nfwd_fast: no mask tensors\n") == 0);
 
     small(&f, FGQA_PASS_BWD);
