@@ -11,7 +11,7 @@
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
  *                warp 1   scheduler: takes tasks
  *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step. Head
- *                                   dim 256: warp 2 waits for turns, consumers add
+ *                                   dim 256: they wait for turns, consumers add
  *   warpgroups 1, 2       consumers: all scores transposed (bwd_consumer.cuh), 64 keys each (bwd_pair.cuh) or, head dim 256, the same
  *                                   64 keys (bwd_wide.cuh)
  *
@@ -57,7 +57,7 @@ typedef FGQA_DTYPE T;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, THREADS = 32 * FGQA_WARPS, CONSUMERS = 256;
 static_assert(D == DV && (D == 64 || D == 128 || D == 256) && BLOCK_Q == (D == 64 ? 128 : 64) && BLOCK_K == (D == 256 ? 64 : 128) && FGQA_STAGES == 2 && FGQA_WARPS == 12,
               "kernels.def: sizes that there are");
-static constexpr int CHUNKS = D / CHUNK, DS_STAGES = D == 128 ? 2 : 1, WRITERS = D == 256 ? 1 : 2;
+static constexpr int CHUNKS = D / CHUNK, DS_STAGES = D == 128 ? 2 : 1;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int64_t L2_BYTES = 32 << 20;                    /* of the 50 MB that there are */
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
@@ -116,7 +116,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
         mbarrier_init(smem_address(&sm.task_full), 1);
-        mbarrier_init(smem_address(&sm.task_free), 1 + WRITERS + CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.task_free), 3 + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
         mbarrier_init(smem_address(&sm.v_full), 1);
         mbarrier_init(smem_address(&sm.kv_empty), CONSUMERS / 32);
@@ -134,7 +134,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         setmaxnreg_dec<PRODUCER_REGS>();
         if (warp == 0 && lane == 0) { produce<MASKED>(p, sm); }
         if (warp == 1) { schedule<MASKED>(p, sm); }
-        if (warp >= 2 && warp < 2 + WRITERS && lane == 0) { write_dq<MASKED>(p, sm, (uint32_t)warp - 2); }
+        if (warp >= 2 && lane == 0) { write_dq<MASKED>(p, sm, (uint32_t)warp - 2); }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consume<MASKED>(p, sm, wg - 1);

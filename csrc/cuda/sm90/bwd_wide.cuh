@@ -21,9 +21,10 @@ static __device__ __forceinline__ void init_dq_barriers(shared &sm)
     }
 }
 
-/* In order: waits for the block's turn at a query tile, and passes it on when the consumers have added. Blocks only wait for
- * blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
-template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t)
+/* In order: waits for the block's turn at a query tile, and passes it on when the consumers have added; a thread for each of the two
+ * stages, since to pass one turn on and to see the next takes longer than a step. Blocks only wait for blocks whose tickets came
+ * before theirs, which are running: no deadlock whatever the card does. */
+template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t stage)
 {
     const fgqa_problem &problem = p.common.problem;
     ring2 r;
@@ -36,6 +37,7 @@ template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shar
         walk<MASKED> at(t);
         mbarrier_arrive(smem_address(&sm.task_free));
         for (int32_t step = 0; step < steps; step++, at.next(p.w.splits, problem.g), r.advance()) {
+            if (r.stage != stage) { continue; }
             int32_t *const turn = p.w.turn + first_tile + at.head * p.w.head_tiles + at.tile;
             const int32_t own_turn = turn_at<MASKED>(p, t, at.tile);
             int32_t state;
