@@ -198,6 +198,7 @@ static void words(void)
     give_int32(&f, FGQA_ARG_kv_lens, kv_lens, 2);
     const fgqa_problem p = lowered(&f);
     CHECK(fgqa_plan_make(&p, kernels, KERNELS, NULL, &plan) == FGQA_OK);
+    fgqa_plan_reasons(&p, kernels, KERNELS, NULL, &plan);
     const int length = fgqa_plan_print(&plan, &p, text, sizeof text);
     CHECK(length == (int)strlen(text));
     static const char *const wanted[] = {
