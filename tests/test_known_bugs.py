@@ -43,7 +43,8 @@ BUGS = {
     "causal masks aligned to the wrong corner (pytorch#108108, #103082, onnx#8068, mlx#2835)": """
         test_masks.seen_keys_are_those_of_the_definition test_torch_dropins.sdpa_causal_bias test_reference.visible_by_hand""",
     "wrong GPU or stream (flash-attention#1782, #1793, #2356, flashinfer#452)": """
-        test_cuda.two_devices test_cuda.the_current_stream_is_followed test_cuda.a_given_stream_is_followed""",
+        test_cuda_streams.two_devices test_cuda_streams.the_current_stream_is_followed
+        test_cuda_streams.a_given_stream_is_followed""",
     "sequences of length zero crash or hang (flash-attention#2562, #2470, #1537)": """
         test_masks.zero_length_sequences_change_no_bit_of_the_others test_masks.empty_tensors
         test_torch_dropins.flash_attn_varlen test_known_bugs.fewer_tokens_than_sequences""",
@@ -72,7 +73,7 @@ BUGS = {
         test_properties.grouped_heads_are_repeated_keys_and_values test_properties.permuted_batch_and_heads_permute_the_results
         test_forward.forward_within_the_error_rule""",
     "CUDA graph capture breaks (flash-attention#386, #2620, flashinfer#2432)": """
-        test_cuda.graph_capture_and_replay_with_other_inputs test_cuda.the_call_does_not_wait""",
+        test_cuda_streams.graph_capture_and_replay_with_other_inputs test_cuda_streams.the_call_does_not_wait""",
     "memory used after it was freed (flash-attention bc0e4ac0)": """
         test_arrays.result_outlives_everything_else test_known_bugs.inputs_may_go_right_after_the_call""",
     "float8 saturates, narrow sums lose digits (flash-attention#2717)": """
