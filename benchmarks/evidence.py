@@ -47,7 +47,10 @@ def main():
     print(f"device {record['device']}, {record['toolkit']}; tests: {tests['passed']} passed, {tests['failed']} failed, "
           f"{tests['skipped']} skipped; {len(record['rows'])} benchmark rows")
     print(f"{'matches' if now == then else 'DOES NOT MATCH'} the tree ({now[:16]} here, {then[:16]} there)")
-    return int(now != then or tests["failed"] > 0)
+    failed = [row for row in record["decode"] if "error" in row]
+    if failed:
+        print(f"{len(failed)} decode rows did not run, the first for: {failed[0]['error']}")
+    return int(now != then or tests["failed"] > 0 or bool(failed))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import evidence
 import gpu_decode
 import peers
 import shapes
+from timing import repeated
 
 ROUNDS, QUICK_ROUNDS = 9, 3
 TOLERANCE = 2e-2
@@ -76,13 +77,6 @@ def tensors(row):
         return torch.randn(shape, device="cuda", dtype=getattr(torch, row.dtype))
 
     return normal(row.hq, row.sq), normal(row.hk, row.s), normal(row.hk, row.s), normal(row.hq, row.sq)
-
-
-def repeated(call, launches):
-    def several():
-        for _ in range(launches):
-            call()
-    return call if launches == 1 else several
 
 
 def timed(row, calls, which, rounds, launches=1):

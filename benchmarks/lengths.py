@@ -5,7 +5,7 @@ before it computes. NumPy's BLAS takes its threads from the environment, which b
 """
 import counting
 from shapes import Row
-from timing import alternate, once
+from timing import alternate, once, repeated
 
 LENGTHS = sorted([2**n for n in range(13)] + [13, 127, 1021])
 HEADS, D = 8, 128
@@ -29,13 +29,6 @@ def plain_torch(torch, q, k, v):
         with torch.no_grad():
             return torch.softmax((q @ k.transpose(-1, -2)) * D**-0.5, -1) @ v
     return call
-
-
-def repeated(call, n):
-    def calls():
-        for _ in range(n):
-            call()
-    return calls
 
 
 def run(options, ours, theirs):

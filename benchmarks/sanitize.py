@@ -4,7 +4,8 @@
         compute-sanitizer --tool $tool python benchmarks/sanitize.py [TEXT]      TEXT: only kernels whose name contains it
     done
 
-Arrays are NumPy's, so that no kernel but ours runs and every byte that they read was copied or written under the tool's eyes.
+Arrays are NumPy's (those of a cache: torch tensors copied to the GPU), so that no kernel but ours runs and every byte that they
+read was copied or written under the tool's eyes.
 Each row of kernels.def runs at its largest head dims, general ones with every option. What the tools report on a clean tree, and
 why that is no fault, is in csrc/README.md.
 """
@@ -28,28 +29,58 @@ def options_of(variant, rng):
             "mask": rng.random((B, 1, 1, SK)) < 0.9}
 
 
-def run_row(name):
-    """One row of kernels.def; the backward ones take what a float32 forward pass on the CPU left."""
+def on_gpu(x):
+    """As a torch tensor, which alone can be a cache there."""
+    import torch
+    if x.dtype == DTYPES["bf16"]:
+        return torch.from_numpy(x.view(np.int16)).cuda().view(torch.bfloat16)
+    return torch.from_numpy(x).cuda()
+
+
+def run_cached(q, k, v, options, put, where):
+    """Pages of 16 slots, 3 new keys and values behind those in use."""
+    pages, new = -(-SK // 16), 3
+    rng = np.random.default_rng(1)
+    cut = [np.concatenate([x, x[:, :, : pages * 16 - SK]], 2).reshape(B, HK, pages, 16, -1) for x in (k, v)]
+    caches = [put(np.ascontiguousarray(x.swapaxes(1, 2).reshape(B * pages, HK, 16, -1))) for x in cut]
+    table = rng.permutation(B * pages).astype(np.int32).reshape(B, pages)
+    added = [put(np.ascontiguousarray(x[:, :, :new])) for x in (k, v)]
+    return flashgqa.attention_with_kvcache(
+        put(q), *caches, *added, cache_lens=put(np.full(B, SK - new, np.int32)), page_table=put(table),
+        **options | {"sink": put(options["sink"])}, return_lse=True, **where,
+    )
+
+
+def run_row(name, where, put):
+    """Results of one row of kernels.def; the backward ones take what a float32 forward pass on the CPU left. where: the options
+    that say so."""
     which, _, dtype, d, dv, variant = name.split("_")
     rng = np.random.default_rng(0)
     sq = FEW_ROWS.get(variant, SQ)
     extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
     q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
     options = options_of(variant, rng)
+    if variant == "cache":
+        return run_cached(q, k, v, options, put, {"kernel": where.get("kernel")})
     if which == "fwd":
-        return flashgqa.attention(q, k, v, **options, return_lse=True, device="cuda", kernel=name)
+        return flashgqa.attention(q, k, v, **options, return_lse=True, **where)
     out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
-    return [flashgqa.attention_backward(dout, q, k, v, out, lse, **options, deterministic=order, device="cuda", kernel=name)
-            for order in (True, False)][0]
+    return [x for order in (True, False)
+            for x in flashgqa.attention_backward(dout, q, k, v, out, lse, **options, deterministic=order, **where)]
 
 
-def run_other(name):
+def run_other(name, where):
     rng = np.random.default_rng(0)
     q, k = rng.standard_normal((B, HQ, SQ, 40), np.float32), rng.standard_normal((B, HK, SK, 40), np.float32)
     options = options_of("general", rng)
     del options["dropout_p"], options["seed"]
     which = {"reduce": "keys"} if name.startswith("keysum") else {"rows": [0, 139, 70]}
-    return [flashgqa.attention_weights(q, k, **which, **options, device="cuda", kernel=name)]
+    return [flashgqa.attention_weights(q, k, **which, **options, **where)]
+
+
+def are_finite(results):
+    return all(np.isfinite(x.astype(np.float32) if isinstance(x, np.ndarray) else x.float().cpu().numpy()).all()
+               for x in results if x is not None)
 
 
 def main():
@@ -59,8 +90,9 @@ def main():
         if not row["available"]:
             print(f"{row['name']}: not run: {row['reason']}")
             continue
-        results = (run_row if row["pass"] in ("forward", "backward") else run_other)(row["name"])
-        finite = all(np.isfinite(x.astype(np.float32)).all() for x in results if x is not None)
+        where = {"device": "cuda", "kernel": row["name"]}
+        training = row["pass"] in ("forward", "backward")
+        finite = are_finite(run_row(row["name"], where, on_gpu) if training else run_other(row["name"], where))
         print(f"{row['name']}: {'ran' if finite else 'NOT FINITE'}", flush=True)
         if not finite:
             sys.exit(1)

@@ -11,6 +11,14 @@ def once(call):
     return time.perf_counter() - start
 
 
+def repeated(call, n):
+    """A call of n in a row."""
+    def calls():
+        for _ in range(n):
+            call()
+    return call if n == 1 else calls
+
+
 def alternate(ours, theirs, seconds=2.0, least=5, most=200):
     """Runs the two in turn for about `seconds`; medians in seconds, and the ratio theirs/ours as median, low and high quartile.
 

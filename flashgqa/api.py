@@ -133,9 +133,8 @@ def attention(
     batch_invariant : bool
         The bits of a sequence do not depend on the rest of the batch.
     precision : {"bf16x3"}, optional
-        A faster arithmetic than the dtype's own. "bf16x3", for float32 on a CPU with AMX, forward only: every number is the sum
-        of two bfloat16 numbers, every product three of theirs, summed in float32; errors are about 2^-16 of the numbers
-        multiplied. NotImplementedError where the processor has no AMX.
+        "bf16x3", for float32 on a CPU with AMX, forward only: numbers are sums of two bfloat16 numbers and products three of
+        theirs, summed in float32, with errors of about 2^-16 of what is multiplied. NotImplementedError elsewhere.
     check : bool
         Check the contents of lengths, offsets and seeds on a GPU, too, which waits for it; on the CPU they always are.
     device : {"cpu", "cuda", "cuda:N"}, optional
@@ -552,11 +551,10 @@ def show_config():
         cuda_runtime (built in), cuda_driver.
     """
     build = _C.build_info()
-    compiled = [name for name, is_compiled, _ in build["isa"] if is_compiled]
     return Config(
         version=__version__,
         isa=build["isa_in_use"],
-        isa_compiled=compiled,
+        isa_compiled=[name for name, is_compiled, _ in build["isa"] if is_compiled],
         isa_supported=[name for name, is_compiled, supported in build["isa"] if is_compiled and supported],
         cpu_features=build["cpu_features"],
         threads=get_num_threads(),
@@ -585,15 +583,14 @@ def kernels():
         Keys: name (for ``kernel=``), pass, device, available (on this machine), reason (why not, or None), and on a GPU
         shared_memory (bytes a block).
     """
-    running = {name: (which, device) for name, which, device in _C.kernels()}
-    isa = _C.build_info()["isa_in_use"]
+    build, running = _C.build_info(), {name: (which, device) for name, which, device in _C.kernels()}
+    isa = build["isa_in_use"]
     stems = {name.removesuffix(isa): row for name, row in running.items() if name.endswith("_" + isa)}
     rows = []
-    for name, compiled, supported in _C.build_info()["isa"]:
+    for name, compiled, supported in build["isa"]:
         for stem, (which, device) in stems.items() if compiled else ():
             reason = "ruled out by FLASHGQA_CPU_ISA" if supported else f"this processor lacks {name}"
-            available = stem + name in running
-            rows.append(_kernel(stem + name, which, device, None if available else reason))
+            rows.append(_kernel(stem + name, which, device, None if stem + name in running else reason))
     for name, which, reason, shared in _C.cuda_kernels():
         rows.append(_kernel(name, which, "cuda", reason) | {"shared_memory": shared})
     return rows

@@ -136,11 +136,8 @@ def attention_with_kvcache(
     >>> bool((k_cache[1, :, 9] == k_new[1, :, 0]).all())
     True
     """
-    cos, sin = _cos_sin(rotary)
-    if hasattr(cache_lens, "__index__") and not hasattr(cache_lens, "__dlpack__"):
-        cache_lens = _lengths_beside(q, index(cache_lens))
-    if rotary_interleaved and rotary is None:
-        raise ValueError("rotary_interleaved is given without rotary: give rotary=(cos, sin), or leave it out")
+    cos, sin = _cos_sin(rotary, rotary_interleaved)
+    cache_lens = _lengths(q, cache_lens)
     return _attention(
         q, k_cache, v_cache, k_new, v_new, cache_lens, new_lens, page_table, batch_index, left_pad, cos, sin, rotary_offsets,
         k_scale, v_scale, rotary_interleaved, return_lse, out,
@@ -178,14 +175,16 @@ def explain_with_kvcache(*tensors, **options):
     given = signature(attention_with_kvcache).bind(*tensors, **options)
     given.apply_defaults()
     values = {"align": "bottom-right", "dropout_p": 0.0, "deterministic": True} | given.arguments
-    values["rotary_cos"], values["rotary_sin"] = _cos_sin(values["rotary"])
-    if hasattr(values["cache_lens"], "__index__") and not hasattr(values["cache_lens"], "__dlpack__"):
-        values["cache_lens"] = _lengths_beside(values["q"], index(values["cache_lens"]))
+    values["rotary_cos"], values["rotary_sin"] = _cos_sin(values["rotary"], values["rotary_interleaved"])
+    values["cache_lens"] = _lengths(values["q"], values["cache_lens"])
     return Plan(_C.explain_with_kvcache(*(values.get(name) for name in _ARGUMENTS + _C.OPTIONS)))
 
 
-def _lengths_beside(q, length):
-    """int32 [b], all of them `length`, where q is."""
+def _lengths(q, given):
+    """cache_lens; of an int, as many int32 as there are sequences, where q is."""
+    if not hasattr(given, "__index__") or hasattr(given, "__dlpack__"):
+        return given
+    length = index(given)
     library = type(q).__module__.partition(".")[0]
     if library == "torch" and q.is_cuda:
         import torch
@@ -204,8 +203,10 @@ def _lengths_beside(q, length):
     return lengths
 
 
-def _cos_sin(rotary):
+def _cos_sin(rotary, interleaved):
     if rotary is None:
+        if interleaved:
+            raise ValueError("rotary_interleaved is given without rotary: give rotary=(cos, sin), or leave it out")
         return None, None
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or any(x is None for x in rotary):
         raise TypeError(f"rotary is {type(rotary).__name__}: it must be None or a pair of arrays (cos, sin), [positions, pairs]")

@@ -79,3 +79,22 @@ def test_operations_are_counted_as_the_plan_counts_them():
 def test_packed_lengths_are_those_of_the_row():
     lengths = json.loads(run("import json, shapes; print(json.dumps(shapes._PACKED))"))
     assert sum(lengths) == 65536 and min(lengths) >= 16 and 2048 < max(lengths) <= 4096
+
+
+def test_the_sanitizers_have_a_call_for_every_row():
+    """The calls of benchmarks/sanitize.py themselves, on the CPU: each variant of kernels.def once."""
+    code = """if True:
+        import re, sanitize
+        table = (sanitize.__file__.rpartition("benchmarks")[0] + "csrc/cuda/kernels.def")
+        rows = re.findall(r"^FGQA_KERNEL\\((.*)\\)", open(table).read(), re.M)
+        names = {}
+        for row in rows:
+            which, arch, dtype, d, dv, *_, variant = [cell.strip() for cell in row.split(",")]
+            names[which, variant] = f"{which}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}"
+        for name in names.values():
+            assert sanitize.are_finite(sanitize.run_row(name, {}, lambda x: x)), name
+        for name in ("rows_any", "keysum_any"):
+            assert sanitize.are_finite(sanitize.run_other(name, {})), name
+        print(sorted(names))
+    """
+    assert "('fwd', 'cache')" in run(code)

@@ -326,6 +326,8 @@ def test_explain_takes_the_same_arguments_and_writes_nothing():
         flashgqa.explain_with_kvcache(*tensors, **options | {"cache_lens": 100})
     with pytest.raises(TypeError, match="unexpected keyword"):
         flashgqa.explain_with_kvcache(*tensors, is_causal=True)
+    with pytest.raises(ValueError, match="rotary_interleaved is given without rotary"):
+        flashgqa.explain_with_kvcache(*tensors, **options | {"rotary": None, "rotary_interleaved": True})
 
 
 def test_stubs_name_what_exists():

@@ -75,9 +75,9 @@ static int is_like(const fgqa_import *in, const fgqa_tensor *spec)
     return same;
 }
 
-/* torch.empty_like(q) where that is it, else q.new_empty(*shape, dtype=...): unlike memory that comes back through DLPack, its storage is torch's own (it can be
- * resized and recorded on streams), and no default device applies. Extents one by one: given a tuple, torch first raises and
- * drops an exception because it is no integer, which takes as long as the allocation. */
+/* torch.empty_like(q) where that is it, else q.new_empty(*shape, dtype=...): unlike memory that comes back through DLPack, its
+ * storage is torch's own (it can be resized and recorded on streams), and no default device applies. Extents one by one: given a
+ * tuple, torch first raises and drops an exception because it is no integer, which takes as long as the allocation. */
 static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
 {
     if (is_like(q, spec)) { return PyObject_CallFunctionObjArgs(state->torch.empty_like, q->object, NULL); }
