@@ -1,13 +1,17 @@
-"""README's section on speed and its figure, made from benchmarks/results/{cpu,kvcache,gpu}.json; nothing in it is typed by hand.
+"""README's section on speed, results/README.md with every row, and their figures, made from results/{cpu,kvcache,gpu}.json;
+nothing in them is typed by hand.
 
-    python benchmarks/report.py             writes README.md, and results/cpu.png if matplotlib is installed
-    python benchmarks/report.py --check     fails if README.md does not say what the JSON says
+    python benchmarks/report.py             writes both, and results/{cpu,gpu}.png if matplotlib is installed
+    python benchmarks/report.py --check     fails if they do not say what the JSON says
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+
+import figures
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -50,28 +54,25 @@ def decode_table(rows):
     return lines
 
 
-def section(result):
+def cpu_about(result):
     machine, limit, rows = result["machine"], result["ceilings"], result["rows"]
     commit = f"commit {machine['commit']}, " if machine.get("commit") else ""
     wins = sum(record["ratio"] >= 1 for record in rows)
-    text = f"""\
+    return f"""\
 {machine["processor"]}, {machine["threads"]} threads: {machine["flashgqa"]} ({commit}{machine["isa"]}) and {machine["torch"]}
 (`scaled_dot_product_attention`) on the same arrays in alternating calls, {machine["date"]}. ratio = PyTorch's time / ours, the
 median over the pairs: above 1 we are faster, in {wins} of {len(rows)} rows. In the same run a float32 matrix product reached
 {limit["matmul_gflops"]:.0f} GFLOP/s and reading memory {limit["read_gbs"]:.0f} GB/s.
-
-![PyTorch's time / ours in every row](benchmarks/results/cpu.png)
-
-Forward and backward:
 """
+
+
+def cpu_tables(rows):
     decode = "Decode, one query over a cache (d 128); GB/s count each key and value once:"
-    return "\n".join([text, *training_table(rows), "", decode, "", *decode_table(rows)]) + "\n"
+    return "\n".join(["Forward and backward:", "", *training_table(rows), "", decode, "", *decode_table(rows)]) + "\n"
 
 
 def cache_section(result):
-    """Decode through attention_with_kvcache, one line a shape, kinds of cache side by side; "" if it has not been measured."""
-    if result is None:
-        return ""
+    """Decode through attention_with_kvcache, one line a shape, kinds of cache side by side."""
     machine, limit, shapes = result["machine"], result["ceilings"], {}
     for record in result["rows"]:
         shapes.setdefault((record["dtype"], record["b"], record["s"], heads(record)), {})[record["cache"]] = record
@@ -122,24 +123,38 @@ def gpu_decode_table(rows):
     return lines
 
 
-def gpu_section(record):
-    """The GPU rows, one line a shape; the ratios are our rate over that of torch's backends in the same run, and over that of the
-    best peer (peers.py)."""
-    tests, limit, passes = record["tests"], record["ceilings"], {}
-    more = [row for row in record["rows"] if row.get("kind")]
-    for row in record["rows"]:
-        if not row.get("kind"):
-            key = heads(row), row["d"], row["s"], "yes" if row["causal"] else "no"
-            passes.setdefault(key, {})[row["which"]] = row
-    machine = f"{record['device']}, bfloat16, 16,384 tokens a row, {record['date']}, torch {record['torch']}"
-    counts = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
-    lines = [f"""
-{machine}: TFLOP/s of one launch behind queued work,
-and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
+def gpu_about(record):
+    tests, limit = record["tests"], record["ceilings"]
+    return f"""\
+{record["device"]}, bfloat16, 16,384 tokens a row, {record["date"]}, torch {record["torch"]}: TFLOP/s of one launch behind queued
+work, and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
 {limit["matmul_tflops"]:.0f} TFLOP/s. best: to the fastest of these two, FlashAttention-3 and flash-attn-4, at the ratio to cuDNN
-that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {counts}.
-""",
-             "| heads q/kv | d | length | causal | forward | to FA2 | to cuDNN | best | backward | to FA2 | to cuDNN | best |",
+that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {tests["passed"]} passed, {tests["failed"]} failed, \
+{tests["skipped"]} skipped.
+"""
+
+
+def gpu_summary_table(rows):
+    """Geometric mean, least and most of the ratios of all training rows, by pass and head dim."""
+    lines = ["| pass | d | rows | to FA2 | to cuDNN | best |", "|---|---|---|---|---|---|"]
+    for which in ("forward", "backward"):
+        for d in sorted({row["d"] for row in rows}):
+            some = [row for row in rows if row["which"] == which and row["d"] == d]
+            cells = [which, d, len(some)]
+            for name in ("fa2", "cudnn", "best"):
+                ratios = [row["flashgqa_tflops"] / row[f"{name}_tflops"] for row in some]
+                mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+                cells.append(f"{mean:.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def gpu_training_table(rows):
+    """One line a shape; the ratios are our rate over that of torch's backends in the same run, and over that of the best peer."""
+    passes = {}
+    for row in rows:
+        passes.setdefault((heads(row), row["d"], row["s"], "yes" if row["causal"] else "no"), {})[row["which"]] = row
+    lines = ["| heads q/kv | d | length | causal | forward | to FA2 | to cuDNN | best | backward | to FA2 | to cuDNN | best |",
              "|---" * 12 + "|"]
     for key, both in passes.items():
         cells = [str(x) for x in key]
@@ -147,68 +162,60 @@ that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {counts
             rates = [both[which][f"{name}_tflops"] for name in ("flashgqa", "fa2", "cudnn", "best")]
             cells += [f"{rates[0]:.0f}", *(f"{rates[0] / rate:.2f}" for rate in rates[1:])]
         lines.append(f"| {' | '.join(cells)} |")
-    if more:
-        lines += ["", "Other settings:", "", *gpu_more_table(more)]
-    if record.get("decode"):
-        lines += ["", """\
+    return lines
+
+
+GPU_DECODE_ABOUT = """\
 Decode, one query token, bfloat16, d 128, replayed from a CUDA graph over more than 512 MB of keys and values: a launch in us; the
 ratio of the best peer's time to ours (`benchmarks/gpu_decode.py`: at its ratio to cuDNN on an H200), of cuDNN's and
 FlashAttention-2's in the same run; the time in which torch's `amax` reads as many bytes; ours with lengths on the device (of
-paged rows: contiguous) and with `batch_invariant=True`:""", "", *gpu_decode_table(record["decode"])]
-    return "\n".join(lines) + "\n"
+paged rows: contiguous) and with `batch_invariant=True`:"""
 
 
-def plot(result, path):
-    """A dot per row at its ratio with the quartiles as a bar. Without matplotlib there is no figure."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed: no figure")
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def in_short(cpu, gpu):
+    """README's part: the figures, means over all rows, and some of the rows, most of them with the heads of Llama 3 8B."""
+    training = [row for row in gpu["rows"] if not row.get("kind")]
+    some = [row for row in training if row["s"] != 4096 and heads(row) in ("32/8", "16/4")]
+    decode = [row for row in gpu.get("decode", []) if row["b"] == 16]
+    shown = [row for row in cpu["rows"] if (heads(row) == "32/8" if not row["queries"] else row["b"] == 1)]
+    return "\n".join([
+        "Every row, more settings and KV caches on the CPU: [benchmarks/results](benchmarks/results/README.md).", "",
+        gpu_about(gpu), "![Our rate over that of each peer, in every row](benchmarks/results/gpu.png)", "",
+        "Geometric mean over all rows, least and most:", "", *gpu_summary_table(training), "",
+        *gpu_training_table(some), "", *([GPU_DECODE_ABOUT, "", *gpu_decode_table(decode), ""] if decode else []),
+        cpu_about(cpu), "![PyTorch's time / ours in every row](benchmarks/results/cpu.png)", "", cpu_tables(shown)])
 
-    rows = result["rows"]
-    names = [f"{r['dtype']} {heads(r)} d {r['d']} s {r['s']}{' causal' if r['causal'] else ''} "
-             f"{'decode b ' + str(r['b']) if r['queries'] else r['which']}" for r in rows]
-    figure, axes = pyplot.subplots(figsize=(9, 0.22 * len(rows) + 1.4), layout="constrained")
-    colours = {"forward": "tab:blue", "backward": "tab:green", "decode": "tab:red"}
-    for y, record in enumerate(rows):
-        colour = colours["decode" if record["queries"] else record["which"]]
-        low, high = record["ratio_quartiles"]
-        axes.plot([low, high], [y, y], color=colour, alpha=0.4, linewidth=4, solid_capstyle="butt")
-        axes.plot(record["ratio"], y, "o", color=colour, markersize=5)
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_yticks(range(len(rows)), names, fontsize=7)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("PyTorch's time / ours (dot: median, bar: quartiles); right of 1: flashgqa is faster")
-    figure.savefig(path, dpi=110)
-    print("wrote", path)
+
+def in_full(cpu, caches, gpu):
+    """results/README.md: everything."""
+    training, more = [[row for row in gpu["rows"] if bool(row.get("kind")) == kind] for kind in (False, True)]
+    parts = ["# All results\n\nMade by `benchmarks/report.py` from the JSON files beside it.\n", "## GPU\n", gpu_about(gpu),
+             *gpu_training_table(training)]
+    if more:
+        parts += ["", "Other settings:", "", *gpu_more_table(more)]
+    if gpu.get("decode"):
+        parts += ["", GPU_DECODE_ABOUT, "", *gpu_decode_table(gpu["decode"])]
+    return "\n".join([*parts, "", "## CPU\n", cpu_about(cpu), cpu_tables(cpu["rows"])]) + cache_section(caches)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--result", default=str(HERE / "results" / "cpu.json"))
-    parser.add_argument("--kvcache", default=str(HERE / "results" / "kvcache.json"))
-    parser.add_argument("--gpu", default=str(HERE / "results" / "gpu.json"))
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of cpu.json, gpu.json and kvcache.json")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
-    result = json.loads(Path(options.result).read_text(encoding="utf-8"))
+    cpu, gpu, caches = [json.loads((options.results / f"{name}.json").read_text(encoding="utf-8"))
+                        for name in ("cpu", "gpu", "kvcache")]
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    after = rest[rest.index(END):]
-    gpu = json.loads(Path(options.gpu).read_text(encoding="utf-8"))
-    caches = Path(options.kvcache)
-    cached = cache_section(json.loads(caches.read_text(encoding="utf-8")) if caches.exists() else None)
-    wanted = before + BEGIN + section(result) + cached + gpu_section(gpu) + after
+    wanted = {README: before + BEGIN + in_short(cpu, gpu) + rest[rest.index(END):],
+              options.results / "README.md": in_full(cpu, caches, gpu)}
     if options.check:
-        sys.exit(None if text == wanted else "README.md does not say what the result says: run benchmarks/report.py")
-    README.write_text(wanted, encoding="utf-8")
-    print("wrote", README)
-    plot(result, Path(options.result).with_suffix(".png"))
+        stale = [path.name for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+        sys.exit(f"{', '.join(stale)} not as the results say: run benchmarks/report.py" if stale else None)
+    for path, text in wanted.items():
+        path.write_text(text, encoding="utf-8")
+        print("wrote", path)
+    figures.draw(cpu, gpu, options.results)
 
 
 if __name__ == "__main__":
