@@ -45,7 +45,7 @@ static __device__ __forceinline__ void clean_rows(shared &sm, uint32_t stage, in
         if (clean_piece(smem_address(sm.q[stage]) + 16 * n)) { sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)] = NAN; }
     }
     fence_proxy_async();
-    bar_sync(BOTH, CONSUMERS);
+    barrier_sync(BOTH, CONSUMERS);
 }
 
 static __device__ __forceinline__ bool keys_poisoned(const shared &sm, int thread)

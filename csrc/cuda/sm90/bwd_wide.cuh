@@ -154,7 +154,7 @@ template <bool MASKED, role OWN_ROLE> static __device__ __forceinline__ void con
                 }
                 fence_proxy_async();
             }
-            bar_sync(BOTH, CONSUMERS);
+            barrier_sync(BOTH, CONSUMERS);
             query_products(dq, ds_columns, k_columns);
             if (OWN_ROLE == KEYS) {
 #pragma unroll
@@ -186,14 +186,14 @@ template <bool MASKED, role OWN_ROLE> static __device__ __forceinline__ void con
 #pragma unroll
                 for (int n = 0; n < D / 2; n += 4) { sum[n + 2 * half] = sum[n + 2 * half + 1] = NAN; }
             }
-            bar_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
+            barrier_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
         }
         const float factor = OWN_ROLE == VALUES ? 1.0f : p.common.scale;
         if (p.w.splits > 1) {
             write_part(p, t, OWN_ROLE == VALUES ? p.w.dv : p.w.dk, sum, factor, j0 + key, lane);
         } else {                                           /* through the memory of V and K, when nobody reads them any more */
             char *const own = OWN_ROLE == VALUES ? (char *)sm.v : (char *)sm.k;
-            bar_sync(BOTH, CONSUMERS);
+            barrier_sync(BOTH, CONSUMERS);
             stage_rows(smem_address(own), sum, factor, thread);
             bar_sync(OWN + OWN_ROLE, 128);
             if (OWN_ROLE == VALUES) {

@@ -261,7 +261,7 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
 static __device__ __forceinline__ bool all_done(const shared &sm)
 {
     __syncwarp();
-    bar_sync(0, THREADS);
+    barrier_sync(0, THREADS);
     fence_proxy_async_global();                                  /* before TMA overwrites the list */
     return sm.again.batch < 0;
 }

@@ -11,6 +11,11 @@
 
 static constexpr int WG_ROWS = 64, CHUNK = 64;
 
+/* A barrier that warps reach from different places in the code. bar_sync() would do on the card, whose barrier counts warps, and PTX
+ * asks of its .aligned no more than that the threads of one warp are together; but compute-sanitizer wants them all at one instruction
+ * then, and ends the kernel. PTX ISA, "barrier". */
+PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 /* S[64 x BLOCK_K] = Q[64 x D] K^T */
 template <int D, int BLOCK_K> static __device__ __forceinline__ void qk_wgmma(float (&s)[BLOCK_K / 2], uint32_t q, uint32_t k)
 {
