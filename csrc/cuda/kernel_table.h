@@ -13,6 +13,7 @@ typedef struct {
     int32_t general;                    /* 1: every option of the contract; 0: interval masks, sink and lengths only */
     int32_t most_rows;                  /* packed query rows of a KV head that share a block of a decode row; 0: not one */
     int32_t cached;                     /* 1: reads a KV cache, and nothing else */
+    int32_t float8;                     /* 1: one of float8 elements, and nothing else */
 } fgqa_cuda_row;
 
 /* Launches the row's kernel on exec's stream, on the current device. Returns a cudaError_t. */
@@ -30,6 +31,8 @@ typedef int32_t fgqa_cuda_smem(void);
 #define FGQA_VARIANT_decode 2
 #define FGQA_VARIANT_decodewide 3
 #define FGQA_VARIANT_cache 4
+#define FGQA_VARIANT_decodef8 5
+#define FGQA_VARIANT_decodewidef8 6
 
 /* fgqa_fwd_sm80_bf16_d128_dv128_plain: the symbol of a row, and the stem of every name that belongs to it. */
 #define FGQA_ROW_CAT_(pass, arch, dtype, d, dv, variant) fgqa_##pass##_sm##arch##_##dtype##_d##d##_dv##dv##_##variant

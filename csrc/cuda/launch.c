@@ -58,10 +58,12 @@ typedef struct {
 #undef FGQA_KERNEL
 
 #define IS_GENERAL(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_general || FGQA_VARIANT_##variant == FGQA_VARIANT_cache)
-#define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide)
+#define IS_FLOAT8(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decodef8 || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewidef8)
+#define IS_CACHED(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_cache || IS_FLOAT8(variant))
+#define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide || IS_FLOAT8(variant))
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
-      IS_DECODE(variant) ? block_q : 0, FGQA_VARIANT_##variant == FGQA_VARIANT_cache}, \
+      IS_DECODE(variant) ? block_q : 0, IS_CACHED(variant), IS_FLOAT8(variant)}, \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
@@ -272,7 +274,7 @@ static void tile_weights(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_
     fgqa_weights_tile(p, plan);
 }
 
-#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0, 0}
+#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0, 0, 0}
 static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), fgqa_weights_rows, fgqa_weights_smem};
 static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), fgqa_weights_keysum, fgqa_weights_smem};
 #undef WEIGHTS
