@@ -1,5 +1,8 @@
 """The forward kernels for Hopper (csrc/cuda/sm90): where they run, and what is theirs alone: the list of tiles, its counter, the
-second pass over tiles with NaN. Everything else is tested with all kernels, in test_forward.py and its neighbours."""
+second pass over tiles with NaN, heads that share a tile, parts of the keys, KV caches by TMA. Everything else is tested with all
+kernels, in test_forward.py and its neighbours."""
+import itertools
+
 import pytest
 import torch
 from test_cuda import qkv
@@ -58,11 +61,12 @@ def test_plan_takes_it_and_says_why_not(dtype):
     for options, reason in (({"softcap": 5.0}, "softcap"), ({"dropout_p": 0.5, "seed": 1}, "dropout")):
         refused = dict(flashgqa.explain(q, k, v, **options)["refused"])
         assert reason in refused[row_for(dtype, 128, 128)]
-    few = dict(flashgqa.explain(q[:, :, :4], k[:, :, :128], v[:, :, :128])["refused"])
+    few = dict(flashgqa.explain(*inputs(8, 14, 2, 4, 128, 128, dtype=dtype))["refused"])
     assert "4 query rows leave its tiles of 128 mostly empty" in few[row_for(dtype, 128, 128)]
-    long = [random(1, 2, n, 128, dtype=dtype) for n in (128, 4096, 4096)]
-    assert "idle" in dict(flashgqa.explain(*long)["refused"])[row_for(dtype, 128, 128)]
-    assert flashgqa.explain(*long, kernel=row_for(dtype, 128, 128))["kernel"] == row_for(dtype, 128, 128)
+    plan = flashgqa.explain(*inputs(8, 16, 2, 4, 128, 128, dtype=dtype))            # 8 heads share a tile
+    assert (plan["kernel"], plan["tasks"], plan["splits"]) == (row_for(dtype, 128, 128), 16, 1)
+    plan = flashgqa.explain(*(random(1, 2, n, 128, dtype=dtype) for n in (128, 4096, 4096)))
+    assert plan["kernel"] == row_for(dtype, 128, 128) and plan["splits"] > 1 and plan["tasks"] == 2 * plan["splits"]
     shared = k[:1].expand(8, 2, 512, 128)
     assert "strides above 0" in dict(flashgqa.explain(q, shared, v)["refused"])[row_for(dtype, 128, 128)]
 
@@ -129,3 +133,96 @@ def test_streams_share_no_counter_and_graphs_need_none():
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(a, b) and torch.equal(c, b) for a, b, c in zip(got, expected, replayed, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("g", [2, 3, 4, 12, 64, 71])
+def test_heads_share_tiles(g, dtype):
+    """Of padded and of packed sequences, whose short tiles leave by other ways."""
+    for sq, (mask, options) in itertools.product((1, 5, 33, 130, 150), MASKS.items()):
+        sk = 200 if mask == "full" else sq + 70
+        q, k, v = inputs(2, 2 * g, 2, sq, sk, 128, dtype=dtype)
+        compare(q, k, v, sink=torch.linspace(-2, 2, 2 * g, device="cuda", dtype=dtype), **options)
+        rows, keys = ([0, n // 3, n // 3, n] for n in (sq, sk))
+        starts = [torch.tensor(x, dtype=torch.int32, device="cuda") for x in (rows, keys)]
+        packed = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]
+        compare(*packed, cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=sq, **options)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_keys_are_shared_out(d, dv, mask):
+    """Few tiles: parts of their keys go to other blocks, more parts than some tiles have blocks of keys; with NaN in V."""
+    for b, hq, hk, sq in ((1, 2, 2, 140), (2, 8, 1, 30), (1, 4, 1, 257)):
+        q, k, v = inputs(b, hq, hk, sq, 3000, d, dv)
+        lens = torch.tensor([3000, 2, 700][-b:], dtype=torch.int32, device="cuda")
+        options = {"kernel": row_for(q.dtype, d, dv), **MASKS[mask]}
+        plan = flashgqa.explain(q, k, v, **options)
+        assert plan["splits"] > 1 or mask in ("window", "chunk")
+        clean, _ = compare(q, k, v, sink=torch.linspace(-2, 2, hq, device="cuda"), **MASKS[mask])
+        assert torch.equal(flashgqa.attention(q, k, v, sink=torch.linspace(-2, 2, hq, device="cuda"), **options), clean)
+        compare(q, k, v, kv_lens=lens, **MASKS[mask])
+        clean = flashgqa.attention(q, k, v, **options)
+        v[:, 0, 2990:, 5] = float("nan")
+        out, _ = compare(q, k, v, **MASKS[mask])
+        assert torch.equal(out[:, hq // hk :], clean[:, hq // hk :]) and torch.equal(out[..., 6:], clean[..., 6:])
+        assert out[:, : hq // hk, -1, 5].isnan().all() != (mask == "top-left")
+
+
+CACHES = [{}, {"indexed": True}, {"left_pad": True}, *({"page": slots} for slots in (16, 48, 64, 128, 272, 512))]
+
+
+@pytest.mark.parametrize("cache", CACHES, ids=str)
+@pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+def test_kv_caches(d, dv, cache):
+    """Prompts in chunks, against the row that reads every cache; NaN in slots that hold nothing, and in some that do."""
+    dtype, b, slots = torch.bfloat16, 3, 1100
+    for g, sq, options in itertools.product((1, 4, 6), (40, 200), MASKS.values()):
+        lens = torch.tensor([slots - sq, 0, 333], dtype=torch.int32, device="cuda")
+        q, k_new, v_new = inputs(b, 2 * g, 2, sq, sq, d, dv, dtype)
+        page = cache.get("page", slots)
+        columns = -(-slots // page)
+        rows = b * columns + 2
+        table = torch.randperm(rows, generator=torch.Generator().manual_seed(0))[: b * columns].view(b, columns).int().cuda()
+        more = {"cache_lens": lens, **options}
+        if "page" in cache:
+            used = torch.arange(columns, device="cuda") * page < (lens + sq)[:, None]
+            more["page_table"] = torch.where(used, table, -7)
+        elif "indexed" in cache:
+            more["batch_index"] = table[:, 0].contiguous()
+        else:
+            rows, table = b, torch.arange(b, device="cuda")[:, None]
+        if "left_pad" in cache:
+            more["left_pad"] = torch.tensor([13, 0, 333], dtype=torch.int32, device="cuda")
+        caches = [torch.full((rows, 2, page, n), float("nan"), device="cuda", dtype=dtype) for n in (d, dv)]
+        for x, n in itertools.product(caches, range(b)):
+            slot = torch.arange(int(lens[n]), device="cuda")
+            x[table[n].long()[slot // page], :, slot % page] = random(len(slot), 2, x.shape[3], dtype=dtype, seed=n)
+        if g == 6:
+            caches[1][table[0, 0], 1, 15, 3] = float("inf")
+        copies = [x.clone() for x in caches]
+        name = row_for(dtype, d, dv)
+        got = flashgqa.attention_with_kvcache(q, *caches, k_new, v_new, return_lse=True, kernel=name, **more)
+        wide = 128 if max(d, dv) <= 128 else 256
+        general = f"fwd_sm80_bf16_d{wide}_dv{wide}_cache"
+        expected = flashgqa.attention_with_kvcache(q, *copies, k_new, v_new, return_lse=True, kernel=general, **more)
+        assert_close(got, expected, dtype)
+        assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(caches, copies, strict=True))
+
+
+def test_what_of_caches_it_does_not_read():
+    q = random(2, 8, 200, 128, dtype=torch.float16)
+    caches = [random(40, 2, page, 128, dtype=torch.float16) for page in (24, 32, 32)]
+    table = torch.arange(40, dtype=torch.int32, device="cuda").view(2, 20)
+    lens = torch.tensor([300, 400], dtype=torch.int32, device="cuda")
+    name, call = row_for(torch.float16, 128, 128), {"cache_lens": lens, "page_table": table}
+    plan = flashgqa.explain_with_kvcache(q, caches[1], caches[2], **call)
+    assert plan["kernel"] == name
+    for k_cache, more, reason in (
+        (caches[0], {}, "pages of a multiple of 16 slots"),
+        (caches[1], {"left_pad": lens - 200}, "left padding of paged caches"),
+        (caches[1].to(torch.float8_e4m3fn), {}, "another dtype than q"),
+        (caches[1], {"softcap": 3.0}, "softcap"),
+    ):
+        plan = flashgqa.explain_with_kvcache(q, k_cache, k_cache, **call, **more)
+        assert plan["kernel"].endswith("cache") and reason in dict(plan["refused"])[name]

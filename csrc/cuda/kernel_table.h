@@ -12,9 +12,11 @@ typedef struct {
     int32_t block_q, block_k, stages, warps;
     int32_t general;                    /* 1: every option of the contract; 0: interval masks, sink and lengths only */
     int32_t most_rows;                  /* packed query rows of a KV head that share a block of a decode row; 0: not one */
-    int32_t cached;                     /* 1: reads a KV cache, and nothing else */
-    int32_t float8;                     /* 1: one of float8 elements, and nothing else */
+    int32_t cached;                     /* FGQA_CACHE_..: whether it reads KV caches */
+    int32_t float8;                     /* 1: those of float8 elements, and nothing else */
 } fgqa_cuda_row;
+
+enum { FGQA_CACHE_NEVER, FGQA_CACHE_ONLY, FGQA_CACHE_ALSO };
 
 /* Launches the row's kernel on exec's stream, on the current device. Returns a cudaError_t. */
 typedef int fgqa_cuda_launch(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec);

@@ -6,6 +6,7 @@
 #include "any/fwd_split.h"
 #include "any/weights.h"
 #include "sm90/dec_work.h"
+#include "sm90/fwd_pack.h"
 
 #include <cuda_runtime_api.h>
 #include <float.h>
@@ -21,7 +22,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 64, DECODE_PAGE = 16, DECODE_KEYS = 256 };
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 64, CACHE_PAGE = 16, DECODE_KEYS = 256 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
@@ -59,11 +60,12 @@ typedef struct {
 
 #define IS_GENERAL(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_general || FGQA_VARIANT_##variant == FGQA_VARIANT_cache)
 #define IS_FLOAT8(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decodef8 || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewidef8)
-#define IS_CACHED(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_cache || IS_FLOAT8(variant))
 #define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide || IS_FLOAT8(variant))
+#define READS_CACHE(pass, arch, variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_cache || IS_FLOAT8(variant) ? FGQA_CACHE_ONLY \
+    : FGQA_PASS_##pass == FGQA_PASS_FWD && arch == HOPPER ? FGQA_CACHE_ALSO : FGQA_CACHE_NEVER)
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
-      IS_DECODE(variant) ? block_q : 0, IS_CACHED(variant), IS_FLOAT8(variant)}, \
+      IS_DECODE(variant) ? block_q : 0, READS_CACHE(pass, arch, variant), IS_FLOAT8(variant)}, \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
@@ -128,39 +130,14 @@ static const char *refuse_device(const cuda_kernel *k, int32_t index, char why[1
     return NULL;
 }
 
-/* Tiles of block_q rows of one head: what the forward rows for Hopper work on. Of packed sequences, at most so many. */
-static int64_t head_tiles(const cuda_kernel *k, const fgqa_problem *p)
-{
-    const int64_t rows = k->row.block_q;
-    return (p->varlen ? p->total_q / rows + p->b : (p->sq + rows - 1) / rows * p->b) * p->hq;
-}
+static int is_paged(const fgqa_problem *p) { return p->cache.table != NULL && p->cache.page_size < p->cache.capacity; }
 
-/* What TMA cannot address. A result that is still to be allocated will do. */
-static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, char why[128])
-{
-    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out};
-    for (int n = 0; n < 4; n++) {
-        const char *reason = tensors[n] == FGQA_ARG_out && p->view[FGQA_ARG_out].data == NULL ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
-        if (reason) {
-            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
-        }
-    }
-    return head_tiles(k, p) > INT32_MAX / 2 ? "too many tiles" : NULL;
-}
-
-/* What a decode row cannot address. */
-static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+/* What TMA cannot address of a cache. */
+static const char *refuse_cache(const fgqa_problem *p, char why[128])
 {
     static const fgqa_arg tensors[] = {FGQA_ARG_k, FGQA_ARG_v};
-    const int64_t rows = (int64_t)p->sq * p->g, granules = ((int64_t)p->sk + k->row.block_k - 1) / k->row.block_k + 1;
-    const int paged = p->cache.table != NULL && p->cache.page_size < p->cache.capacity;
-    if (p->varlen) { return "has no packed sequences"; }
-    if (p->sk < 1) { return "a cache without slots"; }
-    if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
-        return fgqa_reason(why, "up to %d query rows of a KV head", k->row.most_rows);
-    }
-    if (paged && p->cache.page_size % DECODE_PAGE != 0) {
-        return fgqa_reason(why, "pages of a multiple of %d slots", DECODE_PAGE);
+    if (is_paged(p) && p->cache.page_size % CACHE_PAGE != 0) {
+        return fgqa_reason(why, "pages of a multiple of %d slots", CACHE_PAGE);
     }
     for (int n = 0; n < 2; n++) {
         const char *reason = p->view[tensors[n]].dtype != p->dtype ? "another dtype than q"
@@ -169,6 +146,38 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
     }
+    return NULL;
+}
+
+/* What TMA cannot address. A result that is still to be allocated will do. */
+static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out};
+    if (p->cache.page_size > 0) {
+        if (is_paged(p) && p->cache.left_pad) { return "has no left padding of paged caches"; }
+        const char *reason = refuse_cache(p, why);
+        if (reason) { return reason; }
+    }
+    for (int n = 0; n < 4; n++) {
+        const char *reason = tensors[n] == FGQA_ARG_out && p->view[FGQA_ARG_out].data == NULL ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
+        if (reason) {
+            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
+        }
+    }
+    return fgqa_hopper_tiles(p, k->row.block_q) > INT32_MAX / 2 ? "too many tiles" : NULL;
+}
+
+/* What a decode row cannot address. */
+static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    const int64_t rows = (int64_t)p->sq * p->g, granules = ((int64_t)p->sk + k->row.block_k - 1) / k->row.block_k + 1;
+    if (p->varlen) { return "has no packed sequences"; }
+    if (p->sk < 1) { return "a cache without slots"; }
+    if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
+        return fgqa_reason(why, "up to %d query rows of a KV head", k->row.most_rows);
+    }
+    const char *reason = refuse_cache(p, why);
+    if (reason) { return reason; }
     /* counted in 32 bits, slots of the last granule included */
     return (double)(rows / k->row.block_q + 1) * p->hk * p->b * (double)granules > INT32_MAX / 2 || p->sk > INT32_MAX - 4096 ? "too many keys" : NULL;
 }
@@ -185,22 +194,16 @@ static const char *pass_over_decode(const fgqa_problem *p, char why[128])
     return NULL;
 }
 
-/* Where the rows of sm80/, at about half of Hopper's speed, gain more by what they do besides: heads of a group share a tile,
- * and keys are split over blocks. With batch_invariant only the shape of one sequence decides. */
+/* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by groups of any size, not by powers of two. */
 static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     const cuda_kernel *k = kernel->row;
-    fgqa_cuda_properties device;
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
     if (k->row.most_rows) { return pass_over_decode(p, why); }
-    const int64_t rows = k->row.block_q, alone = (p->sq + rows - 1) / rows * p->g, shared = ((int64_t)p->sq * p->g + rows - 1) / rows;
-    const int64_t tiles = head_tiles(k, p);
-    if (alone > 2 * shared) {
-        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a group are fuller", p->sq, k->row.block_q);
-    }
-    if (!p->batch_invariant && p->sk > 4 * k->row.block_k && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
-        && 2 * tiles < device.multiprocessors) {
-        return fgqa_reason(why, "%d tiles leave most of %d multiprocessors idle; split keys do not", (int)tiles, device.multiprocessors);
+    const int64_t rows = k->row.block_q, own = (((int64_t)p->sq << fgqa_hopper_pack(p, k->row.block_q)) + rows - 1) / rows;
+    const int64_t tiles = own * (p->g >> fgqa_hopper_pack(p, k->row.block_q)), shared = ((int64_t)p->sq * p->g + rows - 1) / rows;
+    if (tiles > 2 * shared) {
+        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a whole group are fuller", p->sq, k->row.block_q);
     }
     return NULL;
 }
@@ -217,7 +220,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     }
     const char *reason = refuse_device(k, p->device.index, why);
     if (reason) { return reason; }
-    if (!k->row.most_rows && k->row.cached != (p->cache.page_size > 0)) { return k->row.cached ? "for KV caches only" : "reads no KV cache"; }
+    if (k->row.cached == FGQA_CACHE_ONLY && p->cache.page_size == 0) { return "for KV caches only"; }
+    if (k->row.cached == FGQA_CACHE_NEVER && p->cache.page_size > 0) { return "reads no KV cache"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const char *option = refuse_options(p);
@@ -254,7 +258,8 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
         return;
     }
     if (k->row.arch == HOPPER) {
-        plan->tasks = head_tiles(k, p);
+        plan->tasks = fgqa_hopper_tiles(p, k->row.block_q);
+        fgqa_fwd_share(p, plan, device.multiprocessors, plan->tasks == p->b * (int64_t)(p->hq >> fgqa_hopper_pack(p, k->row.block_q)));
         return;
     }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;

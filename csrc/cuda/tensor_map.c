@@ -61,7 +61,7 @@ int fgqa_tensor_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box
     const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv);
     const cuuint64_t dims[4] = {columns, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[1], (cuuint64_t)a.extent[2]};
     const cuuint64_t strides[3] = {(cuuint64_t)a.stride[0], (cuuint64_t)a.stride[1], (cuuint64_t)a.stride[2]};
-    const cuuint32_t extent[4] = {(cuuint32_t)box.columns, 1, (cuuint32_t)box.rows, 1}, step[4] = {1, 1, 1, 1};
+    const cuuint32_t extent[4] = {(cuuint32_t)box.columns, (cuuint32_t)box.heads, (cuuint32_t)box.rows, 1}, step[4] = {1, 1, 1, 1};
     if (encode == NULL) { return cudaErrorInsufficientDriver; }
     const CUresult result = encode((CUtensorMap *)map, p->dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
                                    p->view[arg].data, dims, strides, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,

@@ -7,8 +7,8 @@
 extern "C" {
 #endif
 
-/* What one copy moves: columns x rows of one head. */
-typedef struct { int32_t columns, rows; } fgqa_map_box;
+/* What one copy moves: columns x heads x rows. */
+typedef struct { int32_t columns, heads, rows; } fgqa_map_box;
 
 /* Fills the CUtensorMap `map` for q, k, v or out. Returns a cudaError_t. The encoder is the driver's, found when first needed. */
 int fgqa_tensor_map(void *map, const fgqa_problem *problem, fgqa_arg arg, fgqa_map_box box);

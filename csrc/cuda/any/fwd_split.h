@@ -43,17 +43,16 @@ static inline int64_t fgqa_fwd_tiles_of_block(const fgqa_problem *p, const fgqa_
     return (keys + plan->block_k - 1) / plan->block_k;
 }
 
-/* block_q and block_k are set; `slots` is how many blocks the device holds at once. With batch_invariant, the split comes
- * from the shape of one sequence alone; packed sequences, whose lengths are on the device, are not split then. */
-static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t slots)
+/* Shares the keys of plan->tasks row blocks out. block_q and block_k are set; `slots` is how many blocks the device holds at
+ * once. With batch_invariant, the split comes from the shape of one sequence alone, and those of one row block are split; packed
+ * sequences, whose lengths are on the device, are not split then. */
+static inline void fgqa_fwd_share(const fgqa_problem *p, fgqa_plan *plan, int32_t slots, int one_row_block)
 {
-    const int64_t blocks = ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
     const int64_t most = fgqa_fwd_tiles_of_block(p, plan) / FGQA_MIN_TILES_PER_SPLIT;
     int64_t splits = 1;
     fgqa_split split;
-    plan->tasks = blocks * p->hk * p->b;
     if (p->batch_invariant) {
-        splits = blocks == 1 && !p->varlen ? most / 4 : 1;
+        splits = one_row_block && !p->varlen ? most / 4 : 1;
     } else if (plan->tasks > 0 && plan->tasks * 5 < (int64_t)slots * 4) {
         splits = slots / plan->tasks;
     }
@@ -62,6 +61,14 @@ static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t
     plan->splits = splits < 1 ? 1 : (int32_t)splits;
     plan->tasks *= plan->splits;
     plan->workspace_bytes = fgqa_split_workspace(p, (uint32_t)plan->splits, NULL, &split);
+}
+
+/* Of a kernel whose blocks hold packed rows of a whole group. */
+static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t slots)
+{
+    const int64_t blocks = ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
+    plan->tasks = blocks * p->hk * p->b;
+    fgqa_fwd_share(p, plan, slots, blocks == 1);
 }
 
 #endif

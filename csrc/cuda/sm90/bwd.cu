@@ -151,7 +151,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
     bwd_params p;
-    const fgqa_map_box query = {CHUNK, BLOCK_Q}, key = {CHUNK, BLOCK_K};
+    const fgqa_map_box query = {CHUNK, 1, BLOCK_Q}, key = {CHUNK, 1, BLOCK_K};
     int error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query);
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.k_map, problem, FGQA_ARG_k, key); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }

@@ -26,11 +26,23 @@ template <typename T> static __device__ __forceinline__ void clean_v(uint32_t v,
 }
 
 struct poison_rows {
-    const char *v;                      /* key 0 of the sequence */
-    int64_t v_bytes;                    /* from one key to the next */
+    const char *v;                      /* slot 0 of the head: in page 0 of a cache, else of the sequence */
+    int64_t v_bytes, page_bytes;        /* from one key to the next, from one page to the next */
+    const int32_t *table;               /* pages of the sequence; NULL: not paged */
+    int32_t page_size, pages, last;     /* last: of the table */
+    int32_t slot0;                      /* where key 0 is */
     fgqa_range seen[2];                 /* by this lane's two rows */
     int32_t begin, end;                 /* keys that some row of the warp sees: nothing else is read */
     int32_t dv;                         /* a multiple of 8 */
+
+    /* NULL: on a page that does not exist, whose values are 0 */
+    __device__ __forceinline__ const char *key(int32_t j) const
+    {
+        const int32_t slot = slot0 + j;
+        if (!table) { return v + slot * v_bytes; }
+        const int32_t entry = min(slot / page_size, last), page = table[entry];
+        return (uint32_t)page < (uint32_t)pages ? v + page * page_bytes + (slot - entry * page_size) * v_bytes : NULL;
+    }
 };
 
 /* Adds to the 16 rows of a warp the inf and NaN that they see. */
@@ -39,7 +51,13 @@ template <typename T, int DV> static __device__ __forceinline__ void overlay_poi
     const int pair = 2 * (lane % 4);
 #pragma unroll 1
     for (int32_t j0 = rows.begin; j0 < rows.end; j0 += 16) {
+        const char *key[2][2];          /* B operand: this lane's keys */
         uint32_t sees[4];               /* A operand: 1 where a row sees a key */
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int32_t j = j0 + pair + 8 * (n / 2) + n % 2;
+            key[n / 2][n % 2] = j < rows.end ? rows.key(j) : NULL;
+        }
 #pragma unroll
         for (int r = 0; r < 4; r++) {
             const int32_t j = j0 + pair + 8 * (r / 2);
@@ -54,8 +72,7 @@ template <typename T, int DV> static __device__ __forceinline__ void overlay_poi
                 uint32_t half[2] = {0, 0};
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    const int32_t j = j0 + pair + 8 * r + e;
-                    if (j < rows.end && 8 * n < rows.dv) { half[e] = *(const uint16_t *)(rows.v + j * rows.v_bytes + 2 * (8 * n + lane / 4)); }
+                    if (key[r][e] && 8 * n < rows.dv) { half[e] = *(const uint16_t *)(key[r][e] + 2 * (8 * n + lane / 4)); }
                 }
                 split_poison(half[0] | half[1] << 16, &clean, &code[r], T());
             }

@@ -3,11 +3,12 @@
  *
  *     S = Q K^T,  P = softmax of scale S under the interval mask of semantics.h,  O = P V,  LSE
  *
- * A block owns one tile at a time, BLOCK_Q query rows of one head (fwd_tiles.cuh), and walks the keys that those rows see in
- * blocks of BLOCK_K, last block first.
+ * A block owns one tile at a time, BLOCK_Q query rows of one head, or of a few that share a KV head (fwd_tiles.cuh), and walks
+ * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values
+ * may lie in a KV cache, contiguous or in pages.
  *
  *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q
- *                warp 1   producer:  TMA loads of K, V
+ *                warp 1   producer:  TMA loads of K, V; of pages, a lane a page
  *                warp 2   writer:    TMA stores of O, frees the Q buffer
  *                warp 3   masker:    which keys each row of a tile sees
  *   warpgroups 1, ..      consumers: 64 rows each; O, S, P in registers
@@ -30,9 +31,11 @@
 #include "../common/ptx_tma.cuh"
 #include "../common/softmax.cuh"
 #include "../common/split.cuh"
+#include "../any/fwd_combine.h"
 #include "../kernel_table.h"
 #include "../stream_slot.h"
 #include "../tensor_map.h"
+#include "fwd_pack.h"
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 
@@ -66,9 +69,11 @@ static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 enum { TURN = 1 };                                               /* named barriers TURN, TURN + 1, ..: 0 is __syncthreads */
 
 struct fwd_params {
-    CUtensorMap q_map, k_map, v_map, out_map;                    /* dims (d, head, row, batch); box 64 columns x rows */
+    CUtensorMap q_map, k_map, v_map, out_map;                    /* dims (d, head, row, batch or page); box 64 columns x heads x rows */
     fgqa_params common;
+    fgqa_split split;
     tile_list list;
+    int32_t box_rows;                                            /* of K and V: what one copy brings, of one page */
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
     int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
 };
@@ -103,10 +108,18 @@ template <int N> struct ring {
 
 /* ---- scheduler: a warp, of which one thread acts ---- */
 
-/* Tiles to be done again are a list: the place of each next one is kept where the O of a tile will be. */
-static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, int32_t batch, int32_t head, int32_t row)
+/* Row i of a part's O and LSE. */
+static __device__ __forceinline__ int64_t row_of_part(const fwd_params &p, const tile &t, int32_t head, int32_t i)
 {
-    return (tile_place *)fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), batch, head, row);
+    return t.part * p.split.rows + split_row(p.common.problem, t.batch, head, t.q_row, i);
+}
+
+/* Tiles to be done again are a list: the place of each next one is kept where the O of a tile will be. */
+static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, const tile &t)
+{
+    const int32_t i = t.row0 >> p.list.pack;
+    if (p.list.splits > 1) { return (tile_place *)(p.split.o + row_of_part(p, t, t.head, i) * p.common.problem.dv); }
+    return (tile_place *)fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, t.head, t.q_row + i);
 }
 
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
@@ -127,17 +140,17 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
         tile &t = sm.tiles[rq.stage];
         tile_place following = place;
         if (leader) {
-            if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, place, &t); } else { t.block_end = 0; }
+            if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = 0; }
             mbarrier_arrive(smem_address(&sm.tile_full[rq.stage]));
         }
         __syncwarp();
-        if (AGAIN && more) { following = *place_in_o(p, place.batch, place.head, t.q_row + place.row0); }      /* O comes after Q */
+        if (AGAIN && more) { following = *place_in_o(p, t); }      /* O comes after Q */
         if (leader && more) {
             mbarrier_arrive_expect_tx(q_full, WG_COUNT * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
             for (int wg = 0; wg < WG_COUNT; wg++) {
                 for (int c = 0; c < K_CHUNKS; c++) {
                     tma_load_4d(smem_address(sm.q[rq.stage][wg][c]), &p.q_map, q_full, once, c * CHUNK, place.head,
-                                t.q_row + place.row0 + wg * WG_ROWS, problem.varlen ? 0 : place.batch);
+                                t.q_row + (place.row0 + wg * WG_ROWS >> p.list.pack), problem.varlen ? 0 : place.batch);
                 }
             }
         } else if (leader) {
@@ -153,49 +166,77 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
     rq.advance();
 }
 
-/* ---- producer: a thread ---- */
+/* ---- producer: a warp, each lane of which brings box_rows rows of a block ---- */
+
+/* Where a lane's rows are: row of a sequence or page. Rows that do not exist arrive as zeros. */
+struct kv_source { int32_t row, page; };
+
+static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const tile &t, int j, int lane)
+{
+    const fgqa_cache &cache = p.common.problem.cache;
+    const int32_t slot = t.k_row + j * BLOCK_K + lane * p.box_rows;
+    kv_source at = {slot, p.common.problem.varlen ? 0 : t.batch};
+    if (cache.table && lane * p.box_rows < BLOCK_K) {
+        const int32_t entry = min(slot, cache.capacity - 1) / cache.page_size;
+        at.page = cache.table[t.batch * cache.table_stride + entry];
+        at.row = slot - entry * cache.page_size;
+    }
+    return at;
+}
 
 template <int CHUNKS>
-static __device__ __forceinline__ void load_kv(const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
-                                               uint32_t parity, uint64_t policy, int row, int kv_head, int batch)
+static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
+                                               uint32_t parity, uint64_t policy, const kv_source &from, int kv_head, int lane)
 {
     mbarrier_wait(smem_address(empty), parity ^ 1);
-    mbarrier_arrive_expect_tx(smem_address(full), sizeof(dst));
-    for (int c = 0; c < CHUNKS; c++) { tma_load_4d(smem_address(dst[c]), map, smem_address(full), policy, c * CHUNK, kv_head, row, batch); }
+    if (lane == 0) { mbarrier_arrive_expect_tx(smem_address(full), sizeof(dst)); }
+    __syncwarp();
+    if (lane * p.box_rows >= BLOCK_K) { return; }
+    for (int c = 0; c < CHUNKS; c++) {
+        tma_load_4d(smem_address(dst[c] + lane * p.box_rows * CHUNK), map, smem_address(full), policy, c * CHUNK, kv_head, from.row, from.page);
+    }
 }
 
 static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<STAGES> &rk, ring<V_STAGES> &rv)
 {
     const uint64_t keep = createpolicy_evict_last();
+    const int lane = thread_index() % 32;
     for (bool more = true; more; rq.advance()) {
         mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
         const tile &t = sm.tiles[rq.stage];
-        const int begin = t.block_begin, end = t.block_end, k_row = t.k_row;
+        const int begin = t.block_begin, end = t.block_end;
         more = end != 0;
         if (!more) { continue; }
-        const int kv_head = fgqa_kv_head(t.head, p.common.problem.g), batch = p.common.problem.varlen ? 0 : t.batch;
-        auto load_k = [&](int j) {
-            load_kv(&p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, k_row + j * BLOCK_K, kv_head, batch);
+        const int kv_head = fgqa_kv_head(t.head, p.common.problem.g);
+        auto load_k = [&](const kv_source &from) {
+            load_kv(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head, lane);
             rk.advance();
         };
-        auto load_v = [&](int j) {
-            load_kv(&p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, k_row + j * BLOCK_K, kv_head, batch);
+        auto load_v = [&](const kv_source &from) {
+            load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head, lane);
             rv.advance();
         };
-        load_k(end - 1);
+        kv_source of_v = find_rows(p, t, end - 1, lane), of_k = find_rows(p, t, max(end - 2, begin), lane);
+        load_k(of_v);
 #pragma unroll 1
         for (int j = end - 2; j >= begin; j--) {                 /* the order in which consumers use them */
-            load_k(j);
-            load_v(j + 1);
+            const kv_source next = find_rows(p, t, max(j - 1, begin), lane);      /* a page number takes long to come */
+            load_k(of_k);
+            load_v(of_v);
+            of_v = of_k;
+            of_k = next;
         }
-        load_v(begin);
+        load_v(of_v);
     }
 }
 
 /* ---- writer: a thread ---- */
 
 /* Whether O of the tile leaves by TMA, which cuts off rows past the tensor's end, but not those of the next packed sequence. */
-static __device__ __forceinline__ bool leaves_by_tma(const fwd_params &p, const tile &t) { return !p.common.problem.varlen || t.valid == BLOCK_Q; }
+static __device__ __forceinline__ bool leaves_by_tma(const fwd_params &p, const tile &t)
+{
+    return p.list.splits == 1 && (!p.common.problem.varlen || t.valid == BLOCK_Q);
+}
 
 static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
 {
@@ -206,15 +247,13 @@ static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, 
         mbarrier_wait(smem_address(&sm.o_full[rq.stage]), rq.parity);
         if (more && sm.poisoned[rq.stage]) {
             sm.poisoned[rq.stage] = 0;
-            *place_in_o(p, t.batch, t.head, t.q_row + t.row0) = sm.again;
-            sm.again.batch = t.batch;
-            sm.again.head = t.head;
-            sm.again.row0 = t.row0;
+            *place_in_o(p, t) = sm.again;
+            sm.again = {t.batch, t.head, t.row0, t.part};
         } else if (more && leaves_by_tma(p, t)) {
             for (int wg = 0; wg < WG_COUNT; wg++) {
                 for (int c = 0; c < V_CHUNKS; c++) {
-                    tma_store_4d(&p.out_map, smem_address(sm.q[rq.stage][wg][c]), c * CHUNK, t.head, t.q_row + t.row0 + wg * WG_ROWS,
-                                 p.common.problem.varlen ? 0 : t.batch);
+                    tma_store_4d(&p.out_map, smem_address(sm.q[rq.stage][wg][c]), c * CHUNK, t.head,
+                                 t.q_row + (t.row0 + wg * WG_ROWS >> p.list.pack), p.common.problem.varlen ? 0 : t.batch);
                 }
             }
             tma_store_commit();
@@ -237,15 +276,16 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
             const fgqa_problem &problem = p.common.problem;
             const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
             for (int local = lane; local < BLOCK_Q; local += 32) {
-                const int32_t i = t.row0 + local;
+                const int32_t i = t.row0 + local >> p.list.pack;
                 fgqa_range seen = {0, 0};
-                if (i < mask.sq) { seen.begin = fgqa_kv_begin(&mask, i); seen.end = fgqa_kv_end(&mask, i); }
+                if (i < mask.sq && !t.idle) { seen.begin = fgqa_kv_begin(&mask, i); seen.end = fgqa_kv_end(&mask, i); }
                 sm.rows[rq.stage][local] = seen;
             }
             if (lane < WG_COUNT) {
-                const int32_t first = t.row0 + lane * WG_ROWS, last = min(first + WG_ROWS, t.row0 + t.valid) - 1;
+                const int32_t row = t.row0 + lane * WG_ROWS, end = min(row + WG_ROWS, t.row0 + t.valid);
+                const int32_t first = row >> p.list.pack, last = end - 1 >> p.list.pack;
                 fgqa_range full = {0, 0};
-                if (first <= last && last < mask.sq) {
+                if (row < end && last < mask.sq && !t.idle) {
                     full.begin = (fgqa_kv_begin(&mask, last) + BLOCK_K - 1) / BLOCK_K;
                     full.end = fgqa_kv_end(&mask, first) / BLOCK_K;
                 }
@@ -312,9 +352,9 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
         } else if (warp == 1) {
             ring<STAGES> rk;
             ring<V_STAGES> rv;
-            if (lane == 0) { produce(p, sm, rq, rk, rv); }
+            produce(p, sm, rq, rk, rv);
             if (all_done(sm)) { return; }
-            if (lane == 0) { produce(p, sm, rq, rk, rv); }
+            produce(p, sm, rq, rk, rv);
         } else if (warp == 2) {
             if (lane == 0) { write_o(p, sm, rq); }
             if (all_done(sm)) { return; }
@@ -335,7 +375,9 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
-extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *, const fgqa_exec *exec)
+static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common_divisor(b, a % b); }
+
+extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
     static launch_state state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
@@ -343,7 +385,10 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     int error = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), sizeof(shared), problem->device.index, &state);
     if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
     fwd_params p;
-    const fgqa_map_box query = {CHUNK, WG_ROWS}, key = {CHUNK, BLOCK_K};
+    const int paged = problem->cache.table && problem->cache.page_size < problem->cache.capacity;
+    p.box_rows = paged ? common_divisor(problem->cache.page_size, BLOCK_K) : BLOCK_K;
+    p.list.pack = fgqa_hopper_pack(problem, BLOCK_Q);
+    const fgqa_map_box query = {CHUNK, 1 << p.list.pack, WG_ROWS >> p.list.pack}, key = {CHUNK, 1, p.box_rows};
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.k_map, problem, FGQA_ARG_k, key); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
@@ -351,19 +396,22 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     p.slot = fgqa_stream_slot(stream);
-    p.list.hq = problem->hq;
-    p.list.row_blocks = (uint32_t)((problem->sq + BLOCK_Q - 1) / BLOCK_Q);
-    p.list.pairs = (uint32_t)(problem->b * problem->hq);
+    fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &p.split);
+    p.list.units = (uint32_t)(problem->hq >> p.list.pack);
+    p.list.splits = (uint32_t)plan->splits;
+    p.list.row_blocks = (uint32_t)((((int64_t)problem->sq << p.list.pack) + BLOCK_Q - 1) / BLOCK_Q);
+    p.list.pairs = (uint32_t)problem->b * p.list.units;
     p.list.items = problem->varlen ? 0 : (uint32_t)plan->tasks;
     /* without a mask all tiles cost the same: the rows of a head in turn; else the K and V of 16 heads share L2 */
     const int masked = problem->right != FGQA_UNBOUNDED || problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
-    const uint32_t section = masked ? 16 * (uint32_t)problem->g : 1;
+    const uint32_t section = masked ? 16 * (uint32_t)(problem->g >> p.list.pack) : 1;
     p.list.section = section < p.list.pairs ? section : p.list.pairs;
     p.claim_early = problem->sk <= 2048;
     p.left_masked = problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
     FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
-    return cudaGetLastError();
+    error = cudaGetLastError();
+    return error == cudaSuccess && plan->splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)plan->splits, exec) : error;
 }
 
 #else

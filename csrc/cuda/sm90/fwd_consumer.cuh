@@ -24,6 +24,9 @@ static __device__ __forceinline__ uint32_t stage_o(uint32_t o_smem, const float 
     return (poison[0] | poison[1] | poison[2] | poison[3]) & 0x7FFF7FFFu;
 }
 
+/* Query head of a packed row. */
+static __device__ __forceinline__ int32_t head_of(const fwd_params &p, const tile &t, int32_t packed) { return t.head + (packed & (1 << p.list.pack) - 1); }
+
 /* Rows of this warp -> global memory, those that exist. */
 static __device__ __forceinline__ void store_staged_rows(const fwd_params &p, const tile &t, uint32_t o_smem)
 {
@@ -35,7 +38,8 @@ static __device__ __forceinline__ void store_staged_rows(const fwd_params &p, co
             uint4 x;
             asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                          : "r"(o_smem + piece / 8 * (WG_ROWS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16) : "memory");
-            *(uint4 *)(fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, t.head, t.q_row + t.row0 + wg * WG_ROWS + row)
+            const int32_t packed = t.row0 + (int32_t)(wg * WG_ROWS + row);
+            *(uint4 *)(fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, head_of(p, t, packed), t.q_row + (packed >> p.list.pack))
                        + 16 * piece) = x;
         }
     }
@@ -48,8 +52,15 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     const fgqa_problem &problem = p.common.problem;
     const tile &t = sm.tiles[stage];
     poison_rows rows;
-    rows.v = fgqa_row_address(problem.view[FGQA_ARG_v], sizeof(T), t.batch, fgqa_kv_head(t.head, problem.g), t.k_row);
-    rows.v_bytes = problem.view[FGQA_ARG_v].stride_s * (int64_t)sizeof(T);
+    const fgqa_view &v = problem.view[FGQA_ARG_v];
+    rows.table = problem.cache.table ? problem.cache.table + t.batch * problem.cache.table_stride : NULL;
+    rows.v = fgqa_row_address(v, sizeof(T), rows.table ? 0 : t.batch, fgqa_kv_head(t.head, problem.g), 0);
+    rows.v_bytes = v.stride_s * (int64_t)sizeof(T);
+    rows.page_bytes = v.stride_b * (int64_t)sizeof(T);
+    rows.page_size = problem.cache.page_size;
+    rows.pages = problem.cache.pages;
+    rows.last = rows.table ? (problem.cache.capacity - 1) / rows.page_size : 0;
+    rows.slot0 = t.k_row;
     rows.dv = problem.dv;
     rows.begin = INT32_MAX;
     rows.end = 0;
@@ -66,7 +77,31 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     overlay_poison<T, DV>(o, rows, lane);
 }
 
-/* O / l -> shared memory or, a part of a packed sequence, global memory; LSE -> global memory. */
+/* What a part of the keys gives (any/fwd_split.h) -> global memory. True: an element is not finite. */
+static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const float (&m)[2],
+                                                  const float (&sum)[2], float scale_log2)
+{
+    const int32_t lane = (int32_t)(thread_index() % 32), dv = p.common.problem.dv;
+    bool poison = false;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t local = row_in_tile(thread_index()) + 8 * r, packed = t.row0 + local;
+        const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+        if (local >= t.valid) { continue; }
+        const int64_t row = row_of_part(p, t, head_of(p, t, packed), packed >> p.list.pack);
+#pragma unroll
+        for (int n = 0; n < DV / 8; n++) {
+            const int32_t column = 8 * n + 2 * (lane % 4);
+            const float2 x = {o[4 * n + 2 * r] * factor, o[4 * n + 2 * r + 1] * factor};
+            poison |= !(fabsf(x.x) < INFINITY && fabsf(x.y) < INFINITY);
+            if (column < dv) { *(float2 *)(p.split.o + row * dv + column) = x; }
+        }
+        if (lane % 4 == 0) { ((float2 *)p.split.lse)[row] = make_float2(m[r] * scale_log2 * (float)FGQA_LN2, log2f(sum[r])); }
+    }
+    return poison;
+}
+
+/* O / l -> shared memory or, a part of a packed sequence or of the keys, global memory; LSE -> global memory. */
 template <bool CAREFUL>
 static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t stage, float (&o)[DV / 2], const float (&m)[2],
                                                    const float (&l)[2], float scale_log2)
@@ -76,18 +111,23 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const int32_t first = row_in_tile(thread);
     const uint32_t o_smem = smem_address(sm.q[stage][wg]);
     const tile t = sm.tiles[stage];
-    float factor[2], lse[2];
+    const bool partial = p.list.splits > 1;
+    float factor[2], lse[2], sum[2];
     bool again = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const int32_t i = t.row0 + first + 8 * r;
-        const float sum = row_reduce_sum(l[r]);
-        again |= sum < 0.5f && m[r] > -INFINITY;                 /* the largest weight, about 1, is lost: its score is enormous */
-        factor[r] = softmax_finish(m[r], sum, scale_log2, sink_logit(problem, t.batch, t.head, i >= t.sq), &lse[r]);
+        const int32_t packed = t.row0 + first + 8 * r;
+        sum[r] = row_reduce_sum(l[r]);
+        again |= sum[r] < 0.5f && m[r] > -INFINITY;              /* the largest weight, about 1, is lost: its score is enormous */
+        const float sink = partial ? -INFINITY : sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
+        factor[r] = softmax_finish(m[r], sum[r], scale_log2, sink, &lse[r]);
     }
     if (CAREFUL) { add_seen_poison(p, sm, stage, o); }
-    again = __any_sync(ALL_LANES, stage_o(o_smem, o, factor) != 0 || again);
-    if (leaves_by_tma(p, t)) {
+    again |= partial ? store_part(p, t, o, m, sum, scale_log2) : stage_o(o_smem, o, factor) != 0;
+    again = __any_sync(ALL_LANES, again);
+    if (partial) {
+        __syncwarp();
+    } else if (leaves_by_tma(p, t)) {
         fence_proxy_async();
     } else {
         __syncwarp();
@@ -98,8 +138,10 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[stage])); }
 #pragma unroll
     for (int r = 0; r < 2; r++) {                                /* after the fence, which waits for stores */
-        const int32_t local = first + 8 * r;
-        if (lane % 4 == 0 && local < t.valid) { store_lse(problem, t.batch, t.head, t.q_row + t.row0 + local, lse[r]); }
+        const int32_t local = first + 8 * r, packed = t.row0 + local;
+        if (!partial && lane % 4 == 0 && local < t.valid) {
+            store_lse(problem, t.batch, head_of(p, t, packed), t.q_row + (packed >> p.list.pack), lse[r]);
+        }
     }
 }
 

@@ -1,0 +1,28 @@
+/* fwd_pack.h - which query heads share a tile of the forward rows for Hopper, and how many tiles there are. C11 and CUDA. */
+#ifndef FGQA_FWD_PACK_H
+#define FGQA_FWD_PACK_H
+#include "../../core/problem.h"
+
+/* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
+enum { FGQA_MOST_PACKED = 64 };
+
+/* log2 of the query heads of a group that share a tile of block_q packed rows: row r is row r >> pack of head r % 2^pack. 0 where
+ * the rows of one head fill their tiles nearly as well. */
+static inline int32_t fgqa_hopper_pack(const fgqa_problem *p, int32_t block_q)
+{
+    const int64_t rows = p->varlen ? p->total_q : p->sq;
+    int32_t pack = 0;
+    while (p->g % (2 << pack) == 0 && 2 << pack <= FGQA_MOST_PACKED) { pack++; }
+    const int64_t alone = ((int64_t)p->sq + block_q - 1) / block_q << pack, shared = (((int64_t)p->sq << pack) + block_q - 1) / block_q;
+    return 4 * alone < 5 * shared || rows << pack > INT32_MAX / 2 ? 0 : pack;
+}
+
+/* Of packed sequences, at most so many. */
+static inline int64_t fgqa_hopper_tiles(const fgqa_problem *p, int32_t block_q)
+{
+    const int32_t pack = fgqa_hopper_pack(p, block_q);
+    const int64_t blocks = p->varlen ? (p->total_q << pack) / block_q + p->b : (((int64_t)p->sq << pack) + block_q - 1) / block_q * p->b;
+    return blocks * (p->hq >> pack);
+}
+
+#endif
