@@ -97,8 +97,8 @@ def test_max_q_may_be_too_small():
     starts = torch.tensor([0, 700, 701, 1500], dtype=torch.int32, device="cuda")
     q, k, v = (random(1500, h, 128, dtype=torch.float16, seed=h) for h in (4, 2, 2))
     options = dict(causal=True, cu_seqlens_q=starts, cu_seqlens_kv=starts, kernel=row_for(q.dtype, 128, 128))
-    expected = flashgqa.attention(q, k, v, **options)
-    assert torch.equal(flashgqa.attention(q, k, v, **options, max_q=5, max_kv=5), expected)
+    expected, got = (flashgqa.attention(q, k, v, return_lse=True, **options, **less) for less in ({}, {"max_q": 5, "max_kv": 5}))
+    assert_close(got, expected, q.dtype)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -177,7 +177,8 @@ CACHES = [{}, {"indexed": True}, {"left_pad": True}, *({"page": slots} for slots
 def test_kv_caches(d, dv, cache):
     """Prompts in chunks, against the row that reads every cache; NaN in slots that hold nothing, and in some that do."""
     dtype, b, slots = torch.bfloat16, 3, 1100
-    for g, sq, options in itertools.product((1, 4, 6), (40, 200), MASKS.values()):
+    masks = [options for options in MASKS.values() if "align" not in options]
+    for g, sq, options in itertools.product((1, 4, 6), (40, 200), masks):
         lens = torch.tensor([slots - sq, 0, 333], dtype=torch.int32, device="cuda")
         q, k_new, v_new = inputs(b, 2 * g, 2, sq, sq, d, dv, dtype)
         page = cache.get("page", slots)
