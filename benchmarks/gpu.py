@@ -108,7 +108,7 @@ def measure_more(row, rivals, passes, rounds):
     import torch
     offsets = torch.tensor([0, *row.lengths], device="cuda").cumsum(0).to(torch.int32) if row.lengths else None
     inputs = tensors(row)
-    if row.kind in ("packed", "window", "prefill"):
+    if row.kind in ("packed", "window", "prefill", "few tiles", "cached"):
         rivals = {"flashgqa": peers.OnGpu(), "fa2": peers.FlashAttention2()}
         calls = {name: peer.calls(row, *inputs, offsets) for name, peer in rivals.items()}
     else:

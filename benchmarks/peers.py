@@ -111,8 +111,25 @@ class OnGpu:
     def __init__(self, **options):
         self.options = options
 
+    @staticmethod
+    def in_cache(row, q, k, v):
+        """Keys and values in pages that lie in any order."""
+        import torch
+
+        import flashgqa
+        pages = row.b * row.s // row.page
+        order = torch.randperm(pages, device="cuda")
+        caches = [torch.empty(pages, row.hk, row.page, row.d, device="cuda", dtype=x.dtype) for x in (k, v)]
+        for cache, x in zip(caches, (k, v), strict=True):
+            cache[order] = x.unflatten(2, (-1, row.page)).transpose(1, 2).flatten(0, 1)
+        lens = torch.full((row.b,), row.s, device="cuda", dtype=torch.int32)
+        table = order.view(row.b, -1).to(torch.int32)
+        return lambda: flashgqa.attention_with_kvcache(q, *caches, cache_lens=lens, page_table=table, causal=row.causal)
+
     def calls(self, row, q, k, v, dout, offsets=None):
         import flashgqa
+        if getattr(row, "page", 0):
+            return self.in_cache(row, q, k, v), None
         options = dict(self.options, causal=row.causal)
         if getattr(row, "window", 0):
             options["window"] = (row.window - 1, 0)

@@ -55,6 +55,7 @@ class GpuRow(NamedTuple):
     causal: bool = False
     queries: int = 0            # 0: as many as keys
     window: int = 0             # keys that a row sees, its own included; 0: all
+    page: int = 0               # slots of a page of the KV cache that keys and values lie in; 0: they do not
     lengths: tuple = ()         # of packed sequences
     launches: int = 1           # back to back
     passes: tuple = ("forward", "backward")
@@ -65,7 +66,8 @@ class GpuRow(NamedTuple):
 
     @property
     def label(self):
-        return f"{self.dtype} {self.hq}/{self.hk} d {self.d} s {self.s} {'causal' if self.causal else 'dense'} {self.kind}"
+        mask, page = "causal" if self.causal else "dense", f" page {self.page}" if self.page else ""
+        return f"{self.dtype} {self.hq}/{self.hk} d {self.d} s {self.s} {mask} {self.kind}{page}"
 
 
 def _packed(total=65536, shortest=16, longest=4096):
@@ -89,4 +91,7 @@ GPU_MORE = (
       for hq, hk in ((32, 8), (32, 32)) for causal in _BOTH),
     GpuRow("window", "bfloat16", 1, 32, 8, 16384, 128, True, window=1024),
     GpuRow("prefill", "bfloat16", 4, 32, 8, 32768, 128, True, queries=128, passes=("forward",)),
+    GpuRow("few tiles", "bfloat16", 1, 32, 8, 32768, 128, True, queries=128, passes=("forward",)),
+    *(GpuRow("cached", "bfloat16", 4, 32, 8, 8192, 128, True, queries=512, page=page, passes=("forward",))
+      for page in (8192, 64, 16)),
 )

@@ -132,15 +132,22 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
     uint32_t *const counter = p.slot >= 0 ? &work_counters[p.slot] : NULL;
     tile_walk<BLOCK_Q> walk;
     tile_place place;
-    if (AGAIN) { place = sm.again; }
+    bool more;
+    if (AGAIN) {
+        place = sm.again;
+        more = place.batch >= 0;
+    } else {
+        more = walk.current(problem, p.list, counter, &place);
+    }
     for (;; rq.advance()) {
+        tile next;                                               /* made while its Q buffer is still in use */
+        if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &next); } else { next.block_end = 0; }
         mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
-        const bool more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
         const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
         tile &t = sm.tiles[rq.stage];
         tile_place following = place;
         if (leader) {
-            if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = 0; }
+            t = next;
             mbarrier_arrive(smem_address(&sm.tile_full[rq.stage]));
         }
         __syncwarp();
@@ -159,9 +166,10 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
         __syncwarp();
         if (!more) { break; }
         place = following;
-        if (AGAIN) { continue; }
+        if (AGAIN) { more = place.batch >= 0; continue; }
         if (Q_STAGES > 1 && !p.claim_early) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
         walk.advance(counter);
+        more = walk.current(problem, p.list, counter, &place);
     }
     rq.advance();
 }

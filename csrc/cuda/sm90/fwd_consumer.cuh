@@ -82,23 +82,23 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
                                                   const float (&sum)[2], float scale_log2)
 {
     const int32_t lane = (int32_t)(thread_index() % 32), dv = p.common.problem.dv;
-    bool poison = false;
+    float poison = 0.0f;                                         /* becomes NaN */
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int32_t local = row_in_tile(thread_index()) + 8 * r, packed = t.row0 + local;
-        const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
-        if (local >= t.valid) { continue; }
         const int64_t row = row_of_part(p, t, head_of(p, t, packed), packed >> p.list.pack);
+        const int32_t columns = local < t.valid ? dv - 2 * (lane % 4) : 0;
+        float *const to = p.split.o + row * dv + 2 * (lane % 4);
+        const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
 #pragma unroll
         for (int n = 0; n < DV / 8; n++) {
-            const int32_t column = 8 * n + 2 * (lane % 4);
             const float2 x = {o[4 * n + 2 * r] * factor, o[4 * n + 2 * r + 1] * factor};
-            poison |= !(fabsf(x.x) < INFINITY && fabsf(x.y) < INFINITY);
-            if (column < dv) { *(float2 *)(p.split.o + row * dv + column) = x; }
+            poison = fmaf(x.x, 0.0f, fmaf(x.y, 0.0f, poison));
+            if (8 * n < columns) { *(float2 *)(to + 8 * n) = x; }
         }
-        if (lane % 4 == 0) { ((float2 *)p.split.lse)[row] = make_float2(m[r] * scale_log2 * (float)FGQA_LN2, log2f(sum[r])); }
+        if (lane % 4 == 0 && columns > 0) { ((float2 *)p.split.lse)[row] = make_float2(m[r] * scale_log2 * (float)FGQA_LN2, log2f(sum[r])); }
     }
-    return poison;
+    return poison != 0.0f;
 }
 
 /* O / l -> shared memory or, a part of a packed sequence or of the keys, global memory; LSE -> global memory. */
@@ -123,7 +123,11 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
         factor[r] = softmax_finish(m[r], sum[r], scale_log2, sink, &lse[r]);
     }
     if (CAREFUL) { add_seen_poison(p, sm, stage, o); }
-    again |= partial ? store_part(p, t, o, m, sum, scale_log2) : stage_o(o_smem, o, factor) != 0;
+    if (partial) {
+        again |= store_part(p, t, o, m, sum, scale_log2);
+    } else {
+        again |= stage_o(o_smem, o, factor) != 0;
+    }
     again = __any_sync(ALL_LANES, again);
     if (partial) {
         __syncwarp();
