@@ -135,7 +135,7 @@ static fgqa_status run_all(const warmup_memory *memory)
         char why[128];
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
-        if (row->cached) {
+        if (row->cached == FGQA_CACHE_ONLY) {
             FGQA_TRY(run_cached(&kernels[n], row, memory));
             continue;
         }
