@@ -136,6 +136,7 @@ static int is_paged(const fgqa_problem *p) { return p->cache.table != NULL && p-
 static const char *refuse_cache(const fgqa_problem *p, char why[128])
 {
     static const fgqa_arg tensors[] = {FGQA_ARG_k, FGQA_ARG_v};
+    if (p->sk < 1) { return "a cache without slots"; }
     if (is_paged(p) && p->cache.page_size % CACHE_PAGE != 0) {
         return fgqa_reason(why, "pages of a multiple of %d slots", CACHE_PAGE);
     }
@@ -172,7 +173,6 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 {
     const int64_t rows = (int64_t)p->sq * p->g, granules = ((int64_t)p->sk + k->row.block_k - 1) / k->row.block_k + 1;
     if (p->varlen) { return "has no packed sequences"; }
-    if (p->sk < 1) { return "a cache without slots"; }
     if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
         return fgqa_reason(why, "up to %d query rows of a KV head", k->row.most_rows);
     }
