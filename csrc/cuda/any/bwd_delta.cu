@@ -9,45 +9,17 @@
 
 #include "../common/launch.cuh"
 #include "../common/mask_tile.cuh"
+#include "bwd_rows.cuh"
 #include "bwd_workspace.h"
 
-static constexpr int THREADS = 256, ROWS = 64, HALF = 16, AT_ONCE = THREADS / HALF, AHEAD = 4, MOST_ROWS = 128;
+static constexpr int ROWS = 64;
 static constexpr float LARGEST_LSE = 0x1p17f;      /* beyond, an LSE may be off by more than 1/128: 2^-6 / epsilon */
-
-/* Eight elements from `column` on, as float32; zero from d on. */
-template <typename T> static __device__ __forceinline__ void load_eight(float (&x)[8], const char *row, int column, int d, bool vector)
-{
-    const T *from = (const T *)row + column;
-    if (vector && column + 8 <= d) {
-        alignas(16) T raw[8];
-#pragma unroll
-        for (int n = 0; n < (int)sizeof(T) / 2; n++) { ((uint4 *)raw)[n] = ((const uint4 *)from)[n]; }
-#pragma unroll
-        for (int n = 0; n < 8; n++) { x[n] = to_float(raw[n]); }
-    } else {
-#pragma unroll
-        for (int n = 0; n < 8; n++) { x[n] = column + n < d ? to_float(from[n]) : 0.0f; }
-    }
-}
 
 static __device__ __forceinline__ float half_warp_sum(float x)
 {
 #pragma unroll
     for (int step = HALF / 2; step > 0; step /= 2) { x += __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), x, step); }
     return x;
-}
-
-/* Whether this lane's share of a row is inf or NaN somewhere. */
-template <typename T> static __device__ __forceinline__ bool row_poisoned(const char *row, int d, int part, bool vector)
-{
-    float sum = 0.0f;
-    for (int column = 8 * part; column < d; column += 8 * HALF) {
-        float x[8];
-        load_eight<T>(x, row, column, d, vector);
-#pragma unroll
-        for (int n = 0; n < 8; n++) { sum = fmaf(x[n], 0.0f, sum); }
-    }
-    return sum != 0.0f;
 }
 
 /* A row's largest score and log2 of the sum of its weights, the sink among them, from the scores of its keys. Kept if these
@@ -88,54 +60,6 @@ template <typename T> static __device__ __noinline__ void own_stats(general_stat
     }
 }
 
-template <typename T> static __device__ __forceinline__ void zero_row(char *row, int d, int part)
-{
-    for (int column = part; column < d; column += HALF) { from_float((T *)row + column, 0.0f); }
-}
-
-/* Rows [first, total) of a packed gradient. */
-template <typename T> static __device__ void zero_tail(const fgqa_view &view, int32_t heads, int64_t first, int64_t total, int d)
-{
-    const int64_t half = ((int64_t)blockIdx.x * THREADS + threadIdx.x) / HALF, halves = (int64_t)gridDim.x * THREADS / HALF;
-    for (int64_t n = half; n < (total - first) * heads; n += halves) {
-        zero_row<T>(fgqa_row_address(view, sizeof(T), 0, n % heads, first + n / heads), d, threadIdx.x % HALF);
-    }
-}
-
-/* rowsum(dO O) and LSE of up to MOST_ROWS rows that start on 16 bytes, for the half warp that takes the row in describe_tile(), 8
- * HALF columns at a time: rows of AHEAD turns are on their way before the first is used. */
-template <typename T> static __device__ __forceinline__ void sum_rows(float2 (&sums)[MOST_ROWS], const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t count)
-{
-    const int32_t half = (int32_t)threadIdx.x / HALF, columns = (p.dv + 8 * HALF - 1) / (8 * HALF), turns = (count + AHEAD * AT_ONCE - 1) / (AHEAD * AT_ONCE);
-    for (int32_t turn = 0; turn < turns * columns; turn++) {
-        const int32_t at = half + turn / columns * (AHEAD * AT_ONCE), part = (int32_t)threadIdx.x % HALF + turn % columns * HALF;
-        uint4 out[AHEAD] = {}, dout[AHEAD] = {};
-        float lse[AHEAD];
-#pragma unroll
-        for (int n = 0; n < AHEAD; n++) {
-            const int64_t row = first + min(at + n * AT_ONCE, count - 1);
-            if (8 * part < p.dv) {
-                out[n] = ((const uint4 *)fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), b, h, row))[part];
-                dout[n] = ((const uint4 *)fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, h, row))[part];
-            }
-            lse[n] = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row);
-        }
-#pragma unroll
-        for (int n = 0; n < AHEAD; n++) {
-            const T *x = (const T *)&out[n], *y = (const T *)&dout[n];
-            float sum = 0.0f;
-#pragma unroll
-            for (int m = 0; m < 8; m++) { sum = fmaf(to_float(x[m]), to_float(y[m]), sum); }
-            sum = half_warp_sum(sum);
-            if (threadIdx.x % HALF == 0 && at + n * AT_ONCE < count) {
-                float2 &to = sums[at + n * AT_ONCE];
-                to = make_float2(part == 0 ? sum : to.x + sum, lse[n]);
-            }
-        }
-    }
-    __syncwarp();
-}
-
 /* Query rows [i0, i1), one tile: its statistics and turn. */
 template <typename T, bool GENERAL> static __device__ __forceinline__ void describe_tile(const fgqa_params &params, const fgqa_bwd_workspace &w, const fgqa_sequence &sequence,
                                                                            int32_t b, int32_t h, int32_t i0, int32_t i1)
@@ -147,19 +71,12 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
     fgqa_range order = {0, 0};
     if (i0 < mask.sq) { order = bwd_key_tiles(mask, w.block_k, i0, min(mask.sq, i1)); }
     const bool unreached = order.begin == order.end;
-    const bool tiled = !GENERAL && w.stats_kind == FGQA_BWD_TILED;
     const int64_t q_tile = bwd_q_tile(p, w, b, h, sequence.q_row, i0 / w.block_q);
-    const bool ahead = !GENERAL && params.vector_out && params.vector_dout;
-    __shared__ float2 sums[MOST_ROWS];
-    if (ahead && i0 < mask.sq) { sum_rows<T>(sums, p, b, h, sequence.q_row + i0, min(mask.sq, i1) - i0); }
-    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < (tiled ? i0 + w.block_q : i1); i += AT_ONCE) {
+    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < i1; i += AT_ONCE) {
         const bool real = i < mask.sq;
         const int64_t row = sequence.q_row + i;
         float delta = 0.0f, lse = -INFINITY;
-        if (real && ahead) {
-            delta = sums[i - i0].x;
-            lse = sums[i - i0].y;
-        } else if (real) {
+        if (real) {
             const char *out = fgqa_row_address(p.view[FGQA_ARG_out], sizeof(T), b, h, row), *dout = fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), b, h, row);
 #pragma unroll 2
             for (int column = 8 * part; column < p.dv; column += 8 * HALF) {
@@ -175,7 +92,7 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
         if (real && (GENERAL || p.view[FGQA_ARG_sink].data || !(fabsf(lse) < 1e37f))) {
             dirty |= row_poisoned<T>(fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, row), p.d, part, params.vector_q);
         }
-        if (!ahead) { delta = half_warp_sum(delta); }
+        delta = half_warp_sum(delta);
         dirty |= !isfinite(delta);                         /* so it is wherever dO is not finite */
         if (real && p.view[FGQA_ARG_dlse].data) { delta -= *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, row); }
         const bool empty = lse == -INFINITY;
@@ -186,18 +103,12 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
             if (part == 0) { ((general_stats *)w.stats)[at] = stats; }
         } else if (part == 0) {
             const plain_stats stats = {empty ? INFINITY : lse * (float)FGQA_LOG2E, empty ? 0.0f : delta};
-            if (tiled) {
-                float *to = bwd_tiled_stats(w, q_tile, i);
-                to[0] = stats.lse2;
-                to[w.block_q] = stats.delta;
-            } else {
-                ((plain_stats *)w.stats)[at] = stats;
-            }
+            ((plain_stats *)w.stats)[at] = stats;
         }
-        if (i < i1 && (!real || unreached)) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
+        if (!real || unreached) { zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, row), p.d, part); }
     }
     dirty = __syncthreads_or(dirty);
-    if (threadIdx.x == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (tiled ? (w.chain ? 0 : order.begin) | FGQA_BWD_FRESH : 0); }
+    if (threadIdx.x == 0) { w.turn[q_tile] = dirty ? FGQA_BWD_DIRTY : 0; }
 }
 
 template <typename T, bool GENERAL> __global__ void __launch_bounds__(THREADS, 2)
@@ -216,24 +127,12 @@ bwd_delta_kernel(const __grid_constant__ fgqa_params params, const __grid_consta
         w.control->ticket = 0;
         w.control->key_tiles = ((int64_t)longest + w.block_k - 1) / w.block_k;
     }
-    if (p.varlen) {
-        const int64_t used_q = max((int64_t)0, min(p.total_q, (int64_t)p.cu_seqlens_q[p.b])), used_k = max((int64_t)0, min(p.total_k, (int64_t)p.cu_seqlens_kv[p.b]));
-        zero_tail<T>(p.view[FGQA_ARG_dq], p.hq, used_q, p.total_q, p.d);
-        zero_tail<T>(p.view[FGQA_ARG_dk], p.hk, used_k, p.total_k, p.d);
-        zero_tail<T>(p.view[FGQA_ARG_dv], p.hk, used_k, p.total_k, p.dv);
-    }
+    if (p.varlen) { zero_tails<T>(p); }
     const int64_t rows_a_block = max(ROWS, w.block_q);
     for (int64_t block = blockIdx.x; block < (int64_t)p.b * p.hq * blocks_a_head; block += gridDim.x) {
         const int32_t b = (int32_t)(block / blocks_a_head / p.hq), h = (int32_t)(block / blocks_a_head % p.hq);
         int32_t rows;
         const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
-        if (w.key_rows) {
-            const int64_t blocks = (int64_t)p.hq * blocks_a_head;
-            fgqa_range *key_rows = bwd_key_rows(p, w, b, sequence.k_row);
-            for (int64_t j = block % blocks * THREADS + threadIdx.x; j < sequence.mask.sk; j += blocks * THREADS) {
-                key_rows[j] = fgqa_q_range(&sequence.mask, (int32_t)j, (int32_t)j + 1);
-            }
-        }
         /* a packed sequence may be longer than max_q said: the last block goes on */
         const int64_t first = block % blocks_a_head * rows_a_block;
         const int64_t end = block % blocks_a_head == blocks_a_head - 1 ? rows : min((int64_t)rows, first + rows_a_block);
@@ -243,6 +142,7 @@ bwd_delta_kernel(const __grid_constant__ fgqa_params params, const __grid_consta
 
 extern "C" int fgqa_bwd_delta(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream)
 {
+    if (w->stats_kind == FGQA_BWD_TILED) { return fgqa_bwd_delta_tiled(problem, w, stream); }
     const fgqa_params params = fgqa_params_make(problem);
     const int64_t rows_a_block = ROWS > w->block_q ? ROWS : w->block_q;
     const int64_t blocks_a_head = problem->sq > 0 ? (problem->sq + rows_a_block - 1) / rows_a_block : 1;

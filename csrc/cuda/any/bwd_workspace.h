@@ -2,12 +2,13 @@
  *
  *   stats    [q_rows]          plain_stats or, of general kernels, general_stats; of tiled ones [q_tiles][2][block_q]: lse2, delta
  *                              of a tile's rows in the order of bwd_stats_slot(), rows past the sequence's last one among them
- *   dq       [q_tiles][block_q * d]   float32 sums; order inside a tile is the main kernel's own (its accumulators')
+ *   dq       [q_tiles][block_q * d]   float32 sums, but of two passes; order inside a tile is the main kernel's own (its accumulators')
  *   turn     [q_tiles]         key tiles that have been added to the tile; with FGQA_BWD_DIRTY some row of the tile has an inf or
  *                              NaN in q or dO
  *            Of kernels with tiled statistics: the key tile whose turn it is, or how many have added (chain > 0); with FGQA_BWD_FRESH
  *            nothing has been added
  *   key_rows [b][sk] or [total_k]   of kernels with tiled statistics: query rows that see each key, where not all do
+ *   poisoned [k_tiles]         of two passes, together with key_rows: whether the first has met an inf or NaN in the key tile
  *   control  ticket of the next task; key tiles of the longest sequence
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
  */
@@ -34,9 +35,10 @@ typedef struct {
     float *dq, *dk, *dv;
     int32_t *turn;
     fgqa_range *key_rows;                 /* NULL: every row sees every key, and all key tiles are whole */
+    int32_t *poisoned;
     fgqa_bwd_control *control;
     int64_t q_rows, k_rows, q_tiles;      /* over batch and heads */
-    int64_t head_tiles;                   /* q tiles of one head: of one sequence, or of all when they are packed */
+    int64_t head_tiles, kv_head_tiles;    /* q or k tiles of one head: of one sequence, or of all when they are packed */
     int32_t block_q, block_k, splits, stats_kind;   /* of the main kernel's row */
     int32_t chain;                        /* order of the key tiles: bwd_key_tile_at() */
 } fgqa_bwd_workspace;
@@ -46,6 +48,9 @@ static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
 {
     return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->sk % block_k != 0;
 }
+
+/* Whether dQ is made by a kernel of its own, which does all of a query tile: bwd_queries.cuh. */
+static inline int fgqa_bwd_two_passes(int32_t stats_kind, int32_t d) { return stats_kind == FGQA_BWD_TILED && d > 128; }
 
 /* Carves, or with base NULL measures. */
 static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t d, int32_t dv,
@@ -62,6 +67,7 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     w->k_rows = p->varlen ? (int64_t)p->hk * p->total_k : (int64_t)p->b * p->hk * p->sk;
     /* packed: sequence b starts at tile floor(its first row / block_q) + b, which leaves room for every sequence's last tile */
     w->head_tiles = p->varlen ? p->total_q / block_q + p->b + 1 : ((int64_t)p->sq + block_q - 1) / block_q;
+    w->kv_head_tiles = p->varlen ? p->total_k / block_k + p->b + 1 : ((int64_t)p->sk + block_k - 1) / block_k;
     w->q_tiles = p->varlen ? p->hq * w->head_tiles : (int64_t)p->b * p->hq * w->head_tiles;
     w->control = (fgqa_bwd_control *)fgqa_arena_take(&arena, 1, sizeof(fgqa_bwd_control));
     if (stats_kind == FGQA_BWD_TILED) {
@@ -70,9 +76,12 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
         w->stats = fgqa_arena_take(&arena, (size_t)w->q_rows, stats_kind == FGQA_BWD_GENERAL ? sizeof(general_stats) : sizeof(plain_stats));
     }
     w->turn = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
-    w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float));
+    if (!fgqa_bwd_two_passes(stats_kind, d)) { w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float)); }
     if (stats_kind == FGQA_BWD_TILED && fgqa_bwd_hides(p, block_k)) {
         w->key_rows = (fgqa_range *)fgqa_arena_take(&arena, p->varlen ? (size_t)p->total_k : (size_t)p->b * (size_t)p->sk, sizeof(fgqa_range));
+        if (fgqa_bwd_two_passes(stats_kind, d)) {
+            w->poisoned = (int32_t *)fgqa_arena_take(&arena, (size_t)(p->varlen ? p->hk : (int64_t)p->b * p->hk) * (size_t)w->kv_head_tiles, sizeof(int32_t));
+        }
     }
     if (splits > 1) {
         w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));
@@ -95,6 +104,23 @@ static __device__ __forceinline__ int64_t bwd_k_row(const fgqa_problem &p, int32
 static __device__ __forceinline__ int64_t bwd_q_tile(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int64_t q_row, int32_t tile)
 {
     return p.varlen ? h * w.head_tiles + q_row / w.block_q + b + tile : ((int64_t)b * p.hq + h) * w.head_tiles + tile;
+}
+
+/* The packed sequence that owns tile `tile` of a head, where sequence b begins at tile floor(its first row / rows) + b. */
+static __device__ __forceinline__ int32_t bwd_packed_sequence(const fgqa_problem &p, int32_t rows, int32_t tile)
+{
+    int32_t b = 0, above = p.b;
+    while (above - b > 1) {
+        const int32_t middle = b + (above - b) / 2;
+        const int32_t first = (int32_t)max((int64_t)0, min(p.total_q, (int64_t)p.cu_seqlens_q[middle]));
+        if (first / rows + middle <= tile) { b = middle; } else { above = middle; }
+    }
+    return b;
+}
+
+static __device__ __forceinline__ int64_t bwd_k_tile(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int32_t kv_head, int64_t k_row, int32_t tile)
+{
+    return p.varlen ? kv_head * w.kv_head_tiles + k_row / w.block_k + b + tile : ((int64_t)b * p.hk + kv_head) * w.kv_head_tiles + tile;
 }
 
 /* Rows 8 n + 2 c + {0, 1}, n = 0 .., of a tile belong to lane c of four (fragments.cuh): four of them make 16 bytes. */
@@ -173,6 +199,7 @@ extern "C" {
 #endif
 /* Kernels around the main one; each returns a cudaError_t. `stream` is a cudaStream_t. */
 int fgqa_bwd_delta(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
+int fgqa_bwd_delta_tiled(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
 int fgqa_bwd_reduce(const fgqa_problem *problem, const fgqa_bwd_workspace *w, int32_t dk_width, int32_t dv_width, void *stream);
 int fgqa_bwd_dsink(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
 #ifdef __cplusplus

@@ -6,12 +6,12 @@
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
- * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it.
+ * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it. Head dim 256:
+ * a second kernel makes dQ (bwd_queries.cuh).
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
  *                warp 1   scheduler: takes tasks
- *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step. Head
- *                                   dim 256: they wait for turns, consumers add
+ *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step
  *   warpgroups 1, 2       consumers: all scores transposed (bwd_consumer.cuh), 64 keys each (bwd_pair.cuh) or, head dim 256, the same
  *                                   64 keys (bwd_wide.cuh)
  *
@@ -20,20 +20,18 @@
  *
  * mbarrier              arrivals (count)                            waited for by              meaning
  * task_full             scheduler (1)                               all others                 tasks[count % 2] is there
- * task_free             producer, writers, consumer warps (11)      scheduler                  the task before the next has ended
+ * task_free             producer, writers, consumer warps (11, 9)   scheduler                  the task before the next has ended
  * q_full, dout_full[s]  producer + bytes (1)                        consumers                  tile and its lse2, delta are there
  * q_empty, dout_empty   one thread of each consumer (2)             producer                   tile was used by both
- *                       q_empty, d 256: consumer warps (8)          producer                   and its place at dQ, too
  * k_full, v_full        producer + bytes (1)                        consumers
  * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
  * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
  * dq_empty[s]           writer (1)                                  consumers                  staged dQ was read
  * ds_empty              consumer warps (8)                          consumers, if one dS       dQ of the step before is there
  * named BOTH            256                                         consumers                  both halves of dS are stored
- * turn_come[s]          writer (1)                                  consumers, d 256           their turn at dQ has come
- * dq_added[s]           consumer warps (8)                          writer, d 256              dQ is in memory
+ * weights_full[s]       warps of consumer 0 (4)                     consumer 1, d 256          P is stored
+ * weights_empty[s]      warps of consumer 1 (4)                     consumer 0, d 256          P was read
  * named OWN + n         128                                         consumer n
- * named WEIGHTS         256                                         consumer 1, d 256          P is stored
  */
 #include "../any/bwd_plan.h"
 #include "../common/launch.cuh"
@@ -57,12 +55,12 @@ typedef FGQA_DTYPE T;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K = FGQA_BLOCK_K, THREADS = 32 * FGQA_WARPS, CONSUMERS = 256;
 static_assert(D == DV && (D == 64 || D == 128 || D == 256) && BLOCK_Q == (D == 64 ? 128 : 64) && BLOCK_K == (D == 256 ? 64 : 128) && FGQA_STAGES == 2 && FGQA_WARPS == 12,
               "kernels.def: sizes that there are");
-static constexpr int CHUNKS = D / CHUNK, DS_STAGES = D == 128 ? 2 : 1;
+static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int64_t L2_BYTES = 32 << 20;                    /* of the 50 MB that there are */
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum { BOTH = 1, OWN = 2, WEIGHTS = 4 };                         /* named barriers: 0 is __syncthreads */
+enum { BOTH = 1, OWN = 2 };                                          /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
 
@@ -73,7 +71,7 @@ struct bwd_params {
     float scale_log2;
     uint32_t sections, band;                                     /* find_task() */
     int32_t ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
-    int32_t vector_dk, vector_dv;                                /* rows start on 16 bytes */
+    int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
 };
 
 /* Arrives on a named barrier and waits; whether any thread said yes. PTX ISA, "barrier.red". One instruction for all who call it, as
@@ -99,10 +97,11 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
 #include "bwd_consumer.cuh"
 #if FGQA_D == 256
 #include "bwd_wide.cuh"
+#include "bwd_queries.cuh"
 #else
 #include "bwd_pair.cuh"
-#endif
 #include "bwd_finish.cuh"
+#endif
 
 template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
 {
@@ -117,17 +116,17 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
         mbarrier_init(smem_address(&sm.task_full), 1);
-        mbarrier_init(smem_address(&sm.task_free), 3 + CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.task_free), (D == 256 ? 1 : 3) + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
         mbarrier_init(smem_address(&sm.v_full), 1);
         mbarrier_init(smem_address(&sm.kv_empty), CONSUMERS / 32);
         for (int s = 0; s < 2; s++) {
             mbarrier_init(smem_address(&sm.q_full[s]), 1);
-            mbarrier_init(smem_address(&sm.q_empty[s]), D == 256 ? CONSUMERS / 32 : 2);
+            mbarrier_init(smem_address(&sm.q_empty[s]), 2);
             mbarrier_init(smem_address(&sm.dout_full[s]), 1);
             mbarrier_init(smem_address(&sm.dout_empty[s]), 2);
         }
-        init_dq_barriers(sm);
+        init_more_barriers(sm);
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -135,7 +134,9 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
         setmaxnreg_dec<PRODUCER_REGS>();
         if (warp == 0 && lane == 0) { produce<MASKED>(p, sm); }
         if (warp == 1) { schedule<MASKED>(p, sm); }
+#if FGQA_D != 256
         if (warp >= 2 && lane == 0) { write_dq<MASKED>(p, sm, (uint32_t)warp - 2); }
+#endif
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consume<MASKED>(p, sm, wg - 1);
@@ -162,9 +163,10 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
     p.w.chain = fgqa_bwd_chain(problem, BLOCK_K, p.w.splits, multiprocessors);
     p.scale_log2 = p.common.scale * (float)FGQA_LOG2E;
-    /* Free, dQ is cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
-    p.ordered = problem->deterministic || (D < 256 && problem->sk <= FEW_KEYS && !problem->varlen);
+    /* Free, float32 sums of dQ are cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
+    p.ordered = p.w.dq == NULL || problem->deterministic || (problem->sk <= FEW_KEYS && !problem->varlen);
     p.foreign_rows = problem->varlen || problem->q_lens;
+    p.vector_dq = fgqa_view_is_vector(problem, FGQA_ARG_dq);
     p.vector_dk = fgqa_view_is_vector(problem, FGQA_ARG_dk);
     p.vector_dv = fgqa_view_is_vector(problem, FGQA_ARG_dv);
 
@@ -189,7 +191,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess && !p.ordered) { error = cudaMemsetAsync(p.w.dq, 0, (size_t)p.w.q_tiles * (BLOCK_Q * D) * sizeof(float), stream); }
     if (error != cudaSuccess) { return error; }
     error = launch_kernel(kernel, blocks, THREADS, sizeof(shared), stream, p);
-    if (error == cudaSuccess) { error = finish(p, stream); }
+    if (error == cudaSuccess) { error = finish(p, device, multiprocessors, stream); }
     if (error == cudaSuccess && p.w.splits > 1) { error = fgqa_bwd_reduce(problem, &p.w, D, DV, stream); }
     if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = fgqa_bwd_dsink(problem, &p.w, stream); }
     return error;

@@ -102,6 +102,19 @@ static __device__ __forceinline__ void add_poison(const bwd_params &p, const tas
     }
 }
 
+/* Gradients of keys that are inf or NaN themselves and that some row sees. */
+template <typename... SUMS> static __device__ __forceinline__ void overwrite_poisoned(const bwd_params &p, const shared &sm, const task &t, int key, SUMS &...sums)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const fgqa_range seen = rows_of_key(p, t, key + 8 * half);
+        if (!is_poisoned(sm, key + 8 * half) || seen.begin >= seen.end) { continue; }
+#pragma unroll
+        for (int n = 2 * half; n < D / 2; n += 4) { ((sums[n] = sums[n + 1] = NAN), ...); }
+    }
+    barrier_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
+}
+
 /* ---- interval masks ---- */
 
 /* Bits x, x + 1, ... */
@@ -166,21 +179,26 @@ static __device__ __forceinline__ void stage_rows(uint32_t base, const float (&a
     }
 }
 
-static __device__ __forceinline__ void write_rows(const char *staged, const bwd_params &p, const task &t, int32_t j0, fgqa_arg arg, int32_t d, bool vector, int thread)
+/* The first `count` of 64 staged rows to `to`, rows of d elements. */
+static __device__ __forceinline__ void write_rows(const char *staged, char *to, int64_t stride, int32_t count, int32_t d, bool vector, int thread)
 {
-    const fgqa_view &view = p.common.problem.view[arg];
-    char *const to = fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.k_row + j0);
 #pragma unroll
     for (int n = thread; n < 64 * (D / 8); n += 128) {
         const int row = n / (D / 8), piece = n % (D / 8);
-        if (j0 + row >= t.key_rows || 8 * piece >= d) { continue; }
+        if (row >= count || 8 * piece >= d) { continue; }
         const uint4 x = *(const uint4 *)(staged + piece / 8 * (BLOCK_K * 128) + row * 128 + ((piece % 8) ^ (row % 8)) * 16);
-        char *const at = to + row * view.stride_s * (int64_t)sizeof(T) + 16 * piece;
+        char *const at = to + row * stride * (int64_t)sizeof(T) + 16 * piece;
         if (vector) { *(uint4 *)at = x; continue; }
         const uint32_t word[4] = {x.x, x.y, x.z, x.w};
 #pragma unroll
         for (int e = 0; e < 8; e++) { ((uint16_t *)at)[e] = (uint16_t)(word[e / 2] >> 16 * (e % 2)); }
     }
+}
+
+static __device__ __forceinline__ void write_keys(const char *staged, const bwd_params &p, const task &t, int32_t j0, fgqa_arg arg, int32_t d, bool vector, int thread)
+{
+    const fgqa_view &view = p.common.problem.view[arg];
+    write_rows(staged, fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.k_row + j0), view.stride_s, t.key_rows - j0, d, vector, thread);
 }
 
 /* One of several parts, in float32. */

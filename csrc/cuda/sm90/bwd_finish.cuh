@@ -12,7 +12,6 @@ static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t
     const fgqa_range key_tiles = bwd_key_tiles(mask, BLOCK_K, i0, end);
     if (key_tiles.begin == key_tiles.end) { return; }
     const float4 *sums = (const float4 *)(p.w.dq + bwd_q_tile(problem, p.w, b, h, sequence.q_row, n) * (BLOCK_Q * D));
-    __syncthreads();
 #pragma unroll 8
     for (int m = 0; m < BLOCK_Q * D / 4 / FINISH_THREADS; m++) {
         const int at = threadIdx.x + FINISH_THREADS * m, consumer = at / OF_CONSUMER, group = at / 128 % (OF_CONSUMER / 128), thread = at % 128;
@@ -39,20 +38,21 @@ static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t
 static __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ bwd_params p, uint32_t tiles_a_head, bool vector)
 {
     __shared__ __align__(16) uint32_t tile[BLOCK_Q][D / 2 + 4];
-    const uint32_t hq = (uint32_t)p.common.problem.hq, pair = blockIdx.x / tiles_a_head, n = blockIdx.x % tiles_a_head;
-    const int32_t b = (int32_t)(pair / hq), h = (int32_t)(pair % hq);
-    int32_t rows;
-    const fgqa_sequence sequence = fgqa_device_sequence(p.common.problem, b, &rows);
-    /* a packed sequence may be longer than max_q said: the last block goes on */
-    const int32_t end = min((sequence.mask.sq + BLOCK_Q - 1) / BLOCK_Q, n == tiles_a_head - 1 ? INT32_MAX : (int32_t)n + 1);
-    for (int32_t at = (int32_t)n; at < end; at++) { finish_tile(p, tile, sequence, b, h, at, vector); }
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t pair = blockIdx.x / tiles_a_head;
+    const int32_t h = (int32_t)(pair % (uint32_t)problem.hq);
+    int32_t b = (int32_t)(pair / (uint32_t)problem.hq), n = (int32_t)(blockIdx.x % tiles_a_head), rows;
+    if (problem.varlen) { b = bwd_packed_sequence(problem, BLOCK_Q, n); }
+    const fgqa_sequence sequence = fgqa_device_sequence(problem, b, &rows);
+    if (problem.varlen) { n -= (int32_t)sequence.q_row / BLOCK_Q + b; }
+    if (n >= 0 && n * BLOCK_Q < sequence.mask.sq) { finish_tile(p, tile, sequence, b, h, n, vector); }
 }
 
-static int finish(const bwd_params &p, cudaStream_t stream)
+static int finish(const bwd_params &p, int32_t, int32_t, cudaStream_t stream)
 {
     const fgqa_problem &problem = p.common.problem;
-    const uint32_t tiles_a_head = problem.sq > 0 ? ((uint32_t)problem.sq + BLOCK_Q - 1) / BLOCK_Q : 1;
-    const uint32_t blocks = (uint32_t)problem.b * (uint32_t)problem.hq * tiles_a_head;
+    const uint32_t tiles_a_head = (uint32_t)p.w.head_tiles, blocks = (uint32_t)problem.hq * tiles_a_head * (problem.varlen ? 1u : (uint32_t)problem.b);
+    if (blocks == 0 || problem.b == 0) { return cudaSuccess; }
     const bool vector = fgqa_view_is_vector(&problem, FGQA_ARG_dq) != 0;
     return launch_kernel(finish_kernel, blocks, FINISH_THREADS, 0, stream, p, tiles_a_head, vector);
 }

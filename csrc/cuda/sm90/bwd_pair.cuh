@@ -3,7 +3,7 @@
  */
 #pragma once
 
-static __device__ __forceinline__ void init_dq_barriers(shared &sm)
+static __device__ __forceinline__ void init_more_barriers(shared &sm)
 {
     for (int s = 0; s < 2; s++) {
         mbarrier_init(smem_address(&sm.dq_full[s]), CONSUMERS / 32);
@@ -108,16 +108,7 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
         if (MASKED && state & CARE_POISON) { add_poison(p, t, last_key, last_lane, dv); }
-        if (MASKED && state & KEYS_POISONED) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const fgqa_range seen = rows_of_key(p, t, last_key + 8 * half);
-                if (!is_poisoned(sm, last_key + 8 * half) || seen.begin >= seen.end) { continue; }
-#pragma unroll
-                for (int n = 0; n < D / 2; n += 4) { dk[n + 2 * half] = dk[n + 2 * half + 1] = dv[n + 2 * half] = dv[n + 2 * half + 1] = NAN; }
-            }
-            bar_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
-        }
+        if (MASKED && state & KEYS_POISONED) { overwrite_poisoned(p, sm, t, last_key, dk, dv); }
         if (p.w.splits > 1) {
             write_part(p, t, p.w.dk, dk, scale, j0 + last_key, last_lane);
             write_part(p, t, p.w.dv, dv, 1.0f, j0 + last_key, last_lane);
@@ -127,8 +118,8 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
             bar_sync(BOTH, CONSUMERS);                     /* the other consumer is done with K, too */
             stage_rows(smem_address(k_own), dk, scale, last);
             bar_sync(OWN + consumer, 128);
-            write_rows(v_own, p, t, j0 + consumer * 64, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last);
-            write_rows(k_own, p, t, j0 + consumer * 64, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last);
+            write_keys(v_own, p, t, j0 + consumer * 64, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last);
+            write_keys(k_own, p, t, j0 + consumer * 64, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last);
             fence_proxy_async();
         }
         __syncwarp();

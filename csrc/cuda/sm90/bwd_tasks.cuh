@@ -19,23 +19,21 @@ struct task {
 struct shared {
     T k[CHUNKS][BLOCK_K * CHUNK], v[CHUNKS][BLOCK_K * CHUNK];
     T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
-    T ds[DS_STAGES][BLOCK_Q / 64][BLOCK_K * 64];
 #if FGQA_D == 256
-    T weights[BLOCK_K * BLOCK_Q];                                /* P^T in the order of the consumers' registers */
+    T weights[2][BLOCK_K * BLOCK_Q];                             /* P^T in the order of the consumers' registers */
 #else
+    T ds[D / 64][BLOCK_Q / 64][BLOCK_K * 64];
     float dq[2][BLOCK_Q * D];
 #endif
     float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];                   /* of a stage, in the order of bwd_stats_slot() */
     fgqa_range rows[2 * 64];                                     /* that see each key of each consumer */
     task tasks[2];
     int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
-    int32_t tile[2];                                             /* in the workspace */
     uint32_t poisoned_keys[BLOCK_K / 32];
     uint64_t task_full, task_free, k_full, v_full, kv_empty;
     uint64_t q_full[2], q_empty[2], dout_full[2], dout_empty[2];
 #if FGQA_D == 256
-    uint64_t turn_come[2], dq_added[2];
-    int32_t first[2];                                            /* nothing has been added to dQ of the stage's tile */
+    uint64_t weights_full[2], weights_empty[2];
 #else
     uint64_t dq_full[2], dq_empty[2], ds_empty;
 #endif
@@ -186,7 +184,6 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
                 }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
                 if (MASKED) { sm.about[r.stage] = make_int2(at.tile * BLOCK_Q, care); }
-                if (D == 256) { sm.tile[r.stage] = (int32_t)tile; }
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }
             if (step == 0) {

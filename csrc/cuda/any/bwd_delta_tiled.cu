@@ -1,0 +1,166 @@
+/* bwd_delta_tiled.cu - bwd_delta.cu for kernels with tiled statistics (Hopper): a block a query tile of a head, and as little as
+ * possible between its start and its loads. Also which rows see each key, and whose turn it is to add to dQ.
+ */
+#include "../common/launch.cuh"
+#include "bwd_rows.cuh"
+
+static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_LANES = 32;        /* 16-byte loads of a thread and tensor at a time; rows of a tile; lanes of a row */
+
+/* rowsum(dO O) of a tile's rows, LANES lanes a row. */
+template <typename T, int LANES, bool VECTOR>
+static __device__ __forceinline__ void sum_rows(float (&sums)[MOST_ROWS], const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t count)
+{
+    constexpr int AT_A_TIME = THREADS / LANES;
+    const int part = (int)threadIdx.x % LANES;
+    const fgqa_view &out = p.view[FGQA_ARG_out], &dout = p.view[FGQA_ARG_dout];
+    for (int32_t begin = 0; begin < count; begin += AHEAD * AT_A_TIME) {
+        const int32_t row = begin + (int32_t)threadIdx.x / LANES;
+        float sum[AHEAD] = {};
+        if (VECTOR) {
+            uint4 x[AHEAD] = {}, y[AHEAD] = {};
+            const char *from = fgqa_row_address(out, sizeof(T), b, h, first + row) + 16 * part, *dfrom = fgqa_row_address(dout, sizeof(T), b, h, first + row) + 16 * part;
+#pragma unroll
+            for (int n = 0; n < AHEAD; n++) {
+                if (8 * part < p.dv && row + n * AT_A_TIME < count) {
+                    x[n] = *(const uint4 *)(from + n * AT_A_TIME * out.stride_s * (int64_t)sizeof(T));
+                    y[n] = *(const uint4 *)(dfrom + n * AT_A_TIME * dout.stride_s * (int64_t)sizeof(T));
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < AHEAD; n++) {
+#pragma unroll
+                for (int m = 0; m < 8; m++) { sum[n] = fmaf(to_float(((const T *)&x[n])[m]), to_float(((const T *)&y[n])[m]), sum[n]); }
+            }
+        } else {
+#pragma unroll 1
+            for (int n = 0; n < AHEAD && row + n * AT_A_TIME < count; n++) {
+                const T *x = (const T *)fgqa_row_address(out, sizeof(T), b, h, first + row + n * AT_A_TIME);
+                const T *y = (const T *)fgqa_row_address(dout, sizeof(T), b, h, first + row + n * AT_A_TIME);
+                float product = 0.0f;
+                for (int column = part; column < p.dv; column += LANES) { product = fmaf(to_float(x[column]), to_float(y[column]), product); }
+#pragma unroll
+                for (int m = 0; m < AHEAD; m++) { sum[m] = m == n ? product : sum[m]; }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < AHEAD; n++) {
+#pragma unroll
+            for (int step = LANES / 2; step > 0; step /= 2) { sum[n] += __shfl_xor_sync(0xFFFFFFFFu, sum[n], step, LANES); }
+            if (part == 0 && row + n * AT_A_TIME < count) { sums[row + n * AT_A_TIME] = sum[n]; }
+        }
+    }
+}
+
+/* Whether some row of a tile has an inf or NaN in q, as far as this thread has seen. */
+template <typename T> static __device__ __noinline__ bool queries_poisoned(const fgqa_params &params, int32_t b, int32_t h, int64_t first, int32_t count)
+{
+    bool dirty = false;
+    for (int32_t row = (int32_t)threadIdx.x / HALF; row < count; row += AT_ONCE) {
+        dirty |= row_poisoned<T>(fgqa_row_address(params.problem.view[FGQA_ARG_q], sizeof(T), b, h, first + row), params.problem.d, (int)threadIdx.x % HALF, params.vector_q);
+    }
+    return dirty;
+}
+
+template <typename T> static __device__ __noinline__ void zero_rows(const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t begin, int32_t end)
+{
+    for (int32_t row = begin + (int32_t)threadIdx.x / HALF; row < end; row += AT_ONCE) {
+        zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, first + row), p.d, (int)threadIdx.x % HALF);
+    }
+}
+
+/* By the first block: longest sequence of keys. */
+static __device__ __noinline__ void prepare_control(const fgqa_problem &p, const fgqa_bwd_workspace &w)
+{
+    __shared__ int32_t longest;
+    if (threadIdx.x == 0) { longest = p.varlen ? 0 : p.sk; }
+    __syncthreads();
+    for (int32_t b = (int32_t)threadIdx.x; p.varlen && b < p.b; b += THREADS) {
+        int32_t rows;
+        atomicMax(&longest, fgqa_device_sequence(p, b, &rows).mask.sk);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        w.control->ticket = 0;
+        w.control->key_tiles = ((int64_t)longest + w.block_k - 1) / w.block_k;
+    }
+}
+
+template <typename T, int LANES, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4)
+bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, uint32_t head_tiles)
+{
+    __shared__ float sums[MOST_ROWS];
+    const fgqa_problem &p = params.problem;
+    const int thread = (int)threadIdx.x;
+    if (p.b == 0 || p.hq == 0) {
+        if (blockIdx.x == 0) { prepare_control(p, w); }
+        if (p.varlen) { zero_tails<T>(p); }
+        return;
+    }
+    const uint32_t pair = blockIdx.x / head_tiles;
+    int32_t b = (int32_t)(pair / (uint32_t)p.hq), tile = (int32_t)(blockIdx.x % head_tiles), rows, tiles = (int32_t)head_tiles;
+    const int32_t h = (int32_t)(pair % (uint32_t)p.hq);
+    if (p.varlen) { b = bwd_packed_sequence(p, w.block_q, tile); }
+    const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
+    const fgqa_mask &mask = sequence.mask;
+    if (p.varlen) {
+        const int32_t first = (int32_t)(sequence.q_row / w.block_q) + b;
+        const int64_t next = b + 1 < p.b ? max((int64_t)0, min(p.total_q, (int64_t)p.cu_seqlens_q[b + 1])) / w.block_q + b + 1 : head_tiles;
+        tile -= first;
+        tiles = max(1, (int32_t)next - first);
+        zero_tails<T>(p);
+    }
+    const int32_t i0 = tile * w.block_q, count = tile < 0 ? 0 : max(0, min(rows, i0 + w.block_q) - i0), real = max(0, min(count, mask.sq - i0));
+    const int64_t first_row = sequence.q_row + i0;
+    const bool own = thread < w.block_q;
+    float lse = -INFINITY, dlse = 0.0f;
+    if (thread < real) {
+        lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, first_row + thread);
+        if (p.view[FGQA_ARG_dlse].data) { dlse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, first_row + thread); }
+    }
+    sum_rows<T, LANES, VECTOR>(sums, p, b, h, first_row, real);
+    if (blockIdx.x == 0) { prepare_control(p, w); }
+    if (w.key_rows && tile >= 0) {
+        fgqa_range *key_rows = bwd_key_rows(p, w, b, sequence.k_row);
+        for (int64_t j = ((int64_t)h * tiles + tile) * THREADS + thread; j < mask.sk; j += (int64_t)p.hq * tiles * THREADS) {
+            key_rows[j] = fgqa_q_range(&mask, (int32_t)j, (int32_t)j + 1);
+        }
+    }
+    if (count == 0) { return; }
+    __syncthreads();
+    const float sum = thread < real ? sums[thread] : 0.0f;
+    bool dirty = !isfinite(sum);                           /* so it is wherever dO is not finite */
+    const int64_t q_tile = bwd_q_tile(p, w, b, h, sequence.q_row, tile);
+    if (own) {
+        const bool empty = lse == -INFINITY;
+        float *to = bwd_tiled_stats(w, q_tile, thread);
+        to[0] = empty ? INFINITY : lse * (float)FGQA_LOG2E;
+        to[w.block_q] = empty ? 0.0f : sum - dlse;
+    }
+    /* q is read only where the LSE cannot answer for it */
+    if (__syncthreads_or(thread < real && (p.view[FGQA_ARG_sink].data || !(fabsf(lse) < 1e37f)))) { dirty |= queries_poisoned<T>(params, b, h, first_row, real); }
+    dirty = __syncthreads_or(dirty);
+    fgqa_range order = {0, 0};
+    if (real > 0) { order = bwd_key_tiles(mask, w.block_k, i0, i0 + real); }
+    if (thread == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (w.chain ? 0 : order.begin) | FGQA_BWD_FRESH; }
+    const int32_t written = order.begin == order.end ? 0 : real;           /* rows that the main kernel or the one behind it writes */
+    if (written < count) { zero_rows<T>(p, b, h, first_row, written, count); }
+}
+
+template <typename T, int LANES> static void (*delta_kernel(bool vector))(fgqa_params, fgqa_bwd_workspace, uint32_t)
+{
+    return vector ? bwd_delta_tiled_kernel<T, LANES, true> : bwd_delta_tiled_kernel<T, MOST_LANES, false>;
+}
+
+template <typename T> static void (*delta_kernel(int32_t d, bool vector))(fgqa_params, fgqa_bwd_workspace, uint32_t)
+{
+    return d <= 64 ? delta_kernel<T, 8>(vector) : d <= 128 ? delta_kernel<T, 16>(vector) : delta_kernel<T, MOST_LANES>(vector);
+}
+
+extern "C" int fgqa_bwd_delta_tiled(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream)
+{
+    const fgqa_params params = fgqa_params_make(problem);
+    const bool vector = params.vector_out && params.vector_dout;
+    const uint32_t head_tiles = w->head_tiles > 0 ? (uint32_t)w->head_tiles : 1u, blocks = (uint32_t)problem->hq * head_tiles * (problem->varlen ? 1u : (uint32_t)problem->b);
+    const auto kernel = problem->dtype == FGQA_BF16 ? delta_kernel<bf16>(problem->dv, vector) : delta_kernel<f16>(problem->dv, vector);
+    return launch_kernel(kernel, blocks > 0 ? blocks : 1u, THREADS, 0, stream, params, *w, head_tiles);
+}

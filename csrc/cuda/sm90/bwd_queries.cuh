@@ -1,0 +1,243 @@
+/* bwd_queries.cuh - part of bwd.cu, head dim 256: dQ, by a second kernel that makes S and dP again. With dQ added up in memory a step
+ * of 64 rows and 64 keys would read 64 KB and add as much, more than the L2 cache gives; this one reads 64 KB for 128 rows, keeps dQ in
+ * registers, and needs neither float32 sums in memory nor turns. 7 products where there were 5.
+ *
+ * A block is 128 rows of a head, 64 a consumer; its key tiles go through a ring of two K and a single V.
+ *     S = Q K^T, dP = dO V^T issued
+ *     wait S: P                                under dP
+ *     wait dP: dS = P (dP - delta)
+ *     dQ += dS K issued, wait                  all under the products of the other consumer
+ * Registers: dQ 128, S 32, dP 32, dS in 16 bits 16. Rows are those of S, a lane has two (warpgroup.cuh).
+ *
+ * mbarrier              arrivals                                    waited for by
+ * q_full[c], dout_full  producer + bytes (1)                        consumer c
+ * k_full[s], v_full     producer + bytes (1)                        consumers
+ * k_empty[s], v_empty   one thread of each consumer (2)             producer
+ */
+#pragma once
+
+static constexpr int TILE_ROWS = 2 * BLOCK_Q, QUERIES_PRODUCER_REGS = 24, QUERIES_REGS = 240;
+
+struct queries_shared {
+    T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
+    T k[2][CHUNKS][BLOCK_K * CHUNK], v[CHUNKS][BLOCK_K * CHUNK];
+    uint64_t q_full[2], dout_full[2], k_full[2], k_empty[2], v_full, v_empty;
+    uint32_t poisoned[2], poisoned_keys[2];            /* of a stage: whether some key is inf or NaN; while a tile is cleaned: which */
+};
+static_assert(sizeof(queries_shared) <= SM_BYTES, "the tiles do not fit into shared memory");
+
+/* A block's rows, and the key tiles that they see. */
+struct query_tile {
+    int32_t b, h, i0, begin, end;
+    fgqa_sequence sequence;
+};
+
+/* Blocks in bands of heads: inside a band, row tile by row tile from the last one, which under a causal mask takes longest, so that
+ * blocks at work together share K and V. */
+static __device__ __forceinline__ bool find_tile(const bwd_params &p, uint32_t tiles, uint32_t band, query_tile *t)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t heads = (uint32_t)problem.hq * (problem.varlen ? 1u : (uint32_t)problem.b), in_band = band * tiles;
+    const uint32_t first = blockIdx.x / in_band * band, rest = blockIdx.x % in_band, width = min(band, heads - first), head = first + rest % width;
+    int32_t tile = (int32_t)(tiles - 1 - rest / width), rows;
+    t->b = (int32_t)(head / (uint32_t)problem.hq);
+    t->h = (int32_t)(head % (uint32_t)problem.hq);
+    if (problem.varlen) { t->b = bwd_packed_sequence(problem, TILE_ROWS, tile); }
+    t->sequence = fgqa_device_sequence(problem, t->b, &rows);
+    if (problem.varlen) { tile -= (int32_t)(t->sequence.q_row / TILE_ROWS) + t->b; }
+    const fgqa_mask &mask = t->sequence.mask;
+    if (tile < 0 || (int64_t)tile * TILE_ROWS >= mask.sq) { return false; }
+    t->i0 = tile * TILE_ROWS;
+    const fgqa_range keys = fgqa_kv_range(&mask, t->i0, min(mask.sq, t->i0 + TILE_ROWS));
+    t->begin = keys.begin / BLOCK_K;
+    t->end = keys.begin < keys.end ? (keys.end + BLOCK_K - 1) / BLOCK_K : t->begin;
+    return true;
+}
+
+static __device__ __forceinline__ void load_chunks(const CUtensorMap *map, T (&to)[CHUNKS][64 * CHUNK], uint64_t *full, uint64_t policy, int head, int row, int batch)
+{
+    const uint32_t bar = smem_address(full);
+    mbarrier_arrive_expect_tx(bar, sizeof(to));
+    for (int c = 0; c < CHUNKS; c++) { tma_load_4d(smem_address(to[c]), map, bar, policy, c * CHUNK, head, row, batch); }
+}
+
+template <bool MASKED> static __device__ void produce_keys(const bwd_params &p, queries_shared &sm, const query_tile &t)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint64_t keep = createpolicy_evict_last(), once = createpolicy_evict_first();
+    const int batch = problem.varlen ? 0 : t.b, kv_head = fgqa_kv_head(t.h, problem.g), row = (int)t.sequence.q_row + t.i0;
+    ring2 r;
+    for (int32_t n = t.begin; n < t.end; n++, r.advance()) {
+        const int key = (int)t.sequence.k_row + n * BLOCK_K;
+        if (n == t.begin) {
+            for (int c = 0; c < 2; c++) { load_chunks(&p.q_map, sm.q[c], &sm.q_full[c], once, t.h, row + c * BLOCK_Q, batch); }
+        }
+        mbarrier_wait(smem_address(&sm.k_empty[r.stage]), r.parity ^ 1);
+        if (MASKED) { sm.poisoned[r.stage] = (uint32_t)p.w.poisoned[bwd_k_tile(problem, p.w, t.b, kv_head, t.sequence.k_row, n)]; }
+        load_chunks(&p.k_map, sm.k[r.stage], &sm.k_full[r.stage], keep, kv_head, key, batch);
+        if (n == t.begin) {
+            for (int c = 0; c < 2; c++) { load_chunks(&p.dout_map, sm.dout[c], &sm.dout_full[c], once, t.h, row + c * BLOCK_Q, batch); }
+        }
+        mbarrier_wait(smem_address(&sm.v_empty), ~(uint32_t)(n - t.begin) & 1);
+        load_chunks(&p.v_map, sm.v, &sm.v_full, keep, kv_head, key, batch);
+    }
+}
+
+/* By both consumers: elements of K that are not finite become 0, since dS of rows that do not see them is 0; they count as unseen. */
+static __device__ __noinline__ void clean_tile(queries_shared &sm, uint32_t stage, int thread)
+{
+    bar_sync(BOTH, CONSUMERS);
+    if (thread < 2) { sm.poisoned_keys[thread] = 0; }
+    bar_sync(BOTH, CONSUMERS);
+    for (int n = thread; n < (int)sizeof(sm.k[0]) / 16; n += CONSUMERS) {
+        const int key = n / 8 % BLOCK_K;
+        if (clean_piece(smem_address(sm.k[stage]) + 16 * n)) { atomicOr(&sm.poisoned_keys[key / 32], 1u << key % 32); }
+    }
+    fence_proxy_async();
+    bar_sync(BOTH, CONSUMERS);
+}
+
+template <bool MASKED> static __device__ __forceinline__ void consume_keys(const bwd_params &p, queries_shared &sm, const query_tile &t, int consumer)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const fgqa_mask &mask = t.sequence.mask;
+    const int thread = (int)threadIdx.x & 127, lane = thread & 31, row = thread / 32 * 16 + lane / 4;                    /* and row + 8 */
+    const int32_t i0 = t.i0 + consumer * BLOCK_Q;
+    const uint64_t q_rows = wgmma_desc_sw128(smem_address(sm.q[consumer]), 0, 1024), dout_rows = wgmma_desc_sw128(smem_address(sm.dout[consumer]), 0, 1024);
+    const uint64_t v_rows = wgmma_desc_sw128(smem_address(sm.v), 0, 1024);
+    float lse2[2] = {INFINITY, INFINITY}, delta[2] = {0.0f, 0.0f};
+    int32_t begin[2] = {0, 0}, end[2] = {0, 0}, full_begin = 0, full_end = 0;               /* keys that a row sees; that all rows see */
+    if (i0 < mask.sq) {
+        const float *stats = (const float *)p.w.stats + bwd_q_tile(problem, p.w, t.b, t.h, t.sequence.q_row, i0 / BLOCK_Q) * 2 * BLOCK_Q;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int slot = bwd_stats_slot(row + 8 * half);
+            lse2[half] = stats[slot];
+            delta[half] = stats[BLOCK_Q + slot];
+            if (MASKED && i0 + row + 8 * half < mask.sq) {
+                begin[half] = fgqa_kv_begin(&mask, i0 + row + 8 * half);
+                end[half] = fgqa_kv_end(&mask, i0 + row + 8 * half);
+            }
+        }
+        if (MASKED && i0 + BLOCK_Q <= mask.sq) {
+            full_begin = fgqa_kv_begin(&mask, i0 + BLOCK_Q - 1);
+            full_end = fgqa_kv_end(&mask, i0);
+        }
+    }
+    float dq[D / 2];
+#pragma unroll
+    for (int n = 0; n < D / 2; n++) { dq[n] = 0.0f; }
+
+    ring2 r;
+    for (int32_t n = t.begin; n < t.end; n++, r.advance()) {
+        float s[32], dp[32];
+        uint32_t pairs[16];                                    /* of dS: A operand of dQ */
+        mbarrier_wait(smem_address(&sm.k_full[r.stage]), r.parity);
+        uint32_t poisoned = 0;
+        if (MASKED) {
+            poisoned = sm.poisoned[r.stage];
+            if (poisoned) { clean_tile(sm, r.stage, consumer * 128 + thread); }
+        }
+        const uint64_t k_rows = wgmma_desc_sw128(smem_address(sm.k[r.stage]), 0, 1024), k_columns = wgmma_desc_sw128(smem_address(sm.k[r.stage]), BLOCK_K * 128, 1024);
+        if (n == t.begin) { mbarrier_wait(smem_address(&sm.q_full[consumer]), 0); }
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < D / 16; m++) {
+            const int at = (m / 4 * 64 * 128 + m % 4 * 32) / 16;
+            wgmma64<0>(s, q_rows + at, k_rows + at, m == 0);
+        }
+        wgmma_commit();
+        if (n == t.begin) { mbarrier_wait(smem_address(&sm.dout_full[consumer]), 0); }
+        mbarrier_wait(smem_address(&sm.v_full), (uint32_t)(n - t.begin) & 1);
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < D / 16; m++) {
+            const int at = (m / 4 * 64 * 128 + m % 4 * 32) / 16;
+            wgmma64<0>(dp, dout_rows + at, v_rows + at, m == 0);
+        }
+        wgmma_commit();
+        wgmma_wait<1>();
+#pragma unroll
+        for (int m = 0; m < 32; m++) { s[m] = ex2(fmaf(s[m], p.scale_log2, -lse2[m / 2 % 2])); }
+        wgmma_wait<0>();
+        if (thread == 0) { mbarrier_arrive(smem_address(&sm.v_empty)); }
+#pragma unroll
+        for (int m = 0; m < 32; m++) { s[m] *= dp[m] - delta[m / 2 % 2]; }
+        const int32_t j0 = n * BLOCK_K;
+        if (MASKED && (poisoned || j0 < full_begin || j0 + BLOCK_K > full_end)) {
+            const int own = j0 + 2 * (lane % 4);
+#pragma unroll
+            for (int m = 0; m < 32; m++) {
+                const int column = m / 4 * 8 + m % 2;
+                if (column < begin[m / 2 % 2] - own || column >= end[m / 2 % 2] - own) { s[m] = 0.0f; }
+            }
+            if (poisoned) {
+#pragma unroll
+                for (int m = 0; m < 32; m++) {
+                    if (sm.poisoned_keys[m / 16] >> (m / 4 % 4 * 8 + m % 2 + 2 * (lane % 4)) & 1) { s[m] = 0.0f; }
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < 16; m++) { pairs[m] = pack2(s[2 * m], s[2 * m + 1], T()); }
+        wgmma_fence();
+#pragma unroll
+        for (int m = 0; m < BLOCK_K / 16; m++) { wgmma_rs_bt(dq, pairs + 4 * m, k_columns + m * 2048 / 16, 1); }
+        wgmma_commit();
+        wgmma_wait<0>();
+        if (thread == 0) { mbarrier_arrive(smem_address(&sm.k_empty[r.stage])); }
+    }
+
+    if (i0 >= mask.sq) { return; }
+    bar_sync(OWN + consumer, 128);
+    stage_rows(smem_address(sm.q[consumer]), dq, p.common.scale, thread);
+    bar_sync(OWN + consumer, 128);
+    const fgqa_view &view = problem.view[FGQA_ARG_dq];
+    write_rows((const char *)sm.q[consumer], fgqa_row_address(view, sizeof(T), problem.varlen ? 0 : t.b, t.h, t.sequence.q_row + i0), view.stride_s, mask.sq - i0,
+               problem.d, p.vector_dq, thread);
+}
+
+template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ bwd_params p, uint32_t tiles, uint32_t band)
+{
+    extern __shared__ __align__(1024) char memory[];
+    queries_shared &sm = *(queries_shared *)memory;
+    const int wg = __shfl_sync(ALL_LANES, thread_index() / 128, 0);
+    query_tile t;
+    if (!find_tile(p, tiles, band, &t)) { return; }
+    if (thread_index() == 0) {
+        if (smem_address(memory) % 1024) { __trap(); }
+        mbarrier_init(smem_address(&sm.v_full), 1);
+        mbarrier_init(smem_address(&sm.v_empty), 2);
+        for (int s = 0; s < 2; s++) {
+            mbarrier_init(smem_address(&sm.q_full[s]), 1);
+            mbarrier_init(smem_address(&sm.dout_full[s]), 1);
+            mbarrier_init(smem_address(&sm.k_full[s]), 1);
+            mbarrier_init(smem_address(&sm.k_empty[s]), 2);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (wg == 0) {
+        setmaxnreg_dec<QUERIES_PRODUCER_REGS>();
+        if (thread_index() == 0) { produce_keys<MASKED>(p, sm, t); }
+    } else {
+        setmaxnreg_inc<QUERIES_REGS>();
+        consume_keys<MASKED>(p, sm, t, wg - 1);
+    }
+}
+
+/* dQ, after the main kernel. */
+static int finish(const bwd_params &p, int32_t device, int32_t multiprocessors, cudaStream_t stream)
+{
+    static launch_state plain_state, masked_state;
+    const fgqa_problem &problem = p.common.problem;
+    const bool masked = p.w.key_rows != NULL;
+    const auto kernel = masked ? queries_kernel<true> : queries_kernel<false>;
+    const uint32_t tiles = problem.varlen ? (uint32_t)(problem.total_q / TILE_ROWS) + (uint32_t)problem.b + 1 : ((uint32_t)problem.sq + TILE_ROWS - 1) / TILE_ROWS;
+    const uint32_t heads = (uint32_t)problem.hq * (problem.varlen ? 1u : (uint32_t)problem.b), g = (uint32_t)problem.g;
+    if (tiles == 0 || heads == 0 || problem.b == 0) { return cudaSuccess; }
+    /* whole groups of heads, and at least four rounds of blocks, the last of which is short under a causal mask */
+    const uint32_t groups = (4 * (uint32_t)multiprocessors + tiles * g - 1) / (tiles * g);
+    const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(queries_shared), device, masked ? &masked_state : &plain_state);
+    return error != cudaSuccess ? error : launch_kernel(kernel, heads * tiles, THREADS, sizeof(queries_shared), stream, p, tiles, groups * g);
+}
