@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 PER_ISA = ("fwd.c", "bwd.c", "weights.c")
 PER_BF16_ISA = ("fwd.c", "bwd.c")       # of an FGQA_ISA_BF16 row
+DECODE = {"decode": "decode", "decodef8": "decode", "decodewide": "decode_wide"}
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
@@ -184,7 +185,7 @@ class Build(build_ext):
         folder, include = CSRC / "cuda", [f"-I{cuda_libraries(find_nvcc())[0]}"]
         for row in sorted(kernel_rows(), key=lambda row: (row["pass"] != "bwd", -int(row["d"]))):
             name = "{pass}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}".format(**row)
-            source = {"decode": "decode", "decodewide": "decode_wide"}.get(row["variant"], row["pass"])
+            source = DECODE.get(row["variant"], row["pass"])
             yield folder / f"sm{row['arch']}" / f"{source}.cu", objects / f"cuda_{name}.o", \
                 nvcc_targets(row["arch"]) + [f"-DFGQA_{column.upper()}={cell}" for column, cell in row.items()]
         for source in sorted((folder / "any").glob("*.cu")):

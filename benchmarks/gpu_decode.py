@@ -3,7 +3,8 @@ values each time, more than 512 MB of them, so that none are in the L2 cache.
 
 Against torch's cuDNN and FlashAttention-2 backends, and the time in which torch's largest-element reduction reads the same bytes.
 The best peer of a row is that of PEERS, measured on an H200 the same way, at its ratio there to cuDNN (paged: to cuDNN's
-contiguous row). A row is held against cuDNN first, paged ones against our contiguous result.
+contiguous row). A row is held against cuDNN first, paged ones against our contiguous result. The same row over a float8 e4m3
+cache, which has half of the bytes, is held against ours over its elements as bfloat16; compare its time with that "with lengths".
 """
 import statistics
 from typing import NamedTuple
@@ -72,13 +73,15 @@ def replayed(calls, replays):
     return statistics.median(times)
 
 
-def caches(row):
-    """q, K and V of the sets that launches take in turn; [b, h, s, d]."""
+def caches(row, stored="bfloat16"):
+    """q, K and V of the sets that launches take in turn; [b, h, s, d]. stored: dtype of K and V."""
     import torch
     torch.manual_seed(0)
     shapes = (row.b, row.hq, 1, 128), (row.b, row.hk, row.s, 128), (row.b, row.hk, row.s, 128)
-    count = max(2, -(-ROTATED // row.bytes))
-    return [[torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_() for shape in shapes] for _ in range(count)]
+    dtypes = torch.bfloat16, *[getattr(torch, stored)] * 2
+    count = max(2, -(-ROTATED * 2 // (row.bytes * dtypes[1].itemsize)))
+    return [[torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_().to(dtype)
+             for shape, dtype in zip(shapes, dtypes, strict=True)] for _ in range(count)]
 
 
 def paged(row, k, v, table):
@@ -109,6 +112,32 @@ def ours(row, sets):
             "lengths": [lambda x=x: flashgqa.attention_with_kvcache(*x, cache_lens=lens) for x in sets]}
 
 
+def over_float8(row):
+    """The calls over float8 caches with a scale a head, and their relative difference from the same elements as bfloat16."""
+    import torch
+
+    import flashgqa
+    sets = caches(row, "float8_e4m3fn")
+    scale = torch.linspace(0.5, 2, row.hk, device="cuda")
+    options = {"cache_lens": torch.full((row.b,), row.s, device="cuda", dtype=torch.int32), "k_scale": scale, "v_scale": scale}
+    q, k, v = sets[0]
+    wide = [(x.to(q) * scale[:, None, None]).to(q) for x in (k, v)]
+    if row.page:
+        options["page_table"] = torch.randperm(row.b * row.s // row.page, device="cuda").to(torch.int32).view(row.b, -1)
+        bits = [(q, *paged(row, k.view(torch.int8), v.view(torch.int8), options["page_table"])) for q, k, v in sets]
+        sets = [(q, *(x.view(torch.float8_e4m3fn) for x in pages)) for q, *pages in bits]
+    calls = [lambda x=x: flashgqa.attention_with_kvcache(*x, **options) for x in sets]
+    return calls, difference(calls[0](), flashgqa.attention(q, *wide))
+
+
+def difference(got, want):
+    got, want = got.float(), want.float()
+    error = ((got - want).norm() / want.norm()).item()
+    if not error < TOLERANCE:
+        raise RuntimeError(f"relative difference {error:.3g}; not timed")
+    return error
+
+
 def theirs(sets):
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -127,13 +156,11 @@ def measure(row, replays):
     sets = caches(row)
     flat = [torch.randint(0, 9, (row.bytes // 4,), device="cuda", dtype=torch.int32) for _ in sets]
     own, others = ours(row, sets), theirs(sets)
-    got, want = own["flashgqa"][0]().float(), (own["lengths"] if row.page else others["cudnn"])[0]().float()
-    error = ((got - want).norm() / want.norm()).item()
-    if not error < TOLERANCE:
-        raise RuntimeError(f"relative difference {error:.3g}; not timed")
+    error = difference(own["flashgqa"][0](), (own["lengths"] if row.page else others["cudnn"])[0]())
+    own["float8"], error_float8 = over_float8(row)
     calls = own | others | {"read": [x.amax for x in flat]}
     times = {f"{name}_us": 1e6 * replayed(some, replays) for name, some in calls.items()}
-    record = dict(row._asdict(), difference=error, **times)
+    record = dict(row._asdict(), difference=error, difference_float8=error_float8, **times)
     cudnn_then, best_then, record["best_peer"] = PEERS[tuple(row)]
     record["best_us"] = record["cudnn_us"] * best_then / cudnn_then
     return record
@@ -142,7 +169,7 @@ def measure(row, replays):
 def show(record, row):
     mine = record["flashgqa_us"]
     names = {"best": f"best ({record['best_peer']})", "cudnn": "cuDNN", "fa2": "FA2", "read": "read", "lengths": "with lengths",
-             "invariant": "invariant"}
+             "invariant": "invariant", "float8": "float8"}
     others = "   ".join(f"{text} {record[f'{name}_us']:.1f}" for name, text in names.items() if f"{name}_us" in record)
     print(f"{row.label:50s} {mine:7.1f} us {row.bytes / mine / 1e6:5.2f} TB/s   {others}", flush=True)
 

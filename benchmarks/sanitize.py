@@ -17,8 +17,9 @@ import numpy as np
 import flashgqa
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
-FEW_ROWS = {"decode": 3, "decodewide": 20}      # query rows, of which a KV head has twice as many
+FEW_ROWS = {"decode": 3, "decodef8": 3, "decodewide": 20}      # query rows, of which a KV head has twice as many
 
 
 def options_of(variant, rng):
@@ -34,15 +35,17 @@ def on_gpu(x):
     import torch
     if x.dtype == DTYPES["bf16"]:
         return torch.from_numpy(x.view(np.int16)).cuda().view(torch.bfloat16)
+    if x.dtype == FLOAT8:
+        return torch.from_numpy(x.view(np.uint8)).cuda().view(torch.float8_e4m3fn)
     return torch.from_numpy(x).cuda()
 
 
-def run_cached(q, k, v, options, put, where):
-    """Pages of 16 slots, 3 new keys and values behind those in use."""
+def run_cached(q, k, v, options, put, where, stored):
+    """Pages of 16 slots of dtype `stored`, 3 new keys and values behind those in use."""
     pages, new = -(-SK // 16), 3
     rng = np.random.default_rng(1)
     cut = [np.concatenate([x, x[:, :, : pages * 16 - SK]], 2).reshape(B, HK, pages, 16, -1) for x in (k, v)]
-    caches = [put(np.ascontiguousarray(x.swapaxes(1, 2).reshape(B * pages, HK, 16, -1))) for x in cut]
+    caches = [put(np.ascontiguousarray(x.swapaxes(1, 2).reshape(B * pages, HK, 16, -1)).astype(stored)) for x in cut]
     table = rng.permutation(B * pages).astype(np.int32).reshape(B, pages)
     added = [put(np.ascontiguousarray(x[:, :, :new])) for x in (k, v)]
     return flashgqa.attention_with_kvcache(
@@ -60,8 +63,8 @@ def run_row(name, where, put):
     extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
     q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
     options = options_of(variant, rng)
-    if variant == "cache":
-        return run_cached(q, k, v, options, put, {"kernel": where.get("kernel")})
+    if variant == "cache" or variant.endswith("f8"):
+        return run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, FLOAT8 if variant.endswith("f8") else q.dtype)
     if which == "fwd":
         return flashgqa.attention(q, k, v, **options, return_lse=True, **where)
     out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)

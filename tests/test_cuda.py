@@ -211,14 +211,17 @@ def test_every_kernel_forced_agrees_with_the_cpu(name):
     _, _, short, wide, wide_v, _ = name.split("_")
     dtype = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}[short]
     d, dv = int(wide[1:]), int(wide_v[2:])
-    q, k, v = qkv(2, 8, 2 if name.endswith("decode") else 130, d, sk=190, dtype=dtype)      # decode: up to 8 rows of a KV head
+    few = name.endswith(("decode", "decodef8"))         # up to 8 rows of a KV head
+    q, k, v = qkv(2, 8, 2 if few else 130, d, sk=190, dtype=dtype)
     v, options = v[..., :dv], options_of_row(name)
+    if name.endswith("f8"):
+        k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
     on_cpu = {n: x.cpu() if isinstance(x, torch.Tensor) else x for n, x in options.items()}
     wide_inputs = [x.double().cpu() for x in (q, k, v)]
     out, lse = flashgqa.attention(*wide_inputs, **on_cpu, return_lse=True)
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     if name.startswith("fwd"):
-        function = flashgqa.attention_with_kvcache if name.endswith("cache") else flashgqa.attention
+        function = flashgqa.attention_with_kvcache if name.endswith(("cache", "f8")) else flashgqa.attention
         got, got_lse = function(q, k, v, **options, return_lse=True, kernel=name)
         close(got.double().cpu(), out, tolerance)
         close(got_lse.cpu(), lse, tolerance)

@@ -105,7 +105,7 @@ static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_probl
 static int is_vector(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *v = &p->view[arg];
-    const int64_t bytes = (int64_t)fgqa_dtype_bytes(p->dtype);
+    const int64_t bytes = v->dtype == FGQA_F8E4M3 ? 1 : (int64_t)fgqa_dtype_bytes(p->dtype);
     return (uintptr_t)v->data % 16 == 0 && v->stride_b * bytes % 16 == 0 && v->stride_h * bytes % 16 == 0 && v->stride_s * bytes % 16 == 0;
 }
 
@@ -133,7 +133,7 @@ static const char *refuse_device(const cuda_kernel *k, int32_t index, char why[1
 static int is_paged(const fgqa_problem *p) { return p->cache.table != NULL && p->cache.page_size < p->cache.capacity; }
 
 /* What TMA cannot address of a cache. */
-static const char *refuse_cache(const fgqa_problem *p, char why[128])
+static const char *refuse_cache(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     static const fgqa_arg tensors[] = {FGQA_ARG_k, FGQA_ARG_v};
     if (p->sk < 1) { return "a cache without slots"; }
@@ -141,7 +141,7 @@ static const char *refuse_cache(const fgqa_problem *p, char why[128])
         return fgqa_reason(why, "pages of a multiple of %d slots", CACHE_PAGE);
     }
     for (int n = 0; n < 2; n++) {
-        const char *reason = p->view[tensors[n]].dtype != p->dtype ? "another dtype than q"
+        const char *reason = p->view[tensors[n]].dtype != (k->row.float8 ? FGQA_F8E4M3 : p->dtype) ? "another dtype than q"
             : p->view[tensors[n]].stride_d != 1 ? "elements of a row are not side by side" : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
@@ -156,7 +156,7 @@ static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, c
     static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out};
     if (p->cache.page_size > 0) {
         if (is_paged(p) && p->cache.left_pad) { return "has no left padding of paged caches"; }
-        const char *reason = refuse_cache(p, why);
+        const char *reason = refuse_cache(k, p, why);
         if (reason) { return reason; }
     }
     for (int n = 0; n < 4; n++) {
@@ -176,7 +176,7 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
     if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
         return fgqa_reason(why, "up to %d query rows of a KV head", k->row.most_rows);
     }
-    const char *reason = refuse_cache(p, why);
+    const char *reason = refuse_cache(k, p, why);
     if (reason) { return reason; }
     /* counted in 32 bits, slots of the last granule included */
     return (double)(rows / k->row.block_q + 1) * p->hk * p->b * (double)granules > INT32_MAX / 2 || p->sk > INT32_MAX - 4096 ? "too many keys" : NULL;
@@ -222,6 +222,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (reason) { return reason; }
     if (k->row.cached == FGQA_CACHE_ONLY && p->cache.page_size == 0) { return "for KV caches only"; }
     if (k->row.cached == FGQA_CACHE_NEVER && p->cache.page_size > 0) { return "reads no KV cache"; }
+    if (k->row.float8 && p->view[FGQA_ARG_k].dtype != FGQA_F8E4M3) { return "for float8 KV caches only"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const char *option = refuse_options(p);

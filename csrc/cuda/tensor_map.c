@@ -32,7 +32,7 @@ static axes axes_of(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *view = &p->view[arg];
     const int keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v;
-    const int64_t bytes = (int64_t)fgqa_dtype_bytes(p->dtype), rows = p->varlen ? (keys ? p->total_k : p->total_q) : keys ? p->sk : p->sq;
+    const int64_t bytes = (int64_t)fgqa_dtype_bytes(keys ? view->dtype : p->dtype), rows = p->varlen ? (keys ? p->total_k : p->total_q) : keys ? p->sk : p->sq;
     axes a = {{keys ? p->hk : p->hq, keys && p->cache.page_size ? p->cache.page_size : rows,
                keys && p->cache.page_size ? p->cache.pages : p->varlen ? 1 : p->b}, {bytes * view->stride_h, bytes * view->stride_s, bytes * view->stride_b}};
     for (int n = 0; n < 3; n++) {
@@ -74,13 +74,16 @@ int fgqa_cache_map(void *map, const fgqa_problem *p, fgqa_arg arg, int32_t rows,
     encoder *const encode = find_encoder();
     const axes a = axes_of(p, arg);
     const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_k ? p->d : p->dv);
-    const cuuint64_t dims[5] = {chunks > 1 ? 64 : columns, (cuuint64_t)a.extent[1], (cuuint64_t)chunks, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[2]};
+    const fgqa_dtype dtype = p->view[arg].dtype;
+    const uint32_t wide = 128 / (uint32_t)fgqa_dtype_bytes(dtype);
+    const CUtensorMapDataType element = dtype == FGQA_F8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+        : dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const cuuint64_t dims[5] = {chunks > 1 ? wide : columns, (cuuint64_t)a.extent[1], (cuuint64_t)chunks, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[2]};
     const cuuint64_t strides[4] = {(cuuint64_t)a.stride[1], 128, (cuuint64_t)a.stride[0], (cuuint64_t)a.stride[2]};
-    const cuuint32_t extent[5] = {64, (cuuint32_t)rows, (cuuint32_t)chunks, 1, 1}, step[5] = {1, 1, 1, 1, 1};
+    const cuuint32_t extent[5] = {wide, (cuuint32_t)rows, (cuuint32_t)chunks, 1, 1}, step[5] = {1, 1, 1, 1, 1};
     if (encode == NULL) { return cudaErrorInsufficientDriver; }
     /* promotion to 256 bytes makes these reads 10% slower */
-    const CUresult result = encode((CUtensorMap *)map, p->dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5,
-                                   p->view[arg].data, dims, strides, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+    const CUresult result = encode((CUtensorMap *)map, element, 5, p->view[arg].data, dims, strides, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                    CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }

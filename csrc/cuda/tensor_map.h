@@ -13,8 +13,8 @@ typedef struct { int32_t columns, heads, rows; } fgqa_map_box;
 /* Fills the CUtensorMap `map` for q, k, v or out. Returns a cudaError_t. The encoder is the driver's, found when first needed. */
 int fgqa_tensor_map(void *map, const fgqa_problem *problem, fgqa_arg arg, fgqa_map_box box);
 
-/* k or v, of a cache (pages as the outermost axis) or not, as dims (column, row, chunk of 64 columns, head, sequence or page): a box
- * is 64 columns x `rows` x `chunks`. More than one chunk: only where the head dim is a multiple of 64. */
+/* k or v, of a cache (pages as the outermost axis; its elements may be float8) or not, as dims (column, row, chunk of 128 bytes,
+ * head, sequence or page): a box is a chunk's columns x `rows` x `chunks`. More than one chunk: only where they fill the head dim. */
 int fgqa_cache_map(void *map, const fgqa_problem *problem, fgqa_arg arg, int32_t rows, int32_t chunks);
 
 /* Why TMA cannot address q, k, v or out; NULL if it can. */

@@ -49,16 +49,18 @@ static fgqa_status run_problem(const fgqa_kernel *kernel, fgqa_problem *problem,
 }
 
 /* One new key behind none, over the memory of the results, where nothing is lost. */
-static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
+static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
 {
-    const int64_t q_shape[] = {1, HEADS, 1, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv}, lens_shape[] = {1};
+    const fgqa_dtype stored = row->float8 ? FGQA_F8E4M3 : row->dtype;
+    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv}, lens_shape[] = {1};
     const int64_t new_shape[] = {1, 1, 1, row->d};
     const fgqa_tensor q = contiguous(memory->zeros, row->dtype, memory->device, 4, q_shape);
     const fgqa_tensor new_row = contiguous(memory->zeros, row->dtype, memory->device, 4, new_shape);
     const fgqa_tensor lens = contiguous(memory->zeros, FGQA_I32, memory->device, 1, lens_shape);
-    const fgqa_tensor k = contiguous(memory->results, row->dtype, memory->device, 4, k_shape);
-    const fgqa_tensor v = contiguous((float *)memory->results + BIGGEST / 2, row->dtype, memory->device, 4, v_shape);
-    fgqa_cache_request request = {.base = {.window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1, .want_lse = 1}};
+    const fgqa_tensor k = contiguous(memory->results, stored, memory->device, 4, k_shape);
+    const fgqa_tensor v = contiguous((float *)memory->results + BIGGEST / 2, stored, memory->device, 4, v_shape);
+    fgqa_cache_request request = {.base = {.window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1, .want_lse = 1,
+                                            .batch_invariant = invariant}};
     const fgqa_view none = {0};
     fgqa_problem problem;
     request.base.tensor[FGQA_ARG_q] = &q;
@@ -80,6 +82,7 @@ static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *re
 
 static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
 {
+    if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, memory, rows, invariant); }
     const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
     const int64_t out_shape[] = {1, HEADS, rows, row->dv}, lse_shape[] = {1, HEADS, rows}, sink_shape[] = {HEADS}, bias_shape[] = {rows, KEYS};
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
@@ -135,12 +138,8 @@ static fgqa_status run_all(const warmup_memory *memory)
         char why[128];
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
-        if (row->cached == FGQA_CACHE_ONLY) {
-            FGQA_TRY(run_cached(&kernels[n], row, memory));
-            continue;
-        }
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
-            int64_t rows = row->most_rows ? row->most_rows / HEADS : ROWS;
+            int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0));
             for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0)); }
             continue;

@@ -17,11 +17,16 @@
  *   S^T[16 keys x 8 rows] = K Q^T        O^T[16 columns x 8 rows] += V^T P^T
  *
  * Register e of both: key or column lane / 4 + 8 (e / 2), row 2 (lane % 4) + e % 2.
+ *
+ * Variant decodef8: K and V are float8 in the ring, a chunk is 128 columns, and the products are float16 ones (dec_float8.cuh,
+ * with the order of columns).
  */
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../kernel_table.h"
 #include "dec_work.h"
+
+#include <type_traits>
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 
@@ -31,15 +36,16 @@
 #include "../common/ptx_ldmatrix.cuh"
 
 typedef FGQA_DTYPE T;
+static constexpr bool FLOAT8 = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_decodef8;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
 
 #include "../sm80/gemm.cuh"
 #include "dec_combine.cuh"
+#include "dec_float8.cuh"
 #include "dec_launch.cuh"
 #include "dec_produce.cuh"
 
 static constexpr int STREAMS = FGQA_WARPS - 1, THREADS = 32 * FGQA_WARPS, K_STEPS = D / 16;
-static constexpr int CHUNK_BYTES = GRANULE * 128, TILE_BYTES = D / 64 * CHUNK_BYTES;
 static constexpr int MERGE_PITCH = D + 4, MERGE = 1;        /* + m, l; and the 8 rows of a fragment fall on different banks */
 static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
 static_assert(GRANULE == 16 && BLOCK_Q == 8 && STREAMS == 8, "kernels.def: one mma per granule and 16 columns, 8 rows, 8 streams and a producer");
@@ -51,6 +57,7 @@ struct shared {
     int32_t pages[2 * STREAMS][PAGES_AHEAD];
     dec_schedule schedule;
 };
+static_assert(sizeof(shared) <= 227 * 1024, "kernels.def: the stages fit into shared memory");
 
 static __device__ __forceinline__ void produce(const dec_params &p, shared &mem, int lane)
 {
@@ -80,6 +87,14 @@ static __device__ __forceinline__ void produce(const dec_params &p, shared &mem,
     }
 }
 
+/* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
+ * address of this lane's row for ldmatrix at k = 0. */
+struct fragments {
+    static __device__ __forceinline__ uint32_t at(uint32_t lane, int k) { return (lane ^ (uint32_t)((k & 3) << 5)) + (uint32_t)((k >> 2) * CHUNK_BYTES); }
+    __device__ __forceinline__ void keys(uint32_t (&a)[4], uint32_t lane, int k) { ldmatrix_x4(a, at(lane, k)); }
+    __device__ __forceinline__ void values(uint32_t (&a)[4], uint32_t lane, int k) { ldmatrix_x4_trans(a, at(lane, k)); }
+};
+
 /* One warp's result of a segment, for its 8 rows. */
 struct state {
     float o[K_STEPS][4];        /* fragments of 16 columns */
@@ -87,19 +102,30 @@ struct state {
     float l[2];                 /* over this lane's keys only */
 };
 
+typedef std::conditional<FLOAT8, f16, T>::type product;
+typedef std::conditional<FLOAT8, float8_fragments, fragments>::type reader;
+
+/* Of step k, `half` of it: the first of two columns that register `half` of an operand's lane holds, and, of O^T, the only one that a
+ * row has, in registers 2 half + {0, 1}. */
+static __device__ __forceinline__ int pair_column(int k, int half, int lane)
+{
+    return 16 * k + (FLOAT8 ? 4 * (lane % 4) + 2 * half : 8 * half + 2 * (lane % 4));
+}
+static __device__ __forceinline__ int out_column(int k, int half, int lane) { return 16 * k + (FLOAT8 ? 2 * (lane / 4) + half : 8 * half + lane / 4); }
+
 /* B fragments of Q^T. Called a segment ahead: behind the K/V stream of all SMs a load takes 4 to 5 us. */
 static __device__ __forceinline__ void load_q(const dec_params &p, int32_t b, const pair_rows &rows, uint32_t (&q)[K_STEPS][2])
 {
     const fgqa_problem &problem = p.common.problem;
-    const int lane = (int)thread_index() % 32, local = lane / 4, column = 2 * (lane % 4);
+    const int lane = (int)thread_index() % 32, local = lane / 4;
     const bool exists = local < rows.valid;
     const char *row = exists ? fgqa_row_address(problem.view[FGQA_ARG_q], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local)) : NULL;
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int at = 16 * k + 8 * half;
-            q[k][half] = exists && at < problem.d ? *(const uint32_t *)(row + 2 * (at + column)) : 0;
+            const int column = pair_column(k, half, lane);
+            q[k][half] = exists && column < problem.d ? *(const uint32_t *)(row + 2 * column) : 0;
         }
     }
 }
@@ -108,11 +134,12 @@ static __device__ __forceinline__ void load_q(const dec_params &p, int32_t b, co
 static __device__ __forceinline__ void scores(uint32_t k_lane, const uint32_t (&q)[K_STEPS][2], float (&s)[4])
 {
     float sum[2][4] = {};
+    reader tile;
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
         uint32_t a[4];
-        ldmatrix_x4(a, (k_lane ^ ((k & 3) << 5)) + (k >> 2) * CHUNK_BYTES);
-        mma_step(sum[k & 1], a, q[k][0], q[k][1], T());
+        tile.keys(a, k_lane, k);
+        mma_step(sum[k & 1], a, q[k][0], q[k][1], product());
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) { s[e] = sum[0][e] + sum[1][e]; }
@@ -162,11 +189,11 @@ static __device__ __forceinline__ void softmax(const dec_params &p, const tile_m
         s[e] = ex2((s[e] - finite_max(st.m[e & 1])) * p.scale_log2);
         st.l[e & 1] += s[e];
     }
-    pt[0] = movmatrix_trans(pack2(s[0], s[1], T()));
-    pt[1] = movmatrix_trans(pack2(s[2], s[3], T()));
+    pt[0] = movmatrix_trans(pack2(s[0], s[1], product()));
+    pt[1] = movmatrix_trans(pack2(s[2], s[3], product()));
     if (MASKED) {
-        sees[0] = movmatrix_trans(pack2(visible[0] ? 1.0f : 0.0f, visible[1] ? 1.0f : 0.0f, T()));
-        sees[1] = movmatrix_trans(pack2(visible[2] ? 1.0f : 0.0f, visible[3] ? 1.0f : 0.0f, T()));
+        sees[0] = movmatrix_trans(pack2(visible[0] ? 1.0f : 0.0f, visible[1] ? 1.0f : 0.0f, product()));
+        sees[1] = movmatrix_trans(pack2(visible[2] ? 1.0f : 0.0f, visible[3] ? 1.0f : 0.0f, product()));
     }
 }
 
@@ -184,18 +211,19 @@ static __device__ __forceinline__ void accumulate(uint32_t v_lane, const tile_ma
                     | (mask.seen.begin <= slot + 1 && slot + 1 < mask.seen.end ? 0xFFFF0000u : 0u);
         }
     }
+    reader tile;
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
         uint32_t a[4], code[4];
-        ldmatrix_x4_trans(a, (v_lane ^ ((k & 3) << 5)) + (k >> 2) * CHUNK_BYTES);
+        tile.values(a, v_lane, k);
         if (MASKED) {
 #pragma unroll
-            for (int r = 0; r < 4; r++) { split_poison(a[r] & keep[r / 2], &a[r], &code[r], T()); }
+            for (int r = 0; r < 4; r++) { split_poison(a[r] & keep[r / 2], &a[r], &code[r], product()); }
         }
-        mma_step(st.o[k], a, pt[0], pt[1], T());
+        mma_step(st.o[k], a, pt[0], pt[1], product());
         if (MASKED && __any_sync(0xFFFFFFFFu, (code[0] | code[1] | code[2] | code[3]) != 0)) {
             float count[4] = {};
-            mma_step(count, code, sees[0], sees[1], T());
+            mma_step(count, code, sees[0], sees[1], product());
             add_poison(st.o[k], count);
         }
     }
@@ -214,8 +242,8 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
         if (lane < 4) { *(float2 *)(row + D) = make_float2(st.m[c], l); }
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) {
-            row[16 * k + lane / 4] = st.o[k][c];
-            row[16 * k + lane / 4 + 8] = st.o[k][c + 2];
+            row[out_column(k, 0, lane)] = st.o[k][c];
+            row[out_column(k, 1, lane)] = st.o[k][c + 2];
         }
     }
     bar_sync(MERGE, 32 * STREAMS);
@@ -250,7 +278,9 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
     dec_segment segment = first_segment(p, mem.schedule);
     pair_rows rows = pair_rows_of(p, segment.h), rows_next = rows;
     uint32_t q_next[K_STEPS][2];
+    float8_scales scales, scales_next = {1.0f, 1.0f};
     load_q(p, segment.b, rows, q_next);
+    if (FLOAT8) { scales_next.fetch(p, segment.b, rows.kv_head); }
 
     /* Rows for ldmatrix. K: matrices (keys 0-7 | 8-15) x (columns 0-7 | 8-15), key half first. V, transposed: column half first. */
     const int low = lane & 7, mid = lane >> 3 & 1, high = lane >> 4;
@@ -267,9 +297,17 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
         uint32_t q[K_STEPS][2];
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) { q[k][0] = q_next[k][0], q[k][1] = q_next[k][1]; }
+        scales = scales_next;
         if (next.valid()) {
             rows_next = pair_rows_of(p, next.h);
             load_q(p, next.b, rows_next, q_next);
+            if (FLOAT8) { scales_next.fetch(p, next.b, rows_next.kv_head); }
+        }
+        float unit[2] = {1.0f, 1.0f};           /* of the scores of the lane's two rows */
+        if (FLOAT8) {
+            const float power = float16_row(q, T()) * scales.k;
+#pragma unroll
+            for (int c = 0; c < 2; c++) { unit[c] = __shfl_sync(0xFFFFFFFFu, power, 4 * (2 * (lane % 4) + c)); }
         }
         state st = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
         const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
@@ -286,6 +324,10 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
             scores(k_lane + offset, q, s);
             __syncwarp();
             if (lane == 0) { mbarrier_arrive(empty + 16 * stage); }
+            if (FLOAT8) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) { s[e] *= unit[e & 1]; }
+            }
             if (is_full) {
                 softmax<false>(p, mask, s, st, pt, sees);
             } else {
@@ -305,6 +347,10 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
             }
         }
         const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)mem.schedule.begin + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
+        if (FLOAT8) {
+#pragma unroll
+            for (int n = 0; n < 4 * K_STEPS; n++) { st.o[n / 4][n % 4] *= scales.v; }
+        }
         finish_segment(p, mem, st, segment.b, rows, sequence.sq, stream, record);
         segment = next;
         rows = rows_next;

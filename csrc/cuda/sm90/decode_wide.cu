@@ -32,6 +32,7 @@
 #include "../common/ptx_ldmatrix.cuh"
 
 typedef FGQA_DTYPE T;
+static constexpr bool FLOAT8 = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_decodewidef8;
 static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE = FGQA_BLOCK_K;
 
 #include "../sm80/gemm.cuh"
@@ -40,7 +41,6 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 #include "dec_produce.cuh"
 
 static constexpr int STREAMS = 2, CONSUMERS = 4 * STREAMS, CONSUMER_THREADS = 32 * CONSUMERS, THREADS = 32 * FGQA_WARPS;
-static constexpr int CHUNKS = D / 64, CHUNK_BYTES = GRANULE * 128, TILE_BYTES = CHUNKS * CHUNK_BYTES;
 static constexpr int MERGE_PITCH = D + 4, MERGE = 1, VOTE = 4, READY = 6;
 static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
 static_assert(GRANULE == 64 && BLOCK_Q == 64 && FGQA_WARPS == CONSUMERS + 1, "kernels.def: granules of 64 keys, 64 rows, two warpgroups and a producer");
