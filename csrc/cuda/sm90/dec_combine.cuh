@@ -107,7 +107,8 @@ struct dec_share { int32_t b, h, first, step; dec_parts parts; };
 /* By `warps` warps (a power of two) of which this is number `warp`. A lane has 4 columns of a slice, quad lane % 8.
  *   few parts:  a lane takes all of them; a warp has 4 slices in hand.
  *   many parts: a lane takes parts plane, plane + planes, ...; planes merge inside the warp, then across the `spread` warps of
- *               the slice through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. */
+ *               the slice through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. Of chunks the order of
+ *               the sum depends on their number alone. */
 static __device__ __forceinline__ void combine_slices(const dec_params &p, const dec_share &share, int32_t sq, int warp, int warps, int barrier,
                                                       dec_partial *scratch)
 {
@@ -118,7 +119,7 @@ static __device__ __forceinline__ void combine_slices(const dec_params &p, const
     const int mine = max((slices - share.first + share.step - 1) / share.step, 1);
     const bool few = parts.count <= BATCH;
     int spread = 1;
-    while (!few && 2 * spread * mine <= warps && 4 * spread < parts.count) { spread *= 2; }
+    while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= warps && 4 * spread < parts.count) { spread *= 2; }
     const int planes = few ? 1 : 4 * spread, plane = few ? 0 : lane / 8 + 4 * (warp & (spread - 1));
     const int item = few ? 4 * warp + lane / 8 : warp / spread, items = few ? 4 * warps : warps / spread;
     for (int s0 = share.first; s0 < slices; s0 += items * share.step) {     /* the same trips in every lane */
