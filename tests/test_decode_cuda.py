@@ -74,7 +74,7 @@ def test_groups_and_lengths(g, dtype):
             check(q, k, v, "decode" if g <= 8 else "decodewide", kv_lens=lens, batch_invariant=invariant)
 
 
-@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 4), (16, 1), (16, 4), (8, 9), (2, 40)])
+@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 4), (16, 1), (16, 4), (8, 9), (2, 40), (4, 32), (13, 5), (1, 128)])
 def test_rows_masks_and_sink(sq, g):
     for sk, window in itertools.product((300, 2500), ((None, None), (100, None), (700, None))):
         for lens in (None, int32([sk, 3, 0, sk - 1])):
@@ -99,7 +99,7 @@ def test_head_dims_and_strides(d, dv, dtype):
 @pytest.mark.parametrize("page", [16, 48, 64, 256])
 def test_pages(page):
     """In any order, NaN in what no sequence holds, numbers of other pages behind the last one in use: 2^30."""
-    for g, sq in ((1, 1), (4, 2), (7, 1), (16, 1), (8, 4)):
+    for g, sq in ((1, 1), (4, 2), (7, 1), (16, 1), (8, 4), (11, 7)):
         lens = int32([900, 3, 513])
         q, k, v = inputs(3, 2, g, sq, 960, lens=lens)
         per = -(-960 // page)
@@ -127,7 +127,7 @@ def test_cache_whose_elements_lie_apart():
     torch.testing.assert_close(out.float(), expected.float(), rtol=0, atol=4 * UNIT[q.dtype] * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 8), (8, 8)])
+@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 8), (8, 8), (4, 32), (12, 6)])
 def test_inf_and_nan_reach_only_rows_that_see_them(sq, g):
     q, k, v = inputs(1, 1, g, sq, 900)
     clean = flashgqa.attention(q, k, v, causal=True)

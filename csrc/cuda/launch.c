@@ -22,7 +22,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 64, CACHE_PAGE = 16, DECODE_KEYS = 256 };
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
@@ -186,7 +186,7 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 /* Where other rows are faster than a decode row. */
 static const char *pass_over_decode(const fgqa_problem *p, char why[128])
 {
-    if ((int64_t)p->sq * p->g > DECODE_ROWS * 3 / 2) {
+    if ((int64_t)p->sq * p->g > DECODE_ROWS) {
         return fgqa_reason(why, "%d query rows: more than a memory stream can serve", p->sq);
     }
     if (p->sk < DECODE_KEYS) {

@@ -14,9 +14,10 @@
 #include "../common/ptx_sync.cuh"
 #include "../common/softmax.cuh"
 #include "../common/split.cuh"
+#include "dec_ptx.cuh"
 #include "dec_split.cuh"
 
-static constexpr int SLICES = DV / FGQA_DEC_SLICE, COMBINE_BARRIER = 2;    /* and 3 */
+static constexpr int SLICES = DV / FGQA_DEC_SLICE, CONSUMERS = 8, THREADS = 32 * FGQA_WARPS, COMBINE_BARRIER = 2 /* and 3 */, SHARES = 9, REHEARSAL = 15;
 static_assert(D == DV && D % 64 == 0, "kernels.def: one tile form for K and V, of 64-column chunks");
 
 struct dec_partial { float m, l, o[4]; };       /* 4 outputs of a row */
@@ -69,17 +70,17 @@ template <int N> static __device__ __forceinline__ void merge_batch(dec_partial 
 
 /* Four outputs of row `local` of a pair, from `column` on, as the result. */
 static __device__ __forceinline__ void store_output(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
-                                                    const dec_partial &a)
+                                                    const dec_partial &a, bool rehearsal = false)
 {
     const fgqa_problem &problem = p.common.problem;
     const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
     float lse;
     const float scale = softmax_finish(a.m * p.common.scale, a.l, sink_logit(problem, b, h, i >= sq), &lse);
-    if (column < problem.dv) {
+    if (column < problem.dv && !rehearsal) {
         const uint2 pairs = {pack2(a.o[0] * scale, a.o[1] * scale, T()), pack2(a.o[2] * scale, a.o[3] * scale, T())};
         *(uint2 *)(fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, h, i) + column * (int)sizeof(T)) = pairs;
     }
-    if (column == 0) { store_lse(problem, b, h, i, lse); }
+    if (column == 0 && !rehearsal) { store_lse(problem, b, h, i, lse); }
 }
 
 static __device__ __forceinline__ float *record_of(const dec_params &p, int64_t record, int32_t local, int slice)
@@ -89,49 +90,49 @@ static __device__ __forceinline__ float *record_of(const dec_params &p, int64_t 
 
 /* Four outputs of a row of a finished segment: the result where record < 0, else a part of it. */
 static __device__ __forceinline__ void store_segment(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
-                                                     int64_t record, const dec_partial &a)
+                                                     int64_t record, const dec_partial &a, bool rehearsal)
 {
     if (record < 0) {
-        store_output(p, b, rows, sq, local, column, a);
+        store_output(p, b, rows, sq, local, column, a, rehearsal);
         return;
     }
+    if (rehearsal) { return; }
     float *to = record_of(p, record, local, column / FGQA_DEC_SLICE);
     const int at = column % FGQA_DEC_SLICE;
     *(float4 *)(to + at) = make_float4(a.o[0], a.o[1], a.o[2], a.o[3]);
     if (at == 0) { *(float2 *)(to + FGQA_DEC_SLICE) = make_float2(a.m, a.l); }
 }
 
-/* A share of the merge of one pair: slices first, first + step, ... of all its rows. step 0: nothing. */
-struct dec_share { int32_t b, h, first, step; dec_parts parts; };
-
 /* By `warps` warps (a power of two) of which this is number `warp`. A lane has 4 columns of a slice, quad lane % 8.
  *   few parts:  a lane takes all of them; a warp has 4 slices in hand.
  *   many parts: a lane takes parts plane, plane + planes, ...; planes merge inside the warp, then across the `spread` warps of
  *               the slice through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. Of chunks the order of
- *               the sum depends on their number alone. */
-static __device__ __forceinline__ void combine_slices(const dec_params &p, const dec_share &share, int32_t sq, int warp, int warps, int barrier,
-                                                      dec_partial *scratch)
+ *               the sum depends on their number alone.
+ * rehearsal: one warp does it all but read and write memory. */
+static __device__ __forceinline__ void combine_slices(const dec_params &p, const dec_share &share, int warp, int warps, int barrier,
+                                                      dec_partial *scratch, bool rehearsal)
 {
-    constexpr int BATCH = 4;                    /* records in flight per lane */
+    constexpr int BATCH = 8;                    /* records in flight per lane */
     const dec_parts &parts = share.parts;
     const pair_rows rows = pair_rows_of(p, share.h);
     const int lane = (int)thread_index() % 32, quad = lane % 8, slices = rows.valid * SLICES;
     const int mine = max((slices - share.first + share.step - 1) / share.step, 1);
-    const bool few = parts.count <= BATCH;
+    const int32_t count = parts.count;
+    const bool few = count <= BATCH;
     int spread = 1;
-    while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= warps && 4 * spread < parts.count) { spread *= 2; }
+    while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= warps && 4 * spread < count) { spread *= 2; }
     const int planes = few ? 1 : 4 * spread, plane = few ? 0 : lane / 8 + 4 * (warp & (spread - 1));
     const int item = few ? 4 * warp + lane / 8 : warp / spread, items = few ? 4 * warps : warps / spread;
     for (int s0 = share.first; s0 < slices; s0 += items * share.step) {     /* the same trips in every lane */
         const int s = s0 + item * share.step;
         dec_partial sum = empty_partial();
-        for (int j0 = plane; s < slices && j0 < parts.count; j0 += BATCH * planes) {
+        for (int j0 = plane; s < slices && j0 < count; j0 += BATCH * planes) {
             dec_partial part[BATCH];
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
                 const int j = j0 + n * planes;
                 part[n] = empty_partial();
-                if (j < parts.count) {
+                if (j < count && !rehearsal) {
                     const float *from = record_of(p, parts.record(j), s / SLICES, s % SLICES);
                     const float4 o = load_relaxed_f32x4(from + 4 * quad), ml = load_relaxed_f32x4(from + FGQA_DEC_SLICE);
                     const dec_partial read = {ml.x, ml.y, {o.x, o.y, o.z, o.w}};
@@ -154,7 +155,7 @@ static __device__ __forceinline__ void combine_slices(const dec_params &p, const
             merge_planes(sum, p.scale_log2);
             if (s0 + items * share.step < slices) { bar_sync((uint32_t)barrier, (uint32_t)warps * 32); }      /* scratch is free again */
         }
-        if (writer) { store_output(p, share.b, rows, sq, s / SLICES, s % SLICES * FGQA_DEC_SLICE + 4 * quad, sum); }
+        if (writer) { store_output(p, share.b, rows, share.sq, s / SLICES, s % SLICES * FGQA_DEC_SLICE + 4 * quad, sum, rehearsal); }
     }
 }
 
@@ -164,7 +165,7 @@ static __device__ __forceinline__ dec_share share_of(const dec_params &p, const 
     const dec_place &at = n ? schedule.tail : schedule.head;
     const dec_parts parts = parts_of(p, schedule.split, at);
     const bool split_here = parts.count > 1 && (n == 0 || at.pair_unit > schedule.begin);
-    const dec_share share = {at.b, at.h, (int32_t)blockIdx.x - parts.first, split_here ? parts.count : 0, parts};
+    const dec_share share = {at.b, at.h, sequence_of(p, schedule, at.b).sq, (int32_t)blockIdx.x - parts.first, split_here ? parts.count : 0, parts};
     return share;
 }
 
@@ -176,41 +177,66 @@ static __device__ __forceinline__ uint32_t atom_inc_acq_rel(uint32_t *counter, u
     return old;
 }
 
-/* The end of a block, by its consumer warps, after a barrier: all its records are written. */
-static __device__ __forceinline__ void combine_in_place(const dec_params &p, const dec_schedule &schedule, int warps, dec_partial *scratch)
-{
-    const int warp = (int)thread_index() / 32;
-    const dec_share head = share_of(p, schedule, 0), tail = share_of(p, schedule, 1);
-    if (!head.step && !tail.step) { return; }
-    const bool both = head.step && tail.step;
-    if (thread_index() < 2) {
-        const dec_share &share = thread_index() ? tail : head;
-        uint32_t *counter = p.counters + share.parts.first;
-        const uint32_t last = (uint32_t)share.parts.count - 1;
-        const bool waits = share.step && atom_inc_acq_rel(counter, last) != last;
-        __syncwarp(3);
-        while (waits && load_acquire_s32((const int32_t *)counter) != 0) {}
+/* Consumers and helper go through the same code. */
+struct dec_actor {
+    bool rehearsal;
+    int thread, threads;        /* of those that act together */
+    int32_t barrier;            /* for all of them */
+    __device__ __forceinline__ void sync() const { bar_sync((uint32_t)barrier, (uint32_t)threads); }
+    template <class V> __device__ __forceinline__ V read(const V &shared) const
+    {
+        V x = {};
+        if (!rehearsal) { x = shared; }
+        return x;
     }
-    bar_sync(COMBINE_BARRIER, (uint32_t)warps * 32);
-    /* two of them: half of the warps each */
-    const bool second = both ? warp >= warps / 2 : tail.step != 0;
-    const int team = both ? warps / 2 : warps;
-    const dec_share share = second ? tail : head;
-    combine_slices(p, share, sequence_of(p, schedule, share.b).sq, warp % team, team, COMBINE_BARRIER + second, scratch + second * 8 * (warps / 2));
+};
+
+static __device__ __forceinline__ dec_actor actor_of(int thread, int32_t barrier)
+{
+    const bool rehearsal = thread >= 32 * CONSUMERS;
+    const dec_actor actor = {rehearsal, rehearsal ? thread % 32 : thread, rehearsal ? 32 : 32 * CONSUMERS, rehearsal ? REHEARSAL : barrier};
+    return actor;
 }
 
-/* The second kernel: `step` blocks of 8 warps for each pair. */
-static constexpr int COMBINE_WARPS = 8;
-extern "C" __global__ void __launch_bounds__(32 * COMBINE_WARPS)
+/* The end of a block, by its consumer warps, after a barrier: all its records are written. */
+static __device__ __forceinline__ void combine_in_place(const dec_params &p, const dec_schedule &schedule, dec_partial *scratch, bool rehearsal)
+{
+    const int warp = (int)thread_index() / 32;
+    int second = 0, team = 1;
+    dec_share share = {0, 0, 1, 0, 1 << 20, {8, 0, 0, 0}};     /* the rehearsal's: one slice, of many parts */
+    if (!rehearsal) {
+        barrier_sync(SHARES, 32 * CONSUMERS + 32);
+        const bool head = schedule.share[0].step != 0, tail = schedule.share[1].step != 0;
+        if (!head && !tail) { return; }
+        if (thread_index() < 2) {
+            const dec_parts &parts = schedule.share[thread_index()].parts;
+            uint32_t *counter = p.counters + parts.first;
+            const uint32_t last = (uint32_t)parts.count - 1;
+            const bool waits = (thread_index() ? tail : head) && atom_inc_acq_rel(counter, last) != last;
+            __syncwarp(3);
+            while (waits && load_acquire_s32((const int32_t *)counter) != 0) {}
+        }
+        bar_sync(COMBINE_BARRIER, 32 * CONSUMERS);
+        /* two of them: half of the warps each */
+        second = head && tail ? warp >= CONSUMERS / 2 : tail;
+        team = head && tail ? CONSUMERS / 2 : CONSUMERS;
+        share = schedule.share[second];
+    }
+    combine_slices(p, share, rehearsal ? 0 : warp % team, team, COMBINE_BARRIER + second, scratch + second * 8 * (CONSUMERS / 2), rehearsal);
+    if (rehearsal) { barrier_sync(SHARES, 32 * CONSUMERS + 32); }
+}
+
+/* The second kernel: `step` blocks of as many warps for each pair. */
+extern "C" __global__ void __launch_bounds__(32 * CONSUMERS)
 FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t step)
 {
-    __shared__ dec_partial scratch[COMBINE_WARPS * 8];
+    __shared__ dec_partial scratch[CONSUMERS * 8];
     const int32_t pair = (int32_t)blockIdx.x / step, b = p.by_heads(pair), h = pair - b * p.layout.heads;
     work_split split = {1, 0, 0};
     dec_place at;
     if (p.uniform) {
         at = place_of_pair(p, pair);
-        split = split_of(p, p.common.problem.b * p.layout.heads * at.units, true);
+        split = p.split;
     } else {
         const length_scan scan(p, (int)thread_index() % 32);
         at = scan.pair(b, h);
@@ -222,6 +248,6 @@ FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t st
     }
     const dec_parts parts = parts_of(p, split, at);
     if (parts.count == 1) { return; }
-    const dec_share share = {b, h, (int32_t)blockIdx.x % step, step, parts};
-    combine_slices(p, share, dec_sequence_at(p, b).sq, (int)thread_index() / 32, COMBINE_WARPS, COMBINE_BARRIER, scratch);
+    const dec_share share = {b, h, dec_sequence_at(p, b).sq, (int32_t)blockIdx.x % step, step, parts};
+    combine_slices(p, share, (int)thread_index() / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
 }

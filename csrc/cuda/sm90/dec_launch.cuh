@@ -3,7 +3,7 @@
 #include "../any/dec_counters.h"
 #include "../common/launch.cuh"
 #include "../tensor_map.h"
-#include "dec_split.cuh"
+#include "dec_combine.cuh"
 
 /* Largest N <= blocks for which every block has one pair's part or whole pairs; `blocks` if that leaves a tenth of them idle.
  * Memory is the limit: a few idle SMs cost nothing, and a second segment or a record costs microseconds. */
@@ -33,24 +33,29 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->uniform = fgqa_dec_is_uniform(problem);
     p->span = fgqa_dec_span_of(&mask, 0, GRANULE);
     p->blocks_aligned = p->layout.chunk ? p->layout.blocks : aligned_blocks(pairs, p->layout.blocks);
-    p->by_units = fast_div_make(p->layout.chunk ? (p->span.count + p->layout.chunk - 1) / p->layout.chunk : p->span.count);
+    const int32_t units = units_of(*p, p->span.count);
+    p->by_units = fast_div_make(units);
     p->by_heads = fast_div_make(p->layout.heads);
     p->by_row_blocks = fast_div_make(p->layout.row_blocks);
     p->by_page_size = fast_div_make(problem->cache.page_size);
+    p->split = split_of(*p, p->uniform ? (int32_t)pairs * units : 1, true);
+    p->table = problem->cache.table;
+    p->page_size = problem->cache.page_size;
+    p->pieces = has_pieces(problem->cache);
     p->scale_log2 = p->common.scale * (float)FGQA_LOG2E;
     p->counters = p->layout.chunk ? NULL : fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
     const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d);
     return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv);
 }
 
-static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t threads, int32_t shared_bytes, bool cooperative, void *stream)
+static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, bool cooperative, void *stream)
 {
     cudaLaunchAttribute attribute = {};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3((uint32_t)p->layout.blocks);
-    config.blockDim = dim3((uint32_t)threads);
+    config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = (size_t)shared_bytes;
     config.stream = (cudaStream_t)stream;
     config.attrs = &attribute;
@@ -60,18 +65,18 @@ static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_
 }
 
 /* The kernel, and the one that merges where blocks do not. */
-static cudaError_t launch_decode(const void *kernel, dec_params *p, int32_t threads, int32_t shared_bytes, void *stream)
+static cudaError_t launch_decode(const void *kernel, dec_params *p, int32_t shared_bytes, void *stream)
 {
     cudaError_t error = cudaErrorCooperativeLaunchTooLarge;
     if (p->counters) {
-        error = launch_blocks(kernel, p, threads, shared_bytes, true, stream);
+        error = launch_blocks(kernel, p, shared_bytes, true, stream);
         if (error == cudaErrorCooperativeLaunchTooLarge) { cudaGetLastError(); }      /* part of the device: a green context */
     }
     if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
     p->counters = NULL;
-    error = launch_blocks(kernel, p, threads, shared_bytes, false, stream);
+    error = launch_blocks(kernel, p, shared_bytes, false, stream);
     if (error != cudaSuccess || p->layout.records == 0) { return error; }
     const int64_t pairs = (int64_t)p->common.problem.b * p->layout.heads, slices = p->layout.rows * SLICES, wanted = 2 * p->layout.blocks / pairs;
     const int32_t step = (int32_t)(wanted < 1 ? 1 : wanted > slices ? slices : wanted);
-    return launch_kernel(FGQA_SUFFIX(FGQA_ROW, _combine), (uint32_t)(pairs * step), 32 * COMBINE_WARPS, 0, stream, *p, step);
+    return launch_kernel(FGQA_SUFFIX(FGQA_ROW, _combine), (uint32_t)(pairs * step), 32 * CONSUMERS, 0, stream, *p, step);
 }

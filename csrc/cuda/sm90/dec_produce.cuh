@@ -14,32 +14,32 @@ template <int STREAMS> struct granule_walk {
     dec_segment segment;
     int32_t g, stream;
 
-    __device__ __forceinline__ granule_walk(const dec_params &p, const dec_schedule &schedule, int stream, bool works) : stream(stream)
+    __device__ __forceinline__ granule_walk(const dec_params &p, const dec_segment &first, int stream, bool works)
+        : segment(first), stream(stream)
     {
-        segment = first_segment(p, schedule);
         if (!works) { segment.left = -1; }
         g = segment.g0 + stream;
-        settle(p, schedule);
+        settle(p);
     }
     __device__ __forceinline__ bool valid() const { return segment.valid(); }
-    __device__ __forceinline__ void settle(const dec_params &p, const dec_schedule &schedule)
+    __device__ __forceinline__ void settle(const dec_params &p)
     {
         while (segment.valid() && g >= segment.g1) {
-            segment.next(p, schedule);
+            segment.next(p, NULL);
             g = segment.g0 + stream;
         }
     }
-    __device__ __forceinline__ void advance(const dec_params &p, const dec_schedule &schedule)
+    __device__ __forceinline__ void advance(const dec_params &p)
     {
         g += STREAMS;
-        settle(p, schedule);
+        settle(p);
     }
     __device__ __forceinline__ int32_t slot() const { return (segment.span.first + g) * GRANULE; }
 };
 
 static __device__ __forceinline__ int32_t in_page(const dec_params &p, int32_t slot)
 {
-    return p.common.problem.cache.table ? slot - p.by_page_size(slot) * p.common.problem.cache.page_size : slot;
+    return p.table ? slot - p.by_page_size(slot) * p.page_size : slot;
 }
 
 /* The pages of the next granules, one a piece, on their way to this lane's `queue`. */
@@ -48,38 +48,39 @@ template <int STREAMS> struct page_queue {
     uint32_t queue;
     int at;
 
-    __device__ __forceinline__ page_queue(const dec_params &p, const dec_schedule &schedule, const granule_walk<STREAMS> &walk, uint32_t queue)
+    __device__ __forceinline__ page_queue(const dec_params &p, const granule_walk<STREAMS> &walk, uint32_t queue)
         : ahead(walk), queue(queue), at(0)
     {
-        if (p.common.problem.cache.table) {
-            for (int n = 0; n < PAGES_AHEAD; n++) { fetch(p, schedule); }
+        if (p.table) {
+#pragma unroll 1
+            for (int n = 0; n < PAGES_AHEAD; n++) { fetch(p); }
         }
     }
-    __device__ __forceinline__ void fetch(const dec_params &p, const dec_schedule &schedule)
+    __device__ __forceinline__ void fetch(const dec_params &p)
     {
         const fgqa_cache &cache = p.common.problem.cache;
         if (ahead.valid()) {
             const int32_t last = p.by_page_size(cache.capacity - 1);
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
-                cp_async_4(queue + 4 * (PIECES * at + n), cache.table + ahead.segment.b * cache.table_stride
+                cp_async_4(queue + 4 * (PIECES * at + n), p.table + ahead.segment.b * cache.table_stride
                                                                   + min(p.by_page_size(ahead.slot() + n * PIECE), last));
             }
-            ahead.advance(p, schedule);
+            ahead.advance(p);
         }
         cp_async_commit();
         at = at + 1 == PAGES_AHEAD ? 0 : at + 1;
     }
     /* The pages of the granule that `walk` is at, and then those of a later one are fetched. */
-    __device__ __forceinline__ void take(const dec_params &p, const dec_schedule &schedule, const granule_walk<STREAMS> &walk, int32_t (&page)[PIECES])
+    __device__ __forceinline__ void take(const dec_params &p, const granule_walk<STREAMS> &walk, int32_t (&page)[PIECES])
     {
-        if (p.common.problem.cache.table) {
+        if (p.table) {
             cp_async_wait<PAGES_AHEAD - 1>();
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
                 asm volatile("ld.shared.s32 %0, [%1];" : "=r"(page[n]) : "r"(queue + 4 * (PIECES * at + n)) : "memory");
             }
-            fetch(p, schedule);
+            fetch(p);
         } else {
 #pragma unroll
             for (int n = 0; n < PIECES; n++) { page[n] = walk.segment.b; }
@@ -89,10 +90,11 @@ template <int STREAMS> struct page_queue {
 
 struct tile_source { const CUtensorMap *map; int32_t boxes; uint64_t policy; };
 
-/* Rows from `row` of page `page` on -> the chunks of a tile, which are chunk_bytes apart. */
-static __device__ __forceinline__ void load_boxes(const tile_source &source, uint32_t tile, int chunk_bytes, uint32_t bar, int32_t row, int32_t kv_head, int32_t page)
+/* Rows from `row` of page `page` on -> the chunks of a tile. */
+static __device__ __forceinline__ void load_boxes(const tile_source &source, uint32_t tile, uint32_t bar, int32_t row, int32_t kv_head, int32_t page)
 {
+#pragma unroll 1
     for (int chunk = 0; chunk < source.boxes; chunk++) {
-        tma_load_5d(tile + chunk * chunk_bytes, source.map, bar, source.policy, 64 * chunk, row, 0, kv_head, page);
+        tma_load_5d(tile + chunk * CHUNK_BYTES, source.map, bar, source.policy, 64 * chunk, row, 0, kv_head, page);
     }
 }

@@ -17,6 +17,12 @@ PTX_FN void cp_async_4(uint32_t dst, const void *src)
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
 }
 
+/* Named barriers that warps reach at different places in the code. */
+PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+PTX_FN void barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("barrier.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+PTX_FN void prefetch_l2(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory"); }
+
 /* Has the phase of this parity completed? Never suspends the thread. */
 PTX_FN bool mbarrier_test(uint32_t bar, uint32_t parity)
 {

@@ -36,31 +36,39 @@ struct work_split {
     }
 };
 
+/* What the first copy waits for comes first: each line of the constant cache is a miss of its own. */
 struct dec_params {
-    fgqa_params common;
-    CUtensorMap k_map, v_map;
-    int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
-    fgqa_dec_layout layout;
-    int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
-    int32_t uniform;                /* all sequences have the span and the units below */
+    int32_t uniform;                /* all sequences have the span and the split below */
+    work_split split;
     fgqa_dec_span span;
     fast_div by_units, by_heads, by_row_blocks, by_page_size;
+    fgqa_dec_layout layout;
+    const int32_t *table;
+    int32_t page_size, pieces;      /* whether copies are of pieces */
+    int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
+    int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
     float scale_log2;
     uint32_t *counters;             /* one a block, zero between launches; NULL: a second kernel merges */
+    CUtensorMap k_map, v_map;
+    fgqa_params common;
 };
 
 /* What a block needs to know of a sequence. Keys are slots: key j is slot first_slot + j. */
 struct dec_sequence { int32_t first_slot, sk, sq; fgqa_dec_span span; };
 
+/* Out of line, as their 64-bit divisions are: a block waits for each instruction that comes from L2. */
+static __device__ __noinline__ fgqa_range keys_of_rows(fgqa_mask mask, int32_t i0, int32_t i1) { return fgqa_kv_range(&mask, i0, i1); }
+static __device__ __noinline__ fgqa_dec_span span_of(fgqa_mask mask, int32_t first_slot) { return fgqa_dec_span_of(&mask, first_slot, GRANULE); }
+
 static __device__ __forceinline__ dec_sequence dec_sequence_at(const dec_params &p, int32_t b)
 {
     int32_t rows;
     const fgqa_sequence s = fgqa_device_sequence(p.common.problem, b, &rows);
-    const dec_sequence sequence = {(int32_t)s.k_row, s.mask.sk, s.mask.sq, fgqa_dec_span_of(&s.mask, (int32_t)s.k_row, GRANULE)};
+    const dec_sequence sequence = {(int32_t)s.k_row, s.mask.sk, s.mask.sq, span_of(s.mask, (int32_t)s.k_row)};
     return sequence;
 }
 
-static __device__ __forceinline__ int32_t units_of(const dec_params &p, int32_t granules)
+static __host__ __device__ __forceinline__ int32_t units_of(const dec_params &p, int32_t granules)
 {
     return p.layout.chunk ? (granules + p.layout.chunk - 1) / p.layout.chunk : granules;
 }
@@ -68,11 +76,12 @@ static __device__ __forceinline__ int32_t units_of(const dec_params &p, int32_t 
 /* Where a unit lies. pair_unit: number of the first unit of its pair. */
 struct dec_place { int32_t b, h, units, pair_unit; fgqa_dec_span span; };
 
-static __device__ __forceinline__ work_split split_of(const dec_params &p, int32_t units, bool equal)
+static __host__ __device__ __forceinline__ work_split split_of(const dec_params &p, int32_t units, bool equal)
 {
     const int32_t least = p.layout.chunk ? 1 : FGQA_DEC_MIN_KEYS / GRANULE, wanted = (units + least - 1) / least;
+    const int32_t most = equal ? p.blocks_aligned : p.layout.blocks;
     work_split split;
-    split.blocks = max(1, min(wanted, equal ? p.blocks_aligned : p.layout.blocks));
+    split.blocks = wanted < 1 ? 1 : wanted < most ? wanted : most;
     split.share = units / split.blocks;
     split.longer = units - split.blocks * split.share;
     return split;
@@ -164,12 +173,26 @@ struct length_scan {
     }
 };
 
+/* The parts of a pair that is split: part n has left record(n). */
+struct dec_parts {
+    int32_t count, first, offset;
+    int32_t chunked;
+    __device__ __forceinline__ int64_t record(int32_t n) const
+    {
+        return chunked ? first + n : 2 * (int64_t)(first + n) + (n == 0 ? offset : 0);
+    }
+};
+
+/* A share of the merge of one pair: slices first, first + step, ... of all its rows. step 0: nothing. */
+struct dec_share { int32_t b, h, sq, first, step; dec_parts parts; };
+
 /* A block's part of the work, made by one warp for all. */
 enum { CACHED_SEQUENCES = 16 };
 struct dec_schedule {
     work_split split;
     int32_t begin, end;             /* units */
     dec_place head, tail;           /* of the first and of the last of them */
+    dec_share share[2];             /* of the merge of their pairs; made a little later */
     dec_sequence cached[CACHED_SEQUENCES];      /* sequence head.b and the next ones */
 };
 
@@ -179,8 +202,7 @@ static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_sc
     dec_place head, tail;
     int32_t begin, end;
     if (p.uniform) {
-        const int32_t units = units_of(p, p.span.count);
-        split = split_of(p, p.common.problem.b * p.layout.heads * units, true);
+        split = p.split;
         begin = split.begin((int32_t)blockIdx.x);
         end = split.begin((int32_t)blockIdx.x + 1);
         head = place_of_pair(p, p.by_units(begin));
@@ -195,6 +217,7 @@ static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_sc
         head = scan.locate(begin);
         tail = scan.locate(max(begin, end - 1));
     }
+    if ((int32_t)blockIdx.x >= split.blocks) { end = begin; }
     if (lane == 0) {
         schedule.split = split;
         schedule.begin = begin;
@@ -229,7 +252,8 @@ struct dec_segment {
         g1 = min(span.count, g0 + (p.layout.chunk ? p.layout.chunk : left));
         left -= p.layout.chunk ? 1 : g1 - g0;
     }
-    __device__ __forceinline__ void next(const dec_params &p, const dec_schedule &schedule)
+    /* schedule NULL: from memory, for a warp that does not wait for it. */
+    __device__ __forceinline__ void next(const dec_params &p, const dec_schedule *schedule)
     {
         g0 = g1;
         if (g0 == span.count && left > 0) {
@@ -237,7 +261,7 @@ struct dec_segment {
             if (++h == p.layout.heads) {
                 h = 0;
                 b++;
-                if (!p.uniform) { span = sequence_of(p, schedule, b).span; }
+                if (!p.uniform) { span = (schedule ? sequence_of(p, *schedule, b) : dec_sequence_at(p, b)).span; }
             }
         }
         clip(p);
@@ -245,24 +269,34 @@ struct dec_segment {
     __device__ __forceinline__ bool whole() const { return g0 == 0 && g1 == span.count; }
 };
 
-static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_schedule &schedule)
+static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_place &head, int32_t begin, int32_t end)
 {
-    const dec_place &head = schedule.head;
-    dec_segment s = {head.b, head.h, head.span, (schedule.begin - head.pair_unit) * (p.layout.chunk ? p.layout.chunk : 1), 0,
-                     schedule.end - schedule.begin};
+    dec_segment s = {head.b, head.h, head.span, (begin - head.pair_unit) * (p.layout.chunk ? p.layout.chunk : 1), 0, end - begin};
     s.clip(p);
     return s;
 }
 
-/* The parts of a pair that is split: part n has left record(n). */
-struct dec_parts {
-    int32_t count, first, offset;
-    int32_t chunked;
-    __device__ __forceinline__ int64_t record(int32_t n) const
-    {
-        return chunked ? first + n : 2 * (int64_t)(first + n) + (n == 0 ? offset : 0);
+static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_schedule &schedule)
+{
+    return first_segment(p, schedule.head, schedule.begin, schedule.end);
+}
+
+/* The same without the schedule, so that the first copies need not wait for it. Whole warp. */
+static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p)
+{
+    const int32_t block = (int32_t)blockIdx.x;
+    work_split split = p.split;
+    if (p.uniform) {
+        const int32_t begin = split.begin(block), end = block < split.blocks ? split.begin(block + 1) : begin;
+        return first_segment(p, place_of_pair(p, p.by_units(begin)), begin, end);
     }
-};
+    const length_scan scan(p, (int)thread_index() % 32);
+    bool equal;
+    const int32_t units = scan.total(&equal);
+    split = split_of(p, units, equal);
+    const int32_t begin = split.begin(block), end = block < split.blocks ? split.begin(block + 1) : begin;
+    return first_segment(p, scan.locate(begin), begin, end);
+}
 
 /* Without chunks part n is that of block first + n: its first segment, or for n = 0 maybe its last. */
 static __device__ __forceinline__ dec_parts parts_of(const dec_params &p, const work_split &split, const dec_place &at)
@@ -299,8 +333,9 @@ static __device__ __forceinline__ fgqa_range slots_of_row(const fgqa_mask &mask,
     fgqa_range seen = {0, 0};
     const int32_t i = rows.rows.i(local);
     if (local < rows.valid && i < mask.sq) {
-        seen.begin = s.first_slot + fgqa_kv_begin(&mask, i);
-        seen.end = s.first_slot + fgqa_kv_end(&mask, i);
+        const fgqa_range keys = keys_of_rows(mask, i, i + 1);
+        seen.begin = s.first_slot + keys.begin;
+        seen.end = s.first_slot + keys.end;
     }
     return seen;
 }
@@ -313,13 +348,13 @@ static __device__ __forceinline__ pair_slots pair_slots_of(const fgqa_mask &mask
     pair_slots slots = {{0, 0}, {0, 0}};
     const int32_t i = rows.rows.i(0), last = rows.rows.i(rows.valid - 1);
     if (i < mask.sq) {
-        const fgqa_range keys = fgqa_kv_range(&mask, i, min(last, mask.sq - 1) + 1);
+        const fgqa_range keys = keys_of_rows(mask, i, min(last, mask.sq - 1) + 1);
         slots.seen.begin = s.first_slot + keys.begin;
         slots.seen.end = s.first_slot + keys.end;
     }
     if (last < mask.sq) {
-        slots.full.begin = s.first_slot + fgqa_kv_begin(&mask, last);
-        slots.full.end = s.first_slot + fgqa_kv_end(&mask, i);
+        slots.full.begin = s.first_slot + keys_of_rows(mask, last, last + 1).begin;
+        slots.full.end = s.first_slot + keys_of_rows(mask, i, i + 1).end;
     }
     return slots;
 }

@@ -1,13 +1,10 @@
 /* decode.cu - attention of up to 8 packed query rows of a KV head over many keys, for Hopper: a memory stream with arithmetic on
  * the side. Compiled once per `decode` row of kernels.def. More rows: decode_wide.cu; who works on what: dec_work.h.
  *
- * A block is STREAMS consumer warps and one producer warp. Granule n of a segment belongs to stream (= warp) n % STREAMS, which
- * has its own ring of tiles and its own m, l, o: no barrier inside a segment; at its end the streams are added up. Lane
- * (stream, K or V) of the producer keeps that half of the stream's ring full.
+ * Granule n of a segment belongs to stream (= consumer warp) n % STREAMS, which has its own ring of tiles and its own m, l, o: no
+ * barrier inside a segment; at its end the streams are added up. The other warps: dec_block.cuh, with most barriers. Also:
  *
  *   barrier                    arrivals                                  waited for by
- *   full[stream][stage][KV]    producer lane (1) + bytes                 the stream's warp
- *   empty[stream][stage][KV]   the warp (1)                              producer lane
  *   named MERGE                consumers                                 end of a segment
  *   named COMBINE, + 1         warps that merge records                  dec_combine.cuh
  *
@@ -37,20 +34,20 @@
 
 typedef FGQA_DTYPE T;
 static constexpr bool FLOAT8 = FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_decodef8;
-static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE = FGQA_BLOCK_K, STAGES = FGQA_STAGES;
+static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE = FGQA_BLOCK_K;
 
 #include "../sm80/gemm.cuh"
-#include "dec_combine.cuh"
+#include "dec_block.cuh"
 #include "dec_float8.cuh"
 #include "dec_launch.cuh"
-#include "dec_produce.cuh"
 
-static constexpr int STREAMS = FGQA_WARPS - 1, THREADS = 32 * FGQA_WARPS, K_STEPS = D / 16;
+static constexpr int K_STEPS = D / 16;
 static constexpr int MERGE_PITCH = D + 4, MERGE = 1;        /* + m, l; and the 8 rows of a fragment fall on different banks */
 static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
-static_assert(GRANULE == 16 && BLOCK_Q == 8 && STREAMS == 8, "kernels.def: one mma per granule and 16 columns, 8 rows, 8 streams and a producer");
+static_assert(GRANULE == 16 && BLOCK_Q == 8, "kernels.def: one mma per granule and 16 columns, 8 rows");
 
 struct shared {
+    static constexpr int STREAMS = CONSUMERS, READERS = 1, STAGES = FGQA_STAGES;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(16) float merge[STREAMS][BLOCK_Q][MERGE_PITCH];     /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
@@ -58,34 +55,6 @@ struct shared {
     dec_schedule schedule;
 };
 static_assert(sizeof(shared) <= 227 * 1024, "kernels.def: the stages fit into shared memory");
-
-static __device__ __forceinline__ void produce(const dec_params &p, shared &mem, int lane)
-{
-    const int stream = lane / 2 % STREAMS, kv = lane % 2;
-    const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, createpolicy_evict_first()};
-    const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
-    const uint32_t full = smem_address(&mem.full[stream][0][kv]), empty = smem_address(&mem.empty[stream][0][kv]);
-    granule_walk<STREAMS> walk(p, mem.schedule, stream, lane < 2 * STREAMS);
-    page_queue<STREAMS> pages(p, mem.schedule, walk, smem_address(mem.pages[lane % (2 * STREAMS)]));
-    int stage = 0;
-    uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
-    while (__any_sync(0xFFFFFFFFu, walk.valid())) {
-        if (walk.valid() && mbarrier_test(empty + 16 * stage, parity)) {
-            const uint32_t bar = full + 16 * stage;
-            const int32_t slot = walk.slot();
-            int32_t page[PIECES];
-            pages.take(p, mem.schedule, walk, page);
-            mbarrier_arrive_expect_tx(bar, TILE_BYTES);
-            load_boxes(source, ring + 2 * TILE_BYTES * stage, CHUNK_BYTES, bar, in_page(p, slot), p.by_row_blocks(walk.segment.h), page[0]);
-            if (++stage == STAGES) {
-                stage = 0;
-                parity ^= 1;
-            }
-            walk.advance(p, mem.schedule);
-        }
-        __syncwarp();
-    }
-}
 
 /* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
  * address of this lane's row for ldmatrix at k = 0. */
@@ -230,8 +199,8 @@ static __device__ __forceinline__ void accumulate(uint32_t v_lane, const tile_ma
 }
 
 /* Consumer warps: sum of the streams' states; a whole pair goes to the result, a part to its record. */
-static __device__ __forceinline__ void finish_segment(const dec_params &p, shared &mem, const state &st, int32_t b, const pair_rows &rows, int32_t sq, int stream,
-                                                      int64_t record)
+static __device__ __forceinline__ void finish_segment(const dec_params &p, shared &mem, const dec_actor &actor, const state &st, int32_t b, const pair_rows &rows,
+                                                      int32_t sq, int stream, int64_t record)
 {
     const int lane = (int)thread_index() % 32;
 #pragma unroll
@@ -239,6 +208,7 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
         float l = st.l[c], *row = mem.merge[stream][2 * (lane % 4) + c];
 #pragma unroll
         for (int d = 4; d < 32; d *= 2) { l += __shfl_xor_sync(0xFFFFFFFFu, l, d); }
+        if (actor.rehearsal) { continue; }
         if (lane < 4) { *(float2 *)(row + D) = make_float2(st.m[c], l); }
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) {
@@ -246,35 +216,35 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
             row[out_column(k, 1, lane)] = st.o[k][c + 2];
         }
     }
-    bar_sync(MERGE, 32 * STREAMS);
-    for (int item = (int)thread_index(); item < rows.valid * (D / 4); item += 32 * STREAMS) {
+    actor.sync();
+    for (int item = actor.thread; item < rows.valid * (D / 4); item += 32 * CONSUMERS) {
         const int local = item / (D / 4), column = 4 * (item % (D / 4));
         dec_partial sum = empty_partial();
-        float2 ml[STREAMS];
+        float2 ml[CONSUMERS];
 #pragma unroll
-        for (int w = 0; w < STREAMS; w++) {
-            ml[w] = *(const float2 *)&mem.merge[w][local][D];
+        for (int w = 0; w < CONSUMERS; w++) {
+            ml[w] = actor.read(*(const float2 *)&mem.merge[w][local][D]);
             sum.m = fmaxf(sum.m, ml[w].x);
         }
         const float base = finite_max(sum.m);
 #pragma unroll
-        for (int w = 0; w < STREAMS; w++) {
+        for (int w = 0; w < CONSUMERS; w++) {
             const float weight = ex2((ml[w].x - base) * p.scale_log2);
-            const float4 o = *(const float4 *)&mem.merge[w][local][column];
+            const float4 o = actor.read(*(const float4 *)&mem.merge[w][local][column]);
             sum.l += weight * ml[w].y;
             sum.o[0] += weight * o.x;
             sum.o[1] += weight * o.y;
             sum.o[2] += weight * o.z;
             sum.o[3] += weight * o.w;
         }
-        store_segment(p, b, rows, sq, local, column, record, sum);
+        store_segment(p, b, rows, sq, local, column, record, sum, actor.rehearsal);
     }
-    bar_sync(MERGE, 32 * STREAMS);              /* merge is free again; every record of the segment is written */
+    actor.sync();                               /* merge is free again; every record of the segment is written */
 }
 
-static __device__ __forceinline__ void consume(const dec_params &p, shared &mem, int stream)
+static __device__ __forceinline__ void consume(const dec_params &p, shared &mem, const dec_actor &actor)
 {
-    const int lane = (int)thread_index() % 32;
+    const int lane = (int)thread_index() % 32, stream = actor.thread / 32;
     dec_segment segment = first_segment(p, mem.schedule);
     pair_rows rows = pair_rows_of(p, segment.h), rows_next = rows;
     uint32_t q_next[K_STEPS][2];
@@ -293,7 +263,7 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
     uint32_t parity = 0;
     for (int segments = 0; segment.valid(); segments++) {
         dec_segment next = segment;
-        next.next(p, mem.schedule);
+        next.next(p, &mem.schedule);
         uint32_t q[K_STEPS][2];
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) { q[k][0] = q_next[k][0], q[k][1] = q_next[k][1]; }
@@ -314,7 +284,7 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
         const fgqa_mask rule = mask_of(p, sequence);
         const pair_slots slots = pair_slots_of(rule, sequence, rows);
         tile_mask mask = {0, slots.seen, {slots_of_row(rule, sequence, rows, 2 * (lane % 4)), slots_of_row(rule, sequence, rows, 2 * (lane % 4) + 1)}};
-        for (int32_t g = segment.g0 + stream; g < segment.g1; g += STREAMS) {
+        for (int32_t g = segment.g0 + stream; g < segment.g1 && !actor.rehearsal; g += CONSUMERS) {
             const int offset = 2 * TILE_BYTES * stage;
             mask.first = (segment.span.first + g) * GRANULE;
             const bool is_full = slots.full.begin <= mask.first && mask.first + GRANULE <= slots.full.end;
@@ -341,7 +311,7 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
             }
             __syncwarp();
             if (lane == 0) { mbarrier_arrive(empty + 16 * stage + 8); }
-            if (++stage == STAGES) {
+            if (++stage == shared::STAGES) {
                 stage = 0;
                 parity ^= 1;
             }
@@ -351,7 +321,8 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
 #pragma unroll
             for (int n = 0; n < 4 * K_STEPS; n++) { st.o[n / 4][n % 4] *= scales.v; }
         }
-        finish_segment(p, mem, st, segment.b, rows, sequence.sq, stream, record);
+        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, stream, record);
+        if (actor.rehearsal) { return; }
         segment = next;
         rows = rows_next;
     }
@@ -362,27 +333,10 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ dec_params p)
 {
     extern __shared__ __align__(1024) char memory[];
     shared &mem = *(shared *)memory;
-    const int warp = (int)thread_index() / 32, lane = (int)thread_index() % 32;
-    if (warp == STREAMS) {
-        if (lane == 0) {
-            prefetch_tensormap(&p.k_map);
-            prefetch_tensormap(&p.v_map);
-        }
-        for (int n = lane; n < STREAMS * STAGES * 2; n += 32) {
-            mbarrier_init(smem_address(&mem.full[0][0][0] + n), 1);
-            mbarrier_init(smem_address(&mem.empty[0][0][0] + n), 1);
-        }
-        fence_mbarrier_init();
-        make_schedule(p, mem.schedule, lane);
-    }
-    __syncthreads();
-    if ((int32_t)blockIdx.x >= mem.schedule.split.blocks) { return; }
-    if (warp == STREAMS) {
-        produce(p, mem, lane);
-        return;
-    }
-    consume(p, mem, warp);
-    if (p.counters) { combine_in_place(p, mem.schedule, STREAMS, (dec_partial *)mem.merge); }
+    if (!open_block(p, mem)) { return; }
+    const dec_actor actor = actor_of((int)thread_index(), MERGE);
+    consume(p, mem, actor);
+    if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.merge, actor.rehearsal); }
 }
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
@@ -394,7 +348,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     dec_params p;
     int error = allow_shared_memory(kernel, sizeof(shared), problem->device.index, &state);
     if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec); }
-    return error != cudaSuccess ? error : launch_decode(kernel, &p, THREADS, sizeof(shared), exec->stream);
+    return error != cudaSuccess ? error : launch_decode(kernel, &p, sizeof(shared), exec->stream);
 }
 
 #else
