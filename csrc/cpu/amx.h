@@ -25,6 +25,79 @@
 
 typedef uint16_t bf16;
 
+/* ---- vector work beside the products ----
+ *
+ * Tiles and vectors are units of their own, but few instructions are in flight at a time: their streams must alternate within
+ * some hundred instructions. A product therefore takes along, after every step, a share of the weights of another tile.
+ */
+
+/* 2^x as v_exp2() gives it, in a task, where subnormal results are flushed. */
+SIMD vreal amx_exp2(vreal x)
+{
+    const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    return (vreal)_mm512_scalef_ps((__m512)exp2_polynomial((vreal)f), (__m512)x);
+}
+
+/* The same to 8.6e-5 (minimax, p(0) = 1): for what is rounded to bfloat16 and not added up. */
+SIMD vreal amx_exp2_short(vreal x)
+{
+    const vreal f = (vreal)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
+    const vreal p = ((v_set1(0.07706724107265472f) * f + v_set1(0.22764497995376587f)) * f + v_set1(0.6951166391372681f)) * f + v_set1(1);
+    return (vreal)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+
+/* Two vectors as bfloat16 numbers a0 b0 a1 b1 ... */
+SIMD __m512i amx_narrow_pairs(vreal a, vreal b)
+{
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, amx_narrow((__m512)a, (__m512)b));
+}
+
+/* Such pairs at `to` and, unless `low` is 0, what they leave of the numbers `low` behind. */
+SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
+{
+    const __m512i pairs = amx_narrow_pairs(a, b);
+    _mm512_store_si512(to, pairs);
+    if (low) {
+        const vreal a_high = (vreal)_mm512_slli_epi32(pairs, 16), b_high = (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
+        _mm512_store_si512(to + low, amx_narrow_pairs(a - a_high, b - b_high));
+    }
+}
+
+/* Weights of a tile [keys][nv*VL], two keys at a time: p = 2^(s*scale - shift) as B of a product, sum += p. */
+typedef struct {
+    real *s;
+    bf16 *p;
+    int32_t key, keys, share;    /* the next key, all of them, keys of a share */
+    real scale;
+    vreal shift[2], sum[2];
+} amx_weights;
+
+/* Weights of the next two keys, as reals in *at too if `keep`. */
+SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, amx_weights *w)
+{
+    const int32_t j = w->key;
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) {
+        real *const at = w->s + (j * nv + v) * VL;
+        const vreal even = amx_exp2(v_load(at) * v_set1(w->scale) - w->shift[v]), odd = amx_exp2(v_load(at + nv * VL) * v_set1(w->scale) - w->shift[v]);
+        w->sum[v] += even + odd;
+        if (keep) {
+            v_store(at, even);
+            v_store(at + nv * VL, odd);
+        }
+        amx_store_pairs(w->p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, low, even, odd);
+    }
+    w->key = j + 2;
+}
+
+/* The next share of a tile of two vectors a key. */
+SIMD void amx_weights_share(const ptrdiff_t low, amx_weights *w)
+{
+    const int32_t end = w->key + w->share < w->keys ? w->key + w->share : w->keys;
+    while (w->key < end) { amx_weights_pair(2, 0, low, w); }
+}
+
 /* ---- the product ---- */
 
 /* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column of tiles `tile`.
@@ -32,9 +105,9 @@ typedef uint16_t bf16;
 typedef struct { const bf16 *data; ptrdiff_t step, tile, ld, low; int low_low; } amx_operand;
 typedef struct { float *data; ptrdiff_t ld; } amx_result;
 
-/* mt x nt tiles of C, both 1 or 2 and constant. */
+/* mt x nt tiles of C, both 1 or 2 and constant; `beside` (or NULL) and `low` as in amx_weights_share(). */
 SIMD void amx_block(const int mt, const int nt, const int add, int steps, const amx_operand *a, const bf16 *a0, const amx_operand *b, const bf16 *b0,
-                    float *c, ptrdiff_t ldc)
+                    float *c, ptrdiff_t ldc, amx_weights *beside, const ptrdiff_t low)
 {
     const ptrdiff_t row = ldc * (ptrdiff_t)sizeof(float), a_row = a->ld * (ptrdiff_t)sizeof(bf16), b_row = 64;
     float *const c1 = c + AMX_SIDE * ldc;
@@ -66,6 +139,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
             }
             a1 += a->step;
             b1 += b->step;
+            if (beside) { amx_weights_share(low, beside); }
         }
     }
     amx_store(0, c, row);
@@ -75,7 +149,8 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
 }
 
 /* m x n tiles of C. Columns outside: the rows of A are the longer operand and stay in the first-level cache. */
-SIMD void amx_product(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc)
+SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc,
+                             amx_weights *beside, const ptrdiff_t low)
 {
     for (int j = 0; j < n; j += 2) {
         const bf16 *const b0 = b->data + j * b->tile;
@@ -83,16 +158,21 @@ SIMD void amx_product(const int add, int m, int n, int steps, const amx_operand 
             const bf16 *const a0 = a->data + i * a->tile;
             float *const to = c + i * AMX_SIDE * ldc + j * AMX_SIDE;
             if (i + 1 < m && j + 1 < n) {
-                amx_block(2, 2, add, steps, a, a0, b, b0, to, ldc);
+                amx_block(2, 2, add, steps, a, a0, b, b0, to, ldc, beside, low);
             } else if (i + 1 < m) {
-                amx_block(2, 1, add, steps, a, a0, b, b0, to, ldc);
+                amx_block(2, 1, add, steps, a, a0, b, b0, to, ldc, beside, low);
             } else if (j + 1 < n) {
-                amx_block(1, 2, add, steps, a, a0, b, b0, to, ldc);
+                amx_block(1, 2, add, steps, a, a0, b, b0, to, ldc, beside, low);
             } else {
-                amx_block(1, 1, add, steps, a, a0, b, b0, to, ldc);
+                amx_block(1, 1, add, steps, a, a0, b, b0, to, ldc, beside, low);
             }
         }
     }
+}
+
+SIMD void amx_product(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc)
+{
+    amx_product_beside(add, m, n, steps, a, b, c, ldc, NULL, 0);
 }
 
 /* ---- packing ---- */
@@ -195,39 +275,6 @@ SIMD void amx_pack_columns(bf16 *to, ptrdiff_t tile, const bf16 *from, ptrdiff_t
     for (int m = 0; m < tiles; m++, to += tile) {
         amx_pack_pairs(pairs, from + m * AMX_SIDE, ld, 1);
         amx_transpose_pairs(to, AMX_DEPTH, pairs, AMX_DEPTH);
-    }
-}
-
-/* 2^x as v_exp2() gives it, in a task, where subnormal results are flushed. */
-SIMD vreal amx_exp2(vreal x)
-{
-    const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    return (vreal)_mm512_scalef_ps((__m512)exp2_polynomial((vreal)f), (__m512)x);
-}
-
-/* The same to 8.6e-5 (minimax, p(0) = 1): for what is rounded to bfloat16 and not added up. */
-SIMD vreal amx_exp2_short(vreal x)
-{
-    const vreal f = (vreal)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    const vreal p = ((v_set1(0.07706724107265472f) * f + v_set1(0.22764497995376587f)) * f + v_set1(0.6951166391372681f)) * f + v_set1(1);
-    return (vreal)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-
-/* Two vectors as bfloat16 numbers a0 b0 a1 b1 ... */
-SIMD __m512i amx_narrow_pairs(vreal a, vreal b)
-{
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, amx_narrow((__m512)a, (__m512)b));
-}
-
-/* Such pairs at `to` and, unless `low` is 0, what they leave of the numbers `low` behind. */
-SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
-{
-    const __m512i pairs = amx_narrow_pairs(a, b);
-    _mm512_store_si512(to, pairs);
-    if (low) {
-        const vreal a_high = (vreal)_mm512_slli_epi32(pairs, 16), b_high = (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
-        _mm512_store_si512(to + low, amx_narrow_pairs(a - a_high, b - b_high));
     }
 }
 

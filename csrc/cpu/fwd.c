@@ -76,6 +76,7 @@ typedef struct {
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
     const real **k_list, **v_list;
 #if FGQA_AMX
+    real *next_s, *next_factor;
     int *q_special;           /* [panel]: q has two parts and is not finite */
     amx_keys keys;
 #endif
@@ -103,6 +104,8 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
 #if FGQA_AMX
+    scratch->next_s = fgqa_arena_take(&arena, SCORE_KEYS * PANEL, sizeof(real));
+    scratch->next_factor = fgqa_arena_take(&arena, PANEL, sizeof(real));
     scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
     amx_keys_carve(&scratch->keys, &arena, p);
 #endif
@@ -298,16 +301,6 @@ static void add_bad_row_to_few(const tile_panel *panel, const real *add, int32_t
 /* Rows of panel n attend to keys [j0, j1). */
 static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
-#if FGQA_AMX
-    if (!scratch->panel[n].few) {
-        const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(t->p, PANEL * (ptrdiff_t)AMX_PAD(t->p->d)), scratch->q_special[n],
-                               scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv),
-                               scratch->m + n * PANEL, scratch->l + n * PANEL};
-        const amx_scratch tile = {scratch->s, scratch->add, scratch->rows, scratch->factor, scratch->keep};
-        amx_attend(&tile, t, &rows, &scratch->keys, j0, j1, block->j1);
-        return;
-    }
-#endif
     const fgqa_problem *p = t->p;
     tile_panel *panel = &scratch->panel[n];
     const int32_t keys = j1 - j0, w = panel->w, first = j0 - block->j0;
@@ -358,6 +351,32 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
             tile_add_bad_row(panel, masked, j, weight, bad, p->dv, o);
         }
     }
+}
+
+/* All panels attend to the keys of a block that they see. */
+static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t panels, key_block *block)
+{
+#if FGQA_AMX
+    const amx_scratch tiles = {{scratch->s, scratch->next_s}, {scratch->factor, scratch->next_factor}, scratch->add, scratch->rows, scratch->keep};
+    amx_line line = {.turn = 0};
+#endif
+    for (int32_t n = 0; n < panels; n++) {
+        const fgqa_range keys = scratch->panel[n].keys;
+        const int32_t begin = keys.begin > block->j0 ? keys.begin : block->j0, end = keys.end < block->j1 ? keys.end : block->j1;
+        if (begin >= end) { continue; }
+#if FGQA_AMX
+        if (!scratch->panel[n].few) {
+            const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(t->p, PANEL * (ptrdiff_t)AMX_PAD(t->p->d)), scratch->q_special[n],
+                                   scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv), scratch->m + n * PANEL, scratch->l + n * PANEL};
+            amx_attend(&line, &tiles, t, &rows, &scratch->keys, begin, end, block->j1);
+            continue;
+        }
+#endif
+        attend(scratch, t, n, block, begin, end);
+    }
+#if FGQA_AMX
+    amx_line_end(&line, &tiles, t, &scratch->keys);
+#endif
 }
 
 /* ---- results ---- */
@@ -482,11 +501,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         if (fgqa_poll(worker)) { return; }
         key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
         load_keys(&scratch, &t, &block, panels);
-        for (int32_t n = 0; n < panels; n++) {
-            const fgqa_range keys = scratch.panel[n].keys;
-            const int32_t begin = keys.begin > block.j0 ? keys.begin : block.j0, end = keys.end < block.j1 ? keys.end : block.j1;
-            if (begin < end) { attend(&scratch, &t, n, &block, begin, end); }
-        }
+        attend_all(&scratch, &t, panels, &block);
     }
 
     real *partial = parts.count > 1 ? partial_at(job, at.b, at.kv_head, at.part) : NULL;
