@@ -157,7 +157,7 @@ def main():
     options = read_options()
     if options.lengths:
         os.environ["OPENBLAS_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(options.threads)
-        lengths.run(options, FlashGQA(options.threads), TorchSDPA(options.threads))
+        lengths.run(options, FlashGQA(options.threads), TorchSDPA(options.threads), sys.modules[__name__])
     elif options.device == "cpu":
         cpu(options)
     elif options.device == "kvcache":
