@@ -71,10 +71,10 @@ typedef struct {
     int32_t key, keys, share;    /* the next key, all of them, keys of a share */
     real scale;
     vreal shift[2], sum[2];
-} amx_weights;
+} amx_beside;
 
 /* Weights of the next two keys, as reals in *at too if `keep`. */
-SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, amx_weights *w)
+SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, amx_beside *w)
 {
     const int32_t j = w->key;
     UNROLL(2)
@@ -92,7 +92,7 @@ SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, am
 }
 
 /* The next share of a tile of two vectors a key. */
-SIMD void amx_weights_share(const ptrdiff_t low, amx_weights *w)
+SIMD void amx_weights_share(const ptrdiff_t low, amx_beside *w)
 {
     const int32_t end = w->key + w->share < w->keys ? w->key + w->share : w->keys;
     while (w->key < end) { amx_weights_pair(2, 0, low, w); }
@@ -107,7 +107,7 @@ typedef struct { float *data; ptrdiff_t ld; } amx_result;
 
 /* mt x nt tiles of C, both 1 or 2 and constant; `beside` (or NULL) and `low` as in amx_weights_share(). */
 SIMD void amx_block(const int mt, const int nt, const int add, int steps, const amx_operand *a, const bf16 *a0, const amx_operand *b, const bf16 *b0,
-                    float *c, ptrdiff_t ldc, amx_weights *beside, const ptrdiff_t low)
+                    float *c, ptrdiff_t ldc, amx_beside *beside, const ptrdiff_t low)
 {
     const ptrdiff_t row = ldc * (ptrdiff_t)sizeof(float), a_row = a->ld * (ptrdiff_t)sizeof(bf16), b_row = 64;
     float *const c1 = c + AMX_SIDE * ldc;
@@ -150,7 +150,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
 
 /* m x n tiles of C. Columns outside: the rows of A are the longer operand and stay in the first-level cache. */
 SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc,
-                             amx_weights *beside, const ptrdiff_t low)
+                             amx_beside *beside, const ptrdiff_t low)
 {
     for (int j = 0; j < n; j += 2) {
         const bf16 *const b0 = b->data + j * b->tile;

@@ -79,7 +79,7 @@ static int32_t amx_bad_values(amx_keys *keys, const fgqa_problem *p)
 /* ---- weights ---- */
 
 /* m after the keys of w, and what it takes from them. Returns whether some factor is not 1. */
-SIMD int amx_weights_begin(const int nv, amx_weights *w, real *m, real *factor)
+SIMD int amx_weights_begin(const int nv, amx_beside *w, real *m, real *factor)
 {
     vreal top[NV];
     int grown = 0;
@@ -104,7 +104,7 @@ SIMD int amx_weights_begin(const int nv, amx_weights *w, real *m, real *factor)
 }
 
 /* l = l*factor + sum p. */
-SIMD void amx_weights_end(const int nv, const amx_weights *w, real *l, const real *factor)
+SIMD void amx_weights_end(const int nv, const amx_beside *w, real *l, const real *factor)
 {
     UNROLL(2)
     for (int v = 0; v < nv; v++) { v_store(l + v * VL, v_load(l + v * VL) * v_load(factor + v * VL) + w->sum[v]); }
@@ -114,7 +114,7 @@ SIMD void amx_weights_end(const int nv, const amx_weights *w, real *l, const rea
  * some factor is not 1. `keep`: s becomes p as well. */
 SIMD int amx_softmax_strip(const int nv, const int keep, const ptrdiff_t low, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
 {
-    amx_weights w = {.s = s, .p = p, .keys = n, .scale = scale};
+    amx_beside w = {.s = s, .p = p, .keys = n, .scale = scale};
     const int grown = amx_weights_begin(nv, &w, m, factor);
     while (w.key < n) { amx_weights_pair(nv, keep, low, &w); }
     amx_weights_end(nv, &w, l, factor);
@@ -213,7 +213,7 @@ static int amx_tile_begin(amx_tile *tile, const amx_scratch *scratch, const tile
     return 1;
 }
 
-SIMD void amx_tile_scores(const amx_tile *tile, const tile_sequence *t, const amx_keys *keys, amx_weights *beside, const ptrdiff_t low)
+SIMD void amx_tile_scores(const amx_tile *tile, const tile_sequence *t, const amx_keys *keys, amx_beside *beside, const ptrdiff_t low)
 {
     const ptrdiff_t ld = AMX_PAD(t->p->d), nv = tile->to.panel->nv;
     const amx_operand k = {keys->k + tile->first * ld, AMX_DEPTH, AMX_SIDE * ld, ld, keys->k_low, t->p->dtype == FGQA_F16};
@@ -221,7 +221,7 @@ SIMD void amx_tile_scores(const amx_tile *tile, const tile_sequence *t, const am
     amx_product_beside(0, amx_tiles(tile->n), (int)nv, (int)ld / AMX_DEPTH, &k, &q, tile->s + tile->before * nv * VL, nv * VL, beside, low);
 }
 
-SIMD void amx_tile_values(const amx_tile *tile, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, amx_weights *beside, const ptrdiff_t low)
+SIMD void amx_tile_values(const amx_tile *tile, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, amx_beside *beside, const ptrdiff_t low)
 {
     const ptrdiff_t nv = tile->to.panel->nv, w = nv * VL;
     real *const o = tile->to.o;
@@ -285,7 +285,7 @@ SIMD void amx_line_step_of(const ptrdiff_t low, amx_line *line, const amx_tile *
     int steps = 0;
     if (next) { steps += (amx_tiles(next->n) + 1) / 2 * (AMX_PAD(t->p->d) / AMX_DEPTH) * parts; }
     if (line->has_last) { steps += (amx_tiles(t->p->dv) + 1) / 2 * (line->last.all / AMX_DEPTH) * (low ? 3 : 1); }
-    amx_weights w = {.s = at->s, .p = at->p, .keys = KEYS, .share = steps ? (KEYS / 2 + steps - 1) / steps * 2 : KEYS, .scale = t->score_scale};
+    amx_beside w = {.s = at->s, .p = at->p, .keys = KEYS, .share = steps ? (KEYS / 2 + steps - 1) / steps * 2 : KEYS, .scale = t->score_scale};
     at->grown = amx_weights_begin(NV, &w, at->to.m, at->factor);
     if (next) { amx_tile_scores(next, t, keys, &w, low); }
     if (line->has_last) { amx_tile_values(&line->last, t, keys, keys->v_t, &w, low); }
