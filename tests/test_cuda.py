@@ -357,6 +357,9 @@ def test_rows_out_of_range_on_the_device_are_clamped_away_or_refused():
     assert torch.equal(got[:, :, :1], flashgqa.attention_weights(q, k, rows=[3])) and (got[:, :, 1:] == 0).all()
     with pytest.raises(ValueError, match=r"rows\[1\] is 130"):
         flashgqa.attention_weights(q, k, rows=rows, check=True)
+    for given in ([3, 130], np.array([3, 130])):        # read on the host, where nothing has to wait
+        with pytest.raises(ValueError, match=r"rows\[1\] is 130 but q has 130 rows"):
+            flashgqa.attention_weights(q, k, rows=given)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 3000, 128), (5, 4, 1500, 128)], ids=["by head", "by batch"])

@@ -4,6 +4,7 @@
  * A sentence names the argument, what was got, what is allowed and the fix.
  */
 #include "problem_check.h"
+#include "rows.h"
 
 #include <float.h>
 #include <math.h>
@@ -488,6 +489,17 @@ static fgqa_status read_dropout(const fgqa_request *r, fgqa_problem *p)
     return read_seed(r, p);
 }
 
+fgqa_status fgqa_check_rows(const fgqa_problem *p, const int64_t *rows)
+{
+    for (int32_t n = 0; n < p->n_rows; n++) {
+        if (rows[n] < 0 || rows[n] >= p->sq) {
+            return fgqa_fail(FGQA_ERROR_VALUE, "rows[%d] is %lld but q has %d rows: indices must be 0 to %d; negative ones do not count "
+                             "from the end", (int)n, (long long)rows[n], (int)p->sq, (int)p->sq - 1);
+        }
+    }
+    return FGQA_OK;
+}
+
 static fgqa_status read_rows(const fgqa_request *r, fgqa_problem *p)
 {
     const fgqa_tensor *t = r->tensor[FGQA_ARG_rows];
@@ -495,13 +507,7 @@ static fgqa_status read_rows(const fgqa_request *r, fgqa_problem *p)
     FGQA_TRY(fgqa_check_vector(t, "rows", FGQA_I64, -1, "[rows]", "give the indices of query rows"));
     p->rows = t->data;
     p->n_rows = (int32_t)t->shape[0];
-    for (int32_t n = 0; n < p->n_rows && p->device.type == FGQA_CPU; n++) {
-        if (p->rows[n] < 0 || p->rows[n] >= p->sq) {
-            return fgqa_fail(FGQA_ERROR_VALUE, "rows[%d] is %lld but q has %d rows: indices must be 0 to %d; negative ones do not count "
-                             "from the end", (int)n, (long long)p->rows[n], (int)p->sq, (int)p->sq - 1);
-        }
-    }
-    return FGQA_OK;
+    return p->device.type == FGQA_CPU ? fgqa_check_rows(p, p->rows) : FGQA_OK;
 }
 
 static fgqa_status read_gradients(const fgqa_request *r, fgqa_problem *p)

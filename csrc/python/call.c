@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "../core/rows.h"
 #include "../cpu/cpu.h"
 #include "../cuda/device.h"
 #include "call_state.h"
@@ -22,6 +23,7 @@ void fgqa_call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject
     call->plan_only = call->staged = 0;
     call->imported = call->allocated = 0;
     call->workspace = call->block = NULL;
+    call->host_rows = NULL;
     call->n_scratch = 0;
 }
 
@@ -131,6 +133,7 @@ static int make_problem(fgqa_call *call)
         return -1;
     }
     if (fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
+    if (call->host_rows && fgqa_raise(fgqa_check_rows(&call->problem, call->host_rows)) < 0) { return -1; }
     return call->request.check && !call->plan_only ? fgqa_call_check_contents(call) : 0;
 }
 

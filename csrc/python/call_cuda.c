@@ -65,6 +65,7 @@ static int upload_rows(fgqa_call *call)
             || fgqa_raise(fgqa_cuda_copy(memory, tensor->data, bytes, call->place.stream)) < 0) {
             return -1;
         }
+        call->host_rows = tensor->data;
         tensor->data = memory;
         tensor->device = call->place.device;
     }

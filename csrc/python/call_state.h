@@ -25,6 +25,7 @@ typedef struct {
     fgqa_result scratch[FGQA_SCRATCH];     /* device memory from q's library; .object and .managed NULL: tensor.data is our own */
     int32_t n_scratch;
     fgqa_tensor host[FGQA_ARG_COUNT];      /* staged: the caller's arrays */
+    const int64_t *host_rows;              /* rows of a call on a GPU that came from the host; NULL: none did */
 } fgqa_call;
 
 _Static_assert(FGQA_ARG_COUNT <= 32, "one bit for each argument");
