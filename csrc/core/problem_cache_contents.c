@@ -1,9 +1,9 @@
 /* problem_cache_contents.c - what the index arrays of a KV cache say: lengths, page numbers, positions, and that no slot is
  * written which another sequence writes or reads in the same call. A sentence names the row and the value.
  */
+#include "cache_rules.h"
 #include "problem_check.h"
 
-#include <float.h>
 #include <stdlib.h>
 
 /* What each sequence may hold: slots of its pages, of which only those in use must exist. */
@@ -14,55 +14,50 @@ typedef struct {
     const char *table, *page;      /* how the caller calls them */
 } contents;
 
-/* ---- lengths ---- */
-
-static fgqa_status check_new_length(const contents *x, int32_t n)
+static fgqa_cache_use use_of(const contents *x, int32_t n)
 {
-    const int32_t *lens = x->c->new_lens;
-    if (lens && (lens[n] < 0 || lens[n] > x->c->new_max)) {
-        return fgqa_fail(FGQA_ERROR_VALUE, "new_lens[%d] is %d but k_new has %d rows: lengths must be 0 to %d; clip it, or pad k_new and v_new",
-                         (int)n, (int)lens[n], (int)x->c->new_max, (int)x->c->new_max);
-    }
-    return FGQA_OK;
+    return (fgqa_cache_use){fgqa_cache_before(x->c, n), fgqa_cache_new(x->c, n), fgqa_cache_pad(x->c, n)};
 }
+
+/* ---- lengths ---- */
 
 static fgqa_status check_lengths(const contents *x, int32_t n)
 {
     const fgqa_cache *c = x->c;
-    if (c->lens && (c->lens[n] < 0 || c->lens[n] > x->slots)) {
+    const fgqa_cache_use u = use_of(x, n);
+    const int before = (int)u.before, added = (int)u.added;
+    switch (fgqa_check_use(u, x->slots, c->new_max)) {
+    case FGQA_USE_LENS:
         return fgqa_fail(FGQA_ERROR_VALUE, "cache_lens[%d] is %d: with this cache it must be 0 to %lld slots; is it the length before new keys are "
-                         "appended?", (int)n, (int)c->lens[n], (long long)x->slots);
-    }
-    FGQA_TRY(check_new_length(x, n));
-    const int64_t total = (int64_t)fgqa_cache_before(c, n) + fgqa_cache_new(c, n);
-    if (total > x->slots) {
+                         "appended?", (int)n, before, (long long)x->slots);
+    case FGQA_USE_NEW_LENS:
+        return fgqa_fail(FGQA_ERROR_VALUE, "new_lens[%d] is %d but k_new has %d rows: lengths must be 0 to %d; clip it, or pad k_new and v_new",
+                         (int)n, added, (int)c->new_max, (int)c->new_max);
+    case FGQA_USE_FULL:
         return fgqa_fail(FGQA_ERROR_VALUE, "cache_lens[%d] is %d and %d new keys are appended: %lld do not fit into the %lld slots of a sequence; "
-                         "use a larger cache%s", (int)n, (int)fgqa_cache_before(c, n), (int)fgqa_cache_new(c, n), (long long)total,
-                         (long long)x->slots, x->page[0] == 'p' ? ", or more columns of page_table" : "");
-    }
-    if (total > INT32_MAX) {
-        return fgqa_fail(FGQA_ERROR_VALUE, "cache_lens[%d] is %d and %d new keys are appended: a sequence has less than 2^31 keys", (int)n,
-                         (int)fgqa_cache_before(c, n), (int)fgqa_cache_new(c, n));
-    }
-    if (fgqa_cache_pad(c, n) < 0 || fgqa_cache_pad(c, n) > total) {
+                         "use a larger cache%s", (int)n, before, added, (long long)(u.before + u.added), (long long)x->slots,
+                         x->page[0] == 'p' ? ", or more columns of page_table" : "");
+    case FGQA_USE_TOO_LONG:
+        return fgqa_fail(FGQA_ERROR_VALUE, "cache_lens[%d] is %d and %d new keys are appended: a sequence has less than 2^31 keys", (int)n, before,
+                         added);
+    case FGQA_USE_LEFT_PAD:
         return fgqa_fail(FGQA_ERROR_VALUE, "left_pad[%d] is %d: it must be 0 to %lld, the slots of the sequence once new keys are appended", (int)n,
-                         (int)fgqa_cache_pad(c, n), (long long)total);
+                         (int)u.pad, (long long)(u.before + u.added));
+    default:
+        return FGQA_OK;
     }
-    return FGQA_OK;
 }
 
 /* ---- page numbers ---- */
 
-/* Only entries for slots that are read or written; others may hold anything. */
 static fgqa_status check_pages(const contents *x, int32_t n)
 {
     const fgqa_cache *c = x->c;
-    const int64_t before = fgqa_cache_before(c, n), end = before + fgqa_cache_new(c, n), pad = fgqa_cache_pad(c, n);
-    const int64_t first = c->new_max > 0 && before < pad ? before : pad;
-    if (!c->table || end <= first) { return FGQA_OK; }
-    for (int64_t column = first / c->page_size; column <= (end - 1) / c->page_size; column++) {
+    const fgqa_slots needed = fgqa_slots_needed(use_of(x, n), c->new_max);
+    if (!c->table || needed.end <= needed.begin) { return FGQA_OK; }
+    for (int64_t column = needed.begin / c->page_size; column <= (needed.end - 1) / c->page_size; column++) {
         const int32_t page = c->table[n * c->table_stride + column];
-        if (page >= 0 && page < x->pages) { continue; }
+        if (fgqa_page_exists(page, x->pages)) { continue; }
         if (x->page[0] == 'p') {
             return fgqa_fail(FGQA_ERROR_VALUE, "page_table[%d, %lld] is %d but k_cache has %lld pages: page numbers must be 0 to %lld; slots %lld to "
                              "%lld of sequence %d need it", (int)n, (long long)column, (int)page, (long long)x->pages, (long long)x->pages - 1,
@@ -79,13 +74,9 @@ static fgqa_status check_pages(const contents *x, int32_t n)
 static fgqa_status check_positions(const contents *x, int32_t n)
 {
     const fgqa_cache *c = x->c;
-    const fgqa_sequence s = fgqa_problem_sequence(x->p, n);
-    const int64_t end = (int64_t)fgqa_cache_before(c, n) + fgqa_cache_new(c, n);
-    int64_t first = fgqa_cache_new(c, n) > 0 ? fgqa_cache_before(c, n) : end;
-    /* The last query row sits at the last slot; where there is no key, rows of q do not matter. */
-    if (s.mask.sk > 0 && end - s.mask.sq < first) { first = end - s.mask.sq; }
-    if (first == end) { return FGQA_OK; }
-    const int64_t low = fgqa_rotary_position(c, n, first), high = fgqa_rotary_position(c, n, end - 1);
+    const fgqa_slots turned = fgqa_slots_turned(use_of(x, n), fgqa_problem_sequence(x->p, n).mask.sq);
+    if (turned.begin == turned.end) { return FGQA_OK; }
+    const int64_t low = fgqa_rotary_position(c, n, turned.begin), high = fgqa_rotary_position(c, n, turned.end - 1);
     if (low >= 0 && high < c->rotary.positions) { return FGQA_OK; }
     return fgqa_fail(FGQA_ERROR_VALUE, "rotary has %lld positions but sequence %d needs %lld to %lld (%s%d): give cos and sin of more positions%s",
                      (long long)c->rotary.positions, (int)n, (long long)low, (long long)high,
@@ -100,7 +91,7 @@ static fgqa_status check_scales(const fgqa_view *view, const char *name, int32_t
     for (int32_t n = 0; n < (view->stride_b ? b : 1) && view->data; n++) {
         for (int32_t h = 0; h < hk; h++) {
             const float scale = ((const float *)view->data)[n * view->stride_b + h * view->stride_h];
-            if (!(scale > 0) || scale > FLT_MAX) {
+            if (!fgqa_scale_is_usable(scale)) {
                 return fgqa_fail(FGQA_ERROR_VALUE, "%s of KV head %d is %g: it must be a finite number greater than 0", name, (int)h, (double)scale);
             }
         }
@@ -111,19 +102,17 @@ static fgqa_status check_scales(const fgqa_view *view, const char *name, int32_t
 /* ---- slots that are written ---- */
 
 /* Slots [begin, end) of a page, which sequence n appends to. */
-typedef struct { int32_t page, begin, end, n; } target;
+typedef struct { fgqa_page_part at; int32_t n; } target;
 
 static int by_place(const void *a, const void *b)
 {
-    const target *x = a, *y = b;
+    const fgqa_page_part *x = &((const target *)a)->at, *y = &((const target *)b)->at;
     return x->page != y->page ? (x->page < y->page ? -1 : 1) : (x->begin > y->begin) - (x->begin < y->begin);
 }
 
 static target slots_in_page(const contents *x, int32_t n, int64_t begin, int64_t end)
 {
-    const int32_t size = x->c->page_size, first = (int32_t)(begin % size);
-    const int64_t in_page = end - begin < size - first ? end - begin : size - first;
-    return (target){(int32_t)fgqa_cache_page(x->c, n, (int32_t)begin), first, first + (int32_t)in_page, n};
+    return (target){fgqa_first_page_part(fgqa_cache_page(x->c, n, (int32_t)begin), begin, end, x->c->page_size), n};
 }
 
 /* Fills `targets` in order of place, if it is not NULL; returns their number. */
@@ -136,7 +125,7 @@ static size_t list_targets(const contents *x, target *targets)
             const target next = slots_in_page(x, n, slot, end);
             if (targets) { targets[count] = next; }
             count++;
-            slot += next.end - next.begin;
+            slot += next.at.end - next.at.begin;
         }
     }
     if (targets) { qsort(targets, count, sizeof *targets, by_place); }
@@ -146,19 +135,19 @@ static size_t list_targets(const contents *x, target *targets)
 static fgqa_status fail_written_twice(const contents *x, const target *a, const target *b)
 {
     return fgqa_fail(FGQA_ERROR_VALUE, "%s gives slot %d of %s %d to the new keys of sequence %d and of sequence %d: each must be written once; give "
-                     "each sequence %ss of its own", x->table, (int)b->begin, x->page, (int)b->page, (int)a->n, (int)b->n, x->page);
+                     "each sequence %ss of its own", x->table, (int)b->at.begin, x->page, (int)b->at.page, (int)a->n, (int)b->n, x->page);
 }
 
 /* The first target in the page that ends behind `begin`. */
-static const target *find_target(const target *targets, size_t count, int32_t page, int32_t begin)
+static const target *find_target(const target *targets, size_t count, int64_t page, int32_t begin)
 {
     size_t low = 0, high = count;
     while (low < high) {
         const size_t middle = low + (high - low) / 2;
-        const target *t = &targets[middle];
+        const fgqa_page_part *t = &targets[middle].at;
         if (t->page < page || (t->page == page && t->end <= begin)) { low = middle + 1; } else { high = middle; }
     }
-    return low < count && targets[low].page == page ? &targets[low] : NULL;
+    return low < count && targets[low].at.page == page ? &targets[low] : NULL;
 }
 
 /* Keys of the cache that the call reads must not be among those it writes. */
@@ -168,14 +157,15 @@ static fgqa_status check_reads(const contents *x, const target *targets, size_t 
         const int64_t end = fgqa_cache_before(x->c, n);
         for (int64_t slot = fgqa_cache_pad(x->c, n); slot < end;) {
             const target read = slots_in_page(x, n, slot, end);
-            const target *written = find_target(targets, count, read.page, read.begin);
-            if (written && written->begin < read.end) {
+            const target *written = find_target(targets, count, read.at.page, read.at.begin);
+            if (written && fgqa_parts_meet(written->at, read.at)) {
                 return fgqa_fail(FGQA_ERROR_VALUE, "%s gives slot %d of %s %d to the new keys of sequence %d, but sequence %d has keys there: shared "
                                  "%ss must not be written; copy the %s first", x->table,
-                                 (int)(written->begin > read.begin ? written->begin : read.begin), x->page, (int)read.page, (int)written->n, (int)n,
+                                 (int)(written->at.begin > read.at.begin ? written->at.begin : read.at.begin), x->page, (int)read.at.page,
+                                 (int)written->n, (int)n,
                                  x->page, x->page);
             }
-            slot += read.end - read.begin;
+            slot += read.at.end - read.at.begin;
         }
     }
     return FGQA_OK;
@@ -191,7 +181,7 @@ static fgqa_status check_targets(const contents *x)
     list_targets(x, targets);
     fgqa_status status = FGQA_OK;
     for (size_t k = 1; k < count && status == FGQA_OK; k++) {
-        if (targets[k].page == targets[k - 1].page && targets[k].begin < targets[k - 1].end) {
+        if (fgqa_parts_meet(targets[k - 1].at, targets[k].at)) {
             status = fail_written_twice(x, &targets[k - 1], &targets[k]);
         }
     }

@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include "any/append.h"
+#include "any/check_cache.h"
 #include "any/gather.h"
 #include "any/merge.h"
 
@@ -172,6 +173,18 @@ fgqa_status fgqa_cuda_merge(int32_t n, const fgqa_view *outs, const fgqa_view *l
 fgqa_status fgqa_cuda_append(const fgqa_problem *problem, const fgqa_view *q_turned, void *stream)
 {
     return check((cudaError_t)fgqa_append_launch(problem, q_turned, stream), "the append to a KV cache");
+}
+
+fgqa_status fgqa_cuda_check_cache(const fgqa_problem *problem, void *memory, int *sound, void *stream)
+{
+    const fgqa_cache *c = &problem->cache;
+    int32_t fault = 1;
+    const int64_t slots = c->table ? c->slots * c->table_stride : c->slots;
+    FGQA_TRY(check((cudaError_t)fgqa_check_cache_launch(problem, slots, memory, stream), "the check of a KV cache"));
+    FGQA_TRY(fgqa_cuda_copy(&fault, memory, sizeof fault, stream));
+    FGQA_TRY(fgqa_cuda_synchronize(stream));
+    *sound = !fault;
+    return FGQA_OK;
 }
 
 fgqa_status fgqa_cuda_synchronize(void *stream) { return check(cudaStreamSynchronize(stream), "cudaStreamSynchronize"); }

@@ -72,6 +72,9 @@ fgqa_status fgqa_cuda_merge(int32_t n, const fgqa_view *outs, const fgqa_view *l
 /* Ahead of attention over a KV cache: new keys and values into their slots; rows of q, rotated, to `q_turned` (data NULL: none). */
 fgqa_status fgqa_cuda_append(const fgqa_problem *problem, const fgqa_view *q_turned, void *stream);
 
+/* Whether the index arrays of a cache say what they may; complete on return. `memory`: 4 bytes on the device. */
+fgqa_status fgqa_cuda_check_cache(const fgqa_problem *problem, void *memory, int *sound, void *stream);
+
 fgqa_status fgqa_cuda_synchronize(void *stream);
 
 /* Whether the stream is recording a graph. */

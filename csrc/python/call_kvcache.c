@@ -92,14 +92,14 @@ static int fetch(fgqa_call *call, fgqa_tensor *tensor, int read, void **block)
     return 0;
 }
 
-/* check=True: the checks that a cache on the CPU goes through. */
-static int check_contents(cache_call *c)
+/* The checks that a cache on the CPU goes through, which have the sentences. */
+static int find_fault(cache_call *c)
 {
     fgqa_cache_request request = c->request;
     fgqa_tensor tensor[FGQA_CACHE_COUNT + FGQA_ARG_COUNT];
     void *block[FGQA_CACHE_COUNT + FGQA_ARG_COUNT] = {NULL};
     fgqa_problem problem;
-    int failed = fgqa_call_check_begin(&c->call);
+    int failed = 0;
     for (int n = 0; n < FGQA_CACHE_COUNT + FGQA_ARG_COUNT && failed == 0; n++) {
         const int of_cache = n < FGQA_CACHE_COUNT;
         const fgqa_tensor **given = of_cache ? &request.tensor[n] : &request.base.tensor[n - FGQA_CACHE_COUNT];
@@ -111,6 +111,24 @@ static int check_contents(cache_call *c)
     if (failed == 0) { failed = fgqa_raise(fgqa_cache_init(&request, &problem)); }
     for (int n = 0; n < FGQA_CACHE_COUNT + FGQA_ARG_COUNT; n++) { fgqa_block_drop(block[n]); }
     return failed;
+}
+
+/* check=True: one look at all of it on the device. */
+static int check_contents(cache_call *c)
+{
+    void *memory;
+    int sound = 0;
+    if (fgqa_call_check_begin(&c->call) < 0 || fgqa_call_scratch(&c->call, sizeof(int32_t), &memory) < 0) { return -1; }
+    PyThreadState *thread = PyEval_SaveThread();
+    const fgqa_status status = fgqa_cuda_check_cache(&c->call.problem, memory, &sound, c->call.place.stream);
+    PyEval_RestoreThread(thread);
+    if (fgqa_raise(status) < 0) { return -1; }
+    if (sound) { return 0; }
+    if (find_fault(c) == 0) {
+        PyErr_SetString(PyExc_RuntimeError, "index arrays of the cache changed while they were checked: let nothing write to them, on any stream, "
+                        "during the call");
+    }
+    return -1;
 }
 
 /* Where the rows of q go once they are rotated, and where attention reads them. */

@@ -5,7 +5,7 @@
 #include "args.h"
 #include "tensor_out.h"
 
-enum { FGQA_SCRATCH = FGQA_ARG_COUNT + FGQA_CACHE_COUNT + 2 };      /* a copy of each argument, rotated queries, a workspace */
+enum { FGQA_SCRATCH = FGQA_ARG_COUNT + FGQA_CACHE_COUNT + 3 };      /* a copy of each argument, a check's result, rotated queries, a workspace */
 
 typedef struct {
     fgqa_state *state;
