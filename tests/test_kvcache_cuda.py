@@ -191,6 +191,31 @@ def test_without_check_no_memory_around_is_touched(name, row):
     assert (memory[:, 0] == 7).all() and (memory[:, 2] == 7).all()
 
 
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("page", [7, -1, 2**30])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_page_that_does_not_exist_reads_as_zeros_and_takes_nothing(page, row, dtype):
+    torch.manual_seed(0)
+    b, hq, hk, d, size = 2, 4, 2, 64, 16
+    whole = torch.full((2, 9, hk, size, d), torch.nan, device=DEVICE, dtype=dtype)      # guards: the first page and the last
+    whole[:, 1:8].normal_()
+    caches, longer = whole[:, 1:8], torch.cat([whole[:, 1:8], torch.zeros_like(whole[:, :1])], 1)
+    q, k, v = (torch.randn(b, h, 1, d, device=DEVICE, dtype=dtype) for h in (hq, hk, hk))
+    options = {"causal": True, "return_lse": True, **forced(row, dtype)}
+
+    def call(caches, page, lens, *new):
+        table = i32(0, page, 2, 3, 4, page).view(b, 3)
+        return flashgqa.attention_with_kvcache(q, *caches, *new, cache_lens=i32(*lens), page_table=table, **options)
+
+    assert bits(*call(caches, page, (33, 48))) == bits(*call(longer, 7, (33, 48)))
+    before = bits(whole)
+    assert bits(*call(caches, page, (16, 33), k, v)) == bits(*call(longer, 7, (17, 34)))
+    assert bits(whole) == before
+    options["cache_lens"] = i32(9, 16)
+    by_row = [flashgqa.attention_with_kvcache(q, *x, batch_index=i32(2, n), **options) for x, n in ((caches, page), (longer, 7))]
+    assert bits(*by_row[0]) == bits(*by_row[1]) and (by_row[0][0][1] == 0).all()
+
+
 def test_check_passes_what_is_right_and_is_refused_in_a_capture():
     memory, tensors, options = paged_call()
     other, same, _ = paged_call()

@@ -8,6 +8,7 @@
 
 #include <cuda_fp8.h>
 
+#include "../common/cache_slot.cuh"
 #include "../common/launch.cuh"
 #include "../common/numeric.cuh"
 #include "../common/params.cuh"
@@ -73,15 +74,15 @@ static __device__ void append_row(const append_job &job, int32_t b, int32_t h, i
     const fgqa_cache &c = p.cache;
     const int64_t slot = before + i;
     if (i >= (c.new_lens ? c.new_lens[b] : c.new_max) || slot < 0 || slot >= c.capacity) { return; }
-    const int64_t page = c.table ? c.table[b * c.table_stride + slot / c.page_size] : b;
-    if (page < 0 || page >= c.pages) { return; }
+    const slot_place own_page = {b, (uint32_t)slot}, at = c.table ? place_of_slot(c, c.table + b * c.table_stride, (uint32_t)slot) : own_page;
+    if (at.page < 0) { return; }
     const int64_t position = c.rotary.offsets ? (int64_t)c.rotary.offsets[b] + i : slot;
     const fgqa_view &k = p.view[FGQA_ARG_k], &v = p.view[FGQA_ARG_v];
     const double k_scale = c.k_scale.data ? *(const float *)fgqa_row_address(c.k_scale, sizeof(float), b, h, 0) : 1.0;
     const double v_scale = c.v_scale.data ? *(const float *)fgqa_row_address(c.v_scale, sizeof(float), b, h, 0) : 1.0;
-    convert_row(fgqa_row_address(k, bytes_of(k.dtype), page, h, slot % c.page_size), k, fgqa_row_address(c.k_new, bytes_of(c.k_new.dtype), b, h, i),
+    convert_row(fgqa_row_address(k, bytes_of(k.dtype), at.page, h, at.slot), k, fgqa_row_address(c.k_new, bytes_of(c.k_new.dtype), b, h, i),
                 c.k_new, p.d, c.rotary, c.rotary.pairs, position, k_scale);
-    convert_row(fgqa_row_address(v, bytes_of(v.dtype), page, h, slot % c.page_size), v, fgqa_row_address(c.v_new, bytes_of(c.v_new.dtype), b, h, i),
+    convert_row(fgqa_row_address(v, bytes_of(v.dtype), at.page, h, at.slot), v, fgqa_row_address(c.v_new, bytes_of(c.v_new.dtype), b, h, i),
                 c.v_new, p.dv, c.rotary, 0, 0, v_scale);
 }
 

@@ -1,17 +1,17 @@
-/* cache_tile.cuh - keys and values of a KV cache for the forward pass: where slots lie, and their way into a tile.
+/* cache_tile.cuh - keys and values of a KV cache for the forward pass: their way into a tile.
  *
- * Slot s of a sequence is slot s % page_size of page table[s / page_size]; where a sequence has one page, that page is looked up
- * once. Float8 elements become T on the way, exactly; their scale goes to the scores and to the output, where it is exact, too.
- * Page numbers are clamped, and slots that hold no key of the sequence are not read: they are zeros in the tile.
+ * Where a sequence has one page, that page is looked up once. Float8 elements become T on the way, exactly; their scale goes to the scores and to the output, where it is exact, too.
+ * Slots that hold no key of the sequence, or lie on a page that does not exist, are not read: they are zeros in the tile.
  */
 #pragma once
+#include "../common/cache_slot.cuh"
 #include "../common/tile_io.cuh"
 
 /* What a block keeps of its sequence's cache. Kernels without one keep nothing. */
 template <bool CACHE> struct cache_task {};
 
 template <> struct cache_task<true> {
-    const int32_t *table;       /* of the sequence; NULL: one page */
+    const int32_t *table;       /* of the sequence; NULL: one page, which exists */
     int64_t page;               /* that one, or 0 */
     float k_scale, v_scale;
 };
@@ -32,8 +32,6 @@ static __device__ __forceinline__ float scale_of_values(const cache_task<true> &
 
 static __device__ __forceinline__ int cache_bytes(const fgqa_view &view) { return view.dtype == FGQA_F8E4M3 ? 1 : view.dtype == FGQA_F32 ? 4 : 2; }
 
-static __device__ __forceinline__ int64_t clamp_page(const fgqa_cache &c, int32_t page) { return max(0, min(page, c.pages - 1)); }
-
 static __device__ __forceinline__ float cache_scale(const fgqa_view &scale, int32_t b, int32_t h)
 {
     return scale.data ? *(const float *)fgqa_row_address(scale, sizeof(float), b, h, 0) : 1.0f;
@@ -44,9 +42,9 @@ template <bool CACHE> static __device__ __forceinline__ void begin_cache(cache_t
 {
     const fgqa_cache &c = p.cache;
     const int32_t *table = c.table ? c.table + b * c.table_stride : NULL;
-    const bool one_page = c.capacity <= c.page_size;
+    const bool one_page = c.capacity <= c.page_size && (!table || c.capacity == 0 || fgqa_page_exists(table[0], c.pages));
     task->table = one_page ? NULL : table;
-    task->page = !one_page ? 0 : table && c.capacity > 0 ? clamp_page(c, table[0]) : b;
+    task->page = !one_page ? 0 : table && c.capacity > 0 ? table[0] : b;
     task->k_scale = cache_scale(c.k_scale, b, kv_head);
     task->v_scale = cache_scale(c.v_scale, b, kv_head);
 }
@@ -187,12 +185,13 @@ static __device__ __forceinline__ void load_slots(uint32_t tile, const fgqa_cach
     const int valid = sequence.mask.sk - j0;
 #pragma unroll 1
     for (int r = 0; r < ROWS; r += shape::ROWS_AT_ONCE) {
-        const bool exists = row0 + r < valid;
+        bool exists = row0 + r < valid;
         const uint32_t slot = exists ? (uint32_t)(sequence.k_row + j0 + row0 + r) : 0;
         const char *row = head;
         if (exists && task.table) {
-            const uint32_t column = slot / (uint32_t)c.page_size;
-            row += bytes * (clamp_page(c, task.table[column]) * view.stride_b + (int64_t)(slot - column * (uint32_t)c.page_size) * view.stride_s);
+            const slot_place at = place_of_slot(c, task.table, slot);
+            exists = at.page >= 0;
+            if (exists) { row += bytes * (at.page * view.stride_b + at.slot * view.stride_s); }
         } else {
             row += bytes * (int64_t)slot * view.stride_s;
         }
