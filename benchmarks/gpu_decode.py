@@ -1,13 +1,16 @@
 """The decode rows of bench.py gpu: one query token over a cache, replayed from a CUDA graph whose launches go over other keys and
 values each time, more than 512 MB of them, so that none are in the L2 cache.
 
-Against torch's cuDNN and FlashAttention-2 backends, and the time in which torch's largest-element reduction reads the same bytes.
+Against torch's cuDNN and FlashAttention-2 backends, and the time in which a kernel that does nothing else reads the same bytes
+(bulk_read.py; torch's largest-element reduction without CuPy).
 The best peer of a row is that of PEERS, measured on an H200 the same way, at its ratio there to cuDNN (paged: to cuDNN's
 contiguous row). A row is held against cuDNN first, paged ones against our contiguous result. The same row over a float8 e4m3
 cache, which has half of the bytes, is held against ours over its elements as bfloat16; compare its time with that "with lengths".
 """
 import statistics
 from typing import NamedTuple
+
+import bulk_read
 
 LAUNCHES, REPLAYS, QUICK_REPLAYS = 24, 15, 5
 ROTATED = 512 << 20
@@ -158,9 +161,11 @@ def measure(row, replays):
     own, others = ours(row, sets), theirs(sets)
     error = difference(own["flashgqa"][0](), (own["lengths"] if row.page else others["cudnn"])[0]())
     own["float8"], error_float8 = over_float8(row)
-    calls = own | others | {"read": [x.amax for x in flat]}
+    bulk = bulk_read.calls(flat)
+    calls = own | others | {"read": bulk or [x.amax for x in flat]}
     times = {f"{name}_us": 1e6 * replayed(some, replays) for name, some in calls.items()}
     record = dict(row._asdict(), difference=error, difference_float8=error_float8, **times)
+    record["read_by"] = "bulk copies" if bulk else "torch.amax"
     cudnn_then, best_then, record["best_peer"] = PEERS[tuple(row)]
     record["best_us"] = record["cudnn_us"] * best_then / cudnn_then
     return record
