@@ -4,7 +4,7 @@
 
 CI has no GPU. A run on one writes results/gpu.json (benchmarks/bench.py gpu, tests included) with a hash of every source
 file the kernels are made of; this script compares that hash with the tree's. Comments and blank space do not count, so
-that a better sentence does not make measurements stale.
+that a better sentence does not make measurements stale. The same of results/sanitizers.json (sanitize.py).
 """
 import hashlib
 import json
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
+SANITIZERS = RESULT.with_name("sanitizers.json")
 SOURCES = ("csrc/cuda", "csrc/core")
 SUFFIXES = {".c", ".h", ".cu", ".cuh", ".def"}
 
@@ -37,6 +38,20 @@ def tree_hash(root=ROOT):
     return digest.hexdigest()
 
 
+def sanitizers(now):
+    """What compute-sanitizer had to say, and of which kernels. 0 or 1."""
+    if not SANITIZERS.exists():
+        print("no run of the sanitizers on record")
+        return 1
+    record = json.loads(SANITIZERS.read_text())
+    rows, then = record["rows"], record["sources_sha256"]
+    clean = sum(row["clean"] for row in rows)
+    print(f"sanitizers on {record['device']}, {record['toolkit']}: {clean} of {len(rows)} runs of a tool over a row are clean, "
+          f"{sum(row['suppressed'] for row in rows)} reports are explained in sanitizer_reports.py")
+    print(f"{'matches' if now == then else 'DOES NOT MATCH'} the tree ({now[:16]} here, {then[:16]} there)")
+    return int(now != then or clean < len(rows))
+
+
 def main():
     if not RESULT.exists():
         print(f"no GPU evidence: {RESULT.relative_to(ROOT)} does not exist")
@@ -50,7 +65,7 @@ def main():
     failed = [row for row in record["decode"] if "error" in row]
     if failed:
         print(f"{len(failed)} decode rows did not run, the first for: {failed[0]['error']}")
-    return int(now != then or tests["failed"] > 0 or bool(failed))
+    return int(sanitizers(now) or now != then or tests["failed"] > 0 or bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,26 +1,45 @@
-"""Every CUDA kernel once, forward and backward, on tiny arrays: what NVIDIA's compute-sanitizer is run over.
+"""NVIDIA's compute-sanitizer over every CUDA kernel, forward and backward, on small arrays.
 
-    for tool in memcheck synccheck initcheck racecheck; do
-        compute-sanitizer --tool $tool python benchmarks/sanitize.py [TEXT]      TEXT: only kernels whose name contains it
-    done
+    python benchmarks/sanitize.py [--rows TEXT] [--tools memcheck,..] [--logs FOLDER] [--write]
+    python benchmarks/sanitize.py --again FOLDER [--write]          the verdict once more over the logs of a run
+    python benchmarks/sanitize.py --call ROW ..                     the calls alone, which is what the tools are run over
+
+Every row of kernels.def and the kernels of weights run under the four tools, several processes side by side. A report that no
+entry of sanitizer_reports.py explains, or a row that does not come to its end, is an error. --write puts the outcome, with the
+hash of the kernels' sources, into results/sanitizers.json, which evidence.py compares with the tree. Entries name functions,
+which the tools know where the module was built with NVCC_APPEND_FLAGS=-lineinfo; that changes no instruction.
 
 Arrays are NumPy's (those of a cache: torch tensors copied to the GPU), so that no kernel but ours runs and every byte that they
-read was copied or written under the tool's eyes.
-Each row of kernels.def runs at its largest head dims, general ones with every option. What the tools report on a clean tree, and
-why that is no fault, is in csrc/README.md.
+read was copied or written under the tool's eyes. Each row runs at its largest head dims, general ones with every option.
 """
+import argparse
+import collections
+import json
+import re
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import evidence
 import ml_dtypes
 import numpy as np
+import sanitizer_reports
 
 import flashgqa
+
+TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
+PROCESSES = 24          # at once
+LIMIT = 60              # seconds a process may take
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
-FEW_ROWS = {"decode": 3, "decodef8": 3, "decodewide": 20}      # query rows, of which a KV head has twice as many
+FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50)}      # query rows, of which a KV head has twice as many
 
+
+# ---- the calls ----
 
 def options_of(variant, rng):
     if variant != "general":
@@ -31,7 +50,7 @@ def options_of(variant, rng):
 
 
 def on_gpu(x):
-    """As a torch tensor, which alone can be a cache there."""
+    """As a torch tensor."""
     import torch
     if x.dtype == DTYPES["bf16"]:
         return torch.from_numpy(x.view(np.int16)).cuda().view(torch.bfloat16)
@@ -50,26 +69,47 @@ def run_cached(q, k, v, options, put, where, stored):
     added = [put(np.ascontiguousarray(x[:, :, :new])) for x in (k, v)]
     return flashgqa.attention_with_kvcache(
         put(q), *caches, *added, cache_lens=put(np.full(B, SK - new, np.int32)), page_table=put(table),
-        **options | {"sink": put(options["sink"])}, return_lse=True, **where,
+        **options | {"sink": put(options["sink"])}, return_lse=True, check=True, **where,
     )
 
 
-def run_row(name, where, put):
+def run_forward(q, k, v, options, variant, arch, where):
+    results = list(flashgqa.attention(q, k, v, **options, return_lse=True, **where))
+    if variant in FEW_ROWS:                     # merged by a kernel of its own
+        results += flashgqa.attention(q, k, v, **options, return_lse=True, batch_invariant=True, **where)
+    elif arch == "sm90":                        # without a mask; and a tile of which few rows see an inf in V: done twice
+        results += flashgqa.attention(q, k, v, return_lse=True, **where)
+        poisoned = v + 0
+        poisoned[..., SK - 1, :] = float("inf")
+        results.append(flashgqa.attention(q, k, poisoned, causal=True, **where)[:, :, : SQ - 1])
+    return results
+
+
+def run_row(name, where, put, everything=lambda x: x):
     """Results of one row of kernels.def; the backward ones take what a float32 forward pass on the CPU left. where: the options
-    that say so."""
-    which, _, dtype, d, dv, variant = name.split("_")
+    that say so; put: what takes a cache to its device, everything: what takes all other arrays there."""
+    which, arch, dtype, d, dv, variant = name.split("_")
     rng = np.random.default_rng(0)
-    sq = FEW_ROWS.get(variant, SQ)
-    extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
-    q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
-    options = options_of(variant, rng)
-    if variant == "cache" or variant.endswith("f8"):
-        return run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, FLOAT8 if variant.endswith("f8") else q.dtype)
-    if which == "fwd":
-        return flashgqa.attention(q, k, v, **options, return_lse=True, **where)
-    out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
-    return [x for order in (True, False)
-            for x in flashgqa.attention_backward(dout, q, k, v, out, lse, **options, deterministic=order, **where)]
+    results = []
+    for sq in FEW_ROWS.get(variant, (SQ,)):
+        extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
+        q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
+        options = options_of(variant, rng)
+        if variant == "cache" or (which, arch) == ("fwd", "sm90"):
+            stored = FLOAT8 if variant.endswith("f8") else q.dtype
+            results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, stored)
+        if which == "fwd" and variant not in ("cache", "decodef8"):
+            moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
+            results += run_forward(*map(everything, (q, k, v)), moved, variant, arch, where)
+    for given in (options, {}) if which == "bwd" else ():
+        out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
+        moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}
+        for order in (True, False):
+            arrays = map(everything, (dout, q, k, v, out, lse))
+            results += flashgqa.attention_backward(*arrays, **moved, deterministic=order, **where)
+        if arch != "sm90":
+            break
+    return results
 
 
 def run_other(name, where):
@@ -86,20 +126,149 @@ def are_finite(results):
                for x in results if x is not None)
 
 
-def main():
-    wanted = sys.argv[1] if len(sys.argv) > 1 else ""
-    rows = [row for row in flashgqa.kernels() if row["device"] == "cuda" and wanted in row["name"]]
-    for row in rows:
-        if not row["available"]:
-            print(f"{row['name']}: not run: {row['reason']}")
+def fill_the_pool():
+    """Memory of torch's pool that has been written: the tool does not see what TMA stores and bulk reductions write."""
+    import torch
+    filled = [torch.zeros(size, device="cuda", dtype=torch.uint8) for size in [512 << 10] * 40 + [24 << 20] * 8]
+    del filled
+
+
+def call(names, filled):
+    """A line before and after each row, between which the tool's reports on it stand."""
+    if filled:
+        fill_the_pool()
+    for name in names:
+        print(f"row {name}", flush=True)
+        where = {"kernel": name} | ({} if filled else {"device": "cuda"})
+        everything = on_gpu if filled else lambda x: x
+        finite = are_finite(run_other(name, where) if name.endswith("_any") else run_row(name, where, on_gpu, everything))
+        time.sleep(0.05)        # the tool's lines come from another process
+        print(f"{'ran' if finite else 'NOT FINITE'} {name}", flush=True)
+
+
+# ---- what the tools say ----
+
+def cut_by_row(text):
+    """{row: [line, ..]} of a process's output."""
+    found, row = collections.defaultdict(list), None
+    for line in text.splitlines():
+        if match := re.match(r"row (\w+)$", line):
+            row = match[1]
+        if row:
+            found[row].append(line)
+    return found
+
+
+def reports_in(lines):
+    """A report is [what, place, ..], without addresses and counts: of a race the first place is in what is said first."""
+    reports, inside = [], False
+    for line in lines:
+        text = re.sub(r"\+?0x[0-9a-f]+|\[[\d ,]+hazards?\]", "", line[10:]).strip()
+        if not line.startswith("========="):
             continue
-        where = {"device": "cuda", "kernel": row["name"]}
-        training = row["pass"] in ("forward", "backward")
-        finite = are_finite(run_row(row["name"], where, on_gpu) if training else run_other(row["name"], where))
-        print(f"{row['name']}: {'ran' if finite else 'NOT FINITE'}", flush=True)
-        if not finite:
-            sys.exit(1)
+        if re.match(r"========= [^ ]", line):
+            inside = not re.match(r"COMPUTE-SANITIZER|\w+ SUMMARY", text)
+            if inside:
+                reports.append([text])
+        elif inside and re.match(r"(at|and|Device Frame:) ", text):
+            reports[-1].append(text)
+        elif inside and not text:
+            inside = False
+    return reports
+
+
+def run_tool(tool, names, filled, logs):
+    """Logs of these rows, one each; a row that ends its process is followed by a process for those behind it."""
+    rest, end = list(names), time.monotonic() + LIMIT
+    while rest and end - time.monotonic() > 5:
+        command = ["compute-sanitizer", "--tool", tool, "--print-limit", "2000", sys.executable, __file__, "--call", *rest]
+        command += ["--filled"] if filled else []
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "check": False}
+        try:
+            output = subprocess.run(command, timeout=end - time.monotonic(), **options).stdout
+        except subprocess.TimeoutExpired as error:
+            output = error.stdout or b""
+        rows = cut_by_row(output.decode(errors="replace"))
+        for row, lines in rows.items():
+            (logs / f"{tool}.{row}.txt").write_text("\n".join(lines) + "\n")
+        if not rows:
+            (logs / f"{tool}.failed.{rest[0]}.txt").write_bytes(output)
+        rest = rest[rest.index(list(rows)[-1]) + 1 :] if rows else []
+
+
+def run_tools(tools, names, logs):
+    """All of it; about.json says of what."""
+    logs.mkdir(parents=True, exist_ok=True)
+    blind = [name for name in names if "_sm90_" in name and name.endswith("plain")]
+    jobs, start = [], time.monotonic()
+    for tool in tools:
+        groups = [(names, False)]
+        if tool == "initcheck":
+            groups = [([name for name in names if name not in blind], False), (blind, True)]
+        for group, filled in groups:
+            each = -(-PROCESSES * len(group) // (len(tools) * len(names)))
+            jobs += [(tool, group[n::each], filled, logs) for n in range(each) if group[n::each]]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        list(pool.map(lambda job: run_tool(*job), jobs))
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=False).stdout
+    about = {
+        "sources_sha256": evidence.tree_hash(), "date": time.strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - start),
+        "device": subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0],
+        "toolkit": " ".join(re.findall(r"Version.*", version)), "tools": tools, "kernels": names,
+    }
+    (logs / "about.json").write_text(json.dumps(about))
+
+
+def verdict(logs):
+    """The record, and the reports that nothing explains, {(tool, row): {text: count}}."""
+    record, unexplained = json.loads((logs / "about.json").read_text()), {}
+    record["rows"] = []
+    for tool in record["tools"]:
+        for name in record["kernels"]:
+            path = logs / f"{tool}.{name}.txt"
+            lines = path.read_text().splitlines() if path.exists() else []
+            reports = reports_in(lines)
+            left = [report for report in reports if not sanitizer_reports.explains(tool, name, report)]
+            ran = f"ran {name}" in lines
+            if left or not ran:
+                texts = ["did not come to its end"] * (not ran) + [" | ".join(report) for report in left]
+                unexplained[tool, name] = collections.Counter(texts)
+            record["rows"].append({"tool": tool, "row": name, "reports": len(reports), "suppressed": len(reports) - len(left),
+                                   "clean": ran and not left})
+    return record, unexplained
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--call", nargs="+", metavar="ROW")
+    parser.add_argument("--filled", action="store_true", help="with --call: arrays in memory that has been written")
+    parser.add_argument("--rows", default="", metavar="TEXT")
+    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--logs", type=Path, default=Path("sanitizer_logs"))
+    parser.add_argument("--again", type=Path, metavar="FOLDER")
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    if args.call:
+        return call(args.call, args.filled)
+    if not args.again:
+        kernels = [row for row in flashgqa.kernels() if row["device"] == "cuda" and args.rows in row["name"]]
+        for row in kernels:
+            if not row["available"]:
+                print(f"{row['name']}: not run: {row['reason']}")
+        run_tools(args.tools.split(","), [row["name"] for row in kernels if row["available"]], args.logs)
+    record, unexplained = verdict(args.again or args.logs)
+    for tool in record["tools"]:
+        rows = [row for row in record["rows"] if row["tool"] == tool]
+        clean, reports, explained = (sum(row[key] for row in rows) for key in ("clean", "reports", "suppressed"))
+        print(f"{tool}: {clean} of {len(rows)} rows clean, {reports} reports, {explained} of them explained")
+    for (tool, name), texts in unexplained.items():
+        for text, count in texts.items():
+            print(f"{tool} {name}: {count}x {text}")
+    if args.write:
+        evidence.SANITIZERS.write_text(json.dumps(record, indent=1) + "\n")
+    return int(bool(unexplained))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

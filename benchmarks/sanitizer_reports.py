@@ -1,0 +1,74 @@
+"""Reports of compute-sanitizer on these kernels that are no fault, each with the reason why.
+
+`what` is found in the report's first line. `places`: patterns for the accesses that it names, "Write access at FUNCTION(..) in
+FILE"; each access must match one of them, and each pattern must be met. Functions and files, no line numbers: these change.
+"""
+import re
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    tool: str
+    rows: str
+    what: str
+    places: tuple
+    why: str
+
+
+RACE = r"^(Error|Warning): Race reported between"
+
+KNOWN = (
+    Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\bconsume<"),
+          "The masker's lanes write rows and full, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
+          "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
+          "its lane 0 arrives at o_full; writer, q_empty, scheduler, tile_full, masker. The tool follows an mbarrier for "
+          "the thread that arrives, not for those which that thread has met before."),
+    Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bdescribe_tile<", r"Read .*\b(consume|finish_rows)<"),
+          "The scheduler's lane 0 writes tiles[s] and arrives at q_full itself; consumers wait for it. Before the next "
+          "write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at o_full, the "
+          "writer waits for it and arrives at q_empty, for which the scheduler waits. The same limit of the tool."),
+    Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bwrite_o\("),
+          "Lanes of a consumer warp set poisoned[s], all to 1, meet at __syncwarp, lane 0 arrives at o_full; the writer "
+          "waits for it, reads, sets 0 and arrives at q_empty, behind which the scheduler, q_full and the consumers follow."
+          " The same limit."),
+    Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Read .*\bclean_v<", r"Write .*\bclean_v<"),
+          "Consumer warpgroups clean the same V buffer, each all of it before its own product. A word that is written "
+          "becomes what every other warpgroup makes of it, too: whether it is read before or after, the result is the same "
+          "word."),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE,
+          (r"Write .*\bbulk_load\(", r"Read .*\b(load_stats\(|step<|consume_as<|begin_step<)"),
+          "Bulk copies write lse2 and delta of a stage and complete on q_full and dout_full, for which consumers wait. "
+          "Before the next copy: all their reads lie before the named barrier BOTH, behind which one thread of each "
+          "consumer (or of each warp, behind __syncwarp) arrives at dout_empty and q_empty; the producer waits for both. "
+          "The same limit of the tool."),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce<", r"Read .*\b(begin_step<|add_dq\()"),
+          "The producer's thread writes about[s] and tile[s] and arrives at q_full. Before the next write: every lane that "
+          "reads them meets its warp or BOTH before one thread arrives at q_empty, for which the producer waits. The same "
+          "limit."),
+    Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bwrite_dq<", r"Read .*\badd_dq\("),
+          "The writer's thread writes first[s] and arrives at turn_come[s], for which consumers wait; it writes again only "
+          "when it has waited for dq_added[s], at which lane 0 of each consumer warp arrives behind __syncwarp. The same "
+          "limit."),
+    Known("initcheck", "bwd_sm80_.*_d64_.*_general", r"^Uninitialized __global__ memory read",
+          (r"bwd_sm80_\w+_general_kernel|bwd_\w+\.cuh",),
+          "The first key tile in a query tile's order stores all of its dQ sums (add_dq, rank 0) and passes the turn on "
+          "behind a barrier by a release; the others read, each thread what the same thread of that block stored, after "
+          "they have acquired the turn. The tool's own record of that store may come later than the store. With a workspace"
+          " full of NaN the results are the same bits (test_results_do_not_depend_on_what_memory_held)."),
+)
+
+
+def accesses_of(report):
+    """The places a report names, the one in its first line included."""
+    return [*re.findall(r"between ((?:Read|Write) access .*)", report[0]), *report[1:]]
+
+
+def explains(tool, row, report):
+    """Whether an entry explains the report, [first line, place, ..]."""
+    for known in KNOWN:
+        if known.tool != tool or not re.search(known.rows, row) or not re.search(known.what, report[0]):
+            continue
+        met = [{n for n, place in enumerate(known.places) if re.search(place, access)} for access in accesses_of(report)]
+        if met and all(met) and set().union(*met) == set(range(len(known.places))):
+            return True
+    return False
