@@ -61,7 +61,7 @@ def attention_with_kvcache(
     On a GPU nothing waits: lengths, tables and offsets are read on the device when the kernels run, so that one captured CUDA
     graph serves every step of a generation whose ``cache_lens`` grow in place. What they say is looked at with ``check=True``
     alone, which waits for the GPU. Without it, wrong values are limited to what exists, and memory outside the arrays is never
-    touched: slots beyond the cache and pages that do not exist are not written.
+    touched: slots beyond the cache and pages that do not exist are not written, and such pages read as zeros.
 
     Parameters
     ----------
