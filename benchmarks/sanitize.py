@@ -29,8 +29,7 @@ import sanitizer_reports
 
 import flashgqa
 
-TOOLS = ("memcheck", "initcheck", "synccheck", "racecheck")
-PROCESSES = 24          # at once
+TOOLS = {"memcheck": 4, "initcheck": 6, "synccheck": 5, "racecheck": 10}       # processes at once: the slower, the more
 LIMIT = 60              # seconds a process may take
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
@@ -206,7 +205,7 @@ def run_tools(tools, names, logs):
         if tool == "initcheck":
             groups = [([name for name in names if name not in blind], False), (blind, True)]
         for group, filled in groups:
-            each = -(-PROCESSES * len(group) // (len(tools) * len(names)))
+            each = -(-TOOLS[tool] * len(group) // len(names))
             jobs += [(tool, group[n::each], filled, logs) for n in range(each) if group[n::each]]
     with ThreadPoolExecutor(len(jobs)) as pool:
         list(pool.map(lambda job: run_tool(*job), jobs))

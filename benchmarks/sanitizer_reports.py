@@ -23,10 +23,12 @@ KNOWN = (
           "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
           "its lane 0 arrives at o_full; writer, q_empty, scheduler, tile_full, masker. The tool follows an mbarrier for "
           "the thread that arrives, not for those which that thread has met before."),
-    Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bdescribe_tile<", r"Read .*\b(consume|finish_rows)<"),
+    Known("racecheck", "fwd_sm90_.*_plain", RACE,
+          (r"Write .*\bdescribe_tile<", r"Read .*\b(consume<|finish_rows<|find_rows\(|produce\()"),
           "The scheduler's lane 0 writes tiles[s] and arrives at q_full itself; consumers wait for it. Before the next "
           "write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at o_full, the "
-          "writer waits for it and arrives at q_empty, for which the scheduler waits. The same limit of the tool."),
+          "writer waits for it and arrives at q_empty, for which the scheduler waits; the producer's lanes meet at "
+          "__syncwarp behind theirs, before the copies leave for which those consumers wait. The same limit of the tool."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bwrite_o\("),
           "Lanes of a consumer warp set poisoned[s], all to 1, meet at __syncwarp, lane 0 arrives at o_full; the writer "
           "waits for it, reads, sets 0 and arrives at q_empty, behind which the scheduler, q_full and the consumers follow."
