@@ -226,6 +226,29 @@ def test_check_passes_what_is_right_and_is_refused_in_a_capture():
     torch.cuda.synchronize()
 
 
+def test_check_of_more_sequences_than_a_block_has_threads():
+    b, size, columns, new = 300, 4, 3, 6
+    caches = [torch.zeros(b * columns, 1, size, 8, device=DEVICE) for _ in range(2)]
+    q, k, v = (torch.randn(b, 1, new, 8, device=DEVICE) for _ in range(3))
+    table = torch.arange(b * columns, dtype=torch.int32, device=DEVICE).view(b, columns)
+
+    def call():
+        return flashgqa.attention_with_kvcache(q, *caches, k, v, cache_lens=5, page_table=table, causal=True, check=True)
+
+    call()
+    before = bits(*caches)
+    for row, column, words in (
+        (290, 2, "sequence 3 and of sequence 290"),
+        (290, 0, "sequence 3, but sequence 290 has keys there"),
+    ):
+        own = table[row, column].item()
+        table[row, column] = table[3, 2]
+        with pytest.raises(ValueError, match=rf"page_table gives slot 0 of page 11 to the new keys of {words}"):
+            call()
+        table[row, column] = own
+    assert bits(*caches) == before
+
+
 def test_arguments():
     _, tensors, options = paged_call()
     with pytest.raises(NotImplementedError, match="reads no KV cache"):
