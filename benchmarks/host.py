@@ -4,7 +4,8 @@
 
 Tensors 1 x 8 x 16 x 64 bfloat16 (on the CPU one row and key of one head instead, so that hardly anything is computed: the way of
 a call is the same). Microseconds a call, the best of 12 times 200 calls behind which the device has nothing to do. Beside ours:
-torch's scaled_dot_product_attention, and an empty autograd Function, which is what torch itself takes for a node.
+torch's scaled_dot_product_attention, an empty autograd Function, which is what torch itself takes for a node, and what no call
+on a GPU can do without: memory for a result (empty_like) and a launch (of a kernel that sleeps for 0 cycles).
 """
 import sys
 import time
@@ -68,6 +69,7 @@ def calls(device):
         ("empty Function, grad", lambda: Empty.apply(*leaves)),
         ("empty Function, forward + backward", both(Empty.apply)),
         ("torch.empty_like", lambda: torch.empty_like(q)),
+        *([("torch.cuda._sleep(0)", lambda: torch.cuda._sleep(0))] if device == "cuda" else []),
     ]
 
 

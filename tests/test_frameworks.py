@@ -133,6 +133,54 @@ def test_torch_tensor_that_is_not_its_memory(case):
         attend(make())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("at", range(3))
+@pytest.mark.parametrize("case", list(wrappers()))
+def test_torch_tensor_that_is_not_its_memory_after_others_that_were(case, at):
+    """Tensors like earlier ones are asked less."""
+    make, error, text = wrappers()[case]
+    tensors = torch_inputs()
+    for _ in range(2):
+        flashgqa.attention(*tensors)
+    if case == "negative bit":
+        tensors = [torch.stack([x, x])[0] for x in tensors]
+    tensors[at] = make()
+    with pytest.raises(error, match=text.replace("q", "qkv"[at], 1) if text == "q" else text.replace("q.", "qkv"[at] + ".")):
+        flashgqa.attention(*tensors)
+
+
+def test_torch_negative_bit_is_seen_after_others_without():
+    """The same memory, shape, strides and dtype: the bit is all the difference."""
+    q, k, v = torch_inputs()
+    out, lse = flashgqa.attention(q, k, v, return_lse=True)
+    for n, name in enumerate("qkv"):
+        tensors = [q, k, v]
+        tensors[n] = torch._neg_view(tensors[n])
+        with pytest.raises(BufferError, match=rf"{name}.resolve_neg\(\)"):
+            flashgqa.attention(*tensors)
+    for _ in range(2):
+        flashgqa.attention_backward(out, q, k, v, out.clone(), lse)
+    with pytest.raises(BufferError, match="lse has torch's negative bit"):
+        flashgqa.attention_backward(out, q, k, v, out.clone(), torch._neg_view(lse))
+
+
+def test_torch_gradients_are_refused_after_a_call_that_recorded_none():
+    q, k, v = torch_inputs()
+    leaf = k.clone().requires_grad_()
+    for _ in range(3):
+        with torch.no_grad():
+            flashgqa.attention(q, leaf, v)
+        with pytest.raises(BufferError, match="k requires grad"):
+            flashgqa.attention(q, leaf, v)
+
+
+def test_torch_one_tensor_for_all():
+    x = torch.from_numpy(Q)
+    expected = flashgqa.attention(Q, Q, Q)
+    for _ in range(3):
+        assert numpy.array_equal(flashgqa.attention(x, x, x).numpy(), expected)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "jvp"])
 def test_torch_func_is_refused(transform):
     q, k, v = torch_inputs()
@@ -150,6 +198,7 @@ def test_torch_modes_that_fake_results():
     from torch._subclasses import FakeTensorMode
 
     q, k, v = torch_inputs()
+    flashgqa.attention(q, k, v)
     with FakeTensorMode(allow_non_fake_inputs=True):
         with pytest.raises(BufferError, match="q: its memory|no memory for a result"):
             flashgqa.attention(q, k, v)

@@ -1,28 +1,70 @@
-/* tensor_map.c - TMA descriptors. They are made anew for every launch (about a microsecond for all) and passed as kernel parameters. */
+/* tensor_map.c - TMA descriptors, passed as kernel parameters. The last one of each tensor is kept in each thread: where only the
+ * address differs, as from one call of a model to the next, the driver replaces that in a fifth of the time.
+ */
 #include "tensor_map.h"
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <string.h>
 
 typedef CUresult encoder(CUtensorMap *, CUtensorMapDataType, cuuint32_t, void *, const cuuint64_t *, const cuuint64_t *, const cuuint32_t *,
                          const cuuint32_t *, CUtensorMapInterleave, CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+typedef CUresult replacer(CUtensorMap *, void *);
 
-/* Threads that race find the same. */
-static encoder *find_encoder(void)
+static void *find_entry(const char *name)
 {
-    static encoder *found;
-    if (found == NULL) {
-        enum cudaDriverEntryPointQueryResult result;
-        void *entry = NULL;
+    enum cudaDriverEntryPointQueryResult result;
+    void *entry = NULL;
 #if CUDART_VERSION >= 12050
-        const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &entry, 12000, cudaEnableDefault, &result);
 #else
-        const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+    const cudaError_t error = cudaGetDriverEntryPoint(name, &entry, cudaEnableDefault, &result);
 #endif
-        if (error != cudaSuccess || result != cudaDriverEntryPointSuccess) { return NULL; }
-        found = (encoder *)entry;
+    return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? entry : NULL;
+}
+
+/* Everything that a map says but the address. Without padding that is not zero: compared as bytes. */
+typedef struct {
+    cuuint64_t dims[5], strides[4];
+    cuuint32_t extent[5];
+    cuuint32_t rank, dtype, promotion;
+} map_form;
+
+/* threads that race find the same functions */
+static int make_map(CUtensorMap *map, const map_form *form, void *address)
+{
+    static encoder *encode;
+    static const cuuint32_t step[5] = {1, 1, 1, 1, 1};
+    if (encode == NULL) { encode = (encoder *)find_entry("cuTensorMapEncodeTiled"); }
+    if (encode == NULL) { return cudaErrorInsufficientDriver; }
+    const CUresult result = encode(map, (CUtensorMapDataType)form->dtype, form->rank, address, form->dims, form->strides, form->extent, step,
+                                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, (CUtensorMapL2promotion)form->promotion,
+                                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+static int replace_address(CUtensorMap *map, void *address)
+{
+    static replacer *replace;
+    if (replace == NULL) { replace = (replacer *)find_entry("cuTensorMapReplaceAddress"); }
+    return replace != NULL && replace(map, address) == CUDA_SUCCESS;
+}
+
+static int keep_map(void *map, const fgqa_problem *p, fgqa_arg arg, const map_form *form)
+{
+    static _Thread_local struct { CUtensorMap map; map_form form; void *address; } kept[2][5];      /* q, k, v, out, dout of either pass */
+    const int pass = p->pass == FGQA_PASS_BWD, place = arg <= FGQA_ARG_v ? (int)arg - FGQA_ARG_q : arg == FGQA_ARG_out ? 3 : 4;
+    void *address = p->view[arg].data;
+    CUtensorMap *known = &kept[pass][place].map;
+    if (memcmp(&kept[pass][place].form, form, sizeof *form) != 0 || (kept[pass][place].address != address && !replace_address(known, address))) {
+        memset(&kept[pass][place].form, 0, sizeof *form);      /* of no map, should this fail */
+        const int error = make_map(known, form, address);
+        if (error != cudaSuccess) { return error; }
+        kept[pass][place].form = *form;
     }
-    return found;
+    kept[pass][place].address = address;
+    memcpy(map, known, sizeof *known);
+    return cudaSuccess;
 }
 
 /* Extents and strides (bytes) of head, row and batch. An axis of extent 1 has no stride of its own: any valid one will do. */
@@ -54,36 +96,36 @@ const char *fgqa_tensor_map_refuse(const fgqa_problem *p, fgqa_arg arg)
     return NULL;
 }
 
+static cuuint32_t type_of(fgqa_dtype dtype)
+{
+    return dtype == FGQA_F8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
 int fgqa_tensor_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)
 {
-    encoder *const encode = find_encoder();
     const axes a = axes_of(p, arg);
     const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv);
-    const cuuint64_t dims[4] = {columns, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[1], (cuuint64_t)a.extent[2]};
-    const cuuint64_t strides[3] = {(cuuint64_t)a.stride[0], (cuuint64_t)a.stride[1], (cuuint64_t)a.stride[2]};
-    const cuuint32_t extent[4] = {(cuuint32_t)box.columns, (cuuint32_t)box.heads, (cuuint32_t)box.rows, 1}, step[4] = {1, 1, 1, 1};
-    if (encode == NULL) { return cudaErrorInsufficientDriver; }
-    const CUresult result = encode((CUtensorMap *)map, p->dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-                                   p->view[arg].data, dims, strides, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const map_form form = {
+        .dims = {columns, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[1], (cuuint64_t)a.extent[2]},
+        .strides = {(cuuint64_t)a.stride[0], (cuuint64_t)a.stride[1], (cuuint64_t)a.stride[2]},
+        .extent = {(cuuint32_t)box.columns, (cuuint32_t)box.heads, (cuuint32_t)box.rows, 1},
+        .rank = 4, .dtype = type_of(p->dtype), .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+    };
+    return keep_map(map, p, arg, &form);
 }
 
 int fgqa_cache_map(void *map, const fgqa_problem *p, fgqa_arg arg, int32_t rows, int32_t chunks)
 {
-    encoder *const encode = find_encoder();
     const axes a = axes_of(p, arg);
     const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_k ? p->d : p->dv);
     const fgqa_dtype dtype = p->view[arg].dtype;
-    const uint32_t wide = 128 / (uint32_t)fgqa_dtype_bytes(dtype);
-    const CUtensorMapDataType element = dtype == FGQA_F8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
-        : dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const cuuint64_t dims[5] = {chunks > 1 ? wide : columns, (cuuint64_t)a.extent[1], (cuuint64_t)chunks, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[2]};
-    const cuuint64_t strides[4] = {(cuuint64_t)a.stride[1], 128, (cuuint64_t)a.stride[0], (cuuint64_t)a.stride[2]};
-    const cuuint32_t extent[5] = {wide, (cuuint32_t)rows, (cuuint32_t)chunks, 1, 1}, step[5] = {1, 1, 1, 1, 1};
-    if (encode == NULL) { return cudaErrorInsufficientDriver; }
-    /* promotion to 256 bytes makes these reads 10% slower */
-    const CUresult result = encode((CUtensorMap *)map, element, 5, p->view[arg].data, dims, strides, extent, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                   CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+    const cuuint32_t wide = 128 / (cuuint32_t)fgqa_dtype_bytes(dtype);
+    const map_form form = {
+        .dims = {chunks > 1 ? wide : columns, (cuuint64_t)a.extent[1], (cuuint64_t)chunks, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[2]},
+        .strides = {(cuuint64_t)a.stride[1], 128, (cuuint64_t)a.stride[0], (cuuint64_t)a.stride[2]},
+        .extent = {wide, (cuuint32_t)rows, (cuuint32_t)chunks, 1, 1},
+        .rank = 5, .dtype = type_of(dtype), .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_128B,      /* 256 bytes make these reads 10% slower */
+    };
+    return keep_map(map, p, arg, &form);
 }

@@ -20,7 +20,8 @@ void fgqa_call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject
     call->state = fgqa_module_state(module);
     call->request.pass = pass;
     fgqa_place_begin(&call->place, stream);
-    call->plan_only = call->staged = 0;
+    call->plan_only = call->staged = call->repeats = 0;
+    call->options = NULL;
     call->imported = call->allocated = 0;
     call->workspace = call->block = NULL;
     call->host_rows = NULL;
@@ -54,6 +55,25 @@ int fgqa_call_import_options(fgqa_call *call, PyObject *const *options)
         fgqa_arg arg;
         PyObject *object;
         if (fgqa_option_tensor(options, (fgqa_option)option, &arg, &object) && fgqa_call_import(call, arg, object) < 0) { return -1; }
+    }
+    return 0;
+}
+
+/* Arguments in groups of which one question tells whether they are plain torch tensors; the order of errors is that of the arguments. */
+static int import_guarded(fgqa_call *call, int count, const fgqa_arg *args, PyObject *const *objects, const fgqa_guarded *groups)
+{
+    int plain[2], torch[2] = {1, 1};
+    DLTensor dl[FGQA_GUARDED];
+    for (int n = 0; n < count; n++) {
+        const int group = n / FGQA_GUARDED;
+        if (n % FGQA_GUARDED == 0) { plain[group] = fgqa_torch_is_plain(call->state, groups[group], objects + n, dl); }
+        call->place.plain = plain[group] ? &dl[n % FGQA_GUARDED] : NULL;
+        if (fgqa_call_import(call, args[n], objects[n]) < 0) { return -1; }
+        torch[group] &= call->in[args[n]].type.kind == FGQA_KIND_TORCH;
+    }
+    call->place.plain = NULL;
+    for (int group = 0; group < count / FGQA_GUARDED; group++) {
+        if (torch[group] && !plain[group]) { fgqa_torch_was_plain(call->state, groups[group], objects + group * FGQA_GUARDED); }
     }
     return 0;
 }
@@ -150,7 +170,9 @@ int fgqa_call_make_plan(fgqa_call *call)
 
 static int plan_call(fgqa_call *call)
 {
+    if (call->repeats) { return 0; }
     if (fgqa_call_check_place(call) < 0 || make_problem(call) < 0 || fgqa_call_make_plan(call) < 0) { return -1; }
+    fgqa_call_keep(call);
     if (!call->staged || call->plan_only) { return 0; }
     return fgqa_call_stage(call) < 0 ? -1 : fgqa_raise(fgqa_problem_init(&call->request, &call->problem));
 }
@@ -239,10 +261,12 @@ int fgqa_call_check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted)
 /* forward(q, k, v, return_lse, out, *options) -> out | (out, lse) */
 static int prepare_forward(fgqa_call *call, PyObject *const *args)
 {
-    for (int n = 0; n < 3; n++) {
-        if (fgqa_call_import(call, (fgqa_arg)(FGQA_ARG_q + n), args[n]) < 0) { return -1; }
-    }
-    if (fgqa_read_bool(args[3], "return_lse", &call->request.want_lse) < 0 || fgqa_call_import_options(call, args + 5) < 0) { return -1; }
+    static const fgqa_arg order[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v};
+    static const fgqa_guarded groups[] = {FGQA_GUARDED_FORWARD};
+    if (import_guarded(call, 3, order, args, groups) < 0) { return -1; }
+    if (fgqa_read_bool(args[3], "return_lse", &call->request.want_lse) < 0) { return -1; }
+    if (args[4] == Py_None && fgqa_call_repeats(call, args + 5)) { return 0; }
+    if (fgqa_call_import_options(call, args + 5) < 0) { return -1; }
     return args[4] == Py_None ? 0 : fgqa_call_import(call, FGQA_ARG_out, args[4]);
 }
 
@@ -263,12 +287,13 @@ PyObject *fgqa_py_forward(PyObject *module, PyObject *const *args, Py_ssize_t n)
 static int prepare_backward(fgqa_call *call, PyObject *const *args)
 {
     static const fgqa_arg order[] = {FGQA_ARG_dout, FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out, FGQA_ARG_lse};
-    for (int n = 0; n < 6; n++) {
-        if (fgqa_call_import(call, order[n], args[n]) < 0) { return -1; }
-    }
+    static const fgqa_guarded groups[] = {FGQA_GUARDED_FIRST, FGQA_GUARDED_LAST};
+    if (import_guarded(call, 6, order, args, groups) < 0) { return -1; }
     if (args[6] != Py_None && fgqa_call_import(call, FGQA_ARG_dlse, args[6]) < 0) { return -1; }
     int32_t want_dbias = 0;
-    if (fgqa_read_bool(args[7], "want_dbias", &want_dbias) < 0 || fgqa_call_import_options(call, args + 8) < 0) { return -1; }
+    if (fgqa_read_bool(args[7], "want_dbias", &want_dbias) < 0) { return -1; }
+    if (fgqa_call_repeats(call, args + 8)) { return 0; }
+    if (fgqa_call_import_options(call, args + 8) < 0) { return -1; }
     call->request.want_dbias = want_dbias && call->request.tensor[FGQA_ARG_bias] != NULL;
     call->request.want_dsink = call->request.tensor[FGQA_ARG_sink] != NULL;
     return 0;

@@ -16,6 +16,8 @@ typedef struct {
     fgqa_plan plan;
     int plan_only;                         /* explain: nothing is copied or computed */
     int staged;                            /* NumPy arrays that are computed on a GPU */
+    int repeats;                           /* problem and plan are those of an earlier call */
+    PyObject *const *options;              /* of a call that may be repeated, else NULL */
     uint32_t imported;                     /* bit per fgqa_arg: in[] holds something */
     uint32_t allocated;                    /* bit per fgqa_arg: result[] holds something */
     fgqa_import in[FGQA_ARG_COUNT];
@@ -58,6 +60,15 @@ PyObject *fgqa_call_take(fgqa_call *call, fgqa_arg arg, PyObject *given);
 
 /* out or (out, lse) of a forward pass, `given` being the caller's out. New reference. */
 PyObject *fgqa_call_take_forward(fgqa_call *call, PyObject *given);
+
+/* ---- call_repeat.c ---- */
+
+/* Once the arrays are imported and before the options are read: whether an earlier call had all of this but the addresses and
+ * contents of its arrays. Then problem and plan are made. */
+int fgqa_call_repeats(fgqa_call *call, PyObject *const *options);
+
+/* For the above, once they are made without it. */
+void fgqa_call_keep(const fgqa_call *call);
 
 /* ---- call_cuda.c ---- */
 

@@ -141,8 +141,7 @@ static int take_tensor(const DLTensor *dl, const fgqa_slot *slot, fgqa_place *pl
     return 0;
 }
 
-/* Turns the pending exception of a producer into a BufferError that names the argument and keeps the cause. */
-static int wrap_producer_error(const fgqa_slot *slot, const char *what)
+int fgqa_wrap_producer_error(const fgqa_slot *slot, const char *what)
 {
     PyObject *type, *cause, *traceback, *error, *value;
     if (!PyErr_ExceptionMatches(PyExc_Exception) || PyErr_ExceptionMatches(PyExc_MemoryError)) { return -1; }
@@ -173,12 +172,12 @@ static int import_exchange(PyObject *object, const fgqa_slot *slot, fgqa_place *
     if (api->dltensor_from_py_object_no_sync != NULL) {
         /* Borrowed: the caller's reference keeps memory, shape and strides alive until the call returns. */
         DLTensor dl;
-        if (api->dltensor_from_py_object_no_sync(object, &dl) != 0) { return wrap_producer_error(slot, "DLPack exchange"); }
+        if (api->dltensor_from_py_object_no_sync(object, &dl) != 0) { return fgqa_wrap_producer_error(slot, "DLPack exchange"); }
         return take_tensor(&dl, slot, place, in);
     }
     if (api->managed_tensor_from_py_object_no_sync(object, &in->versioned) != 0) {
         in->versioned = NULL;
-        return wrap_producer_error(slot, "DLPack exchange");
+        return fgqa_wrap_producer_error(slot, "DLPack exchange");
     }
     in->tensor.readonly = (in->versioned->flags & DLPACK_FLAG_BITMASK_READ_ONLY) != 0;
     return take_tensor(&in->versioned->dl_tensor, slot, place, in);
@@ -191,7 +190,7 @@ static int import_exchange(PyObject *object, const fgqa_slot *slot, fgqa_place *
 static int ask_device(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     PyObject *pair = PyObject_CallMethodObjArgs(object, state->str___dlpack_device__, NULL);
-    if (pair == NULL) { return wrap_producer_error(slot, "__dlpack_device__"); }
+    if (pair == NULL) { return fgqa_wrap_producer_error(slot, "__dlpack_device__"); }
     int result = -1;
     long type = -1, id = -1;
     if (PyTuple_Check(pair) && PyTuple_Size(pair) == 2) {
@@ -201,7 +200,7 @@ static int ask_device(fgqa_state *state, PyObject *object, const fgqa_slot *slot
         number = PyErr_Occurred() ? NULL : PyNumber_Index(PyTuple_GetItem(pair, 1));
         id = number ? PyLong_AsLong(number) : -1;
         Py_XDECREF(number);
-        if (PyErr_Occurred()) { wrap_producer_error(slot, "__dlpack_device__"); }
+        if (PyErr_Occurred()) { fgqa_wrap_producer_error(slot, "__dlpack_device__"); }
         else { result = read_device(slot, type, id, place, in); }
     } else {
         PyErr_Format(PyExc_BufferError, "%s: its __dlpack_device__ returned %R: it must be a pair (device type, id)", slot->name,
@@ -275,102 +274,21 @@ static int consume_capsule(PyObject *capsule, const fgqa_slot *slot, fgqa_place 
     return -1;
 }
 
-/* ---- torch ---- */
-
-static int find_torch(fgqa_torch *found, fgqa_state *state)
-{
-    PyObject *torch = PyImport_GetModule(state->str_torch), *type = torch ? PyObject_GetAttrString(torch, "Tensor") : NULL;
-    fgqa_torch t = {0};
-    if (type != NULL) {
-        t.requires_grad = PyObject_GetAttrString(type, "requires_grad");
-        t.is_neg = PyObject_GetAttrString(type, "is_neg");
-        t.data_ptr = PyObject_GetAttrString(type, "data_ptr");
-        t.empty_like = PyObject_GetAttrString(torch, "empty_like");
-    }
-    Py_XDECREF(type);
-    Py_XDECREF(torch);
-    if (t.requires_grad != NULL) { t.get_requires_grad = (descrgetfunc)PyType_GetSlot(Py_TYPE(t.requires_grad), Py_tp_descr_get); }
-    if (t.get_requires_grad != NULL && t.is_neg != NULL && t.data_ptr != NULL && t.empty_like != NULL) {
-        *found = t;
-        return 0;
-    }
-    if (!PyErr_Occurred()) { PyErr_SetString(PyExc_RuntimeError, "torch.Tensor is not what it should be"); }
-    Py_XDECREF(t.requires_grad);
-    Py_XDECREF(t.is_neg);
-    Py_XDECREF(t.data_ptr);
-    Py_XDECREF(t.empty_like);
-    return -1;
-}
-
-/* What torch's exchange table does not check: a tensor that records gradients, or whose memory is not its values
- * (negative bit, sparse layout, wrappers of torch.func and functionalization, all of exact type torch.Tensor). */
-static int check_torch(fgqa_state *state, PyObject *object, const fgqa_slot *slot)
-{
-    if (state->torch.is_neg == NULL && find_torch(&state->torch, state) < 0) { return -1; }
-    PyObject *flag = state->torch.get_requires_grad(state->torch.requires_grad, object, (PyObject *)Py_TYPE(object));
-    if (flag == NULL) { return -1; }
-    const int requires_grad = flag == Py_True;
-    Py_DECREF(flag);
-    if (requires_grad) {
-        PyObject *torch = PyImport_GetModule(state->str_torch);
-        PyObject *enabled = torch ? PyObject_CallMethod(torch, "is_grad_enabled", NULL) : NULL;
-        Py_XDECREF(torch);
-        if (enabled == NULL && PyErr_Occurred()) { return -1; }
-        const int recording = enabled != Py_False;
-        Py_XDECREF(enabled);
-        if (recording) {
-            PyErr_Format(PyExc_BufferError, "%s requires grad, and gradients do not flow through this function: use that of "
-                         "flashgqa.torch, or detach() it or run under torch.no_grad()", slot->name);
-            return -1;
-        }
-    }
-    PyObject *negative = PyObject_CallFunctionObjArgs(state->torch.is_neg, object, NULL);
-    if (negative == NULL) { return wrap_producer_error(slot, "is_neg()"); }
-    const int lazy = negative != Py_False;
-    Py_DECREF(negative);
-    if (lazy) {
-        PyErr_Format(PyExc_BufferError, "%s has torch's negative bit set, so its memory is not its values: pass "
-                     "%s.resolve_neg()", slot->name, slot->name);
-        return -1;
-    }
-    return 0;
-}
-
-/* Where torch says the values are; the exchange table may say otherwise (it does for some wrappers). */
-static int torch_memory(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const void **data)
-{
-    PyObject *number = PyObject_CallFunctionObjArgs(state->torch.data_ptr, object, NULL);
-    *data = number ? PyLong_AsVoidPtr(number) : NULL;
-    Py_XDECREF(number);
-    return PyErr_Occurred() ? wrap_producer_error(slot, "memory cannot be read (a sparse tensor, or a wrapper made by torch.func "
-                                                  "or torch.compile?); pass a plain strided tensor: data_ptr()") : 0;
-}
-
-static int check_torch_memory(const fgqa_slot *slot, const fgqa_tensor *t, const void *data)
-{
-    for (int32_t axis = 0; axis < t->ndim; axis++) {
-        if (t->shape[axis] == 0) { return 0; }
-    }
-    if (data == t->data) { return 0; }
-    PyErr_Format(PyExc_BufferError, "%s is a torch tensor without memory of its own (a wrapper made by torch.func or "
-                 "torch.compile?): call this function outside of the transformation", slot->name);
-    return -1;
-}
-
 int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in)
 {
     const int torch = in->type.kind == FGQA_KIND_TORCH;
     const void *data = NULL;
-    if (torch && (check_torch(state, object, slot) < 0 || torch_memory(state, object, slot, &data) < 0)) { return -1; }
+    if (place != NULL && place->plain != NULL) { return take_tensor(place->plain, slot, place, in); }
+    if (torch && fgqa_torch_check(state, object, slot, &data) < 0) { return -1; }
     if (in->type.exchange != NULL) {
         if (import_exchange(object, slot, place, in) < 0) { return -1; }
     } else {
         if (ask_device(state, object, slot, place, in) < 0) { return -1; }
         PyObject *capsule = export_capsule(state, object, in->tensor.device.type == FGQA_CUDA ? place : NULL);
-        if (capsule == NULL) { return wrap_producer_error(slot, "__dlpack__"); }
+        if (capsule == NULL) { return fgqa_wrap_producer_error(slot, "__dlpack__"); }
         const int failed = consume_capsule(capsule, slot, place, in);
         Py_DECREF(capsule);
         if (failed < 0) { return -1; }
     }
-    return torch ? check_torch_memory(slot, &in->tensor, data) : 0;
+    return torch ? fgqa_torch_check_memory(slot, &in->tensor, data) : 0;
 }

@@ -99,6 +99,13 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->torch.is_neg);
     Py_VISIT(state->torch.data_ptr);
     Py_VISIT(state->torch.empty_like);
+    for (int n = 0; n < 2; n++) { Py_VISIT(state->torch.empty[n]); }
+    Py_VISIT(state->torch.count_modes);
+    Py_VISIT(state->torch.any_transform);
+    Py_VISIT(state->torch.guard_of);
+    Py_VISIT(state->torch.is_grad_enabled);
+    for (int n = 0; n < FGQA_GUARDED_COUNT * FGQA_GUARDS; n++) { Py_VISIT(state->guards[n / FGQA_GUARDS][n % FGQA_GUARDS].check); }
+    for (int n = 0; n < FGQA_FORMS; n++) { Py_VISIT(state->torch_args[n]); }
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_VISIT(state->types[n].type);
         Py_VISIT(state->types[n].from_dlpack);
@@ -112,6 +119,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->tensor_type);
     Py_CLEAR(state->dlpack_kwargs);
     Py_CLEAR(state->empty_tuple);
+    fgqa_repeats_drop(state);
     Py_CLEAR(state->bfloat16);
     Py_CLEAR(state->float8);
     Py_CLEAR(state->logged_plans);
@@ -120,6 +128,13 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->torch.is_neg);
     Py_CLEAR(state->torch.data_ptr);
     Py_CLEAR(state->torch.empty_like);
+    for (int n = 0; n < 2; n++) { Py_CLEAR(state->torch.empty[n]); }
+    Py_CLEAR(state->torch.count_modes);
+    Py_CLEAR(state->torch.any_transform);
+    Py_CLEAR(state->torch.guard_of);
+    Py_CLEAR(state->torch.is_grad_enabled);
+    for (int n = 0; n < FGQA_GUARDED_COUNT * FGQA_GUARDS; n++) { Py_CLEAR(state->guards[n / FGQA_GUARDS][n % FGQA_GUARDS].check); }
+    for (int n = 0; n < FGQA_FORMS; n++) { Py_CLEAR(state->torch_args[n]); }
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_CLEAR(state->types[n].type);
         Py_CLEAR(state->types[n].from_dlpack);

@@ -13,6 +13,7 @@ typedef struct {
     const char *first;       /* that tensor's name */
     void *stream;            /* cudaStream_t */
     int32_t before;          /* current device outside of the call */
+    const DLTensor *plain;   /* of the torch tensor that is imported now, if fgqa_torch_is_plain() says so; or NULL */
     PyObject *context;       /* the library's own context of a given stream, so that it allocates for that stream; or NULL */
 } fgqa_place;
 

@@ -40,13 +40,28 @@ typedef struct {
     PyObject *from_dlpack;               /* the library's importer for results; NULL: results are flashgqa.Tensor */
 } fgqa_type;
 
-enum { FGQA_TYPES = 16 };
+enum { FGQA_TYPES = 16, FGQA_FORMS = 8 };
 
 /* What is asked of every torch tensor: the descriptors of torch.Tensor, found once, without a look-up by name each time. */
 typedef struct {
-    PyObject *requires_grad, *is_neg, *data_ptr, *empty_like;      /* the last one is torch's function */
+    PyObject *requires_grad, *is_neg, *data_ptr;
+    PyObject *empty_like, *is_grad_enabled;                        /* torch's functions */
     descrgetfunc get_requires_grad;
+    PyObject *empty[2];                     /* torch's short way to a new tensor, by fgqa_device_type; NULL: this torch has none */
+    PyObject *count_modes, *any_transform;  /* whether new tensors are what their memory says */
+    PyObject *guard_of;                     /* makes a guard; NULL: this torch has none */
 } fgqa_torch;
+
+/* Groups of FGQA_GUARDED arguments that are asked about together: q, k, v of a forward pass, dout, q, k and v, out, lse of a backward
+ * pass. */
+typedef enum { FGQA_GUARDED_FORWARD, FGQA_GUARDED_FIRST, FGQA_GUARDED_LAST, FGQA_GUARDED_COUNT } fgqa_guarded;
+enum { FGQA_GUARDED = 3, FGQA_GUARDS = 4 };
+
+/* torch's word for what all of a group are (flashgqa/_torch_guard.py); check NULL: none. */
+typedef struct {
+    PyObject *check;
+    int requires_grad;                      /* of one of them: plain only while nothing is recorded */
+} fgqa_guard;
 
 typedef struct {
     PyTypeObject *tensor_type;           /* flashgqa.Tensor */
@@ -61,10 +76,19 @@ typedef struct {
     FGQA_NAMES(FGQA_NAME_FIELD)
 #undef FGQA_NAME_FIELD
     fgqa_torch torch;                    /* empty before the first torch tensor */
-    PyObject *torch_dtype[FGQA_DTYPE_COUNT]; /* {"dtype": torch.float32} and so on, once a result has needed it */
+    PyObject *torch_dtype[FGQA_DTYPE_COUNT]; /* torch.float32 and so on, once a result has needed it */
+    fgqa_tensor torch_form[FGQA_FORMS];     /* of results made lately, guarded by the GIL, and */
+    PyObject *torch_args[FGQA_FORMS];       /* what makes them: ((extents), (strides), dtype) */
+    uint64_t n_forms;
+    fgqa_guard guards[FGQA_GUARDED_COUNT][FGQA_GUARDS];      /* the last to accept first */
+    uint64_t n_guards;                      /* ever made */
+    struct fgqa_repeats *repeats;           /* call_repeat.c */
 } fgqa_state;
 
 static inline fgqa_state *fgqa_module_state(PyObject *module) { return (fgqa_state *)PyModule_GetState(module); }
+
+/* call_repeat.c: forgets all calls. */
+void fgqa_repeats_drop(fgqa_state *state);
 
 /* errors.c: the exception of a status, with the core's sentence; returns -1. FGQA_OK returns 0. */
 int fgqa_raise(fgqa_status status);

@@ -46,12 +46,28 @@ void fgqa_pack(void *to, const fgqa_tensor *from);
 /* Gives back what the import holds: each deleter is called once. Keeps a pending exception. */
 void fgqa_import_release(fgqa_import *in);
 
-/* ---- shared by tensor_in.c and dlpack_in.c ---- */
+/* ---- torch_in.c ---- */
+
+/* Before a torch tensor's memory is read: that it may be; *data: where torch says it is. After: that DLPack says the same. */
+int fgqa_torch_check(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const void **data);
+int fgqa_torch_check_memory(const fgqa_slot *slot, const fgqa_tensor *tensor, const void *data);
+
+/* Whether FGQA_GUARDED objects are all torch tensors that would pass these checks, by their likeness to others that did, in a third
+ * of the time; then also what DLPack says of them. 0 says nothing. */
+int fgqa_torch_is_plain(fgqa_state *state, fgqa_guarded which, PyObject *const *objects, DLTensor dl[FGQA_GUARDED]);
+
+/* For the above: torch tensors that did. */
+void fgqa_torch_was_plain(fgqa_state *state, fgqa_guarded which, PyObject *const *objects);
+
+/* ---- shared by tensor_in.c, dlpack_in.c and torch_in.c ---- */
 
 /* How objects of this exact type are handled; cached. */
 void fgqa_find_type(fgqa_state *state, PyTypeObject *type, fgqa_type *found);
 
 int fgqa_import_dlpack(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in);
+
+/* Turns the pending exception of a producer into a BufferError that names the argument and keeps the cause. */
+int fgqa_wrap_producer_error(const fgqa_slot *slot, const char *what);
 
 /* 0 and *dtype, or -1 if no argument takes it. */
 int fgqa_dtype_from_dlpack(DLDataType type, fgqa_dtype *dtype);

@@ -41,27 +41,56 @@ static int allocate_foreign(const DLPackExchangeAPI *api, const fgqa_tensor *spe
     return 0;
 }
 
-static PyObject *shape_tuple(const fgqa_tensor *spec)
+static PyObject *tuple_of(const int64_t *values, int32_t n)
 {
-    PyObject *shape = PyTuple_New(spec->ndim);
-    for (int32_t axis = 0; axis < spec->ndim && shape != NULL; axis++) {
-        PyObject *extent = PyLong_FromLongLong(spec->shape[axis]);
-        if (extent == NULL) { Py_CLEAR(shape); } else { PyTuple_SetItem(shape, axis, extent); }
+    PyObject *tuple = PyTuple_New(n);
+    for (int32_t at = 0; at < n && tuple != NULL; at++) {
+        PyObject *value = PyLong_FromLongLong(values[at]);
+        if (value == NULL) { Py_CLEAR(tuple); } else { PyTuple_SetItem(tuple, at, value); }
     }
-    return shape;
+    return tuple;
 }
 
-/* {"dtype": torch's dtype}, borrowed; NULL with an exception. */
+/* Borrowed; NULL with an exception. */
 static PyObject *torch_dtype(fgqa_state *state, fgqa_dtype dtype)
 {
     if (state->torch_dtype[dtype] == NULL) {
         PyObject *torch = PyImport_GetModule(state->str_torch);
-        PyObject *value = torch ? PyObject_GetAttrString(torch, fgqa_dtype_name(dtype)) : NULL;
-        state->torch_dtype[dtype] = value ? Py_BuildValue("{s:O}", "dtype", value) : NULL;
-        Py_XDECREF(value);
+        state->torch_dtype[dtype] = torch ? PyObject_GetAttrString(torch, fgqa_dtype_name(dtype)) : NULL;
         Py_XDECREF(torch);
     }
     return state->torch_dtype[dtype];
+}
+
+static int same_form(const fgqa_tensor *a, const fgqa_tensor *b)
+{
+    const size_t bytes = (size_t)a->ndim * sizeof a->shape[0];
+    return a->dtype == b->dtype && a->ndim == b->ndim && memcmp(a->shape, b->shape, bytes) == 0 && memcmp(a->stride, b->stride, bytes) == 0;
+}
+
+/* ((extents), (strides), dtype) of a tensor: a new reference, to the same tuple when the same form is asked for again. */
+static PyObject *torch_args(fgqa_state *state, const fgqa_tensor *spec)
+{
+    for (int n = 0; n < FGQA_FORMS; n++) {
+        PyObject *known = state->torch_args[n];
+        if (known != NULL && same_form(&state->torch_form[n], spec)) {
+            Py_INCREF(known);
+            return known;
+        }
+    }
+    PyObject *dtype = torch_dtype(state, spec->dtype), *shape = dtype ? tuple_of(spec->shape, spec->ndim) : NULL;
+    PyObject *stride = shape ? tuple_of(spec->stride, spec->ndim) : NULL, *args = stride ? PyTuple_Pack(3, shape, stride, dtype) : NULL;
+    Py_XDECREF(stride);
+    Py_XDECREF(shape);
+    if (args != NULL) {
+        const uint64_t n = state->n_forms++ % FGQA_FORMS;
+        PyObject *old = state->torch_args[n];
+        Py_INCREF(args);
+        state->torch_form[n] = *spec;
+        state->torch_args[n] = args;
+        Py_XDECREF(old);
+    }
+    return args;
 }
 
 /* Whether q's object has the dtype, shape and strides of a result. */
@@ -81,20 +110,57 @@ static int is_like(const fgqa_import *in, const fgqa_tensor *spec)
 static PyObject *torch_empty(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec)
 {
     if (is_like(q, spec)) { return PyObject_CallFunctionObjArgs(state->torch.empty_like, q->object, NULL); }
-    const int other = spec->dtype != q->tensor.dtype;
-    PyObject *kwargs = other ? torch_dtype(state, spec->dtype) : NULL, *result = NULL;
-    if (other && kwargs == NULL) { return NULL; }
-    PyObject *args = shape_tuple(spec);
+    PyObject *dtype = torch_dtype(state, spec->dtype), *kwargs = dtype ? Py_BuildValue("{s:O}", "dtype", dtype) : NULL, *result = NULL;
+    if (kwargs == NULL) { return NULL; }
+    PyObject *args = tuple_of(spec->shape, spec->ndim);
     PyObject *method = PyObject_GetAttr(q->object, state->str_new_empty);
     if (args != NULL && method != NULL) { result = PyObject_Call(method, args, kwargs); }
     Py_XDECREF(method);
     Py_XDECREF(args);
+    Py_DECREF(kwargs);
     return result;
+}
+
+/* 0, or 1 if something may come of a new tensor that its memory does not say: a dispatch mode, a transform of torch.func. */
+static int is_watched(const fgqa_torch *torch)
+{
+    PyObject *modes = PyObject_CallNoArgs(torch->count_modes), *transform = modes ? PyObject_CallNoArgs(torch->any_transform) : NULL;
+    const int plain = transform == Py_False && PyLong_AsLong(modes) == 0;
+    Py_XDECREF(transform);
+    Py_XDECREF(modes);
+    PyErr_Clear();
+    return !plain;
+}
+
+/* The function that torch.compile's own code allocates by, in half the time: it skips what torch asks of every call, so it is asked
+ * here, and allocates on the current device, so the result is looked at. 0 if it serves not: *result is as it was. */
+static int allocate_torch_shortly(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
+{
+    const fgqa_torch *torch = &state->torch;
+    DLTensor dl;
+    if (torch->empty[spec->device.type] == NULL || q->type.exchange == NULL || q->type.exchange->dltensor_from_py_object_no_sync == NULL
+        || is_watched(torch)) {
+        return 0;
+    }
+    PyObject *args = torch_args(state, spec), *object = args ? PyObject_Call(torch->empty[spec->device.type], args, NULL) : NULL;
+    Py_XDECREF(args);
+    if (object == NULL) { return -1; }
+    if (q->type.exchange->dltensor_from_py_object_no_sync(object, &dl) != 0 || (dl.data == NULL && result_bytes(spec) > 0)
+        || (spec->device.type == FGQA_CUDA && dl.device.device_id != spec->device.index)) {
+        PyErr_Clear();
+        Py_DECREF(object);
+        return 0;
+    }
+    result->object = object;
+    result->tensor.data = (void *)((uintptr_t)dl.data + (uintptr_t)dl.byte_offset);
+    return 1;
 }
 
 static int allocate_torch(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
 {
     fgqa_type type;
+    const int done = allocate_torch_shortly(state, q, spec, result);
+    if (done != 0) { return done < 0 ? -1 : 0; }
     result->object = torch_empty(state, q, spec);
     if (result->object == NULL) { return -1; }
     fgqa_find_type(state, Py_TYPE(result->object), &type);
@@ -116,7 +182,7 @@ static int allocate_torch(fgqa_state *state, const fgqa_import *q, const fgqa_te
 /* cupy.empty(shape, dtype), from CuPy's pool of its current device and stream. */
 static int allocate_cupy(fgqa_state *state, const fgqa_tensor *spec, fgqa_result *result)
 {
-    PyObject *library = PyImport_ImportModule("cupy"), *shape = shape_tuple(spec), *number = NULL;
+    PyObject *library = PyImport_ImportModule("cupy"), *shape = tuple_of(spec->shape, spec->ndim), *number = NULL;
     PyArray_Descr *dtype = fgqa_numpy_descr(state, spec->dtype);
     if (library != NULL && shape != NULL && dtype != NULL) {
         result->object = PyObject_CallMethod(library, "empty", "OO", shape, (PyObject *)dtype);
