@@ -251,3 +251,29 @@ def test_memory_that_does_not_suffice():
         fg.attention(q, k, k)
     out = fg.attention(k, k, k)
     assert numpy.isfinite(out.float().cpu().numpy()).all()
+
+
+@pytest.mark.parametrize("page_size", [16, 512])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_flash_gqa_and_a_cache_on_cuda(dtype, page_size, device="cuda"):
+    """A prompt of 300 tokens, of which the second sequence keeps 257, then tokens one by one, then three to two copies of it."""
+    layer = fg.FlashGQA(512, 8, 2, causal=True, rotary_dim=32, device=device, dtype=dtype).eval()
+    x = randn(2, 304, 512, grad=False).to(device, dtype)
+    cache = flashgqa.KVCache(
+        2, 2, 64, capacity=512, page_size=page_size, dtype=str(dtype).removeprefix("torch."), layout="bshd", library="torch",
+        device=device,
+    )  # fmt: skip
+    with torch.no_grad():
+        truth, whole = copy.deepcopy(layer).cpu().double()(x.cpu().double()), layer(x).cpu()
+        steps = [(layer(x[:, :300], cache=cache), [(n, t) for n in range(2) for t in range(300)])]
+        cache.crop([300, 257])
+        for t in range(4):
+            at = [(0, 300 + t), (1, 257 + t)]
+            steps.append((layer(torch.stack([x[n, t] for n, t in at])[:, None], cache=cache), at))
+        cache.reorder([1, 1])
+        steps.append((layer(x[1:, 261:264].expand(2, -1, -1), cache=cache), [(1, t) for t in (261, 262, 263)] * 2))
+    assert list(cache.lens) == [264, 264]
+    for got, at in steps:
+        right, rough = (torch.stack([y[n, t] for n, t in at]) for y in (truth, whole))
+        assert got.dtype == dtype and got.device.type == device
+        assert_near(got.reshape(-1, 512).cpu(), right, rough, dtype, 3)
