@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 PER_ISA = ("fwd.c", "bwd.c", "weights.c")
 PER_BF16_ISA = ("fwd.c", "bwd.c")       # of an FGQA_ISA_BF16 row
-DECODE = {"decode": "decode", "decodef8": "decode", "decodewide": "decode_wide"}
+DECODE = {"decode": "decode", "decodef8": "decode", "decodewide": "decode_wide", "decodewidef8": "decode_wide"}
 LIMITED_API = "0x030A0000"
 SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")

@@ -35,7 +35,8 @@ LIMIT = 60              # seconds a process may take
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
-FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50)}      # query rows, of which a KV head has twice as many
+# query rows, of which a KV head has twice as many
+FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50), "decodewidef8": (20, 50)}
 
 
 # ---- the calls ----
@@ -97,7 +98,7 @@ def run_row(name, where, put, everything=lambda x: x):
         if variant == "cache" or (which, arch) == ("fwd", "sm90"):
             stored = FLOAT8 if variant.endswith("f8") else q.dtype
             results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, stored)
-        if which == "fwd" and variant not in ("cache", "decodef8"):
+        if which == "fwd" and not variant.endswith(("cache", "f8")):
             moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
             results += run_forward(*map(everything, (q, k, v)), moved, variant, arch, where)
     for given in (options, {}) if which == "bwd" else ():

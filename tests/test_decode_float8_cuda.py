@@ -7,7 +7,7 @@ import torch
 
 import flashgqa
 
-ROWS = [row["name"] for row in flashgqa.kernels() if row["name"].endswith("decodef8") and row["available"]]
+ROWS = [row["name"] for row in flashgqa.kernels() if row["name"].endswith("f8") and row["available"]]
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
 FLOAT8 = torch.float8_e4m3fn
 UNIT = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -66,13 +66,15 @@ def check(q, k, v, options, invariant=False):
 
 def kernel_of(q, k):
     short = "bf16" if q.dtype == torch.bfloat16 else "f16"
-    return f"fwd_sm90_{short}_d128_dv128_decodef8"
+    wide = "wide" if q.shape[1] // k.shape[1] * q.shape[2] > 8 else ""
+    return f"fwd_sm90_{short}_d128_dv128_decode{wide}f8"
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-def test_every_element_exactly(dtype):
+@pytest.mark.parametrize("g", [8, 16, 32, 64, 128])
+def test_every_element_exactly(g, dtype):
     """One key: its value is the result, its product with a row of q that is 0 but in one place the LSE."""
-    b, hk, g = 4, 2, 8
+    b, hk = 4, 2
     every = torch.arange(256, device="cuda").to(torch.uint8).view(1, 256)
     order = torch.stack([torch.randperm(256, generator=torch.Generator("cuda").manual_seed(n), device="cuda") for n in range(b)])
     rows = every.expand(b, 256).gather(1, order).view(b, hk, 128)
@@ -91,14 +93,14 @@ def test_every_element_exactly(dtype):
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
-@pytest.mark.parametrize("g", [1, 2, 3, 4, 5, 7, 8, 16, 71])
+@pytest.mark.parametrize("g", [1, 2, 3, 4, 5, 7, 8, 9, 16, 32, 71])
 def test_groups_and_lengths(g, dtype):
     for slots, invariant in itertools.product((257, 1000, 4097), (False, True)):
         for lens in (int32([slots]), int32([slots, 0, slots // 2, 1, 15, 17])):
             check(*inputs(len(lens), 2, g, 1, slots, lens, dtype=dtype), invariant)
 
 
-@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 2), (8, 1), (4, 4), (16, 1), (8, 9)])
+@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 2), (8, 1), (4, 4), (16, 1), (8, 9), (3, 40)])
 def test_rows_masks_sink_and_left_padding(sq, g):
     for slots, window in itertools.product((300, 2500), ((None, None), (100, None), (700, None))):
         lens = int32([slots, 3, 0, slots - 1])
@@ -110,10 +112,11 @@ def test_rows_masks_sink_and_left_padding(sq, g):
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
 @pytest.mark.parametrize(("d", "dv"), [(8, 8), (40, 64), (64, 64), (72, 128), (128, 96)])
-def test_head_dims_and_layouts(d, dv, dtype):
+@pytest.mark.parametrize("g", [4, 16])
+def test_head_dims_and_layouts(g, d, dv, dtype):
     """Rows that do not start on 16 bytes are for another kernel; so are elements that lie apart."""
     lens = int32([700, 513])
-    q, k, v, options = inputs(2, 3, 4, 1, 700, lens, d, dv, dtype)
+    q, k, v, options = inputs(2, 3, g, 1, 700, lens, d, dv, dtype)
     if d % 16 or dv % 16:
         plan = flashgqa.explain_with_kvcache(q, k, v, **options)
         assert plan["kernel"].endswith("cache") and dict(plan["refused"])[kernel_of(q, k)] == "rows must start on 16 bytes"
@@ -133,7 +136,7 @@ def test_pages_and_new_keys(page):
     b, hk, new, slots = 3, 2, 3, 960
     per = -(-slots // page)
     lens = int32([900, 0, 513])
-    for g, sq in ((1, 1), (4, 2), (7, 1), (8, 1), (8, 4)):
+    for g, sq in ((1, 1), (4, 2), (7, 1), (8, 1), (8, 4), (8, 12)):
         q, k, v, options = inputs(b, hk, g, sq, per * page, lens)
         table = torch.randperm(b * per, generator=torch.Generator("cuda").manual_seed(page), device="cuda").view(b, per)
         pages = []
@@ -155,9 +158,10 @@ def test_pages_and_new_keys(page):
         assert torch.equal(whole, out)
 
 
-def test_scales_of_heads_alone_and_none():
+@pytest.mark.parametrize("g", [4, 16])
+def test_scales_of_heads_alone_and_none(g):
     lens = int32([800, 33])
-    q, k, v, options = inputs(2, 2, 4, 1, 800, lens)
+    q, k, v, options = inputs(2, 2, g, 1, 800, lens)
     together = options | {name: options[name][:1].expand(2, 2).contiguous() for name in ("k_scale", "v_scale")}
     alone = options | {name: options[name][0] for name in ("k_scale", "v_scale")}
     assert torch.equal(check(q, k, v, together), flashgqa.attention_with_kvcache(q, k, v, **alone))
@@ -165,20 +169,22 @@ def test_scales_of_heads_alone_and_none():
     check(q / 64, k, v, {"cache_lens": lens})
 
 
-def test_wide_range_of_q():
+@pytest.mark.parametrize("g", [8, 32, 100])
+def test_wide_range_of_q(g):
     """Elements of a row of q far below its largest one still count, and inf and NaN stay with their row."""
     lens = int32([900])
-    q, k, v, options = inputs(1, 1, 8, 1, 900, lens)
+    q, k, v, options = inputs(1, 1, g, 1, 900, lens)
     q *= 2.0 ** torch.randint(-20, 1, q.shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     q[0, 1] *= 2.0**-100
     check(q, k, v, options)
     clean = flashgqa.attention_with_kvcache(q, k, v, **options)
     q[0, 3, 0, 5], q[0, 6, 0, 7] = math.inf, math.nan
     out = flashgqa.attention_with_kvcache(q, k, v, **options)
-    assert out[0, [3, 6]].isnan().all() and torch.equal(out[0, [0, 1, 2, 4, 5, 7]], clean[0, [0, 1, 2, 4, 5, 7]])
+    others = [h for h in range(g) if h not in (3, 6)]
+    assert out[0, [3, 6]].isnan().all() and torch.equal(out[0, others], clean[0, others])
 
 
-@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 2), (4, 8)])
+@pytest.mark.parametrize(("sq", "g"), [(2, 1), (2, 4), (4, 2), (4, 8), (8, 8), (8, 16)])
 def test_nan_reaches_only_rows_that_see_it(sq, g):
     q, k, v, options = inputs(1, 1, g, sq, 900, int32([900]))
     clean = flashgqa.attention_with_kvcache(q, k, v, **options, causal=True)
@@ -190,9 +196,10 @@ def test_nan_reaches_only_rows_that_see_it(sq, g):
     assert flashgqa.attention_with_kvcache(q, k, v, **options, causal=True).isnan().all()
 
 
-def test_batch_invariant_rows_do_not_depend_on_the_batch():
+@pytest.mark.parametrize("g", [4, 16])
+def test_batch_invariant_rows_do_not_depend_on_the_batch(g):
     lens = int32([3000, 17, 2000, 1024, 1025, 0])
-    q, k, v, options = inputs(6, 2, 4, 1, 3000, lens)
+    q, k, v, options = inputs(6, 2, g, 1, 3000, lens)
     together = flashgqa.attention_with_kvcache(q, k, v, **options, batch_invariant=True)
     for n in range(6):
         own = {name: x[n:n + 1] for name, x in options.items()}
@@ -200,9 +207,10 @@ def test_batch_invariant_rows_do_not_depend_on_the_batch():
         assert torch.equal(alone[0], together[n])
 
 
-def test_one_graph_serves_all_lengths_and_scales():
+@pytest.mark.parametrize("g", [4, 16])
+def test_one_graph_serves_all_lengths_and_scales(g):
     lens = int32([5, 1])
-    q, k, v, options = inputs(2, 2, 4, 1, 3000, int32([3000, 3000]))
+    q, k, v, options = inputs(2, 2, g, 1, 3000, int32([3000, 3000]))
     options["cache_lens"] = lens
     graph = torch.cuda.CUDAGraph()
     flashgqa.attention_with_kvcache(q, k, v, **options)
@@ -224,6 +232,7 @@ def test_refusals_say_why():
             flashgqa.attention_with_kvcache(q, k, v, **options | more, kernel=ROWS[0])
 
     refused("has no softcap", q, k, v, softcap=3.0)
+    refused("up to 8 query rows", q.expand(1, 8, 3, 128), k, v)
     refused("pages of a multiple of 16", q, *(x.view(-1, 2, 8, 128) for x in (k, v)), page_table=int32([range(125)]))
     options = {"cache_lens": options["cache_lens"]}
     refused("for float8 KV caches only", q, k.to(q), v.to(q))

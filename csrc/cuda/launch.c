@@ -173,8 +173,7 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 {
     const int64_t rows = (int64_t)p->sq * p->g, granules = ((int64_t)p->sk + k->row.block_k - 1) / k->row.block_k + 1;
     if (p->varlen) { return "has no packed sequences"; }
-    /* rows over float8 caches have no wider one: they read such a cache once for every 8 query rows, mostly from L2 */
-    if (k->row.most_rows < DECODE_ROWS && !k->row.float8 && rows > k->row.most_rows) {
+    if (k->row.most_rows < DECODE_ROWS && rows > k->row.most_rows) {
         return fgqa_reason(why, "up to %d query rows of a KV head", k->row.most_rows);
     }
     const char *reason = refuse_cache(k, p, why);

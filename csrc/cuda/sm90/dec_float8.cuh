@@ -52,12 +52,12 @@ struct float8_scales {
     }
 };
 
-/* Pairs of one row of q, of which four neighbouring lanes have 2 N each, as float16 times a power of two; its inverse. The row's
+/* Pairs of one row of q, of which LANES neighbouring lanes have 2 N each, as float16 times a power of two; its inverse. The row's
  * largest number gets the exponent 14. Numbers below 2^-31 of that are rounded, to 2^-39 of it: no float32 sum would see them.
  * Float16 ones stay what they are. */
-template <int N> static __device__ __forceinline__ float float16_row(uint32_t (&)[N][2], f16) { return 1.0f; }
+template <int LANES, int N> static __device__ __forceinline__ float float16_row(uint32_t (&)[N][2], f16) { return 1.0f; }
 
-template <int N> static __device__ __forceinline__ float float16_row(uint32_t (&pair)[N][2], bf16)
+template <int LANES, int N> static __device__ __forceinline__ float float16_row(uint32_t (&pair)[N][2], bf16)
 {
     constexpr uint32_t EXPONENT = 0x7F800000u;
     uint32_t largest = 0;
@@ -66,8 +66,8 @@ template <int N> static __device__ __forceinline__ float float16_row(uint32_t (&
         const uint32_t low = pair[n / 2][n % 2] << 16 & EXPONENT, high = pair[n / 2][n % 2] & EXPONENT;
         largest = max(largest, max(low == EXPONENT ? 0 : low, high == EXPONENT ? 0 : high));
     }
-    largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 1));
-    largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 2));
+#pragma unroll
+    for (int d = 1; d < LANES; d *= 2) { largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, d)); }
     const uint32_t exponent = max(largest >> 23, 32u);      /* biased by 127; its inverse must be a number, too */
     const float up = __uint_as_float((127 + 127 + 14 - exponent) << 23);
 #pragma unroll

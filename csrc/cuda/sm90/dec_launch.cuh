@@ -18,7 +18,7 @@ static int32_t aligned_blocks(int64_t pairs, int32_t blocks)
 /* A copy is 128 bytes wide and, where the head dim fills the tile, all chunks deep. */
 static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p, fgqa_arg arg, int32_t columns)
 {
-    const int32_t chunks = CHUNKS, pieces = has_pieces(p->cache), deep = chunks > 1 && columns == D && !pieces;
+    const int32_t chunks = TILE_BYTES / CHUNK_BYTES, pieces = has_pieces(p->cache), deep = chunks > 1 && columns == D && !pieces;
     *boxes = deep ? 1 : chunks;
     return fgqa_cache_map(map, p, arg, pieces ? PIECE : GRANULE, deep ? chunks : 1);
 }

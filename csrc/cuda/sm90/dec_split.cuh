@@ -5,7 +5,7 @@
 #include "dec_work.h"
 
 /* A tile: GRANULE keys in chunks of 128 bytes a row, one or two a column. */
-static constexpr int CHUNKS = D / (FLOAT8 ? 128 : 64), CHUNK_BYTES = GRANULE * 128, TILE_BYTES = CHUNKS * CHUNK_BYTES;
+static constexpr int CHUNK_BYTES = GRANULE * 128, TILE_BYTES = D / (FLOAT8 ? 128 : 64) * CHUNK_BYTES;
 
 /* Pages that do not hold whole granules: these come in pieces. Keys of a piece: */
 static constexpr int32_t PIECE = 16, PIECES = GRANULE / PIECE;

@@ -275,7 +275,7 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
         }
         float unit[2] = {1.0f, 1.0f};           /* of the scores of the lane's two rows */
         if (FLOAT8) {
-            const float power = float16_row(q, T()) * scales.k;
+            const float power = float16_row<4>(q, T()) * scales.k;
 #pragma unroll
             for (int c = 0; c < 2; c++) { unit[c] = __shfl_sync(0xFFFFFFFFu, power, 4 * (2 * (lane % 4) + c)); }
         }

@@ -19,12 +19,15 @@
  *   named READY + group        the warpgroup                             P and cleared V are visible; warp_part is complete
  *   named TEAM + stream        the stream's warpgroups                   where both clear one tile of V
  *
- * A tile is D / 64 chunks of 64 columns, of 64 rows of 128 bytes, with the swizzle of TMA.
+ * A tile is D / 64 chunks of 64 columns, of 64 rows of 128 bytes, with the swizzle of TMA. Variant decodewidef8: one chunk of 128
+ * columns of float8, and A comes from registers (dec_wide_float8.cuh).
  */
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../kernel_table.h"
 #include "dec_work.h"
+
+#include <type_traits>
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 
@@ -40,11 +43,14 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 #include "../sm80/gemm.cuh"
 #include "dec_block.cuh"
 #include "dec_launch.cuh"
+#include "dec_wide_float8.cuh"
 
-static constexpr int CONSUMER_THREADS = 32 * CONSUMERS;
+static constexpr int CONSUMER_THREADS = 32 * CONSUMERS, CHUNKS = D / 64;
 static constexpr int MERGE_PITCH = D + 4, MERGE = 1, VOTE = 4, READY = 6, TEAM = 10;
 static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
 static_assert(GRANULE == 64 && BLOCK_Q == 128, "kernels.def: granules of 64 keys, 128 rows");
+
+typedef std::conditional<FLOAT8, f16, T>::type product;
 
 template <int N_, int STREAMS_> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
@@ -55,6 +61,7 @@ template <int N_, int STREAMS_> struct wide_shared {
     alignas(16) float merge[N][MERGE_PITCH];            /* o, m of stream 1, unused, m and l of the sum */
     float warp_part[2][4][N];                           /* a warp's maxima of a tile; its sums at the end of a segment */
     fgqa_range rows[ROWS];                              /* slots each row sees */
+    float unit[ROWS];                                   /* of each row's scores, over float8 */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
     int32_t pages[2 * STREAMS][PAGES_AHEAD * PIECES];
     dec_schedule schedule;
@@ -69,6 +76,12 @@ template <int N> struct state {
 };
 
 static __device__ __forceinline__ int row_of(int number, int lane) { return 8 * (number / 2) + 2 * (lane % 4) + number % 2; }
+
+/* Of registers 4 n + 2 half + {0, 1} of o[chunk]. */
+static __device__ __forceinline__ int out_column(int chunk, int half, int warp, int lane)
+{
+    return FLOAT8 ? 32 * warp + 16 * chunk + 2 * (lane / 4) + half : 64 * chunk + 16 * warp + lane / 4 + 8 * half;
+}
 
 /* Q of a pair in 16-byte pieces, zero where there is none, to shared memory. Behind the K/V stream of all SMs a load takes 4 to 5 us:
  * few rows are fetched a segment ahead, into registers; many, for which there are none, into L2. */
@@ -118,9 +131,17 @@ template <int ROWS> struct q_pieces {
             cp_async_commit();
         }
     }
-    template <class Shared> __device__ __forceinline__ void end_place(Shared &mem) const
+    template <class Shared> __device__ __forceinline__ void end_place(Shared &mem, const float8_scales &scales) const
     {
-        if (KEPT) {
+        if (FLOAT8) {
+            if (!KEPT) { cp_async_wait<0>(); }
+#pragma unroll
+            for (int n = 0; n < COUNT; n++) {
+                const int item = (int)thread_index() + n * CONSUMER_THREADS, local = item / PIECES_OF_ROW, at = item % PIECES_OF_ROW;
+                const float power = float8_place_q(mem.q[0][local], sizeof(mem.q[0]), local, at, KEPT ? piece[KEPT ? n : 0] : *to(mem, n));
+                if (at == 0) { mem.unit[local] = power * scales.k; }
+            }
+        } else if (KEPT) {
 #pragma unroll
             for (int n = 0; n < COUNT; n++) {
                 if ((int)thread_index() + n * CONSUMER_THREADS < ROWS * PIECES_OF_ROW) { *to(mem, n) = piece[KEPT ? n : 0]; }
@@ -228,15 +249,23 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
 
     mbarrier_wait(k_bar, parity);
     const uint64_t k_desc = wgmma_desc_sw128(k_tile, 16, 1024), q_desc = wgmma_desc_sw128(smem_address(mem.q) + row0 * 128, 16, 1024);
-    wgmma_fence();
+    if (FLOAT8) {
+        float8_scores(s, k_tile, q_desc, sizeof(mem.q[0]));
+    } else {
+        wgmma_fence();
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) {          /* 16 columns: 32 bytes along a row; descriptors count 16 bytes */
-        wgmma_turned<0>(s, k_desc + (k / 4 * CHUNK_BYTES + k % 4 * 32) / 16, q_desc + (k / 4 * Shared::ROWS * 128 + k % 4 * 32) / 16, k > 0);
+        for (int k = 0; k < D / 16; k++) {      /* 16 columns: 32 bytes along a row; descriptors count 16 bytes */
+            wgmma_turned<0>(s, k_desc + (k / 4 * CHUNK_BYTES + k % 4 * 32) / 16, q_desc + (k / 4 * Shared::ROWS * 128 + k % 4 * 32) / 16, k > 0);
+        }
     }
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_pin(s);
     if (lane == 0) { mbarrier_arrive(empty_bar); }
+    if (FLOAT8) {
+#pragma unroll
+        for (int r = 0; r < N / 2; r++) { s[r] *= mem.unit[row0 + row_of(r / 4 * 2 + r % 2, lane)]; }
+    }
 
     bool grows = false;
     const float lazy = LAZY / p.scale_log2;
@@ -263,19 +292,26 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
 #pragma unroll
     for (int u = 0; u < N / 16; u++) {          /* matrices (rows 16 u + 0-7 | 8-15) x (keys 0-7 | 8-15), key half first */
         const int row = 16 * u + 8 * (lane / 16) + lane % 8, piece = 2 * warp + lane / 8 % 2;
-        stmatrix_x4_trans(pt + row * 128 + 16 * (piece ^ (lane % 8)), pack2(s[8 * u], s[8 * u + 1], T()), pack2(s[8 * u + 2], s[8 * u + 3], T()),
-                          pack2(s[8 * u + 4], s[8 * u + 5], T()), pack2(s[8 * u + 6], s[8 * u + 7], T()));
+        stmatrix_x4_trans(pt + row * 128 + 16 * (piece ^ (lane % 8)), pack2(s[8 * u], s[8 * u + 1], product()),
+                          pack2(s[8 * u + 2], s[8 * u + 3], product()), pack2(s[8 * u + 4], s[8 * u + 5], product()),
+                          pack2(s[8 * u + 6], s[8 * u + 7], product()));
     }
 
     mbarrier_wait(k_bar + 8, parity);
     if (!is_full) {                             /* unseen keys have p = 0, but 0 * NaN is NaN */
-        for (uint32_t item = thread_index() % TEAM_THREADS; item < GRANULE * CHUNKS * 8; item += TEAM_THREADS) {
+        for (uint32_t item = thread_index() % TEAM_THREADS; item < TILE_BYTES / 16; item += TEAM_THREADS) {
             const int32_t key = (int32_t)(item / 8 % GRANULE);
             if (key < mask.seen.begin || key >= mask.seen.end) {
                 asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v_tile + 16 * item), "r"(0) : "memory");
             }
         }
-        if (mask.rows_differ) { take_poison(mem, group, v_tile, mask.first, mask.full, st); }
+        if (mask.rows_differ) {
+            if constexpr (FLOAT8) {
+                float8_take_nan<TEAM_THREADS>(st.o, mem.rows + row0, v_tile, mask.first, mask.full, (uint32_t)(TEAM + group / Shared::GROUPS));
+            } else {
+                take_poison(mem, group, v_tile, mask.first, mask.full, st);
+            }
+        }
     }
     fence_proxy_async();
     if (is_full || Shared::GROUPS == 1) {
@@ -284,12 +320,16 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
         bar_sync(TEAM, TEAM_THREADS);
     }
     const uint64_t v_desc = wgmma_desc_sw128(v_tile, CHUNK_BYTES, 1024), p_desc = wgmma_desc_sw128(pt, 16, 1024);
-    wgmma_fence();
+    if constexpr (FLOAT8) {
+        float8_sums(st.o, v_tile, p_desc);
+    } else {
+        wgmma_fence();
 #pragma unroll
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
 #pragma unroll
-        for (int k = 0; k < GRANULE / 16; k++) {        /* 16 keys: 16 rows of V, 32 bytes of P */
-            wgmma_turned<1>(st.o[chunk], v_desc + (chunk * CHUNK_BYTES + k * 2048) / 16, p_desc + k * 32 / 16, 1);
+            for (int k = 0; k < GRANULE / 16; k++) {    /* 16 keys: 16 rows of V, 32 bytes of P */
+                wgmma_turned<1>(st.o[chunk], v_desc + (chunk * CHUNK_BYTES + k * 2048) / 16, p_desc + k * 32 / 16, 1);
+            }
         }
     }
     wgmma_commit();
@@ -315,7 +355,7 @@ template <int N> static __device__ __forceinline__ void finish_segment(const dec
         if (stream == 1) {
             if (warp == 0 && lane < 4) { mem.merge[row][D] = st.m[j]; }
 #pragma unroll
-            for (int n = 0; n < 2 * CHUNKS; n++) { mem.merge[row][64 * (n / 2) + 16 * warp + lane / 4 + 8 * (n % 2)] = st.o[n / 2][r + 2 * (n % 2)]; }
+            for (int n = 0; n < 2 * CHUNKS; n++) { mem.merge[row][out_column(n / 2, n % 2, warp, lane)] = st.o[n / 2][r + 2 * (n % 2)]; }
         }
     }
     actor.sync();
@@ -330,7 +370,7 @@ template <int N> static __device__ __forceinline__ void finish_segment(const dec
             for (int w = 0; w < 4; w++) { l += w0 * actor.read(mem.warp_part[0][w][row]) + w1 * actor.read(mem.warp_part[1][w][row]); }
 #pragma unroll
             for (int n = 0; n < 2 * CHUNKS; n++) {
-                float &o = mem.merge[row][64 * (n / 2) + 16 * warp + lane / 4 + 8 * (n % 2)];
+                float &o = mem.merge[row][out_column(n / 2, n % 2, warp, lane)];
                 const float sum = w0 * st.o[n / 2][r + 2 * (n % 2)] + w1 * actor.read(o);
                 if (!actor.rehearsal) { o = sum; }
             }
@@ -367,7 +407,7 @@ template <int N> static __device__ __forceinline__ void finish_segment(const dec
             if (lane < 4) { mem.warp_part[group][warp][row_of(j, lane)] = l; }
             if (warp == 0 && lane < 4) { row[D] = st.m[j]; }
 #pragma unroll
-            for (int c = 0; c < 2 * CHUNKS; c++) { row[64 * (c / 2) + 16 * warp + lane / 4 + 8 * (c % 2)] = st.o[c / 2][r + 2 * (c % 2)]; }
+            for (int c = 0; c < 2 * CHUNKS; c++) { row[out_column(c / 2, c % 2, warp, lane)] = st.o[c / 2][r + 2 * (c % 2)]; }
         }
         bar_sync(barrier, threads);
         for (int item = actor.thread % 128; item < N / 2 * (D / 4); item += 128) {
@@ -392,10 +432,13 @@ template <class Shared> static __device__ __forceinline__ void consume(const dec
     dec_segment segment = first_segment(p, mem.schedule);
     pair_rows rows = pair_rows_of(p, segment.h), rows_next = rows;
     q_pieces<Shared::ROWS> q;
+    float8_scales scales, scales_next = {1.0f, 1.0f};
     q.fetch(p, segment.b, rows, true);
+    if (FLOAT8) { scales_next.fetch(p, segment.b, rows.kv_head); }
     int stage = 0;
     uint32_t parity = 0;
     for (int segments = 0; segment.valid(); segments++) {
+        scales = scales_next;
         if (!actor.rehearsal) { q.begin_place(mem, p, segment.b, rows); }
         dec_segment next = segment;
         next.next(p, &mem.schedule);
@@ -404,12 +447,13 @@ template <class Shared> static __device__ __forceinline__ void consume(const dec
         const pair_slots slots = pair_slots_of(rule, sequence, rows);
         if (!actor.rehearsal) {
             if (actor.thread < Shared::ROWS) { mem.rows[actor.thread] = slots_of_row(rule, sequence, rows, actor.thread); }
-            q.end_place(mem);
+            q.end_place(mem, scales);
         }
         actor.sync();
         if (next.valid()) {
             rows_next = pair_rows_of(p, next.h);
             q.fetch(p, next.b, rows_next, false);
+            if (FLOAT8) { scales_next.fetch(p, next.b, rows_next.kv_head); }
         }
         state<N> st = {};
 #pragma unroll
@@ -426,6 +470,10 @@ template <class Shared> static __device__ __forceinline__ void consume(const dec
             }
         }
         const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)mem.schedule.begin + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
+        if (FLOAT8) {
+#pragma unroll
+            for (int n = 0; n < CHUNKS * N / 2; n++) { st.o[n / (N / 2)][n % (N / 2)] *= scales.v; }
+        }
         finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record);
         if (actor.rehearsal) { return; }
         segment = next;
