@@ -108,7 +108,9 @@ def gpu_more_table(rows):
 
 def gpu_decode_table(rows):
     columns = ("batch", "cached keys", "heads q/kv", "page", "us", "TB/s", "best peer", "ratio", "to cuDNN", "to FA2", "read us",
-               "lengths given", "invariant")
+               "lengths given", "invariant", "float8 cache, lengths given")
+    if not any("float8_us" in row for row in rows):     # an older run
+        columns = columns[:-1]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:
@@ -118,10 +120,10 @@ def gpu_decode_table(rows):
         mine = row["flashgqa_us"]
         ratios = [f"{row[f'{name}_us'] / mine:.2f}" for name in ("best", "cudnn", "fa2")]
         rate = 4 * row["b"] * row["hk"] * row["s"] * 128 / mine / 1e6
-        invariant = f"{row['invariant_us']:.1f}" if "invariant_us" in row else ""
+        invariant, float8 = (f"{row[name]:.1f}" if name in row else "" for name in ("invariant_us", "float8_us"))
         cells = [row["b"], row["s"], heads(row), row["page"] or "", f"{mine:.1f}", f"{rate:.2f}", row["best_peer"], *ratios,
-                 f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", invariant]
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+                 f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", invariant, float8]
+        lines.append(f"| {' | '.join(map(str, cells[:len(columns)]))} |")
     return lines
 
 
