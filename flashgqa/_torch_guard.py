@@ -6,6 +6,7 @@ dtype, device, rank and requires_grad of others, which were asked the long way.
 """
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 def _guard_of(*tensors):
@@ -19,11 +20,11 @@ def _guard_of(*tensors):
 
 def _tells_kinds_apart():
     """Tried, because torch promises nothing about what is not public."""
-    with torch.no_grad():
-        plain, longer = torch.zeros(1, 2), torch.zeros(5, 7).T
+    with _disable_current_modes(), torch.inference_mode(False), torch.no_grad():
+        plain, longer = torch.zeros(1, 2, device="cpu"), torch.zeros(5, 7, device="cpu").T
         others = (
             torch._neg_view(plain), torch._to_functional_tensor(plain), plain.to_sparse(), plain.to("meta"), plain.double(),
-            plain.detach().requires_grad_(), torch.nn.Parameter(plain, requires_grad=False), torch.zeros(2),
+            plain.detach().requires_grad_(), torch.nn.Parameter(plain, requires_grad=False), plain[0],
         )  # fmt: skip
         check, requires_grad = _guard_of(plain, longer)
         return (

@@ -174,6 +174,17 @@ def test_torch_gradients_are_refused_after_a_call_that_recorded_none():
             flashgqa.attention(q, leaf, v)
 
 
+def test_torch_guards_are_there_wherever_the_first_call_is():
+    from torch._subclasses import FakeTensorMode
+
+    from flashgqa import _torch_guard
+
+    assert _torch_guard.guard_of is not None
+    for mode in (torch.inference_mode, FakeTensorMode, lambda: torch.device("meta"), lambda: torch.autocast("cpu")):
+        with mode():
+            assert _torch_guard._find() is not None
+
+
 def test_torch_one_tensor_for_all():
     x = torch.from_numpy(Q)
     expected = flashgqa.attention(Q, Q, Q)

@@ -11,7 +11,7 @@
 
 int fgqa_call_scratch(fgqa_call *call, size_t bytes, void **memory)
 {
-    const fgqa_import *q = &call->in[FGQA_ARG_q];
+    fgqa_import *q = &call->in[FGQA_ARG_q];
     fgqa_result *result = &call->scratch[call->n_scratch];
     if (q->type.kind == FGQA_KIND_TORCH || q->type.kind == FGQA_KIND_CUPY) {
         if (fgqa_scratch_new(call->state, q, bytes, result) < 0) { return -1; }

@@ -17,12 +17,16 @@ typedef struct {
     unsigned flags;
 } fgqa_slot;
 
+/* Whether something watches what becomes of new torch tensors: the same for all results of a call, so it is asked once. */
+typedef enum { FGQA_RESULTS_UNKNOWN, FGQA_RESULTS_PLAIN, FGQA_RESULTS_WATCHED } fgqa_results_kind;
+
 /* One argument while a call lasts. Zero-initialised; `type` is set once an object has been seen. */
 typedef struct {
     fgqa_tensor tensor;
     PyObject *object;                      /* the caller's; borrowed */
     void *stream;                          /* of the call, if the tensor is on a GPU */
     fgqa_type type;                        /* of the caller's object; owns from_dlpack, borrows the rest */
+    fgqa_results_kind results;             /* of results made after this one */
     int copied;                            /* strides are those of a copy, not of the object */
     PyObject *copy;                        /* array that owns a copy made by NumPy, or NULL */
     void *memory;                          /* block that owns a copy made here, or NULL */

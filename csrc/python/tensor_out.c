@@ -134,14 +134,15 @@ static int is_watched(const fgqa_torch *torch)
 
 /* The function that torch.compile's own code allocates by, in half the time: it skips what torch asks of every call, so it is asked
  * here, and allocates on the current device, so the result is looked at. 0 if it serves not: *result is as it was. */
-static int allocate_torch_shortly(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
+static int allocate_torch_shortly(fgqa_state *state, fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
 {
     const fgqa_torch *torch = &state->torch;
     DLTensor dl;
-    if (torch->empty[spec->device.type] == NULL || q->type.exchange == NULL || q->type.exchange->dltensor_from_py_object_no_sync == NULL
-        || is_watched(torch)) {
+    if (torch->empty[spec->device.type] == NULL || q->type.exchange == NULL || q->type.exchange->dltensor_from_py_object_no_sync == NULL) {
         return 0;
     }
+    if (q->results == FGQA_RESULTS_UNKNOWN) { q->results = is_watched(torch) ? FGQA_RESULTS_WATCHED : FGQA_RESULTS_PLAIN; }
+    if (q->results == FGQA_RESULTS_WATCHED) { return 0; }
     PyObject *args = torch_args(state, spec), *object = args ? PyObject_Call(torch->empty[spec->device.type], args, NULL) : NULL;
     Py_XDECREF(args);
     if (object == NULL) { return -1; }
@@ -156,7 +157,7 @@ static int allocate_torch_shortly(fgqa_state *state, const fgqa_import *q, const
     return 1;
 }
 
-static int allocate_torch(fgqa_state *state, const fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
+static int allocate_torch(fgqa_state *state, fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
 {
     fgqa_type type;
     const int done = allocate_torch_shortly(state, q, spec, result);
@@ -200,7 +201,7 @@ static int allocate_cupy(fgqa_state *state, const fgqa_tensor *spec, fgqa_result
     return -1;
 }
 
-int fgqa_scratch_new(fgqa_state *state, const fgqa_import *like, size_t bytes, fgqa_result *result)
+int fgqa_scratch_new(fgqa_state *state, fgqa_import *like, size_t bytes, fgqa_result *result)
 {
     const fgqa_tensor spec = {.dtype = FGQA_BOOL, .device = like->tensor.device, .ndim = 1, .shape = {(int64_t)bytes}, .stride = {1}};
     if (like->type.exchange == NULL) { return fgqa_result_new(state, like, &spec, result); }
@@ -209,7 +210,7 @@ int fgqa_scratch_new(fgqa_state *state, const fgqa_import *like, size_t bytes, f
     return allocate_foreign(like->type.exchange, &spec, result);
 }
 
-int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
+int fgqa_result_new(fgqa_state *state, fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result)
 {
     memset(result, 0, sizeof *result);
     result->tensor = *spec;

@@ -14,10 +14,10 @@ typedef struct {
 } fgqa_result;
 
 /* Memory for `spec`, from the library of `like` if that hands out memory. */
-int fgqa_result_new(fgqa_state *state, const fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result);
+int fgqa_result_new(fgqa_state *state, fgqa_import *like, const fgqa_tensor *spec, fgqa_result *result);
 
 /* Memory of the same library that never becomes an object of it. */
-int fgqa_scratch_new(fgqa_state *state, const fgqa_import *like, size_t bytes, fgqa_result *result);
+int fgqa_scratch_new(fgqa_state *state, fgqa_import *like, size_t bytes, fgqa_result *result);
 
 /* The Python object of a result; the memory is given away, also on failure. */
 PyObject *fgqa_result_object(fgqa_state *state, const fgqa_import *like, fgqa_result *result);
