@@ -24,11 +24,13 @@ KNOWN = (
           "its lane 0 arrives at o_full; writer, q_empty, scheduler, tile_full, masker. The tool follows an mbarrier for "
           "the thread that arrives, not for those which that thread has met before."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE,
-          (r"Write .*\bdescribe_tile<", r"Read .*\b(consume<|finish_rows<|find_rows\(|produce\()"),
-          "The scheduler's lane 0 writes tiles[s] and arrives at q_full itself; consumers wait for it. Before the next "
-          "write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at o_full, the "
-          "writer waits for it and arrives at q_empty, for which the scheduler waits; the producer's lanes meet at "
-          "__syncwarp behind theirs, before the copies leave for which those consumers wait. The same limit of the tool."),
+          (r"Write .*\b(describe_tile|schedule)<",
+           r"Read .*\b(consume<|finish_rows<|add_seen_poison\(|find_rows\(|produce\(|describe_rows\()"),
+          "The scheduler's lane 0 writes tiles[s] and arrives at tile_full and q_full itself, for which the others wait. "
+          "Before the next write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at "
+          "o_full, the writer waits for it and arrives at q_empty, for which the scheduler waits; lanes of the masker and of "
+          "the producer meet at __syncwarp behind theirs, before lane 0 arrives at q_full and before the copies leave for "
+          "which those consumers wait. The same limit of the tool."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bwrite_o\("),
           "Lanes of a consumer warp set poisoned[s], all to 1, meet at __syncwarp, lane 0 arrives at o_full; the writer "
           "waits for it, reads, sets 0 and arrives at q_empty, behind which the scheduler, q_full and the consumers follow."
@@ -51,7 +53,11 @@ KNOWN = (
           "The writer's thread writes first[s] and arrives at turn_come[s], for which consumers wait; it writes again only "
           "when it has waited for dq_added[s], at which lane 0 of each consumer warp arrives behind __syncwarp. The same "
           "limit."),
-    Known("initcheck", "bwd_sm80_.*_d64_.*_general", r"^Uninitialized __global__ memory read",
+    Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bproduce_keys<", r"Read .*\bconsume_keys<"),
+          "The producer's thread writes poisoned[s] and arrives at k_full, for which consumers wait. It writes again only when "
+          "it has waited for k_empty[s], at which one thread of each consumer arrives once the last product of the step is done: "
+          "an operation of all four warps, each of which issues it behind its read. The same limit."),
+    Known("initcheck", "bwd_sm80_.*_general", r"^Uninitialized __global__ memory read",
           (r"bwd_sm80_\w+_general_kernel|bwd_\w+\.cuh",),
           "The first key tile in a query tile's order stores all of its dQ sums (add_dq, rank 0) and passes the turn on "
           "behind a barrier by a release; the others read, each thread what the same thread of that block stored, after "
