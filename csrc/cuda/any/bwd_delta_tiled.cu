@@ -4,7 +4,7 @@
 #include "../common/launch.cuh"
 #include "bwd_rows.cuh"
 
-static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_LANES = 32;        /* 16-byte loads of a thread and tensor at a time; rows of a tile; lanes of a row */
+static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_LANES = 32, MOST_SORTED = 1024;      /* 16-byte loads of a thread and tensor at a time; rows of a tile; lanes of a row; sequences */
 
 /* rowsum(dO O) of a tile's rows, LANES lanes a row. */
 template <typename T, int LANES, bool VECTOR>
@@ -68,21 +68,44 @@ template <typename T> static __device__ __noinline__ void zero_rows(const fgqa_p
     }
 }
 
-/* By the first block: longest sequence of keys. */
-static __device__ __noinline__ void prepare_control(const fgqa_problem &p, const fgqa_bwd_workspace &w)
+/* By the first block. Packed sequences, unless there are very many, are taken in the order of their query rows, of which a task's
+ * length is made: the last tasks to be begun are short. */
+static __device__ __noinline__ void prepare_tasks(const fgqa_problem &p, const fgqa_bwd_workspace &w)
 {
-    __shared__ int32_t longest;
-    if (threadIdx.x == 0) { longest = p.varlen ? 0 : p.sk; }
-    __syncthreads();
-    for (int32_t b = (int32_t)threadIdx.x; p.varlen && b < p.b; b += THREADS) {
-        int32_t rows;
-        atomicMax(&longest, fgqa_device_sequence(p, b, &rows).mask.sk);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
+    __shared__ int32_t rows_of[MOST_SORTED];
+    __shared__ uint32_t sums[THREADS];
+    const int32_t thread = (int32_t)threadIdx.x;
+    int32_t rows;
+    if (thread == 0) {
         w.control->ticket = 0;
-        w.control->key_tiles = ((int64_t)longest + w.block_k - 1) / w.block_k;
+        w.control->key_tiles = ((int64_t)p.sk + w.block_k - 1) / w.block_k;
     }
+    if (!p.varlen) { return; }
+    const bool sorted = p.b <= MOST_SORTED;
+    for (int32_t b = thread; sorted && b < p.b; b += THREADS) { rows_of[b] = fgqa_device_sequence(p, b, &rows).mask.sq; }
+    __syncthreads();
+    for (int32_t b = thread; b < p.b; b += THREADS) {
+        int32_t rank = sorted ? 0 : b;
+        for (int32_t other = 0; sorted && other < p.b; other++) { rank += rows_of[other] > rows_of[b] || (rows_of[other] == rows_of[b] && other < b); }
+        w.sequences[rank] = b;
+    }
+    uint32_t before = 0;
+    for (int32_t first = 0; first < p.b; first += THREADS) {
+        const int32_t n = first + thread;
+        __syncthreads();
+        const uint32_t tiles = n < p.b ? (uint32_t)bwd_key_tiles_of(w, fgqa_device_sequence(p, w.sequences[n], &rows).mask) : 0, tasks = tiles * (uint32_t)(p.hk * w.splits);
+        sums[thread] = tasks;
+        for (int step = 1; step < THREADS; step *= 2) {
+            __syncthreads();
+            const uint32_t sum = sums[thread] + (thread >= step ? sums[thread - step] : 0);
+            __syncthreads();
+            sums[thread] = sum;
+        }
+        __syncthreads();
+        if (n < p.b) { w.first_task[n] = before + sums[thread] - tasks; }
+        before += sums[THREADS - 1];
+    }
+    if (thread == 0) { w.first_task[p.b] = before; }
 }
 
 template <typename T, int LANES, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4)
@@ -92,7 +115,7 @@ bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_
     const fgqa_problem &p = params.problem;
     const int thread = (int)threadIdx.x;
     if (p.b == 0 || p.hq == 0) {
-        if (blockIdx.x == 0) { prepare_control(p, w); }
+        if (blockIdx.x == 0) { prepare_tasks(p, w); }
         if (p.varlen) { zero_tails<T>(p); }
         return;
     }
@@ -118,7 +141,7 @@ bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_
         if (p.view[FGQA_ARG_dlse].data) { dlse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, first_row + thread); }
     }
     sum_rows<T, LANES, VECTOR>(sums, p, b, h, first_row, real);
-    if (blockIdx.x == 0) { prepare_control(p, w); }
+    if (blockIdx.x == 0) { prepare_tasks(p, w); }
     if (w.key_rows && tile >= 0) {
         fgqa_range *key_rows = bwd_key_rows(p, w, b, sequence.k_row);
         for (int64_t j = ((int64_t)h * tiles + tile) * THREADS + thread; j < mask.sk; j += (int64_t)p.hq * tiles * THREADS) {

@@ -9,7 +9,8 @@
  *            nothing has been added
  *   key_rows [b][sk] or [total_k]   of kernels with tiled statistics: query rows that see each key, where not all do
  *   poisoned [k_tiles]         of two passes, together with key_rows: whether the first has met an inf or NaN in the key tile
- *   control  ticket of the next task; key tiles of the longest sequence
+ *   control  ticket of the next task; key tiles of a sequence, of kernels without tiled statistics the longest one
+ *   sequences, first_task [b], [b + 1]   of packed sequences, with tiled statistics: those with most rows first, and the tasks before each
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
  */
 #ifndef FGQA_BWD_WORKSPACE_H
@@ -41,6 +42,8 @@ typedef struct {
     int64_t head_tiles, kv_head_tiles;    /* q or k tiles of one head: of one sequence, or of all when they are packed */
     int32_t block_q, block_k, splits, stats_kind;   /* of the main kernel's row */
     int32_t chain;                        /* order of the key tiles: bwd_key_tile_at() */
+    int32_t *sequences;
+    uint32_t *first_task;
 } fgqa_bwd_workspace;
 
 /* Whether some row of some tile may not see some key of it. */
@@ -82,6 +85,10 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
         if (fgqa_bwd_two_passes(stats_kind, d)) {
             w->poisoned = (int32_t *)fgqa_arena_take(&arena, (size_t)(p->varlen ? p->hk : (int64_t)p->b * p->hk) * (size_t)w->kv_head_tiles, sizeof(int32_t));
         }
+    }
+    if (stats_kind == FGQA_BWD_TILED && p->varlen) {
+        w->sequences = (int32_t *)fgqa_arena_take(&arena, (size_t)p->b, sizeof(int32_t));
+        w->first_task = (uint32_t *)fgqa_arena_take(&arena, (size_t)p->b + 1, sizeof(uint32_t));
     }
     if (splits > 1) {
         w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));

@@ -177,7 +177,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t wide = (4 * multiprocessors + key_tiles - 1) / key_tiles, cached = L2_BYTES * p.w.splits / ((int64_t)problem->sq * problem->g * 8 * D + 1);
     const int64_t shared_by_eight = multiprocessors / 8 + 1;
     int64_t band = min(wide, max(cached, shared_by_eight));
-    if (D == 256) { band = max((int64_t)1, min((int64_t)4, multiprocessors / key_tiles)); }      /* twice the bytes a product: shared by more */
+    if (D == 256) { band = max((int64_t)1, min((int64_t)16, multiprocessors / key_tiles)); }     /* twice the bytes a product: shared by more */
+    if (problem->varlen) { band = max((int64_t)1, (int64_t)multiprocessors / 16); }
     if (p.w.chain) { band = max((int64_t)1, (int64_t)multiprocessors / p.w.chain); }
     p.band = band < p.sections ? (uint32_t)band : p.sections;
     const bool masked = p.w.key_rows != NULL;

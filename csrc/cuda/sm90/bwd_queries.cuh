@@ -236,8 +236,8 @@ static int finish(const bwd_params &p, int32_t device, int32_t multiprocessors, 
     const uint32_t tiles = problem.varlen ? (uint32_t)(problem.total_q / TILE_ROWS) + (uint32_t)problem.b + 1 : ((uint32_t)problem.sq + TILE_ROWS - 1) / TILE_ROWS;
     const uint32_t heads = (uint32_t)problem.hq * (problem.varlen ? 1u : (uint32_t)problem.b), g = (uint32_t)problem.g;
     if (tiles == 0 || heads == 0 || problem.b == 0) { return cudaSuccess; }
-    /* whole groups of heads, and at least four rounds of blocks, the last of which is short under a causal mask */
-    const uint32_t groups = (4 * (uint32_t)multiprocessors + tiles * g - 1) / (tiles * g);
+    /* whole groups of heads, for about four rounds of blocks, the last of which is short under a causal mask */
+    const uint32_t groups = min(8u, (4 * (uint32_t)multiprocessors + tiles * g - 1) / (tiles * g));
     const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(queries_shared), device, masked ? &masked_state : &plain_state);
     return error != cudaSuccess ? error : launch_kernel(kernel, heads * tiles, THREADS, sizeof(queries_shared), stream, p, tiles, groups * g);
 }

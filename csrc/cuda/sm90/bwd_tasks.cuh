@@ -66,17 +66,34 @@ struct ring2 {
 
 /* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile, so that blocks which
  * become free together get key tiles of different sections, whose turns at dQ do not wait for each other; in the folded order
- * a chain of each section is in work at once. The place of the key tile in the order is left in t->n. */
-static __device__ __forceinline__ void find_task(const bwd_params &p, uint32_t ticket, uint32_t key_tiles, task *t)
+ * a chain of each section is in work at once. The sections of a packed sequence are bands of their own. The place of the key tile
+ * in the order is left in t->n. */
+static __device__ __forceinline__ bool find_task(const bwd_params &p, uint32_t ticket, uint32_t key_tiles, task *t)
 {
     const fgqa_problem &problem = p.common.problem;
-    const uint32_t in_band = p.band * key_tiles, first = ticket / in_band * p.band, rest = ticket % in_band;
-    const uint32_t width = min(p.band, p.sections - first), section = first + rest % width, splits = (uint32_t)p.w.splits;
-    const uint32_t pair = section / splits;
+    const uint32_t splits = (uint32_t)p.w.splits;
+    uint32_t sections = p.sections, in_sections = ticket;                /* the ticket among those of the sections */
+    if (problem.varlen) {
+        if (ticket >= p.w.first_task[problem.b]) { return false; }
+        int32_t at = 0, above = problem.b;
+        while (above - at > 1) {
+            const int32_t middle = at + (above - at) / 2;
+            if (p.w.first_task[middle] <= ticket) { at = middle; } else { above = middle; }
+        }
+        t->b = p.w.sequences[at];
+        sections = (uint32_t)problem.hk * splits;
+        in_sections -= p.w.first_task[at];
+        key_tiles = (p.w.first_task[at + 1] - p.w.first_task[at]) / sections;
+    } else if (ticket >= sections * key_tiles) {
+        return false;
+    }
+    const uint32_t in_band = p.band * key_tiles, first = in_sections / in_band * p.band, rest = in_sections % in_band;
+    const uint32_t width = min(p.band, sections - first), section = first + rest % width;
+    if (!problem.varlen) { t->b = (int32_t)(section / splits / (uint32_t)problem.hk); }
     t->n = (int32_t)(rest / width);
     t->part = (int32_t)(section % splits);
-    t->kv_head = (int32_t)(pair % (uint32_t)problem.hk);
-    t->b = (int32_t)(pair / (uint32_t)problem.hk);
+    t->kv_head = (int32_t)(section / splits % (uint32_t)problem.hk);
+    return true;
 }
 
 template <bool MASKED> static __device__ void schedule(const bwd_params &p, shared &sm)
@@ -91,9 +108,8 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
             uint32_t ticket = 0;
             if (lane == 0) { ticket = (uint32_t)atomicAdd((unsigned long long *)&p.w.control->ticket, 1ull); }
             ticket = __shfl_sync(ALL_LANES, ticket, 0);
-            t.done = ticket >= p.sections * key_tiles;
+            t.done = !find_task(p, ticket, key_tiles, &t);
             if (t.done) { break; }
-            find_task(p, ticket, key_tiles, &t);
             int32_t rows;
             const fgqa_sequence sequence = fgqa_device_sequence(problem, t.b, &rows);
             t.mask = sequence.mask;
