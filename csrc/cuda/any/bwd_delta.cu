@@ -1,4 +1,5 @@
-/* bwd_delta.cu - before the main backward kernel: statistics of every query row, and an initialised workspace.
+/* bwd_delta.cu - before the main backward kernel: statistics of every query row, and an initialised workspace,
+ * laid out as the main kernel's row wants it (stats_kind).
  *
  *     delta = rowsum(dO O) - dLSE      and the LSE, in two numbers where it is large (bwd_workspace.h)
  *

@@ -1,4 +1,5 @@
-/* bwd_dsink.cu - gradient of the sink logits: the sink is one more key with value 0.
+/* bwd_dsink.cu - gradient of the sink logits: the sink is one more key with value 0. After the main kernel, from
+ * the statistics of rows in whatever form its row has them.
  *
  *     dsink[h] = - sum over b, i of P(sink) delta          (P as in bwd_workspace.h; delta has dLSE in it)
  *

@@ -1,4 +1,5 @@
-/* bwd_reduce.cu - dK and dV as the sum of the parts that different blocks made of them, in the order of the parts. */
+/* bwd_reduce.cu - dK and dV as the sum of the parts that different blocks made of them, in the order of the parts
+ * (dk, dv of bwd_workspace.h). */
 #include "../common/launch.cuh"
 #include "../common/numeric.cuh"
 #include "../common/params.cuh"
