@@ -63,6 +63,17 @@ def test_all_pairs_of_lengths(d, mask):
     assert_alike(gradients(*padded, **options), gradients(*padded, arch=80, **options))
 
 
+@pytest.mark.parametrize("count", [300, 1300])
+@pytest.mark.parametrize("d", DIMS)
+def test_more_packed_sequences_than_threads_of_a_block(d, count):
+    """Some are empty; from 1,025 on they are taken as they come, before that those with most rows first."""
+    queries, keys = ((torch.arange(count, device="cuda") * n + n % 7).remainder(41).int() for n in (17, 29))
+    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
+    x = [x[0].transpose(0, 1) for x in inputs(1, 4, 2, *(int(s[-1]) for s in starts), d)]
+    options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=40, max_kv=40, causal=True)
+    assert_alike(gradients(*x, **options), gradients(*x, arch=80, **options))
+
+
 @pytest.mark.parametrize("group", [1, 2, 8, 32])
 @pytest.mark.parametrize("d", DIMS)
 def test_long_causal_passes_and_their_groups(d, group):
