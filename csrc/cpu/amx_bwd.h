@@ -163,6 +163,7 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
         const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
         kind = tile_scores(seen, t, &bp->panel, j0, j1, &k, bp->q_t, tiles.add, tiles.rows, tanh, &add, &scale);
         if (kind == TILE_UNSEEN) { return nothing; }
+        tile_scale(seen, (j1 - j0) * w, &scale);
     } else {
         kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles.add, tiles.rows, &add);
         if (kind == TILE_UNSEEN) { return nothing; }

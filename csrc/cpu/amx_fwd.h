@@ -94,12 +94,14 @@ SIMD int amx_weights_begin(const int nv, amx_beside *w, real *m, real *factor)
         const vreal old = v_load(m + v * VL), highest = top[v] * v_set1(w->scale);
         const vmask grows = m_lt(old + v_set1(AMX_LAZY), highest);
         const vreal now = v_select(grows, highest, old);
+        top[v] = now;
         w->shift[v] = v_select(m_eq(now, v_set1(-REAL_INF)), v_zero(), now);   /* nothing seen yet: 2^(-inf - 0) = 0 */
         v_store(m + v * VL, now);
         v_store(factor + v * VL, v_select(grows, v_exp2(old - w->shift[v]), v_set1(1)));
         grown |= m_any(grows);
         w->sum[v] = v_zero();
     }
+    tile_scale_huge(nv, w->s, w->keys, &w->scale, top);
     return grown;
 }
 

@@ -168,6 +168,7 @@ FGQA_SHARED tile_kind bwd_tile(const bwd_tiles *tiles, const tile_sequence *t, c
     real scale;
     const tile_kind kind = tile_scores(tiles->s, t, &bp->panel, j0, j1, k, bp->q_t, tiles->add, tiles->rows, tiles->tanh, &used_add, &scale);
     if (kind == TILE_UNSEEN) { return kind; }
+    if (bp->exact) { tile_scale(tiles->s, (j1 - j0) * bp->panel.w, &scale); }
     gemm_row_set(j1 - j0, bp->panel.nv, p->dv, v->data, v->stride, bp->dout_t, bp->panel.w, tiles->dp, bp->panel.w, NULL);
     const bwd_flags plain = {0, 0, 0, 0}, flags = {kind == TILE_PARTIAL, p->softcap > 0 && !by_score, p->dropout_threshold != 0, bp->exact};
     if (flags.dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }

@@ -162,11 +162,13 @@ SIMD void softmax_strip(const int nv, real *s, int32_t n, real scale, real *m, r
     UNROLL(3)
     for (int v = 0; v < nv; v++) {
         const vreal old = v_load(m + v * VL), now = v_max(top[v] * v_set1(scale), old);
+        top[v] = now;
         shift[v] = v_select(m_eq(now, v_set1(-REAL_INF)), v_zero(), now);   /* nothing seen yet: 2^(-inf - 0) = 0 */
         v_store(m + v * VL, now);
         v_store(factor + v * VL, v_exp2(old - shift[v]));
         sum[v] = v_zero();
     }
+    tile_scale_huge(nv, s, n, &scale, top);
     for (int32_t j = 0; j < n; j++) {
         UNROLL(3)
         for (int v = 0; v < nv; v++) {

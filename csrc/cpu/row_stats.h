@@ -32,16 +32,21 @@ FGQA_SHARED void row_stats_of(row_stats *stats, const tile_sequence *t, const ti
         const real *add;
         real scale;
         if (tile_scores(scratch->s, t, panel, j0, j1, &k, q_t, scratch->add, scratch->rows, NULL, &add, &scale) == TILE_UNSEEN) { continue; }
+        vreal top[NV];
         for (int32_t v = 0; v < panel->nv; v++) {
             const real *const s = scratch->s + v * VL;
-            const vreal old = v_load(stats->top + v * VL);
-            vreal top = v_set1(-REAL_INF), sum = v_zero();
-            for (int32_t j = 0; j < j1 - j0; j++) { top = v_max(v_load(s + (ptrdiff_t)j * panel->w), top); }
-            top = v_max(top * v_set1(scale), old);
-            const vreal shift = v_select(m_eq(top, v_set1(-REAL_INF)), v_zero(), top);
+            top[v] = v_set1(-REAL_INF);
+            for (int32_t j = 0; j < j1 - j0; j++) { top[v] = v_max(v_load(s + (ptrdiff_t)j * panel->w), top[v]); }
+            top[v] = v_max(top[v] * v_set1(scale), v_load(stats->top + v * VL));
+        }
+        tile_scale_huge(panel->nv, scratch->s, j1 - j0, &scale, top);
+        for (int32_t v = 0; v < panel->nv; v++) {
+            const real *const s = scratch->s + v * VL;
+            const vreal shift = v_select(m_eq(top[v], v_set1(-REAL_INF)), v_zero(), top[v]);
+            vreal sum = v_zero();
             for (int32_t j = 0; j < j1 - j0; j++) { sum += v_exp2(v_load(s + (ptrdiff_t)j * panel->w) * v_set1(scale) - shift); }
-            v_store(stats->log_sum + v * VL, v_load(stats->log_sum + v * VL) * v_exp2(old - shift) + sum);
-            v_store(stats->top + v * VL, top);
+            v_store(stats->log_sum + v * VL, v_load(stats->log_sum + v * VL) * v_exp2(v_load(stats->top + v * VL) - shift) + sum);
+            v_store(stats->top + v * VL, top[v]);
         }
     }
     for (int32_t lane = 0; lane < panel->w; lane++) {

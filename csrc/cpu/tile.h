@@ -457,6 +457,26 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     return kind;
 }
 
+/* n scores times *scale, each rounded, and 1 in its place. Fused with the subtraction of a maximum beyond 2^23 (double: 2^52)
+ * they would keep digits that it lost in rounding, and 2^x could be 0 or infinite for the largest of them. */
+SIMD void tile_scale(real *s, int32_t n, real *scale)
+{
+    for (int32_t i = 0; i < n && *scale != 1; i += VL) { v_store(s + i, v_load(s + i) * v_set1(*scale)); }
+    *scale = 1;
+}
+
+/* That, of n keys, where one of the maxima is so large. */
+SIMD void tile_scale_huge(const int nv, real *s, int32_t n, real *scale, const vreal *top)
+{
+    vmask huge = m_lt(v_zero(), v_zero());
+    UNROLL(3)
+    for (int v = 0; v < nv; v++) {
+        const vreal size = v_abs(top[v]);
+        huge = m_or(huge, m_and(m_lt(v_set1(FGQA_REAL_F64 ? (real)0x1p52 : (real)0x1p23), size), m_lt(size, v_set1(REAL_INF))));
+    }
+    if (__builtin_expect(m_any(huge), 0)) { tile_scale(s, n * nv * VL, scale); }
+}
+
 /* ---- dropout ---- */
 
 /* keep[key][lane]: all bits set where the weight of keys [j0, j1) survives, none where it is dropped. */
