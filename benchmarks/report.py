@@ -1,5 +1,5 @@
-"""README's section on speed, results/README.md with every row, and their figures, made from results/{cpu,kvcache,gpu}.json;
-nothing in them is typed by hand.
+"""README's section on speed, results/README.md with every row, and their figures, made from the JSON files in results; nothing
+in them is typed by hand.
 
     python benchmarks/report.py             writes both, and results/{cpu,gpu}.png if matplotlib is installed
     python benchmarks/report.py --check     fails if they do not say what the JSON says
@@ -69,6 +69,24 @@ median over the pairs: above 1 we are faster, in {wins} of {len(rows)} rows. In 
 def cpu_tables(rows):
     decode = "Decode, one query over a cache (d 128); GB/s count each key and value once:"
     return "\n".join(["Forward and backward:", "", *training_table(rows), "", decode, "", *decode_table(rows)]) + "\n"
+
+
+def length_section(result):
+    """One sentence on short and odd lengths; "" if they have not been measured."""
+    if result is None:
+        return ""
+    machine, rows = result["machine"], result["rows"]
+    spans = []
+    for library in dict.fromkeys(row["library"] for row in rows):
+        ratios = [row["ratio"] for row in rows if row["library"] == library]
+        spans.append(f"{library} {min(ratios):.2f} to {max(ratios):.2f}")
+    lengths = sorted({row["length"] for row in rows})
+    lowest = min(rows, key=lambda row: row["ratio"])
+    return f"""
+Against two matrix products and a softmax written by hand (float32, 8 heads, d 128, {len(lengths)} lengths from {lengths[0]} to
+{lengths[-1]:,}, three primes among them; {machine["date"]}, commit {machine["commit"]}), ratio: {"; ".join(spans)}.
+Lowest: length {lowest["length"]:,}, {lowest["library"]} ({lowest["us"]:.0f} us a call).
+"""
 
 
 def cache_section(result):
@@ -190,7 +208,7 @@ def in_short(cpu, gpu):
         cpu_about(cpu), "![PyTorch's time / ours in every row](benchmarks/results/cpu.png)", "", cpu_tables(shown)])
 
 
-def in_full(cpu, caches, gpu):
+def in_full(cpu, lengths, caches, gpu):
     """results/README.md: everything."""
     training, more = [[row for row in gpu["rows"] if bool(row.get("kind")) == kind] for kind in (False, True)]
     parts = ["# All results\n\nMade by `benchmarks/report.py` from the JSON files beside it.\n", "## GPU\n", gpu_about(gpu),
@@ -199,20 +217,23 @@ def in_full(cpu, caches, gpu):
         parts += ["", "Other settings:", "", *gpu_more_table(more)]
     if gpu.get("decode"):
         parts += ["", GPU_DECODE_ABOUT, "", *gpu_decode_table(gpu["decode"])]
-    return "\n".join([*parts, "", "## CPU\n", cpu_about(cpu), cpu_tables(cpu["rows"])]) + cache_section(caches)
+    return "\n".join([*parts, "", "## CPU\n", cpu_about(cpu), cpu_tables(cpu["rows"])]) \
+        + length_section(lengths) + cache_section(caches)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of cpu.json, gpu.json and kvcache.json")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON files")
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args()
     cpu, gpu, caches = [json.loads((options.results / f"{name}.json").read_text(encoding="utf-8"))
                         for name in ("cpu", "gpu", "kvcache")]
+    measured = options.results / "lengths.json"
+    lengths = json.loads(measured.read_text(encoding="utf-8")) if measured.exists() else None
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     wanted = {README: before + BEGIN + in_short(cpu, gpu) + rest[rest.index(END):],
-              options.results / "README.md": in_full(cpu, caches, gpu)}
+              options.results / "README.md": in_full(cpu, lengths, caches, gpu)}
     if options.check:
         stale = [path.name for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
         sys.exit(f"{', '.join(stale)} not as the results say: run benchmarks/report.py" if stale else None)
