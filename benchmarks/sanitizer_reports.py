@@ -42,17 +42,17 @@ KNOWN = (
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
           (r"Write .*\bbulk_load\(", r"Read .*\b(load_stats\(|step<|consume_as<|begin_step<)"),
           "Bulk copies write lse2 and delta of a stage and complete on q_full and dout_full, for which consumers wait. "
-          "Before the next copy: all their reads lie before the named barrier BOTH, behind which one thread of each "
-          "consumer (or of each warp, behind __syncwarp) arrives at dout_empty and q_empty; the producer waits for both. "
-          "The same limit of the tool."),
-    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce<", r"Read .*\b(begin_step<|add_dq\()"),
-          "The producer's thread writes about[s] and tile[s] and arrives at q_full. Before the next write: every lane that "
-          "reads them meets its warp or BOTH before one thread arrives at q_empty, for which the producer waits. The same "
-          "limit."),
-    Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bwrite_dq<", r"Read .*\badd_dq\("),
-          "The writer's thread writes first[s] and arrives at turn_come[s], for which consumers wait; it writes again only "
-          "when it has waited for dq_added[s], at which lane 0 of each consumer warp arrives behind __syncwarp. The same "
-          "limit."),
+          "Before the next copy: all their reads lie before the named barrier BOTH or, head dim 256, before a product of all "
+          "four warps, behind which one thread of each consumer arrives at dout_empty and q_empty; the producer waits for "
+          "both. The same limit of the tool."),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce<", r"Read .*\bbegin_step<"),
+          "The producer's thread writes about[s] and arrives at q_full. Before the next write: the reads lie before BOTH or, "
+          "head dim 256, before a product of all four warps, behind which one thread of each consumer arrives at q_empty, for "
+          "which the producer waits. The same limit."),
+    Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bconsume_as<", r"Read .*\bconsume_as<"),
+          "One consumer writes P into weights[s], each of its warps meets at __syncwarp and lane 0 arrives at weights_full[s], "
+          "for which the other waits before it reads; that one's warps arrive the same way at weights_empty[s], for which the "
+          "first waits before it writes again. The same limit."),
     Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bproduce_keys<", r"Read .*\bconsume_keys<"),
           "The producer's thread writes poisoned[s] and arrives at k_full, for which consumers wait. It writes again only when "
           "it has waited for k_empty[s], at which one thread of each consumer arrives once the last product of the step is done: "
