@@ -200,10 +200,10 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
     const cuda_kernel *k = kernel->row;
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
     if (k->row.most_rows) { return pass_over_decode(p, why); }
-    const int64_t rows = k->row.block_q, own = (((int64_t)p->sq << fgqa_hopper_pack(p, k->row.block_q)) + rows - 1) / rows;
-    const int64_t tiles = own * (p->g >> fgqa_hopper_pack(p, k->row.block_q)), shared = ((int64_t)p->sq * p->g + rows - 1) / rows;
-    if (tiles > 2 * shared) {
-        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a whole group are fuller", p->sq, k->row.block_q);
+    const int32_t pack = fgqa_hopper_pack(p, k->row.block_q);
+    const int64_t rows = k->row.block_q, usual = fgqa_usual_rows(p), own = ((usual << pack) + rows - 1) / rows * (p->g >> pack);
+    if (own > 2 * ((usual * p->g + rows - 1) / rows)) {
+        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a whole group are fuller", (int)usual, k->row.block_q);
     }
     return NULL;
 }
@@ -260,7 +260,7 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     }
     if (k->row.arch == HOPPER) {
         plan->tasks = fgqa_hopper_tiles(p, k->row.block_q);
-        fgqa_fwd_share(p, plan, device.multiprocessors, plan->tasks == p->b * (int64_t)(p->hq >> fgqa_hopper_pack(p, k->row.block_q)));
+        fgqa_fwd_share(p, plan, plan->tasks, device.multiprocessors, plan->tasks == p->b * (int64_t)(p->hq >> fgqa_hopper_pack(p, k->row.block_q)));
         return;
     }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;

@@ -32,10 +32,15 @@ static inline size_t fgqa_split_workspace(const fgqa_problem *p, uint32_t splits
     return arena.used;
 }
 
+/* Rows and keys of a sequence; of packed ones, whose lengths are on the device, the mean. What is planned with them does not depend
+ * on max_q and max_kv, which may be too small, so that results do not either. */
+static inline int64_t fgqa_usual_rows(const fgqa_problem *p) { return p->varlen ? p->b > 0 ? (p->total_q + p->b - 1) / p->b : 0 : p->sq; }
+static inline int64_t fgqa_usual_keys(const fgqa_problem *p) { return p->varlen ? p->b > 0 ? (p->total_k + p->b - 1) / p->b : 0 : p->sk; }
+
 /* Most tiles of keys that one block of rows sees. */
 static inline int64_t fgqa_fwd_tiles_of_block(const fgqa_problem *p, const fgqa_plan *plan)
 {
-    int64_t keys = p->sk;
+    int64_t keys = fgqa_usual_keys(p);
     if (p->left != FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED) {
         const int64_t window = (int64_t)p->left + p->right + 1 + plan->block_q / p->g + 1;
         if (window < keys) { keys = window; }
@@ -43,18 +48,18 @@ static inline int64_t fgqa_fwd_tiles_of_block(const fgqa_problem *p, const fgqa_
     return (keys + plan->block_k - 1) / plan->block_k;
 }
 
-/* Shares the keys of plan->tasks row blocks out. block_q and block_k are set; `slots` is how many blocks the device holds at
- * once. With batch_invariant, the split comes from the shape of one sequence alone, and those of one row block are split; packed
- * sequences, whose lengths are on the device, are not split then. */
-static inline void fgqa_fwd_share(const fgqa_problem *p, fgqa_plan *plan, int32_t slots, int one_row_block)
+/* Shares the keys of plan->tasks row blocks, usually about `tasks`, out. block_q and block_k are set; `slots` is how many blocks
+ * the device holds at once. With batch_invariant, the split comes from the shape of one sequence alone, and those of one row block
+ * are split; packed sequences are not split then. */
+static inline void fgqa_fwd_share(const fgqa_problem *p, fgqa_plan *plan, int64_t tasks, int32_t slots, int one_row_block)
 {
     const int64_t most = fgqa_fwd_tiles_of_block(p, plan) / FGQA_MIN_TILES_PER_SPLIT;
     int64_t splits = 1;
     fgqa_split split;
     if (p->batch_invariant) {
         splits = one_row_block && !p->varlen ? most / 4 : 1;
-    } else if (plan->tasks > 0 && plan->tasks * 5 < (int64_t)slots * 4) {
-        splits = slots / plan->tasks;
+    } else if (tasks > 0 && tasks * 5 < (int64_t)slots * 4) {
+        splits = slots / tasks;
     }
     if (splits > most) { splits = most; }
     if (splits > FGQA_MAX_SPLITS) { splits = FGQA_MAX_SPLITS; }
@@ -67,8 +72,9 @@ static inline void fgqa_fwd_share(const fgqa_problem *p, fgqa_plan *plan, int32_
 static inline void fgqa_fwd_tile(const fgqa_problem *p, fgqa_plan *plan, int32_t slots)
 {
     const int64_t blocks = ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
+    const int64_t usual = (fgqa_usual_rows(p) * p->g + plan->block_q - 1) / plan->block_q;
     plan->tasks = blocks * p->hk * p->b;
-    fgqa_fwd_share(p, plan, slots, blocks == 1);
+    fgqa_fwd_share(p, plan, usual * p->hk * p->b, slots, blocks == 1);
 }
 
 #endif

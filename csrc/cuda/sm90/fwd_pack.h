@@ -1,7 +1,7 @@
 /* fwd_pack.h - which query heads share a tile of the forward rows for Hopper, and how many tiles there are. C11 and CUDA. */
 #ifndef FGQA_FWD_PACK_H
 #define FGQA_FWD_PACK_H
-#include "../../core/problem.h"
+#include "../any/fwd_split.h"
 
 /* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
 enum { FGQA_MOST_PACKED = 64 };
@@ -13,7 +13,7 @@ static inline int32_t fgqa_hopper_pack(const fgqa_problem *p, int32_t block_q)
     const int64_t rows = p->varlen ? p->total_q : p->sq;
     int32_t pack = 0;
     while (p->g % (2 << pack) == 0 && 2 << pack <= FGQA_MOST_PACKED) { pack++; }
-    const int64_t alone = ((int64_t)p->sq + block_q - 1) / block_q << pack, shared = (((int64_t)p->sq << pack) + block_q - 1) / block_q;
+    const int64_t usual = fgqa_usual_rows(p), alone = (usual + block_q - 1) / block_q << pack, shared = ((usual << pack) + block_q - 1) / block_q;
     return 4 * alone < 5 * shared || rows << pack > INT32_MAX / 2 ? 0 : pack;
 }
 
