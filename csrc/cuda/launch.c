@@ -22,7 +22,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256 };
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, STREAM_ROWS = 64, MOST_PARTS = 16 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
@@ -183,8 +183,15 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 }
 
 /* Where other rows are faster than a decode row. */
-static const char *pass_over_decode(const fgqa_problem *p, char why[128])
+static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
+    fgqa_cuda_properties device;
+    const int tiles_serve = !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
+        && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
+    if (tiles_serve && (int64_t)p->sq * p->g > STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
+        && (int64_t)MOST_PARTS * p->b * p->hk >= device.multiprocessors) {
+        return fgqa_reason(why, "%d query rows: tiles hold them, and their keys in few parts", p->sq);
+    }
     if ((int64_t)p->sq * p->g > DECODE_ROWS) {
         return fgqa_reason(why, "%d query rows: more than a memory stream can serve", p->sq);
     }
@@ -199,7 +206,7 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
 {
     const cuda_kernel *k = kernel->row;
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
-    if (k->row.most_rows) { return pass_over_decode(p, why); }
+    if (k->row.most_rows) { return pass_over_decode(k, p, why); }
     const int32_t pack = fgqa_hopper_pack(p, k->row.block_q);
     const int64_t rows = k->row.block_q, usual = fgqa_usual_rows(p), own = ((usual << pack) + rows - 1) / rows * (p->g >> pack);
     if (own > 2 * ((usual * p->g + rows - 1) / rows)) {
