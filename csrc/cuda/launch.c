@@ -218,10 +218,10 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
 static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     const cuda_kernel *k = kernel->row;
+    if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" is for CPUs with AMX: GPUs multiply float32 numbers as they are; leave precision out"; }
     if (p->dtype != k->row.dtype) {      /* of most rows: a call should not wait for the text */
         return k->row.dtype == FGQA_F32 ? "computes float32" : k->row.dtype == FGQA_F16 ? "computes float16" : "computes bfloat16";
     }
-    if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" is for CPUs with AMX: GPUs multiply float32 numbers as they are; leave precision out"; }
     if (p->d > k->row.d || p->dv > k->row.dv) {
         return fgqa_reason(why, "head dims up to %d, %d", k->row.d, k->row.dv);
     }

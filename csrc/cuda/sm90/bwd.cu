@@ -74,16 +74,6 @@ struct bwd_params {
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
 };
 
-/* Arrives on a named barrier and waits; whether any thread said yes. PTX ISA, "barrier.red". One instruction for all who call it, as
- * compute-sanitizer demands. */
-static __device__ __noinline__ bool bar_any(uint32_t id, uint32_t threads, bool mine)
-{
-    uint32_t any;
-    asm volatile("{\n\t.reg .pred p, q;\n\tsetp.ne.u32 p, %3, 0;\n\tbarrier.cta.red.or.pred q, %1, %2, p;\n\tselp.u32 %0, 1, 0, q;\n\t}"
-                 : "=r"(any) : "r"(id), "r"(threads), "r"((uint32_t)mine) : "memory");
-    return any != 0;
-}
-
 /* A pair of elements with 0 for those that are inf or NaN. */
 template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(uint32_t x, E)
 {

@@ -48,7 +48,7 @@ static __device__ __forceinline__ void clean_rows(shared &sm, uint32_t stage, in
     barrier_sync(BOTH, CONSUMERS);
 }
 
-static __device__ __forceinline__ bool keys_poisoned(const shared &sm, int thread)
+static __device__ __forceinline__ bool keys_poisoned(shared &sm, int thread)
 {
     uint32_t sum = 0;
 #pragma unroll
@@ -59,7 +59,11 @@ static __device__ __forceinline__ bool keys_poisoned(const shared &sm, int threa
         sum = poison_test(x.z, sum, T());
         sum = poison_test(x.w, sum, T());
     }
-    return bar_any(BOTH, CONSUMERS, (sum & 0x7FFF7FFF) != 0);
+    if (thread == 0) { sm.any_poisoned = 0; }
+    bar_sync(BOTH, CONSUMERS);
+    if (sum & 0x7FFF7FFF) { sm.any_poisoned = 1; }
+    bar_sync(BOTH, CONSUMERS);
+    return sm.any_poisoned != 0;
 }
 
 static __device__ __forceinline__ bool is_poisoned(const shared &sm, int key) { return sm.poisoned_keys[key / 32] >> key % 32 & 1; }

@@ -29,7 +29,7 @@ struct shared {
     fgqa_range rows[2 * 64];                                     /* that see each key of each consumer */
     task tasks[2];
     int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
-    uint32_t poisoned_keys[BLOCK_K / 32];
+    uint32_t poisoned_keys[BLOCK_K / 32], any_poisoned;
     uint64_t task_full, task_free, k_full, v_full, kv_empty;
     uint64_t q_full[2], q_empty[2], dout_full[2], dout_empty[2];
 #if FGQA_D == 256
