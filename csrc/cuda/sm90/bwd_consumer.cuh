@@ -60,10 +60,8 @@ static __device__ __forceinline__ bool keys_poisoned(shared &sm, int thread)
         sum = poison_test(x.w, sum, T());
     }
     if (thread == 0) { sm.any_poisoned = 0; }
-    __syncwarp();
     bar_sync(BOTH, CONSUMERS);
     if (sum & 0x7FFF7FFF) { sm.any_poisoned = 1; }
-    __syncwarp();
     bar_sync(BOTH, CONSUMERS);
     return sm.any_poisoned != 0;
 }
