@@ -127,8 +127,6 @@ def gpu_more_table(rows):
 def gpu_decode_table(rows):
     columns = ("batch", "cached keys", "heads q/kv", "page", "us", "TB/s", "best peer", "ratio", "to cuDNN", "to FA2", "read us",
                "lengths given", "invariant", "float8 cache, lengths given")
-    if not any("float8_us" in row for row in rows):     # an older run
-        columns = columns[:-1]
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:
@@ -141,7 +139,7 @@ def gpu_decode_table(rows):
         invariant, float8 = (f"{row[name]:.1f}" if name in row else "" for name in ("invariant_us", "float8_us"))
         cells = [row["b"], row["s"], heads(row), row["page"] or "", f"{mine:.1f}", f"{rate:.2f}", row["best_peer"], *ratios,
                  f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", invariant, float8]
-        lines.append(f"| {' | '.join(map(str, cells[:len(columns)]))} |")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
 
@@ -187,11 +185,15 @@ def gpu_training_table(rows):
     return lines
 
 
-GPU_DECODE_ABOUT = """\
+def gpu_decode_about(rows):
+    readers = {"bulk copies": "a kernel that does nothing else (`benchmarks/bulk_read.py`)", "torch.amax": "torch's `amax`"}
+    reader = " or ".join(dict.fromkeys(readers[row["read_by"]] for row in rows if "read_by" in row))
+    return f"""\
 Decode, one query token, bfloat16, d 128, replayed from a CUDA graph over more than 512 MB of keys and values: a launch in us; the
 ratio of the best peer's time to ours (`benchmarks/gpu_decode.py`: at its ratio to cuDNN on an H200), of cuDNN's and
-FlashAttention-2's in the same run; the time in which torch's `amax` reads as many bytes; ours with lengths on the device (of
-paged rows: contiguous) and with `batch_invariant=True`:"""
+FlashAttention-2's in the same run; the time in which as many bytes are read by
+{reader}; ours with lengths on the device (of paged rows: contiguous), with
+`batch_invariant=True`, and over a float8 cache of as many keys:"""
 
 
 def in_short(cpu, gpu):
@@ -204,7 +206,7 @@ def in_short(cpu, gpu):
         "Every row, more settings and KV caches on the CPU: [benchmarks/results](benchmarks/results/README.md).", "",
         gpu_about(gpu), "![Our rate over that of each peer, in every row](benchmarks/results/gpu.png)", "",
         "Geometric mean over all rows, least and most:", "", *gpu_summary_table(training), "",
-        *gpu_training_table(some), "", *([GPU_DECODE_ABOUT, "", *gpu_decode_table(decode), ""] if decode else []),
+        *gpu_training_table(some), "", *([gpu_decode_about(decode), "", *gpu_decode_table(decode), ""] if decode else []),
         cpu_about(cpu), "![PyTorch's time / ours in every row](benchmarks/results/cpu.png)", "", cpu_tables(shown)])
 
 
@@ -216,7 +218,7 @@ def in_full(cpu, lengths, caches, gpu):
     if more:
         parts += ["", "Other settings:", "", *gpu_more_table(more)]
     if gpu.get("decode"):
-        parts += ["", GPU_DECODE_ABOUT, "", *gpu_decode_table(gpu["decode"])]
+        parts += ["", gpu_decode_about(gpu["decode"]), "", *gpu_decode_table(gpu["decode"])]
     return "\n".join([*parts, "", "## CPU\n", cpu_about(cpu), cpu_tables(cpu["rows"])]) \
         + length_section(lengths) + cache_section(caches)
 

@@ -365,8 +365,7 @@ def attention_weights(
         As in `attention`.
     rows : int64 array [n], or sequence of int, optional
         Query rows whose weights are returned; with packed sequences local to each sequence. On a GPU a sequence or NumPy array is
-        copied there (not while a graph is recorded). Rows of an array on the GPU that are out of range have weights 0 there, or
-        are an error with check=True.
+        copied there (not while a graph is recorded). Out of range in an array on the GPU: weights 0, or an error with check=True.
     reduce : {"keys"}, optional
         Return for each key the sum of its weights over all query rows. Exactly one of rows and reduce must be given.
     causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
