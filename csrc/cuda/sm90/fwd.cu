@@ -17,14 +17,16 @@
  * q[stage][warpgroup][chunk][64 rows][64], k and v[stage][chunk][BLOCK_K rows][64].
  *
  * mbarrier        arrivals (count)                             waited for by             meaning
- * tile_full[s]    scheduler (1)                                producer, writer, masker  tiles[s] is there
- * q_full[s]       scheduler + Q bytes, masker (2)              consumers                 Q, tiles[s], rows[s], full[s] are there
+ * tile_full[t]    scheduler (1)                                producer, writer, masker  tiles[t] is there
+ * q_full[s]       scheduler + Q bytes, masker (2)              consumers                 Q, tiles[t], rows, blocks are there
  * o_full[s]       each consumer warp                           writer                    O is staged over Q, or stored, or no tile
- * q_empty[s]      writer (1)                                   scheduler                 O left, the buffer is free
+ * q_empty[s]      writer (1)                                   scheduler, masker         O left, the buffer is free
  * k_full, v_full  producer + bytes (1)                         consumers                 block is there
  * k_empty, ..     one thread of each consumer warpgroup        producer                  block was used by all
  * named TURN + n  warpgroup n - 1 arrives, n syncs (256)       consumers                 one feeds the tensor core while the
  *                                                                                        others do exponentials
+ * There is one place t more than Q buffers s: tile n is announced when tile n - 1 - Q_STAGES, in whose place it comes, is
+ * done, but before the Q buffer it needs is free. So its keys, its masks and what a claim costs do not wait for O to leave.
  */
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
@@ -54,12 +56,15 @@ static_assert(WG_COUNT * WG_ROWS == BLOCK_Q && THREADS == 128 * (1 + WG_COUNT), 
 static_assert(D % 16 == 0 && DV % 16 == 0 && BLOCK_K % 16 == 0, "kernels.def: the tensor core takes steps of 16");
 
 /* What is left of an SM's memory goes to a second Q buffer first, which lets tiles overlap, then to a third V buffer. */
-static constexpr int SM_BYTES = 227 * 1024, SMALL_BYTES = 512 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
+static constexpr int SM_BYTES = 227 * 1024, SMALL_BYTES = 640 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
 static constexpr int K_BYTES = K_CHUNKS * BLOCK_K * CHUNK * 2, V_BYTES = V_CHUNKS * BLOCK_K * CHUNK * 2;
 static constexpr int LEAST = Q_BYTES + STAGES * (K_BYTES + V_BYTES) + SMALL_BYTES;
 static constexpr int Q_STAGES = LEAST + Q_BYTES <= SM_BYTES ? 2 : 1;
 static constexpr int V_STAGES = LEAST + (Q_STAGES - 1) * Q_BYTES + V_BYTES <= SM_BYTES ? STAGES + 1 : STAGES;
 
+static constexpr int T_STAGES = Q_STAGES + 1;                    /* of tiles[] */
+static constexpr int LEFT = SM_BYTES - LEAST - (Q_STAGES - 1) * Q_BYTES - (V_STAGES - STAGES) * V_BYTES;
+static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES : Q_STAGES;      /* of rows[] */
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
 static constexpr bool PINGPONG = D <= 128;                       /* warpgroups take turns at the tensor core */
 static constexpr int HANDOFF = BLOCK_K / 16 * 3 / 4;             /* k16 steps of P V after which the turn passes on */
@@ -78,16 +83,19 @@ struct fwd_params {
     int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
 };
 
+/* Of a tile's blocks: those that all rows of a warpgroup see whole; one past the last that it walks, which is at least one. */
+struct wg_blocks { fgqa_range full; int32_t end; };
+
 struct shared {
     T q[Q_STAGES][WG_COUNT][Q_CHUNKS][WG_ROWS * CHUNK];
     T k[STAGES][K_CHUNKS][BLOCK_K * CHUNK];
     T v[V_STAGES][V_CHUNKS][BLOCK_K * CHUNK];
-    fgqa_range rows[Q_STAGES][BLOCK_Q];                          /* keys seen */
-    fgqa_range full[Q_STAGES][WG_COUNT];                         /* blocks that all rows of a warpgroup see whole */
-    tile tiles[Q_STAGES];
+    fgqa_range rows[R_STAGES][BLOCK_Q];                          /* keys seen */
+    wg_blocks blocks[R_STAGES][WG_COUNT];
+    tile tiles[T_STAGES];
     int32_t poisoned[Q_STAGES];                                  /* some element of O is not finite: the tile is done again */
     tile_place again;                                            /* the last such tile, which names the one before; batch -1: none */
-    uint64_t tile_full[Q_STAGES], q_full[Q_STAGES], o_full[Q_STAGES], q_empty[Q_STAGES];
+    uint64_t tile_full[T_STAGES], q_full[Q_STAGES], o_full[Q_STAGES], q_empty[Q_STAGES];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES];
 };
 static_assert(sizeof(shared) <= SM_BYTES, "kernels.def: the tiles do not fit into shared memory");
@@ -124,7 +132,7 @@ static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, co
 
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
  * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once (claim_early), to hide the atomic. */
-template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
+template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const bool leader = thread_index() % 32 == 0;
     const uint64_t once = createpolicy_evict_first();
@@ -132,26 +140,19 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
     uint32_t *const counter = p.slot >= 0 ? &work_counters[p.slot] : NULL;
     tile_walk<BLOCK_Q> walk;
     tile_place place;
-    bool more;
-    if (AGAIN) {
-        place = sm.again;
-        more = place.batch >= 0;
-    } else {
-        more = walk.current(problem, p.list, counter, &place);
-    }
-    for (;; rq.advance()) {
-        tile next;                                               /* made while its Q buffer is still in use */
-        if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &next); } else { next.block_end = 0; }
-        mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
+    if (AGAIN) { place = sm.again; }
+    for (bool more = true; more; rq.advance(), rt.advance()) {
+        more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
         const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
-        tile &t = sm.tiles[rq.stage];
+        tile &t = sm.tiles[rt.stage];
         tile_place following = place;
         if (leader) {
-            t = next;
-            mbarrier_arrive(smem_address(&sm.tile_full[rq.stage]));
+            if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = 0; }
+            mbarrier_arrive(smem_address(&sm.tile_full[rt.stage]));
         }
         __syncwarp();
         if (AGAIN && more) { following = *place_in_o(p, t); }      /* O comes after Q */
+        mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
         if (leader && more) {
             mbarrier_arrive_expect_tx(q_full, WG_COUNT * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
             for (int wg = 0; wg < WG_COUNT; wg++) {
@@ -164,14 +165,11 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
             mbarrier_arrive(q_full);
         }
         __syncwarp();
-        if (!more) { break; }
         place = following;
-        if (AGAIN) { more = place.batch >= 0; continue; }
+        if (AGAIN || !more) { continue; }
         if (Q_STAGES > 1 && !p.claim_early) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
         walk.advance(counter);
-        more = walk.current(problem, p.list, counter, &place);
     }
-    rq.advance();
 }
 
 /* ---- producer: a warp, each lane of which brings box_rows rows of a block ---- */
@@ -205,13 +203,13 @@ static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtens
     }
 }
 
-static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<STAGES> &rk, ring<V_STAGES> &rv)
+static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_STAGES> &rv)
 {
     const uint64_t keep = createpolicy_evict_last();
     const int lane = thread_index() % 32;
-    for (bool more = true; more; rq.advance()) {
-        mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
-        const tile &t = sm.tiles[rq.stage];
+    for (bool more = true; more; rt.advance()) {
+        mbarrier_wait(smem_address(&sm.tile_full[rt.stage]), rt.parity);
+        const tile &t = sm.tiles[rt.stage];
         const int begin = t.block_begin, end = t.block_end;
         more = end != 0;
         if (!more) { continue; }
@@ -246,11 +244,11 @@ static __device__ __forceinline__ bool leaves_by_tma(const fwd_params &p, const 
     return p.list.splits == 1 && (!p.common.problem.varlen || t.valid == BLOCK_Q);
 }
 
-static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
+static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
-    for (bool more = true; more; rq.advance()) {
-        mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
-        const tile &t = sm.tiles[rq.stage];
+    for (bool more = true; more; rq.advance(), rt.advance()) {
+        mbarrier_wait(smem_address(&sm.tile_full[rt.stage]), rt.parity);
+        const tile &t = sm.tiles[rt.stage];
         more = t.block_end != 0;
         mbarrier_wait(smem_address(&sm.o_full[rq.stage]), rq.parity);
         if (more && sm.poisoned[rq.stage]) {
@@ -273,33 +271,55 @@ static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, 
 
 /* ---- masker: a warp ---- */
 
-static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq)
+static __device__ __forceinline__ uint32_t place_of_rows(const ring<Q_STAGES> &rq, const ring<T_STAGES> &rt)
+{
+    return R_STAGES == T_STAGES ? rt.stage : rq.stage;
+}
+
+static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const int lane = thread_index() % 32;
-    for (bool more = true; more; rq.advance()) {
-        mbarrier_wait(smem_address(&sm.tile_full[rq.stage]), rq.parity);
-        const tile &t = sm.tiles[rq.stage];
+    for (bool more = true; more; rq.advance(), rt.advance()) {
+        mbarrier_wait(smem_address(&sm.tile_full[rt.stage]), rt.parity);
+        const tile &t = sm.tiles[rt.stage];
+        const fgqa_problem &problem = p.common.problem;
+        const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
+        const uint32_t at = place_of_rows(rq, rt);
+        fgqa_range seen[BLOCK_Q / 32];                           /* of rows that have no place yet */
         more = t.block_end != 0;
-        if (more) {
-            const fgqa_problem &problem = p.common.problem;
-            const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
-            for (int local = lane; local < BLOCK_Q; local += 32) {
-                const int32_t i = t.row0 + local >> p.list.pack;
-                fgqa_range seen = {0, 0};
-                if (i < mask.sq && !t.idle) { seen.begin = fgqa_kv_begin(&mask, i); seen.end = fgqa_kv_end(&mask, i); }
-                sm.rows[rq.stage][local] = seen;
-            }
-            if (lane < WG_COUNT) {
-                const int32_t row = t.row0 + lane * WG_ROWS, end = min(row + WG_ROWS, t.row0 + t.valid);
-                const int32_t first = row >> p.list.pack, last = end - 1 >> p.list.pack;
-                fgqa_range full = {0, 0};
-                if (row < end && last < mask.sq && !t.idle) {
-                    full.begin = (fgqa_kv_begin(&mask, last) + BLOCK_K - 1) / BLOCK_K;
-                    full.end = fgqa_kv_end(&mask, first) / BLOCK_K;
-                }
-                sm.full[rq.stage][lane] = full;
+#pragma unroll 1
+        for (int n = 0; n < BLOCK_Q / 32; n++) {                 /* one copy of the code: at a launch it comes from memory */
+            const int32_t i = t.row0 + lane + 32 * n >> p.list.pack;
+            fgqa_range x = {0, 0};
+            if (more && i < mask.sq && !t.idle) { x.begin = fgqa_kv_begin(&mask, i); x.end = fgqa_kv_end(&mask, i); }
+            if (R_STAGES == T_STAGES) { sm.rows[at][lane + 32 * n] = x; }
+#pragma unroll
+            for (int k = 0; R_STAGES < T_STAGES && k < BLOCK_Q / 32; k++) {
+                if (k == n) { seen[k] = x; }
             }
         }
+        if (R_STAGES < T_STAGES) {
+            mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
+#pragma unroll
+            for (int n = 0; n < BLOCK_Q / 32; n++) { sm.rows[at][lane + 32 * n] = seen[n]; }
+        }
+        __syncwarp();
+        if (lane < WG_COUNT) {
+            const int32_t first = lane * WG_ROWS, last = min(first + WG_ROWS, t.valid) - 1;
+            const int32_t seeing = min(last, (mask.sq << p.list.pack) - t.row0 - 1);      /* the last row that sees any */
+            wg_blocks own = {{0, 0}, t.block_begin + 1};
+            if (first <= seeing) {
+                if (seeing == last) {
+                    own.full.begin = (sm.rows[at][last].begin + BLOCK_K - 1) / BLOCK_K;
+                    own.full.end = sm.rows[at][first].end / BLOCK_K;
+                }
+                own.end = min(max(own.end, (sm.rows[at][seeing].end + BLOCK_K - 1) / BLOCK_K), t.block_end);
+            }
+            /* The last P V of the tile before comes behind the K that are skipped; meanwhile STAGES - 1 more V find room. */
+            if (CROSS_TILE) { own.end = max(own.end, t.block_end - STAGES); }
+            sm.blocks[at][lane] = own;
+        }
+        if (R_STAGES == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_full[rq.stage])); }
     }
@@ -330,11 +350,11 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.out_map);
         for (int s = 0; s < Q_STAGES; s++) {
-            mbarrier_init(smem_address(&sm.tile_full[s]), 1);
             mbarrier_init(smem_address(&sm.q_full[s]), 2);
             mbarrier_init(smem_address(&sm.o_full[s]), 4 * WG_COUNT);
             mbarrier_init(smem_address(&sm.q_empty[s]), 1);
         }
+        for (int s = 0; s < T_STAGES; s++) { mbarrier_init(smem_address(&sm.tile_full[s]), 1); }
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(smem_address(&sm.k_full[s]), 1);
             mbarrier_init(smem_address(&sm.k_empty[s]), WG_COUNT);
@@ -353,31 +373,32 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
     if (wg == 0) {
         setmaxnreg_dec<PRODUCER_REGS>();
         ring<Q_STAGES> rq;
+        ring<T_STAGES> rt;
         if (warp == 0) {
-            schedule<false>(p, sm, rq);
+            schedule<false>(p, sm, rq, rt);
             if (all_done(sm)) { return; }
-            schedule<true>(p, sm, rq);
+            schedule<true>(p, sm, rq, rt);
         } else if (warp == 1) {
             ring<STAGES> rk;
             ring<V_STAGES> rv;
-            produce(p, sm, rq, rk, rv);
+            produce(p, sm, rt, rk, rv);
             if (all_done(sm)) { return; }
-            produce(p, sm, rq, rk, rv);
+            produce(p, sm, rt, rk, rv);
         } else if (warp == 2) {
-            if (lane == 0) { write_o(p, sm, rq); }
+            if (lane == 0) { write_o(p, sm, rq, rt); }
             if (all_done(sm)) { return; }
-            if (lane == 0) { write_o(p, sm, rq); }
+            if (lane == 0) { write_o(p, sm, rq, rt); }
         } else {
-            describe_rows(p, sm, rq);
+            describe_rows(p, sm, rq, rt);
             if (all_done(sm)) { return; }
-            describe_rows(p, sm, rq);
+            describe_rows(p, sm, rq, rt);
         }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consumer_rings rings;
-        consume<false>(p, sm, wg - 1, rings);
+        consume<false>(p, sm, warp, rings);
         if (all_done(sm)) { return; }
-        consume<true>(p, sm, wg - 1, rings);
+        consume<true>(p, sm, warp, rings);
     }
 }
 

@@ -46,11 +46,10 @@ static __device__ __forceinline__ void store_staged_rows(const fwd_params &p, co
 }
 
 /* What this warp's rows see of inf and NaN in V, on top of an O without. */
-static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, const shared &sm, uint32_t stage, float (&o)[DV / 2])
+static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, const shared &sm, uint32_t at, const tile &t, float (&o)[DV / 2])
 {
     const uint32_t thread = thread_index(), lane = thread % 32;
     const fgqa_problem &problem = p.common.problem;
-    const tile &t = sm.tiles[stage];
     poison_rows rows;
     const fgqa_view &v = problem.view[FGQA_ARG_v];
     rows.table = problem.cache.table ? problem.cache.table + t.batch * problem.cache.table_stride : NULL;
@@ -66,7 +65,7 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     rows.end = 0;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        rows.seen[r] = sm.rows[stage][row_in_tile(thread) + 8 * r];
+        rows.seen[r] = sm.rows[at][row_in_tile(thread) + 8 * r];
         if (rows.seen[r].begin < rows.seen[r].end) {
             rows.begin = min(rows.begin, rows.seen[r].begin);
             rows.end = max(rows.end, rows.seen[r].end);
@@ -103,14 +102,14 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
 
 /* O / l -> shared memory or, a part of a packed sequence or of the keys, global memory; LSE -> global memory. */
 template <bool CAREFUL>
-static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t stage, float (&o)[DV / 2], const float (&m)[2],
-                                                   const float (&l)[2], float scale_log2)
+static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t stage, uint32_t slot, float (&o)[DV / 2],
+                                                   const float (&m)[2], const float (&l)[2], float scale_log2)
 {
     const fgqa_problem &problem = p.common.problem;
     const uint32_t thread = thread_index(), lane = thread % 32, wg = thread / 128 - 1;
     const int32_t first = row_in_tile(thread);
     const uint32_t o_smem = smem_address(sm.q[stage][wg]);
-    const tile t = sm.tiles[stage];
+    const tile t = sm.tiles[slot];
     const bool partial = p.list.splits > 1;
     float factor[2], lse[2], sum[2];
     bool again = false;
@@ -122,7 +121,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
         const float sink = partial ? -INFINITY : sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
         factor[r] = softmax_finish(m[r], sum[r], scale_log2, sink, &lse[r]);
     }
-    if (CAREFUL) { add_seen_poison(p, sm, stage, o); }
+    if (CAREFUL) { add_seen_poison(p, sm, R_STAGES == T_STAGES ? slot : stage, t, o); }
     if (partial) {
         again |= store_part(p, t, o, m, sum, scale_log2);
     } else {
@@ -149,19 +148,21 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     }
 }
 
-struct consumer_rings { ring<Q_STAGES> q; ring<STAGES> k; ring<V_STAGES> v; };
+struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other. */
 template <bool CAREFUL>
-static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int wg, consumer_rings &rings)
+static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = PINGPONG && !CAREFUL;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
+    const int wg = warp / 4 - 1;
     const float scale_log2 = p.common.scale * (float)FGQA_LOG2E;
     ring<Q_STAGES> &rq = rings.q;
+    ring<T_STAGES> &rt = rings.t;
     ring<STAGES> &rk = rings.k;
     ring<V_STAGES> &rv = rings.v;
-    int block_begin, block_end;                                  /* of the tile */
+    int block_begin, block_end, skipped;                         /* of the tile; blocks behind its end that only others' rows see */
     int begin[2], end[2];                                        /* keys that own rows see, less own column */
     fgqa_range full;                                             /* blocks that need no mask */
     float o[DV / 2] = {}, m[2] = {}, l[2] = {}, alpha[2];
@@ -189,18 +190,22 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     /* false: there are no more tiles */
     auto take_tile = [&] {
         mbarrier_wait(smem_address(&sm.q_full[rq.stage]), rq.parity);
-        const tile &t = sm.tiles[rq.stage];
+        const tile &t = sm.tiles[rt.stage];
         if (t.block_end == 0) {
             if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[rq.stage])); }
             rq.advance();
+            rt.advance();
             return false;
         }
         block_begin = t.block_begin;
-        block_end = t.block_end;
-        full = sm.full[rq.stage][wg];
+        const uint32_t at = place_of_rows(rq, rt);
+        const wg_blocks own = sm.blocks[at][wg];
+        block_end = CAREFUL ? t.block_end : own.end;             /* there all warps of a warpgroup clean each V */
+        skipped = t.block_end - block_end;
+        full = own.full;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const fgqa_range seen = sm.rows[rq.stage][first_row + 8 * r];
+            const fgqa_range seen = sm.rows[at][first_row + 8 * r];
             begin[r] = seen.begin - 2 * (int32_t)(lane % 4);
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
@@ -255,6 +260,25 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wait_v();
         if (block_end - block_begin > 1) { wait_k(); }
     };
+    /* Blocks of which own rows see nothing are handed back unread, by the warp that speaks for all: others must not come to wait
+     * for a block that has gone. */
+    auto skip_blocks = [&](bool k, bool v) {
+#pragma unroll 1
+        for (int n = skipped; n > 0; n--) {
+            if (k) {
+                if (TURNS) {
+                    bar_sync(TURN + wg, 256);
+                    bar_arrive(next_turn, 256);
+                }
+                if (warp % 4 == 0) { wait_k(); }
+                release_k();
+            }
+            if (v) {
+                if (warp % 4 == 0) { wait_v(); }
+                release_v();
+            }
+        }
+    };
     /* first block of a tile, nothing to overlap with */
     auto first_block = [&] {
         float s[BLOCK_K / 2];
@@ -263,7 +287,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
-        mask(s, block_end - 1);
+        if (CAREFUL || block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
         float base[2];
         row_max<0, true, true>(s, m, alpha, base, scale_log2);
         row_exp<0, true, CAREFUL>(s, m, l, alpha, base, scale_log2);
@@ -296,16 +320,19 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     if (TURNS && wg == WG_COUNT - 1) { bar_arrive(TURN, 256); }
     if (!take_tile()) { return; }
+    skip_blocks(true, true);
     first_block();
     for (bool more = true; more;) {
         middle_blocks();
-        const uint32_t done = rq.stage;
+        const uint32_t done = rq.stage, slot = rt.stage;
         const int accumulate = block_end - block_begin > 1;
         const float m_done[2] = {m[0], m[1]}, l_done[2] = {l[0], l[1]};
         rq.advance();
+        rt.advance();
         if (CROSS) { more = take_tile(); }
         if (CROSS && more) {                                /* as step(), but S belongs to the next tile and O is finished */
             float s[BLOCK_K / 2];
+            skip_blocks(true, false);
             wait_k();
             if (TURNS) { bar_sync(TURN + wg, 256); }
             qk(s);
@@ -313,8 +340,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_wait<1>();
             wgmma_pin(s);
             release_k();
-            mask(s, block_end - 1);
+            if (block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
             softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
+            skip_blocks(false, true);
         } else {
             wgmma_fence();
             pv(accumulate, -1);
@@ -322,10 +350,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_pin(o);
             release_v();
         }
-        finish_rows<CAREFUL>(p, sm, done, o, m_done, l_done, scale_log2);
+        finish_rows<CAREFUL>(p, sm, done, slot, o, m_done, l_done, scale_log2);
         if (!CROSS) {
             more = take_tile();
-            if (more) { first_block(); }
+            if (more) {
+                skip_blocks(true, true);
+                first_block();
+            }
         } else if (more) {
             wait_operands();
         }
