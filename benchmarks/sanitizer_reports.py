@@ -19,14 +19,14 @@ RACE = r"^(Error|Warning): Race reported between"
 
 KNOWN = (
     Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\bconsume<"),
-          "The masker's lanes write rows and full, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
+          "The masker's lanes write rows and blocks, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
           "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
-          "its lane 0 arrives at o_full; writer, q_empty, scheduler, tile_full, masker. The tool follows an mbarrier for "
+          "its lane 0 arrives at o_full; writer, q_empty, masker or scheduler, tile_full, masker. The tool follows an mbarrier for "
           "the thread that arrives, not for those which that thread has met before."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE,
           (r"Write .*\b(describe_tile|schedule)<",
            r"Read .*\b(consume<|finish_rows<|add_seen_poison\(|find_rows\(|produce\(|describe_rows\()"),
-          "The scheduler's lane 0 writes tiles[s] and arrives at tile_full and q_full itself, for which the others wait. "
+          "The scheduler's lane 0 writes tiles[t] and arrives at tile_full and q_full itself, for which the others wait. "
           "Before the next write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at "
           "o_full, the writer waits for it and arrives at q_empty, for which the scheduler waits; lanes of the masker and of "
           "the producer meet at __syncwarp behind theirs, before lane 0 arrives at q_full and before the copies leave for "
