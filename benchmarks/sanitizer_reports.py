@@ -21,8 +21,8 @@ KNOWN = (
     Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\bconsume<"),
           "The masker's lanes write rows and blocks, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
           "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
-          "its lane 0 arrives at o_full; writer, q_empty, masker or scheduler, tile_full, masker. The tool follows an mbarrier for "
-          "the thread that arrives, not for those which that thread has met before."),
+          "its lane 0 arrives at o_full; writer, q_empty, masker or scheduler, tile_full, masker. The tool follows an mbarrier "
+          "for the thread that arrives, not for those which that thread has met before."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE,
           (r"Write .*\b(describe_tile|schedule)<",
            r"Read .*\b(consume<|finish_rows<|add_seen_poison\(|find_rows\(|produce\(|describe_rows\()"),
