@@ -60,9 +60,9 @@ static __device__ __forceinline__ bool keys_poisoned(shared &sm, int thread)
         sum = poison_test(x.w, sum, T());
     }
     if (thread == 0) { sm.any_poisoned = 0; }
-    bar_sync(BOTH, CONSUMERS);
+    barrier_sync(BOTH, CONSUMERS);
     if (sum & 0x7FFF7FFF) { sm.any_poisoned = 1; }
-    bar_sync(BOTH, CONSUMERS);
+    barrier_sync(BOTH, CONSUMERS);
     return sm.any_poisoned != 0;
 }
 
