@@ -27,8 +27,9 @@
  * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
  * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
  * dq_empty[s]           writer (1)                                  consumers                  staged dQ was read
- * ds_empty              consumer warps (8)                          consumers, if one dS       dQ of the step before is there
- * named BOTH            256                                         consumers                  both halves of dS are stored
+ * ds_full               consumer warps (8)                          consumers, d 64            dS of both is stored
+ * ds_empty              consumer warps (8)                          consumers, d 64            dQ of the step before is there
+ * named BOTH            256                                         consumers, d 128           dS of both is stored
  * weights_full[s]       warps of consumer 0 (4)                     consumer 1, d 256          P is stored
  * weights_empty[s]      warps of consumer 1 (4)                     consumer 0, d 256          P was read
  * named OWN + n         128                                         consumer n

@@ -9,6 +9,7 @@ static __device__ __forceinline__ void init_more_barriers(shared &sm)
         mbarrier_init(smem_address(&sm.dq_full[s]), CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.dq_empty[s]), 1);
     }
+    mbarrier_init(smem_address(&sm.ds_full), CONSUMERS / 32);
     mbarrier_init(smem_address(&sm.ds_empty), CONSUMERS / 32);
 }
 
@@ -62,17 +63,43 @@ template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shar
 /* Own keys in shared memory, as operands: K and V by rows, K by columns (head dim 128: the own 64). */
 struct key_tile { uint64_t k_rows, v_rows, k_columns; };
 
-/* dQ, 64 x 64, for the writer. */
-static __device__ __forceinline__ void stage_dq(shared &sm, const ring2 &r, float (&dq)[32], float scale, int consumer, int lane)
+/* A branch around ordinary stores, with wgmmas in flight, would make ptxas serialise them. */
+static __device__ __forceinline__ void store_if(bool yes, uint32_t to, float x, float y, float z, float w)
+{
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %0, 0;\n\t@p st.shared.v4.f32 [%1], {%2, %3, %4, %5};\n\t}" ::"r"((int)yes), "r"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
+}
+
+/* dQ, 64 x 64, for the writer; or nothing. */
+static __device__ __forceinline__ void stage_dq(shared &sm, const ring2 &r, float (&dq)[32], float scale, bool exists, int consumer, int lane)
 {
 #pragma unroll
     for (int n = 0; n < 32; n++) { dq[n] *= scale; }
-    float4 *const staged = (float4 *)sm.dq[r.stage] + consumer * 1024 + ((int)thread_index() & 127);
+    const uint32_t staged = smem_address(sm.dq[r.stage]) + consumer * 16384 + ((int)thread_index() & 127) * 16;
 #pragma unroll
-    for (int n = 0; n < 8; n++) { staged[128 * n] = make_float4(dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
+    for (int n = 0; n < 8; n++) { store_if(exists, staged + 2048 * n, dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
     fence_proxy_async();
     __syncwarp();
-    if (lane == 0) { mbarrier_arrive(smem_address(&sm.dq_full[r.stage])); }
+    if (exists && lane == 0) { mbarrier_arrive(smem_address(&sm.dq_full[r.stage])); }
+}
+
+/* dS of the own keys, 64 rows, to shared memory. */
+static __device__ __forceinline__ void store_gradients(uint32_t ds, const uint32_t (&gradients)[16], int consumer)
+{
+    const int here = (int)thread_index() & 127;
+    const uint32_t row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        stmatrix_x4(row + ((n * 32 + (here >> 4 & 1) * 16) ^ ((here & 7) << 4)), gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]);
+    }
+}
+
+/* dQ, 64 x 64, of the dS of both consumers; K by columns. */
+static __device__ __forceinline__ void query_products(float (&dq)[32], uint32_t ds, uint64_t k_columns)
+{
+    const uint64_t ds_columns = wgmma_desc_sw128(ds, 0, 1024);
+#pragma unroll
+    for (int n = 0; n < BLOCK_K / 16; n++) { wgmma64<1>(dq, ds_columns + n * 2048 / 16, k_columns + n * 2048 / 16, n == 0); }
+    wgmma_commit();
 }
 
 #if FGQA_D == 128
@@ -92,7 +119,7 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
         mbarrier_wait(smem_address(&sm.task_full), state & 1);
         const task &t = sm.tasks[state & 1];
         if (t.done) { return; }
-        int32_t steps = t.steps;
+        const int32_t steps = t.steps;
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.task_free)); }
         begin_keys<MASKED>(p, sm, t, state, consumer * 128 + thread, key);
@@ -100,10 +127,17 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
 #pragma unroll
         for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
 
-        for (; steps > 0; steps--) {
+        for (int n = 0; n < steps; n++) {
+#if FGQA_D == 64
+            step<MASKED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
+#else
             step<MASKED>(p, sm, consumer, thread, keys, r, state, dk, dv);
+#endif
             r.advance();
         }
+#if FGQA_D == 64
+        if (steps > 0) { last_dq(p, sm, consumer, lane, keys, r.before()); }
+#endif
 
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;

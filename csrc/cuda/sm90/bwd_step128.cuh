@@ -66,19 +66,11 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
         }
     }
     if (MASKED && partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, row0)); }
-    const int here = (int)thread_index() & 127;    /* anew: one register less in the loop */
-    const uint32_t ds = smem_address(sm.ds[r.stage]), ds_row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-        stmatrix_x4(ds_row + ((n * 32 + (here >> 4 & 1) * 16) ^ ((here & 7) << 4)), gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]);
-    }
+    store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
     fence_proxy_async();
     bar_sync(BOTH, CONSUMERS);
-    const uint64_t ds_columns = wgmma_desc_sw128(ds, 0, 1024);
     wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < 8; n++) { wgmma64<1>(dq, ds_columns + n * 2048 / 16, k_columns + n * 2048 / 16, n == 0); }
-    wgmma_commit();
+    query_products(dq, smem_address(sm.ds[r.stage]), k_columns);
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
     wgmma_commit();
@@ -86,7 +78,7 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
     mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
     wgmma_wait<1>();
     if (thread == 0) { mbarrier_arrive(smem_address(&sm.dout_empty[r.stage])); }
-    stage_dq(sm, r, dq, p.common.scale, consumer, lane);
+    stage_dq(sm, r, dq, p.common.scale, true, consumer, lane);
     wgmma_wait<0>();
     if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
 }

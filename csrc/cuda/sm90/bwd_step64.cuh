@@ -1,14 +1,16 @@
 /* bwd_step64.cuh - part of bwd.cu: what a consumer does with a query tile of 128 rows, head dim 64.
  *
  * The tile is worked on in halves A and B of 64 rows, so that the tensor cores have products of one half to make while weights of
- * the other are computed. Each consumer then makes dQ of one half, from the dS of both.
- *     S(A), dP(A), S(B) issued
- *     wait S(A):  P(A)                                          under dP(A), S(B)
- *     dP(B), dV(A) issued; wait dP(A): dS(A), then P(B)         under dP(B), dV(A)
- *     dS(A) to shared memory; dK(A), dV(B) issued
- *     wait dP(B): dS(B), to shared memory                       under dK(A), dV(B)
- *     both consumers meet; dQ, then dK(B) issued
- *     wait dQ:    staged for the writer                         under dK(B)
+ * the other are computed. Each consumer makes dQ of one half from the dS of both, and a step late: it does not wait for the other one,
+ * so that the two drift apart until each computes while the other multiplies.
+ *     S(A), dP(A), dQ of the step before issued
+ *     wait S(A):  P(A)                                                  under dP(A), dQ
+ *     S(B), dV(A) issued; wait dP(A): dS(A); wait dQ: staged for the writer   under S(B), dV(A)
+ *     dS(A) to shared memory; dP(B), dK(A) issued
+ *     wait S(B):  P(B)                                                  under dP(B), dK(A)
+ *     dV(B) issued; wait dP(B): dS(B), to shared memory                 under dK(A), dV(B)
+ *     dK(B) issued
+ * The first step of a task makes a dQ that nobody wants, since with a branch around it ptxas would serialise every wgmma.
  * Registers: dK 32, dV 32, S 32 + 32, dP 32 + 32, lse2 and delta of a half 16 each; P and dS, 16 a half, where S and dP were.
  */
 #pragma once
@@ -62,17 +64,8 @@ static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16],
     }
 }
 
-static __device__ __forceinline__ void store_gradients(uint32_t ds, const uint32_t (&gradients)[16], int consumer)
-{
-    const int here = (int)thread_index() & 127;
-    const uint32_t row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-        stmatrix_x4(row + ((n * 32 + (here >> 4 & 1) * 16) ^ ((here & 7) << 4)), gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]);
-    }
-}
-
-template <bool MASKED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, uint32_t &state,
+/* follows: whether the step before was of the same task. */
+template <bool MASKED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
                                                                    float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
@@ -84,52 +77,69 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
 
     int32_t row0 = 0;
     const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0);
+    const ring2 before = r.before();
     load_stats(lse2, sm.lse2[r.stage], 0, lane);
     load_stats(delta, sm.delta[r.stage], 0, lane);
+    mbarrier_wait(smem_address(&sm.ds_full), before.stage);
     wgmma_fence();
     score_products(s_a, keys.k_rows, q_rows);
     score_products(dp_a, keys.v_rows, dout_rows);
-    score_products(s_b, keys.k_rows, q_rows + NEXT);
+    query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
 
     wgmma_wait<2>();
     make_weights(weights_a, s_a, lse2, p.scale_log2);
     load_stats(lse2, sm.lse2[r.stage], 1, lane);
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     wgmma_fence();
-    score_products(dp_b, keys.v_rows, dout_rows + NEXT);
+    score_products(s_b, keys.k_rows, q_rows + NEXT);
     key_products(dv, weights_a, dout_rows);
 
     wgmma_wait<3>();
     make_gradients(gradients_a, weights_a, dp_a, delta);
-    if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
-    wgmma_wait<2>();
-    make_weights(weights_b, s_b, lse2, p.scale_log2);
-    if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     load_stats(delta, sm.delta[r.stage], 1, lane);
-    mbarrier_wait(smem_address(&sm.ds_empty), r.stage ^ 1);
+    if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
+    if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
+    wgmma_wait<2>();
+    if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty)); }
+    stage_dq(sm, before, dq, p.common.scale, follows, consumer, lane);
+    mbarrier_wait(smem_address(&sm.ds_empty), before.stage);
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
     wgmma_fence();
+    score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
-    key_products(dv, weights_b, dout_rows + NEXT);
 
     wgmma_wait<3>();
+    make_weights(weights_b, s_b, lse2, p.scale_log2);
+    if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
+    wgmma_fence();
+    key_products(dv, weights_b, dout_rows + NEXT);
+
+    wgmma_wait<2>();
     make_gradients(gradients_b, weights_b, dp_b, delta);
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
-    bar_sync(BOTH, CONSUMERS);
-    const uint64_t ds_columns = wgmma_desc_sw128(smem_address(sm.ds[0][consumer]), 0, 1024);
+    __syncwarp();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full)); }
     wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < BLOCK_K / 16; n++) { wgmma64<1>(dq, ds_columns + n * 2048 / 16, keys.k_columns + n * 2048 / 16, n == 0); }
-    wgmma_commit();
     key_products(dk, gradients_b, q_rows + NEXT);
 
-    mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
-    wgmma_wait<1>();
-    if (thread == 0) { mbarrier_arrive(smem_address(&sm.dout_empty[r.stage])); }
-    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty)); }
-    stage_dq(sm, r, dq, p.common.scale, consumer, lane);
     wgmma_wait<0>();
-    if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
+    if (thread == 0) {
+        mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
+        mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
+    }
+}
+
+/* dQ of the last step of a task. */
+static __device__ __forceinline__ void last_dq(const bwd_params &p, shared &sm, int consumer, int lane, const key_tile &keys, const ring2 &r)
+{
+    float dq[32];
+    mbarrier_wait(smem_address(&sm.ds_full), r.stage);
+    wgmma_fence();
+    query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
+    mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
+    wgmma_wait<0>();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty)); }
+    stage_dq(sm, r, dq, p.common.scale, true, consumer, lane);
 }

@@ -35,7 +35,7 @@ struct shared {
 #if FGQA_D == 256
     uint64_t weights_full[2], weights_empty[2];
 #else
-    uint64_t dq_full[2], dq_empty[2], ds_empty;
+    uint64_t dq_full[2], dq_empty[2], ds_full, ds_empty;
 #endif
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
@@ -60,6 +60,8 @@ struct ring2 {
         stage ^= 1;
         parity ^= stage == 0;
     }
+    /* The position behind which this one is. */
+    __device__ __forceinline__ ring2 before() const { return {stage ^ 1, parity ^ (stage == 0)}; }
 };
 
 /* ---- scheduler: a warp ---- */
