@@ -30,8 +30,8 @@ def inputs(b, hk, g, sq, sk, d=128, dv=None, dtype=torch.bfloat16, lens=None):
     return q, k, v
 
 
-def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=None):
-    """out and LSE, computed in `dtype`."""
+def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=None, softcap=None, alibi_slopes=None):
+    """out and LSE, computed in `dtype`; softcap and ALiBi at least in float32."""
     (b, hq, sq, d), (hk, sk) = q.shape, k.shape[1:3]
     lens = torch.full((b,), sk, device="cuda") if lens is None else lens
     j, diag = torch.arange(sk, device="cuda"), torch.arange(sq, device="cuda")[None] + lens[:, None] - sq
@@ -41,17 +41,25 @@ def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=N
     seen = seen[:, None, None]
     some = seen.any(3)[:, 0, 0][:, None, :, None]
     k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in (k, v))
-    x = (q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5).masked_fill(~seen, -math.inf)
+    x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5
+    if softcap is not None or alibi_slopes is not None:
+        x = x.to(torch.promote_types(dtype, torch.float32))
+    if softcap is not None:
+        x = softcap * (x / softcap).tanh()
+    if alibi_slopes is not None:
+        x = x - alibi_slopes.to(x).expand(b, hq).view(b, hk, -1, 1, 1) * (diag[..., None] - j).abs()[:, None, None]
+    x = x.masked_fill(~seen, -math.inf)
     if sink is not None:
         x = torch.cat([x, sink.to(dtype).view(1, hk, -1, 1, 1).expand(*x.shape[:4], 1)], -1)
     p = x.softmax(-1).nan_to_num(nan=0.0)[..., :sk]
-    return (p @ v).reshape(b, hq, sq, -1), x.logsumexp(-1).reshape(b, hq, sq)
+    return (p.to(dtype) @ v).reshape(b, hq, sq, -1), x.logsumexp(-1).reshape(b, hq, sq)
 
 
 def check(q, k, v, expected_kernel, **options):
     """Twice the error of the plain formula in the same dtype and two units, as everywhere; the same bits twice."""
     lens, sink = options.get("kv_lens"), options.get("sink")
-    plain = {"lens": lens, "sink": sink, "causal": options.get("causal", False), "window": options.get("window", (None, None))}
+    plain = {"lens": lens, "sink": sink, "causal": options.get("causal", False), "window": options.get("window", (None, None)),
+             "softcap": options.get("softcap"), "alibi_slopes": options.get("alibi_slopes")}
     out, lse = flashgqa.attention(q, k, v, return_lse=True, **options)
     again = flashgqa.attention(q, k, v, **options, out=torch.full_like(out, math.nan))
     exact, exact_lse = formula(q, k, v, torch.float64, **plain)
@@ -94,6 +102,33 @@ def test_head_dims_and_strides(d, dv, dtype):
         tile = 64 if max(d, dv) <= 64 else 128
         whole = inputs(2, 3, g, 1, 700, tile, tile, dtype)       # records hold whole tiles
         assert flashgqa.explain(q, k, v)["workspace_bytes"] == flashgqa.explain(*whole)["workspace_bytes"] > 0
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("sq", "g"), [(1, 4), (2, 4), (1, 16), (1, 32), (4, 16), (3, 40)])
+def test_softcap_and_alibi(sq, g, d, dtype):
+    """Every row and every size of its tiles; alone, together, and with a window, a sink and unequal lengths."""
+    kernel = f"d{d}_dv{d}_decode" + ("" if sq * g <= 8 else "wide")
+    slopes = 2.0 ** -torch.linspace(1, 9, 2 * g, device="cuda")
+    for lens in (None, int32([1500, 700, 2, 0])):
+        q, k, v = inputs(1 if lens is None else 4, 2, g, sq, 1500, d, dtype=dtype, lens=lens)
+        check(4 * q, k, v, kernel, kv_lens=lens, softcap=2.0)
+        check(q, k, v, kernel, kv_lens=lens, alibi_slopes=slopes, causal=True)
+        check(4 * q, k, v, kernel, kv_lens=lens, causal=True, window=(600, None), softcap=5.0, alibi_slopes=slopes / 4,
+              sink=torch.linspace(-2, 2, 2 * g, device="cuda"), batch_invariant=lens is not None)
+        if lens is not None:                                        # a slope for each head of each sequence
+            check(q, k, v, kernel, kv_lens=lens, alibi_slopes=slopes * torch.arange(1, 5, device="cuda")[:, None])
+
+
+def test_softcap_of_scores_that_are_not_finite():
+    q, k, v = inputs(1, 1, 16, 1, 900)
+    q[0, :, 0, 0], k[0, 0, 3, 0] = 1e30, -1e30
+    for rows in (4, 16):
+        out = flashgqa.attention(q[:, :rows], k, v, softcap=3.0)
+        torch.testing.assert_close(out.double(), formula(q[:, :rows], k, v, torch.float64, softcap=3.0)[0], rtol=0, atol=0.02)
+    k[0, 0, 3, 0] = math.nan
+    assert flashgqa.attention(q, k, v, softcap=3.0).isnan().all()
 
 
 @pytest.mark.parametrize("page", [16, 48, 64, 256])
@@ -197,7 +232,7 @@ def test_plan_says_why_not():
         return dict(flashgqa.explain(q, k, v, **options)["refused"])["fwd_sm90_bf16_d128_dv128_decode"]
 
     assert "too few" in why(q, k[:, :, :200], v[:, :, :200])
-    assert "softcap" in why(q, k, v, softcap=3.0)
+    assert "bias" in why(q, k, v, bias=q.new_zeros(1, 1, 1, 1000))
     assert "up to 8 query rows" in why(*inputs(1, 2, 4, 3, 1000))
     assert "strides above 0" in why(q, k[:, :1].expand(1, 2, 1000, 128), v)
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]

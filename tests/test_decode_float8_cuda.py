@@ -28,8 +28,9 @@ def inputs(b, hk, g, sq, slots, lens, d=128, dv=None, dtype=torch.bfloat16, seed
     return q, *kv, {"cache_lens": lens, "k_scale": scales[0], "v_scale": scales[1]}
 
 
-def formula(q, k, v, dtype, cache_lens, k_scale=None, v_scale=None, causal=False, window=(None, None), sink=None, left_pad=None):
-    """out and LSE, computed in `dtype`; slots without a key are not looked at."""
+def formula(q, k, v, dtype, cache_lens, k_scale=None, v_scale=None, causal=False, window=(None, None), sink=None, left_pad=None,
+            softcap=None, alibi_slopes=None):
+    """out and LSE, computed in `dtype`, softcap and ALiBi at least in float32; slots without a key are not looked at."""
     (b, hq, sq, d), (hk, slots) = q.shape, k.shape[1:3]
     j, diag = torch.arange(slots, device="cuda"), torch.arange(sq, device="cuda")[None] + cache_lens[:, None] - sq
     seen = (j < cache_lens[:, None, None]) & ((j <= diag[..., None]) | torch.tensor(not causal, device="cuda"))
@@ -42,11 +43,18 @@ def formula(q, k, v, dtype, cache_lens, k_scale=None, v_scale=None, causal=False
     wide = [x.double() * s[:, :, None, None] for x, s in zip((k, v), scales, strict=True)]
     k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in wide)
     seen = seen[:, None, None]
-    x = (q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5).masked_fill(~seen, -math.inf)
+    x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5
+    if softcap is not None or alibi_slopes is not None:
+        x = x.to(torch.promote_types(dtype, torch.float32))
+    if softcap is not None:
+        x = softcap * (x / softcap).tanh()
+    if alibi_slopes is not None:
+        x = x - alibi_slopes.to(x).expand(b, hq).view(b, hk, -1, 1, 1) * (diag[..., None] - j).abs()[:, None, None]
+    x = x.masked_fill(~seen, -math.inf)
     if sink is not None:
         x = torch.cat([x, sink.to(dtype).view(1, hk, -1, 1, 1).expand(*x.shape[:4], 1)], -1)
     p = x.softmax(-1).nan_to_num(nan=0.0)[..., :slots]
-    return (p @ v).reshape(b, hq, sq, -1), x.logsumexp(-1).reshape(b, hq, sq)
+    return (p.to(dtype) @ v).reshape(b, hq, sq, -1), x.logsumexp(-1).reshape(b, hq, sq)
 
 
 def agree(out, lse, exact, exact_lse, naive):
@@ -108,6 +116,18 @@ def test_rows_masks_sink_and_left_padding(sq, g):
         options |= {"causal": True, "window": window}
         check(q, k, v, options)
         check(q, k, v, options | {"sink": torch.linspace(-2, 2, 2 * g, device="cuda"), "left_pad": int32([77, 2, 0, slots - 2])})
+
+
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize(("sq", "g"), [(1, 4), (2, 4), (1, 16), (1, 32), (4, 16), (3, 40)])
+def test_softcap_and_alibi(sq, g, dtype):
+    slopes, lens = 2.0 ** -torch.linspace(1, 9, 2 * g, device="cuda"), int32([1500, 700, 3, 0])
+    q, k, v, options = inputs(4, 2, g, sq, 1500, lens, dtype=dtype)
+    options |= {"causal": True}
+    check(4 * q, k, v, options | {"softcap": 2.0})
+    check(q, k, v, options | {"alibi_slopes": slopes})
+    more = {"window": (600, None), "sink": torch.linspace(-2, 2, 2 * g, device="cuda"), "left_pad": int32([77, 0, 1, 0])}
+    check(4 * q, k, v, options | more | {"softcap": 5.0, "alibi_slopes": slopes / 4}, True)
 
 
 @pytest.mark.parametrize("dtype", UNIT, ids=str)
@@ -231,7 +251,6 @@ def test_refusals_say_why():
         with pytest.raises(NotImplementedError, match=reason):
             flashgqa.attention_with_kvcache(q, k, v, **options | more, kernel=ROWS[0])
 
-    refused("has no softcap", q, k, v, softcap=3.0)
     refused("up to 8 query rows", q.expand(1, 8, 3, 128), k, v)
     refused("pages of a multiple of 16", q, *(x.view(-1, 2, 8, 128) for x in (k, v)), page_table=int32([range(125)]))
     options = {"cache_lens": options["cache_lens"]}

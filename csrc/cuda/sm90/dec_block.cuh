@@ -10,6 +10,7 @@
  *   full[stream][stage][KV]    producer lane (1) + bytes                 the stream's consumers
  *   empty[stream][stage][KV]   the stream's consumer warps (READERS)     producer lane
  *   named START                all                                       consumers, helper: mbarriers and the schedule are there
+ *   named FETCHED              consumers                                 producer: q is on its way, ahead of the first copies
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
@@ -19,17 +20,19 @@
 #include "dec_combine.cuh"
 #include "dec_produce.cuh"
 
-static constexpr int START = 8;
+static constexpr int START = 8, FETCHED = 12;
 static_assert(FGQA_WARPS == CONSUMERS + 2, "kernels.def: consumers, a producer and a helper");
 
-template <class Shared> static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, const dec_segment &first, int lane)
+/* PLAIN: all sequences have one length, and there are no pages. That much less code lies before the first copy. */
+template <bool PLAIN, class Shared> static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, const dec_segment &first, int lane)
 {
     const int stream = lane / 2 % Shared::STREAMS, kv = lane % 2;
-    const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, createpolicy_evict_first()};
+    const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, PLAIN ? CHUNK_BYTES : p.chunk_pitch, createpolicy_evict_first()};
     const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
     const uint32_t full = smem_address(&mem.full[stream][0][kv]), empty = smem_address(&mem.empty[stream][0][kv]);
-    granule_walk<Shared::STREAMS> walk(p, first, stream, lane < 2 * Shared::STREAMS);
-    page_queue<Shared::STREAMS> pages(p, walk, smem_address(mem.pages[lane % (2 * Shared::STREAMS)]));
+    granule_walk<Shared::STREAMS, PLAIN> walk(p, first, stream, lane < 2 * Shared::STREAMS);
+    typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type pages(p, walk, smem_address(mem.pages[lane % (2 * Shared::STREAMS)]));
+    barrier_sync(FETCHED, 32 * CONSUMERS + 32);
     int stage = 0;
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
@@ -41,7 +44,7 @@ template <class Shared> static __device__ __forceinline__ void produce(const dec
             mbarrier_arrive_expect_tx(bar, TILE_BYTES);
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
-                if (n == 0 || p.pieces) { load_boxes(source, tile + n * PIECE * 128, bar, in_page(p, slot + n * PIECE), kv_head, page[n]); }
+                if (n == 0 || (!PLAIN && p.pieces)) { load_boxes(source, tile + n * (PLAIN ? 0 : p.piece_pitch), bar, PLAIN ? slot : in_page(p, slot + n * PIECE), kv_head, page[n]); }
             }
             if (++stage == Shared::STAGES) {
                 stage = 0;
@@ -53,28 +56,55 @@ template <class Shared> static __device__ __forceinline__ void produce(const dec
     }
 }
 
-/* The producer does its work here. Whether the warp is to go on: consumers with work, and the helper. */
+/* Consumers: mbarriers and the schedule are there. Whether the block has work. */
+template <class Shared> static __device__ __forceinline__ bool await_start(const Shared &mem)
+{
+    barrier_sync(START, THREADS);
+    return (int32_t)blockIdx.x < mem.schedule.split.blocks;
+}
+
+/* Consumers and helper: calls `fetch` with the first segment, if there is one, before the block's first copies. Behind the stream of all
+ * SMs a load takes 4 to 5 us. Lengths on the device: the segment is not known before the schedule is. Whether the block has work. */
+template <class Shared, class Fetch> static __device__ __forceinline__ bool begin_block(const dec_params &p, Shared &mem, const dec_actor &actor, dec_segment &segment,
+                                                                                        const Fetch &fetch)
+{
+    bool works = actor.rehearsal || p.uniform || await_start(mem);
+    segment = p.uniform ? first_segment_early<true>(p) : first_segment(p, mem.schedule);
+    if (works && segment.valid()) { fetch(segment); }
+    if (!actor.rehearsal) {
+        barrier_arrive(FETCHED, 32 * CONSUMERS + 32);
+        if (p.uniform) { works = await_start(mem); }
+    }
+    return works;
+}
+
+/* The producer does its work here. Whether the warp is to go on: consumers, and the helper of a block with work. */
 template <class Shared> static __device__ __forceinline__ bool open_block(const dec_params &p, Shared &mem)
 {
     const int warp = (int)thread_index() / 32, lane = (int)thread_index() % 32;
     if (warp == CONSUMERS) {
-        if (lane == 0) {
-            prefetch_tensormap(&p.k_map);
-            prefetch_tensormap(&p.v_map);
+        if (lane < 2) { prefetch_tensormap(lane ? &p.v_map : &p.k_map); }
+        if (lane == 0) {                        /* one lane: the instruction takes one address, and lanes would take turns */
+#pragma unroll
+            for (int n = 0; n < Shared::STREAMS * Shared::STAGES * 2; n++) {
+                mbarrier_init(smem_address(&mem.full[0][0][0] + n), 1);
+                mbarrier_init(smem_address(&mem.empty[0][0][0] + n), Shared::READERS);
+            }
         }
-        for (int n = lane; n < Shared::STREAMS * Shared::STAGES * 2; n += 32) {
-            mbarrier_init(smem_address(&mem.full[0][0][0] + n), 1);
-            mbarrier_init(smem_address(&mem.empty[0][0][0] + n), Shared::READERS);
-        }
+        __syncwarp();
         fence_mbarrier_init();
         barrier_arrive(START, THREADS);
-        produce(p, mem, first_segment_early(p), lane);
+        if (p.uniform && !p.table) {
+            produce<true>(p, mem, first_segment_early<true>(p), lane);
+        } else {
+            produce<false>(p, mem, first_segment_early<false>(p), lane);
+        }
         return false;
     }
-    if (warp > CONSUMERS) { make_schedule(p, mem.schedule, lane); }
-    barrier_sync(START, THREADS);
-    if ((int32_t)blockIdx.x >= mem.schedule.split.blocks) { return false; }
-    if (warp > CONSUMERS && p.counters) {
+    if (warp < CONSUMERS) { return true; }
+    make_schedule(p, mem.schedule, lane);
+    if (!await_start(mem)) { return false; }
+    if (p.counters) {
         if (lane < 2) { mem.schedule.share[lane] = share_of(p, mem.schedule, lane); }
         __syncwarp();
     }

@@ -75,7 +75,7 @@ static __device__ __forceinline__ void store_output(const dec_params &p, int32_t
     const fgqa_problem &problem = p.common.problem;
     const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
     float lse;
-    const float scale = softmax_finish(a.m * p.common.scale, a.l, sink_logit(problem, b, h, i >= sq), &lse);
+    const float scale = softmax_finish(a.m * p.unit, a.l, sink_logit(problem, b, h, i >= sq), &lse);
     if (column < problem.dv && !rehearsal) {
         const uint2 pairs = {pack2(a.o[0] * scale, a.o[1] * scale, T()), pack2(a.o[2] * scale, a.o[3] * scale, T())};
         *(uint2 *)(fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, h, i) + column * (int)sizeof(T)) = pairs;

@@ -25,7 +25,7 @@ PTX_FN void widen_float8(uint32_t bytes, uint32_t &low, uint32_t &high)
 /* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
  * address of this lane's row for ldmatrix at k = 0, as for 16-bit elements. */
 struct float8_fragments {
-    uint32_t bytes[4];
+    uint32_t chunk, bytes[4];       /* there is one chunk */
 
     __device__ __forceinline__ void keys(uint32_t (&a)[4], uint32_t lane, int k)
     {

@@ -16,14 +16,15 @@ static int32_t aligned_blocks(int64_t pairs, int32_t blocks)
 }
 
 /* A copy is 128 bytes wide and, where the head dim fills the tile, all chunks deep. */
-static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p, fgqa_arg arg, int32_t columns)
+static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p, fgqa_arg arg, int32_t columns, bool deep_pieces)
 {
-    const int32_t chunks = TILE_BYTES / CHUNK_BYTES, pieces = has_pieces(p->cache), deep = chunks > 1 && columns == D && !pieces;
+    const int32_t chunks = TILE_BYTES / CHUNK_BYTES, pieces = has_pieces(p->cache), deep = chunks > 1 && columns == D && (!pieces || deep_pieces);
     *boxes = deep ? 1 : chunks;
     return fgqa_cache_map(map, p, arg, pieces ? PIECE : GRANULE, deep ? chunks : 1);
 }
 
-static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
+/* deep_pieces: of a tile in pieces, the chunks of one follow each other. */
+static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec, bool deep_pieces)
 {
     p->common = fgqa_params_make(problem);
     fgqa_dec_layout_make(problem, BLOCK_Q, GRANULE, DV, (int32_t)plan->tasks, workspace, &p->layout);
@@ -42,10 +43,14 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->table = problem->cache.table;
     p->page_size = problem->cache.page_size;
     p->pieces = has_pieces(problem->cache);
-    p->scale_log2 = p->common.scale * (float)FGQA_LOG2E;
+    p->chunk_pitch = p->pieces && deep_pieces ? PIECE * 128 : CHUNK_BYTES;
+    p->piece_pitch = p->pieces && deep_pieces ? PIECE * 128 * (TILE_BYTES / CHUNK_BYTES) : PIECE * 128;
+    p->chain = problem->softcap != 0.0 || problem->view[FGQA_ARG_alibi_slopes].data;
+    p->unit = p->chain ? 1.0f : p->common.scale;
+    p->scale_log2 = p->unit * (float)FGQA_LOG2E;
     p->counters = p->layout.chunk ? NULL : fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
-    const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d);
-    return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv);
+    const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d, deep_pieces);
+    return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv, deep_pieces);
 }
 
 static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, bool cooperative, void *stream)

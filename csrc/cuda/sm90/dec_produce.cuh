@@ -10,7 +10,7 @@
 static constexpr int PAGES_AHEAD = 4;
 
 /* Granules n = stream, stream + STREAMS, ... of each segment. */
-template <int STREAMS> struct granule_walk {
+template <int STREAMS, bool UNIFORM> struct granule_walk {
     dec_segment segment;
     int32_t g, stream;
 
@@ -25,7 +25,7 @@ template <int STREAMS> struct granule_walk {
     __device__ __forceinline__ void settle(const dec_params &p)
     {
         while (segment.valid() && g >= segment.g1) {
-            segment.next(p, NULL);
+            segment.next(p, NULL, UNIFORM);
             g = segment.g0 + stream;
         }
     }
@@ -44,11 +44,12 @@ static __device__ __forceinline__ int32_t in_page(const dec_params &p, int32_t s
 
 /* The pages of the next granules, one a piece, on their way to this lane's `queue`. */
 template <int STREAMS> struct page_queue {
-    granule_walk<STREAMS> ahead;
+    typedef granule_walk<STREAMS, false> walk_type;
+    walk_type ahead;
     uint32_t queue;
     int at;
 
-    __device__ __forceinline__ page_queue(const dec_params &p, const granule_walk<STREAMS> &walk, uint32_t queue)
+    __device__ __forceinline__ page_queue(const dec_params &p, const walk_type &walk, uint32_t queue)
         : ahead(walk), queue(queue), at(0)
     {
         if (p.table) {
@@ -72,7 +73,7 @@ template <int STREAMS> struct page_queue {
         at = at + 1 == PAGES_AHEAD ? 0 : at + 1;
     }
     /* The pages of the granule that `walk` is at, and then those of a later one are fetched. */
-    __device__ __forceinline__ void take(const dec_params &p, const granule_walk<STREAMS> &walk, int32_t (&page)[PIECES])
+    __device__ __forceinline__ void take(const dec_params &p, const walk_type &walk, int32_t (&page)[PIECES])
     {
         if (p.table) {
             cp_async_wait<PAGES_AHEAD - 1>();
@@ -88,13 +89,19 @@ template <int STREAMS> struct page_queue {
     }
 };
 
-struct tile_source { const CUtensorMap *map; int32_t boxes; uint64_t policy; };
+/* Without a table a sequence is a page. */
+template <int STREAMS> struct no_queue {
+    __device__ __forceinline__ no_queue(const dec_params &, const granule_walk<STREAMS, true> &, uint32_t) {}
+    __device__ __forceinline__ void take(const dec_params &, const granule_walk<STREAMS, true> &walk, int32_t (&page)[PIECES]) { page[0] = walk.segment.b; }
+};
+
+struct tile_source { const CUtensorMap *map; int32_t boxes, pitch; uint64_t policy; };
 
 /* Rows from `row` of page `page` on -> the chunks of a tile. */
 static __device__ __forceinline__ void load_boxes(const tile_source &source, uint32_t tile, uint32_t bar, int32_t row, int32_t kv_head, int32_t page)
 {
 #pragma unroll 1
     for (int chunk = 0; chunk < source.boxes; chunk++) {
-        tma_load_5d(tile + chunk * CHUNK_BYTES, source.map, bar, source.policy, 64 * chunk, row, 0, kv_head, page);
+        tma_load_5d(tile + (uint32_t)(chunk * source.pitch), source.map, bar, source.policy, 64 * chunk, row, 0, kv_head, page);
     }
 }

@@ -45,9 +45,11 @@ struct dec_params {
     fgqa_dec_layout layout;
     const int32_t *table;
     int32_t page_size, pieces;      /* whether copies are of pieces */
+    int32_t chunk_pitch, piece_pitch;   /* of a tile: bytes from one chunk, from one 16 keys to the next */
     int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
     int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
-    float scale_log2;
+    float unit, scale_log2;         /* of scores: in natural units, and as a power of two */
+    int32_t chain;                  /* scores are in natural units, by the whole score chain (dec_score.cuh) */
     uint32_t *counters;             /* one a block, zero between launches; NULL: a second kernel merges */
     CUtensorMap k_map, v_map;
     fgqa_params common;
@@ -252,8 +254,8 @@ struct dec_segment {
         g1 = min(span.count, g0 + (p.layout.chunk ? p.layout.chunk : left));
         left -= p.layout.chunk ? 1 : g1 - g0;
     }
-    /* schedule NULL: from memory, for a warp that does not wait for it. */
-    __device__ __forceinline__ void next(const dec_params &p, const dec_schedule *schedule)
+    /* schedule NULL: from memory, for a warp that does not wait for it. uniform: p.uniform, where it is known. */
+    __device__ __forceinline__ void next(const dec_params &p, const dec_schedule *schedule, bool uniform = false)
     {
         g0 = g1;
         if (g0 == span.count && left > 0) {
@@ -261,7 +263,7 @@ struct dec_segment {
             if (++h == p.layout.heads) {
                 h = 0;
                 b++;
-                if (!p.uniform) { span = (schedule ? sequence_of(p, *schedule, b) : dec_sequence_at(p, b)).span; }
+                if (!uniform && !p.uniform) { span = (schedule ? sequence_of(p, *schedule, b) : dec_sequence_at(p, b)).span; }
             }
         }
         clip(p);
@@ -282,11 +284,11 @@ static __device__ __forceinline__ dec_segment first_segment(const dec_params &p,
 }
 
 /* The same without the schedule, so that the first copies need not wait for it. Whole warp. */
-static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p)
+template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p)
 {
     const int32_t block = (int32_t)blockIdx.x;
     work_split split = p.split;
-    if (p.uniform) {
+    if (UNIFORM || p.uniform) {
         const int32_t begin = split.begin(block), end = block < split.blocks ? split.begin(block + 1) : begin;
         return first_segment(p, place_of_pair(p, p.by_units(begin)), begin, end);
     }

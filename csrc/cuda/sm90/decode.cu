@@ -1,14 +1,16 @@
 /* decode.cu - attention of up to 8 packed query rows of a KV head over many keys, for Hopper: a memory stream with arithmetic on
  * the side. Compiled once per `decode` row of kernels.def. More rows: decode_wide.cu; who works on what: dec_work.h.
  *
- * Granule n of a segment belongs to stream (= consumer warp) n % STREAMS, which has its own ring of tiles and its own m, l, o: no
- * barrier inside a segment; at its end the streams are added up. The other warps: dec_block.cuh, with most barriers. Also:
+ * Granule n of a segment belongs to stream n % STREAMS, which has its own ring of tiles and READERS consumer warps, each for 16 of a
+ * granule's keys and with its own m, l, o: no barrier inside a segment; at its end the warps' sums are added up. The other warps:
+ * dec_block.cuh, with most barriers. Also:
  *
  *   barrier                    arrivals                                  waited for by
  *   named MERGE                consumers                                 end of a segment
  *   named COMBINE, + 1         warps that merge records                  dec_combine.cuh
  *
- * A tile is GRANULE keys in chunks of 64 columns, 128 bytes a row, with the swizzle of TMA: piece c of row r at c ^ (r & 7).
+ * A tile is GRANULE keys in chunks of 64 columns, 128 bytes a row, with the swizzle of TMA: piece c of row r at c ^ (r & 7). Where
+ * pages are smaller, the chunks of each 16 keys follow each other instead.
  * The products are turned so that query rows are the short side of the mma:
  *
  *   S^T[16 keys x 8 rows] = K Q^T        O^T[16 columns x 8 rows] += V^T P^T
@@ -40,26 +42,29 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 #include "dec_block.cuh"
 #include "dec_float8.cuh"
 #include "dec_launch.cuh"
+#include "dec_score.cuh"
 
 static constexpr int K_STEPS = D / 16;
 static constexpr int MERGE_PITCH = D + 4, MERGE = 1;        /* + m, l; and the 8 rows of a fragment fall on different banks */
 static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
-static_assert(GRANULE == 16 && BLOCK_Q == 8, "kernels.def: one mma per granule and 16 columns, 8 rows");
+static_assert(GRANULE % 16 == 0 && CONSUMERS % (GRANULE / 16) == 0 && BLOCK_Q == 8, "kernels.def: one mma per warp and 16 columns, 8 rows");
 
 struct shared {
-    static constexpr int STREAMS = CONSUMERS, READERS = 1, STAGES = FGQA_STAGES;
+    static constexpr int READERS = GRANULE / 16, STREAMS = CONSUMERS / READERS, STAGES = FGQA_STAGES;
+    static constexpr bool DEEP_PIECES = true;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
-    alignas(16) float merge[STREAMS][BLOCK_Q][MERGE_PITCH];     /* o, m, l, 2 unused */
+    alignas(16) float merge[CONSUMERS][BLOCK_Q][MERGE_PITCH];   /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
-    int32_t pages[2 * STREAMS][PAGES_AHEAD];
+    int32_t pages[2 * STREAMS][PAGES_AHEAD * PIECES];
     dec_schedule schedule;
 };
 static_assert(sizeof(shared) <= 227 * 1024, "kernels.def: the stages fit into shared memory");
 
 /* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
- * address of this lane's row for ldmatrix at k = 0. */
+ * address of this lane's row for ldmatrix at k = 0, chunks are `chunk` bytes apart. */
 struct fragments {
-    static __device__ __forceinline__ uint32_t at(uint32_t lane, int k) { return (lane ^ (uint32_t)((k & 3) << 5)) + (uint32_t)((k >> 2) * CHUNK_BYTES); }
+    uint32_t chunk;
+    __device__ __forceinline__ uint32_t at(uint32_t lane, int k) { return (lane ^ (uint32_t)((k & 3) << 5)) + (k >> 2 ? chunk : 0); }
     __device__ __forceinline__ void keys(uint32_t (&a)[4], uint32_t lane, int k) { ldmatrix_x4(a, at(lane, k)); }
     __device__ __forceinline__ void values(uint32_t (&a)[4], uint32_t lane, int k) { ldmatrix_x4_trans(a, at(lane, k)); }
 };
@@ -100,10 +105,9 @@ static __device__ __forceinline__ void load_q(const dec_params &p, int32_t b, co
 }
 
 /* s = K Q^T of 16 keys, as two chains of dependent mma. k_lane: this lane's row for ldmatrix at step 0. */
-static __device__ __forceinline__ void scores(uint32_t k_lane, const uint32_t (&q)[K_STEPS][2], float (&s)[4])
+static __device__ __forceinline__ void scores(reader tile, uint32_t k_lane, const uint32_t (&q)[K_STEPS][2], float (&s)[4])
 {
     float sum[2][4] = {};
-    reader tile;
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
         uint32_t a[4];
@@ -169,7 +173,7 @@ static __device__ __forceinline__ void softmax(const dec_params &p, const tile_m
 /* o += V^T P^T. Unseen keys have p = 0, but 0 * NaN is NaN: what no row sees is cleared, and inf and NaN of what some rows see go
  * to those alone. Register r holds keys 8 (r / 2) + 2 (lane % 4) + {0, 1}. */
 template <bool MASKED>
-static __device__ __forceinline__ void accumulate(uint32_t v_lane, const tile_mask &mask, const uint32_t (&pt)[2], const uint32_t (&sees)[2], state &st)
+static __device__ __forceinline__ void accumulate(reader tile, uint32_t v_lane, const tile_mask &mask, const uint32_t (&pt)[2], const uint32_t (&sees)[2], state &st)
 {
     uint32_t keep[2] = {~0u, ~0u};
     if (MASKED) {
@@ -180,7 +184,6 @@ static __device__ __forceinline__ void accumulate(uint32_t v_lane, const tile_ma
                     | (mask.seen.begin <= slot + 1 && slot + 1 < mask.seen.end ? 0xFFFF0000u : 0u);
         }
     }
-    reader tile;
 #pragma unroll
     for (int k = 0; k < K_STEPS; k++) {
         uint32_t a[4], code[4];
@@ -198,14 +201,14 @@ static __device__ __forceinline__ void accumulate(uint32_t v_lane, const tile_ma
     }
 }
 
-/* Consumer warps: sum of the streams' states; a whole pair goes to the result, a part to its record. */
+/* Consumer warps: sum of their states; a whole pair goes to the result, a part to its record. */
 static __device__ __forceinline__ void finish_segment(const dec_params &p, shared &mem, const dec_actor &actor, const state &st, int32_t b, const pair_rows &rows,
-                                                      int32_t sq, int stream, int64_t record)
+                                                      int32_t sq, int warp, int64_t record)
 {
     const int lane = (int)thread_index() % 32;
 #pragma unroll
     for (int c = 0; c < 2; c++) {
-        float l = st.l[c], *row = mem.merge[stream][2 * (lane % 4) + c];
+        float l = st.l[c], *row = mem.merge[warp][2 * (lane % 4) + c];
 #pragma unroll
         for (int d = 4; d < 32; d *= 2) { l += __shfl_xor_sync(0xFFFFFFFFu, l, d); }
         if (actor.rehearsal) { continue; }
@@ -242,22 +245,35 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
     actor.sync();                               /* merge is free again; every record of the segment is written */
 }
 
-static __device__ __forceinline__ void consume(const dec_params &p, shared &mem, const dec_actor &actor)
+/* Whether the block has work. */
+static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem, const dec_actor &actor)
 {
-    const int lane = (int)thread_index() % 32, stream = actor.thread / 32;
-    dec_segment segment = first_segment(p, mem.schedule);
-    pair_rows rows = pair_rows_of(p, segment.h), rows_next = rows;
-    uint32_t q_next[K_STEPS][2];
+    const int lane = (int)thread_index() % 32, warp = actor.thread / 32, stream = warp / shared::READERS, part = warp % shared::READERS;
+    dec_segment segment;
+    pair_rows rows = {}, rows_next;
+    uint32_t q_next[K_STEPS][2] = {};
+    chain_row chain[2] = {};                    /* of the lane's two rows */
+    float slope_next[2] = {};
     float8_scales scales, scales_next = {1.0f, 1.0f};
-    load_q(p, segment.b, rows, q_next);
-    if (FLOAT8) { scales_next.fetch(p, segment.b, rows.kv_head); }
+    const auto fetch = [&](const dec_segment &first) {
+        rows = pair_rows_of(p, first.h);
+        load_q(p, first.b, rows, q_next);
+#pragma unroll
+        for (int c = 0; c < 2; c++) { slope_next[c] = slope_of(p, first.b, rows, 2 * (lane % 4) + c); }
+        if (FLOAT8) { scales_next.fetch(p, first.b, rows.kv_head); }
+    };
+    if (!begin_block(p, mem, actor, segment, fetch)) { return false; }
+    rows_next = rows;
 
     /* Rows for ldmatrix. K: matrices (keys 0-7 | 8-15) x (columns 0-7 | 8-15), key half first. V, transposed: column half first. */
     const int low = lane & 7, mid = lane >> 3 & 1, high = lane >> 4;
     const uint32_t ring = smem_address(mem.ring[stream][0][0]);
     const uint32_t full = smem_address(&mem.full[stream][0][0]), empty = smem_address(&mem.empty[stream][0][0]);
-    const uint32_t k_lane = ring + (low + 8 * mid) * 128 + ((high ^ low) << 4);
-    const uint32_t v_lane = ring + TILE_BYTES + (low + 8 * high) * 128 + ((mid ^ low) << 4);
+    const uint32_t keys = ring + (uint32_t)(part * p.piece_pitch);
+    const uint32_t k_lane = keys + (low + 8 * mid) * 128 + ((high ^ low) << 4);
+    const uint32_t v_lane = keys + TILE_BYTES + (low + 8 * high) * 128 + ((mid ^ low) << 4);
+    reader tile;
+    tile.chunk = (uint32_t)p.chunk_pitch;
 
     int stage = 0;
     uint32_t parity = 0;
@@ -268,9 +284,13 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
 #pragma unroll
         for (int k = 0; k < K_STEPS; k++) { q[k][0] = q_next[k][0], q[k][1] = q_next[k][1]; }
         scales = scales_next;
+#pragma unroll
+        for (int c = 0; c < 2; c++) { chain[c].slope = slope_next[c]; }
         if (next.valid()) {
             rows_next = pair_rows_of(p, next.h);
             load_q(p, next.b, rows_next, q_next);
+#pragma unroll
+            for (int c = 0; c < 2; c++) { slope_next[c] = slope_of(p, next.b, rows_next, 2 * (lane % 4) + c); }
             if (FLOAT8) { scales_next.fetch(p, next.b, rows_next.kv_head); }
         }
         float unit[2] = {1.0f, 1.0f};           /* of the scores of the lane's two rows */
@@ -284,19 +304,25 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
         const fgqa_mask rule = mask_of(p, sequence);
         const pair_slots slots = pair_slots_of(rule, sequence, rows);
         tile_mask mask = {0, slots.seen, {slots_of_row(rule, sequence, rows, 2 * (lane % 4)), slots_of_row(rule, sequence, rows, 2 * (lane % 4) + 1)}};
-        for (int32_t g = segment.g0 + stream; g < segment.g1 && !actor.rehearsal; g += CONSUMERS) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) { chain[c].diagonal = diagonal_of(rule, sequence, rows, 2 * (lane % 4) + c); }
+        for (int32_t g = segment.g0 + stream; g < segment.g1 && !actor.rehearsal; g += shared::STREAMS) {
             const int offset = 2 * TILE_BYTES * stage;
-            mask.first = (segment.span.first + g) * GRANULE;
-            const bool is_full = slots.full.begin <= mask.first && mask.first + GRANULE <= slots.full.end;
+            mask.first = (segment.span.first + g) * GRANULE + PIECE * part;
+            const bool is_full = slots.full.begin <= mask.first && mask.first + PIECE <= slots.full.end;
             float s[4];
             uint32_t pt[2], sees[2];
             mbarrier_wait(full + 16 * stage, parity);
-            scores(k_lane + offset, q, s);
+            scores(tile, k_lane + offset, q, s);
             __syncwarp();
             if (lane == 0) { mbarrier_arrive(empty + 16 * stage); }
             if (FLOAT8) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) { s[e] *= unit[e & 1]; }
+            }
+            if (p.chain) {
+#pragma unroll
+                for (int e = 0; e < 4; e++) { s[e] = chain_score(p, chain[e & 1], mask.first + lane / 4 + 8 * (e / 2), s[e]); }
             }
             if (is_full) {
                 softmax<false>(p, mask, s, st, pt, sees);
@@ -305,9 +331,9 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
             }
             mbarrier_wait(full + 16 * stage + 8, parity);
             if (is_full) {
-                accumulate<false>(v_lane + offset, mask, pt, sees, st);
+                accumulate<false>(tile, v_lane + offset, mask, pt, sees, st);
             } else {
-                accumulate<true>(v_lane + offset, mask, pt, sees, st);
+                accumulate<true>(tile, v_lane + offset, mask, pt, sees, st);
             }
             __syncwarp();
             if (lane == 0) { mbarrier_arrive(empty + 16 * stage + 8); }
@@ -321,11 +347,12 @@ static __device__ __forceinline__ void consume(const dec_params &p, shared &mem,
 #pragma unroll
             for (int n = 0; n < 4 * K_STEPS; n++) { st.o[n / 4][n % 4] *= scales.v; }
         }
-        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, stream, record);
-        if (actor.rehearsal) { return; }
+        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, warp, record);
+        if (actor.rehearsal) { return true; }
         segment = next;
         rows = rows_next;
     }
+    return true;
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -335,7 +362,7 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ dec_params p)
     shared &mem = *(shared *)memory;
     if (!open_block(p, mem)) { return; }
     const dec_actor actor = actor_of((int)thread_index(), MERGE);
-    consume(p, mem, actor);
+    if (!consume(p, mem, actor)) { return; }
     if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.merge, actor.rehearsal); }
 }
 
@@ -347,7 +374,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const void *kernel = (const void *)FGQA_SUFFIX(FGQA_ROW, _kernel);
     dec_params p;
     int error = allow_shared_memory(kernel, sizeof(shared), problem->device.index, &state);
-    if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec); }
+    if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec, shared::DEEP_PIECES); }
     return error != cudaSuccess ? error : launch_decode(kernel, &p, sizeof(shared), exec->stream);
 }
 

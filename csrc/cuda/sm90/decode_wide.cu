@@ -43,6 +43,7 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 #include "../sm80/gemm.cuh"
 #include "dec_block.cuh"
 #include "dec_launch.cuh"
+#include "dec_score.cuh"
 #include "dec_wide_float8.cuh"
 
 static constexpr int CONSUMER_THREADS = 32 * CONSUMERS, CHUNKS = D / 64;
@@ -54,7 +55,7 @@ typedef std::conditional<FLOAT8, f16, T>::type product;
 
 template <int N_, int STREAMS_> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
-    static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
+    static constexpr int READERS = 4 * GROUPS, STAGES = FGQA_STAGES * GROUPS;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
     alignas(1024) char pt[2][N][128];                   /* 64 keys a row */
@@ -62,6 +63,7 @@ template <int N_, int STREAMS_> struct wide_shared {
     float warp_part[2][4][N];                           /* a warp's maxima of a tile; its sums at the end of a segment */
     fgqa_range rows[ROWS];                              /* slots each row sees */
     float unit[ROWS];                                   /* of each row's scores, over float8 */
+    chain_row chain[ROWS];
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
     int32_t pages[2 * STREAMS][PAGES_AHEAD * PIECES];
     dec_schedule schedule;
@@ -267,6 +269,19 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
         for (int r = 0; r < N / 2; r++) { s[r] *= mem.unit[row0 + row_of(r / 4 * 2 + r % 2, lane)]; }
     }
 
+    if (p.chain) {
+#pragma unroll
+        for (int j = 0; j < N / 4; j++) {
+            const chain_row row = mem.chain[row0 + row_of(j, lane)];
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float &x = s[4 * (j / 2) + j % 2 + 2 * half];
+                x = chain_score(p, row, mask.first + 16 * warp + lane / 4 + 8 * half, x);
+            }
+            asm volatile("" ::: "memory");      /* one row at a time: registers are few */
+        }
+    }
+
     bool grows = false;
     const float lazy = LAZY / p.scale_log2;
     if (!is_full) {
@@ -425,34 +440,48 @@ template <int N> static __device__ __forceinline__ void finish_segment(const dec
     actor.sync();                               /* as above */
 }
 
-template <class Shared> static __device__ __forceinline__ void consume(const dec_params &p, Shared &mem, const dec_actor &actor)
+/* Whether the block has work. */
+template <class Shared> static __device__ __forceinline__ bool consume(const dec_params &p, Shared &mem, const dec_actor &actor)
 {
     constexpr int N = Shared::N, STREAMS = Shared::STREAMS;
     const int group = actor.thread / 128, stream = group / Shared::GROUPS;
-    dec_segment segment = first_segment(p, mem.schedule);
-    pair_rows rows = pair_rows_of(p, segment.h), rows_next = rows;
+    dec_segment segment;
+    pair_rows rows = {}, rows_next;
     q_pieces<Shared::ROWS> q;
+    float slope_next = 0.0f;
     float8_scales scales, scales_next = {1.0f, 1.0f};
-    q.fetch(p, segment.b, rows, true);
-    if (FLOAT8) { scales_next.fetch(p, segment.b, rows.kv_head); }
+    const auto fetch = [&](const dec_segment &first) {
+        rows = pair_rows_of(p, first.h);
+        q.fetch(p, first.b, rows, true);
+        if (!actor.rehearsal) { q.begin_place(mem, p, first.b, rows); }
+        slope_next = slope_of(p, first.b, rows, actor.thread);
+        if (FLOAT8) { scales_next.fetch(p, first.b, rows.kv_head); }
+    };
+    if (!begin_block(p, mem, actor, segment, fetch)) { return false; }
+    rows_next = rows;
     int stage = 0;
     uint32_t parity = 0;
     for (int segments = 0; segment.valid(); segments++) {
         scales = scales_next;
-        if (!actor.rehearsal) { q.begin_place(mem, p, segment.b, rows); }
+        if (segments > 0) { q.begin_place(mem, p, segment.b, rows); }
         dec_segment next = segment;
         next.next(p, &mem.schedule);
         const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
         const fgqa_mask rule = mask_of(p, sequence);
         const pair_slots slots = pair_slots_of(rule, sequence, rows);
         if (!actor.rehearsal) {
-            if (actor.thread < Shared::ROWS) { mem.rows[actor.thread] = slots_of_row(rule, sequence, rows, actor.thread); }
+            if (actor.thread < Shared::ROWS) {
+                mem.rows[actor.thread] = slots_of_row(rule, sequence, rows, actor.thread);
+                const chain_row chain = {diagonal_of(rule, sequence, rows, actor.thread), slope_next};
+                mem.chain[actor.thread] = chain;
+            }
             q.end_place(mem, scales);
         }
         actor.sync();
         if (next.valid()) {
             rows_next = pair_rows_of(p, next.h);
             q.fetch(p, next.b, rows_next, false);
+            slope_next = slope_of(p, next.b, rows_next, actor.thread);
             if (FLOAT8) { scales_next.fetch(p, next.b, rows_next.kv_head); }
         }
         state<N> st = {};
@@ -475,10 +504,11 @@ template <class Shared> static __device__ __forceinline__ void consume(const dec
             for (int n = 0; n < CHUNKS * N / 2; n++) { st.o[n / (N / 2)][n % (N / 2)] *= scales.v; }
         }
         finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record);
-        if (actor.rehearsal) { return; }
+        if (actor.rehearsal) { return true; }
         segment = next;
         rows = rows_next;
     }
+    return true;
 }
 
 template <class Shared> static __global__ void __launch_bounds__(THREADS, 1) decode_wide_kernel(const __grid_constant__ dec_params p)
@@ -487,7 +517,7 @@ template <class Shared> static __global__ void __launch_bounds__(THREADS, 1) dec
     Shared &mem = *(Shared *)memory;
     if (!open_block(p, mem)) { return; }
     const dec_actor actor = actor_of((int)thread_index(), MERGE);
-    consume(p, mem, actor);
+    if (!consume(p, mem, actor)) { return; }
     if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.merge, actor.rehearsal); }
 }
 
@@ -512,7 +542,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void)
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
     dec_params p;
-    const int error = make_params(&p, plan, problem, workspace, exec);
+    const int error = make_params(&p, plan, problem, workspace, exec, false);
     if (error != cudaSuccess) { return error; }
     if (p.layout.rows <= 16) { return run<wide_shared<16, 2>>(&p, problem->device.index, exec->stream); }
     if (p.layout.rows <= 32) { return run<wide_shared<32, 2>>(&p, problem->device.index, exec->stream); }
