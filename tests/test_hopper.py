@@ -58,7 +58,8 @@ def test_plan_takes_it_and_says_why_not(dtype):
     q, k, v = qkv(8, 16, 512, 128, dtype=dtype)
     plan = flashgqa.explain(q, k, v, causal=True)
     assert plan["kernel"] == row_for(dtype, 128, 128) and plan["tasks"] == 4 * 16 * 8
-    for options, reason in (({"softcap": 5.0}, "softcap"), ({"dropout_p": 0.5, "seed": 1}, "dropout")):
+    bias = random(512, 512, dtype=dtype)
+    for options, reason in (({"bias": bias}, "bias"), ({"dropout_p": 0.5, "seed": 1}, "dropout")):
         refused = dict(flashgqa.explain(q, k, v, **options)["refused"])
         assert reason in refused[row_for(dtype, 128, 128)]
     few = dict(flashgqa.explain(*inputs(8, 14, 2, 4, 128, 128, dtype=dtype))["refused"])
@@ -223,7 +224,7 @@ def test_what_of_caches_it_does_not_read():
         (caches[0], {}, "pages of a multiple of 16 slots"),
         (caches[1], {"left_pad": lens - 200}, "left padding of paged caches"),
         (caches[1].to(torch.float8_e4m3fn), {}, "another dtype than q"),
-        (caches[1], {"softcap": 3.0}, "softcap"),
+        (caches[1], {"alibi_slopes": torch.ones(8, device="cuda")}, "alibi_slopes"),
     ):
         plan = flashgqa.explain_with_kvcache(q, k_cache, k_cache, **call, **more)
         assert plan["kernel"].endswith("cache") and reason in dict(plan["refused"])[name]

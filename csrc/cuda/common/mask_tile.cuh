@@ -10,6 +10,7 @@
 #include "fragments.cuh"
 #include "numeric.cuh"
 #include "params.cuh"
+#include "softcap.cuh"
 
 /* What one query row of one head sees, and where its mask and bias lie. */
 struct score_row {
@@ -40,21 +41,10 @@ static __device__ __forceinline__ score_row score_row_make(const fgqa_params &pa
     return row;
 }
 
-/* tanh: near 0 the odd polynomial of the Cephes library (S. L. Moshier), which keeps the relative error there; beyond,
- * 1 - 2/(1 + e^(2|x|)) with the sign of x. */
-static __device__ __forceinline__ float tanh_score(float x)
-{
-    const float size = fabsf(x), z = x * x;
-    const float tail = (((-5.70498872745e-3f * z + 2.06390887954e-2f) * z - 5.37397155531e-2f) * z + 1.33314422036e-1f) * z
-                       - 3.33332819422e-1f;
-    const float far = 1.0f - __fdividef(2.0f, 1.0f + ex2(fminf(size, 44.0f) * (2.0f * (float)FGQA_LOG2E)));
-    return size < 0.625f ? x + x * (z * tail) : copysignf(far, x);
-}
-
-/* cap * tanh(x / cap); NaN stays NaN */
+/* cap * tanh(x / cap) */
 static __device__ __forceinline__ float softcap_score(const fgqa_params &params, float x)
 {
-    return x != x ? x : params.softcap * tanh_score(x * params.inv_softcap);
+    return params.softcap * tanh_score(x * params.inv_softcap);
 }
 
 /* q.k of key j -> score in natural units, -inf where the row does not see the key. A finite score never becomes -inf: a row

@@ -40,6 +40,7 @@
 #include "../common/ptx_bulk.cuh"
 #include "../common/ptx_global.cuh"
 #include "../common/ptx_tma.cuh"
+#include "../common/softcap.cuh"
 #include "../common/softmax.cuh"
 #include "../kernel_table.h"
 #include "../tensor_map.h"
@@ -69,10 +70,11 @@ struct bwd_params {
     CUtensorMap q_map, k_map, v_map, dout_map;                   /* dims (column, head, row, batch); box 64 columns x a tile's rows */
     fgqa_params common;
     fgqa_bwd_workspace w;
-    float scale_log2;
+    float scale_log2;                                            /* of scores, with a soft cap in units of it */
     uint32_t sections, band;                                     /* find_task() */
     int32_t ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
+    float in_caps;                                               /* scale / softcap */
 };
 
 /* A pair of elements with 0 for those that are inf or NaN. */
@@ -86,6 +88,7 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
 
 #include "bwd_tasks.cuh"
 #include "bwd_consumer.cuh"
+#include "bwd_softcap.cuh"
 #if FGQA_D == 256
 #include "bwd_wide.cuh"
 #include "bwd_queries.cuh"
@@ -94,7 +97,8 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
 #include "bwd_finish.cuh"
 #endif
 
-template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
+/* CAPPED: with a soft cap. */
+template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
 {
     extern __shared__ __align__(1024) char memory[];
     shared &sm = *(shared *)memory;
@@ -130,7 +134,7 @@ template <bool MASKED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(
 #endif
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
-        consume<MASKED>(p, sm, wg - 1);
+        consume<MASKED, CAPPED>(p, sm, wg - 1);
     }
 }
 
@@ -138,7 +142,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(s
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state;
+    static launch_state plain_state, masked_state, capped_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -153,7 +157,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.common = fgqa_params_make(problem);
     fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
     p.w.chain = fgqa_bwd_chain(problem, BLOCK_K, p.w.splits, multiprocessors);
-    p.scale_log2 = p.common.scale * (float)FGQA_LOG2E;
+    const bool capped = problem->softcap > 0.0;
+    p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
+    p.in_caps = p.common.scale * p.common.inv_softcap;
     /* Free, float32 sums of dQ are cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
     p.ordered = p.w.dq == NULL || problem->deterministic || (problem->sk <= FEW_KEYS && !problem->varlen);
     p.foreign_rows = problem->varlen || problem->q_lens;
@@ -173,12 +179,12 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (p.w.chain) { band = max((int64_t)1, (int64_t)multiprocessors / p.w.chain); }
     p.band = band < p.sections ? (uint32_t)band : p.sections;
     const bool masked = p.w.key_rows != NULL;
-    const auto kernel = masked ? bwd_kernel<true> : bwd_kernel<false>;
+    const auto kernel = capped ? bwd_kernel<true, true> : masked ? bwd_kernel<true, false> : bwd_kernel<false, false>;
     const int64_t tasks = p.sections * key_tiles;
     /* More blocks than chains have members would take tickets out of step. */
     const int64_t members = (int64_t)p.band * p.w.chain, most = 10 * members >= 9 * multiprocessors ? min(members, (int64_t)multiprocessors) : multiprocessors;
     const uint32_t blocks = (uint32_t)min(tasks, most);
-    error = allow_shared_memory((const void *)kernel, sizeof(shared), device, masked ? &masked_state : &plain_state);
+    error = allow_shared_memory((const void *)kernel, sizeof(shared), device, capped ? &capped_state : masked ? &masked_state : &plain_state);
     if (error == cudaSuccess) { error = fgqa_bwd_delta(problem, &p.w, stream); }
     if (error == cudaSuccess && !p.ordered) { error = cudaMemsetAsync(p.w.dq, 0, (size_t)p.w.q_tiles * (BLOCK_Q * D) * sizeof(float), stream); }
     if (error != cudaSuccess) { return error; }

@@ -108,7 +108,7 @@ static __device__ __forceinline__ void query_products(float (&dq)[32], uint32_t 
 #include "bwd_step64.cuh"
 #endif
 
-template <bool MASKED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
+template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
 {
     const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = consumer * 64 + thread / 32 * 16 + lane / 4;      /* and key + 8 */
     const float scale = p.common.scale;
@@ -129,9 +129,9 @@ template <bool MASKED> static __device__ void consume(const bwd_params &p, share
 
         for (int n = 0; n < steps; n++) {
 #if FGQA_D == 64
-            step<MASKED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
+            step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
 #else
-            step<MASKED>(p, sm, consumer, thread, keys, r, state, dk, dv);
+            step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, state, dk, dv);
 #endif
             r.advance();
         }

@@ -10,13 +10,13 @@
  *     wait all: with register operands in flight over the back edge ptxas would serialise every wgmma
  * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas of
  * their warp. Registers: dK 64, dV 64, S 32, dP and later dQ 32, P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
-template <bool MASKED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, uint32_t &state,
+template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, uint32_t &state,
                                                                    float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
     const uint64_t k_rows = keys.k_rows, v_rows = keys.v_rows, k_columns = keys.k_columns;
     float s[32], dp[32], dq[32];
-    uint32_t weights[16], gradients[16];           /* pairs of P^T and dS^T: A operands of dV and dK */
+    uint32_t weights[16], sloped[16], gradients[16];           /* pairs of P^T, with a soft cap P^T (1 - t^2), and dS^T: A operands of dV and dK */
     const uint32_t q_tile = smem_address(sm.q[r.stage]), dout_tile = smem_address(sm.dout[r.stage]);
 
     int32_t row0 = 0;
@@ -39,8 +39,13 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
     wgmma_wait<1>();
     const float4 *delta_of_lane = (const float4 *)sm.delta[r.stage] + (lane & 3);
     float4 delta[4];
+    if (CAPPED) {
+        capped_weights(weights, sloped, s, lse2, p);
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
+        for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
+    }
+#pragma unroll
+    for (int n = 0; n < 8 && !CAPPED; n++) {
         if (n == 4) {
 #pragma unroll
             for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
@@ -61,7 +66,7 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
     for (int n = 0; n < 8; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float2 weight = unpack2(weights[2 * n + half], T());       /* as dV sees it */
+            const float2 weight = unpack2((CAPPED ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
             gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
         }
     }

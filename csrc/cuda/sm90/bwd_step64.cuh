@@ -65,14 +65,14 @@ static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16],
 }
 
 /* follows: whether the step before was of the same task. */
-template <bool MASKED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
+template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
                                                                    float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
     const uint64_t q_rows = wgmma_desc_sw128(smem_address(sm.q[r.stage]), 0, 1024), dout_rows = wgmma_desc_sw128(smem_address(sm.dout[r.stage]), 0, 1024);
     constexpr uint64_t NEXT = HALF * 128 / 16;                  /* from half A to half B of a tile; by columns, too: D is one chunk */
     float s_a[32], s_b[32], dp_a[32], dp_b[32], dq[32];
-    uint32_t weights_a[16], weights_b[16], gradients_a[16], gradients_b[16];
+    uint32_t weights_a[16], weights_b[16], sloped_a[16], sloped_b[16], gradients_a[16], gradients_b[16];
     float4 lse2[4], delta[4];
 
     int32_t row0 = 0;
@@ -87,7 +87,7 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
     query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
 
     wgmma_wait<2>();
-    make_weights(weights_a, s_a, lse2, p.scale_log2);
+    if (CAPPED) { capped_weights(weights_a, sloped_a, s_a, lse2, p); } else { make_weights(weights_a, s_a, lse2, p.scale_log2); }
     load_stats(lse2, sm.lse2[r.stage], 1, lane);
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     wgmma_fence();
@@ -95,7 +95,7 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
     key_products(dv, weights_a, dout_rows);
 
     wgmma_wait<3>();
-    make_gradients(gradients_a, weights_a, dp_a, delta);
+    make_gradients(gradients_a, CAPPED ? sloped_a : weights_a, dp_a, delta);
     load_stats(delta, sm.delta[r.stage], 1, lane);
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
@@ -109,13 +109,13 @@ template <bool MASKED> static __device__ __forceinline__ void step(const bwd_par
     key_products(dk, gradients_a, q_rows);
 
     wgmma_wait<3>();
-    make_weights(weights_b, s_b, lse2, p.scale_log2);
+    if (CAPPED) { capped_weights(weights_b, sloped_b, s_b, lse2, p); } else { make_weights(weights_b, s_b, lse2, p.scale_log2); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     wgmma_fence();
     key_products(dv, weights_b, dout_rows + NEXT);
 
     wgmma_wait<2>();
-    make_gradients(gradients_b, weights_b, dp_b, delta);
+    make_gradients(gradients_b, CAPPED ? sloped_b : weights_b, dp_b, delta);
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();

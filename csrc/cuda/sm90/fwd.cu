@@ -1,7 +1,7 @@
 /* fwd.cu - attention forward for Hopper: TMA, wgmma, warp-specialised, persistent. Compiled once per fwd row of kernels.def
  * whose arch is 90.
  *
- *     S = Q K^T,  P = softmax of scale S under the interval mask of semantics.h,  O = P V,  LSE
+ *     S = Q K^T,  P = softmax of scale S, or of its soft cap, under the interval mask of semantics.h,  O = P V,  LSE
  *
  * A block owns one tile at a time, BLOCK_Q query rows of one head, or of a few that share a KV head (fwd_tiles.cuh), and walks
  * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values
@@ -31,6 +31,7 @@
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_tma.cuh"
+#include "../common/softcap.cuh"
 #include "../common/softmax.cuh"
 #include "../common/split.cuh"
 #include "../any/fwd_combine.h"
@@ -336,8 +337,7 @@ static __device__ __forceinline__ bool all_done(const shared &sm)
 
 #include "fwd_consumer.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
+template <bool CAPPED> static __device__ __forceinline__ void run_block(const fwd_params &p)
 {
     extern __shared__ __align__(1024) char memory[];
     shared &sm = *(shared *)memory;
@@ -396,11 +396,14 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p)
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consumer_rings rings;
-        consume<false>(p, sm, warp, rings);
+        consume<false, CAPPED>(p, sm, warp, rings);
         if (all_done(sm)) { return; }
-        consume<true>(p, sm, warp, rings);
+        consume<true, CAPPED>(p, sm, warp, rings);
     }
 }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<true>(p); }
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
@@ -408,10 +411,12 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state state;
+    static launch_state plain_state, capped_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
+    const bool capped = problem->softcap > 0.0;
+    const auto kernel = capped ? FGQA_SUFFIX(FGQA_ROW, _capped) : FGQA_SUFFIX(FGQA_ROW, _kernel);
     int multiprocessors = 1;
-    int error = allow_shared_memory((const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), sizeof(shared), problem->device.index, &state);
+    int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, capped ? &capped_state : &plain_state);
     if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
     fwd_params p;
     const int paged = problem->cache.table && problem->cache.page_size < problem->cache.capacity;
@@ -438,7 +443,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.claim_early = problem->sk <= 2048;
     p.left_masked = problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
-    FGQA_SUFFIX(FGQA_ROW, _kernel)<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
+    kernel<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
     error = cudaGetLastError();
     return error == cudaSuccess && plan->splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)plan->splits, exec) : error;
 }

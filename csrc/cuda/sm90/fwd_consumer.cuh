@@ -150,14 +150,15 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
 
 struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
 
-/* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other. */
-template <bool CAREFUL>
+/* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
+ * CAPPED: with softcap. S and m are in units of the cap then. */
+template <bool CAREFUL, bool CAPPED>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = PINGPONG && !CAREFUL;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const float scale_log2 = p.common.scale * (float)FGQA_LOG2E;
+    const float scale_log2 = (CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
     ring<Q_STAGES> &rq = rings.q;
     ring<T_STAGES> &rt = rings.t;
     ring<STAGES> &rk = rings.k;
@@ -210,6 +211,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
         return true;
+    };
+    auto cap = [&](float (&s)[BLOCK_K / 2]) {
+        if (CAPPED) { cap_scores(s, p.common.scale * p.common.inv_softcap); }
     };
     auto mask = [&](float (&s)[BLOCK_K / 2], int j) {
         const int last[2] = {end[0] - j * BLOCK_K, end[1] - j * BLOCK_K};
@@ -287,6 +291,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
+        cap(s);
         if (CAREFUL || block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
         float base[2];
         row_max<0, true, true>(s, m, alpha, base, scale_log2);
@@ -306,6 +311,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_wait<1>();
         wgmma_pin(s);
         release_k();
+        cap(s);
         if (decltype(masked)::value) { mask(s, j); }
         softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
     };
@@ -340,6 +346,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_wait<1>();
             wgmma_pin(s);
             release_k();
+            cap(s);
             if (block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
             softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
             skip_blocks(false, true);
