@@ -12,6 +12,7 @@ import numpy
 
 from . import _C
 from ._C import Tensor, __version__, get_num_threads, set_num_threads
+from ._keywords import in_c
 
 __all__ = [
     "Config",
@@ -32,10 +33,8 @@ __all__ = [
     "show_config",
 ]
 
-_forward = _C.forward
-_backward = _C.backward
 
-
+@in_c
 def attention(
     q,
     k,
@@ -174,7 +173,7 @@ def attention(
     >>> flashgqa.attention(q, k, v, causal=True).shape
     (1, 8, 5, 64)
     """
-    return _forward(
+    return _C.forward(
         q, k, v, return_lse, out,
         causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
         cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,
@@ -274,7 +273,7 @@ cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, ba
     >>> flashgqa.attention_backward(out, q, k, v, out, lse).dk.shape
     (2, 7, 64)
     """
-    return Gradients(*_backward(
+    return Gradients(*_C.backward(
         dout, q, k, v, out, lse, dlse, True,
         causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
         cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,

@@ -4,6 +4,7 @@ import ast
 import doctest
 import inspect
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -60,6 +61,38 @@ def test_options_are_handed_over_in_the_order_of_C(name):
     options = handed_over(name)[CALLS[name][0] :]
     expected = [None if name == "attention_weights" and o in NO_DROPOUT else o for o in _C.OPTIONS]
     assert options == expected
+
+
+def test_attention_takes_arrays_and_keywords_as_python_functions_do():
+    """It is a function of C; what is not three arrays and known keywords goes through the one in api.py."""
+    expected = flashgqa.attention(Q, K, V, causal=True, scale=0.5)
+    made_late = {"".join(["cau", "sal"]): True, "".join(["sc", "ale"]): 0.5}  # strings that are not interned
+    for result in (
+        flashgqa.attention(v=V, k=K, q=Q, causal=True, scale=0.5),
+        flashgqa.attention(Q, v=V, k=K, scale=0.5, causal=True),
+        flashgqa.attention(Q, K, V, **made_late),
+        flashgqa.attention(*(Q, K), **{"v": V, "causal": True, "scale": 0.5, "return_lse": False}),
+    ):
+        numpy.testing.assert_array_equal(result, expected)
+    for call, message in (
+        (lambda: flashgqa.attention(), "missing 3 required positional arguments"),
+        (lambda: flashgqa.attention(Q, K), "missing 1 required positional argument: 'v'"),
+        (lambda: flashgqa.attention(Q, K, V, True), "takes 3 positional arguments but 4"),
+        (lambda: flashgqa.attention(Q, K, V, casual=True), "unexpected keyword argument 'casual'"),
+        (lambda: flashgqa.attention(Q, K, V, q=Q), "multiple values for argument 'q'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_attention_is_known_by_its_name_and_documentation():
+    assert flashgqa.attention.__name__ == flashgqa.attention.__qualname__ == "attention"
+    assert flashgqa.attention.__doc__.startswith("Exact attention, ")
+    assert flashgqa.attention.__module__ == "flashgqa.api"
+    assert pickle.loads(pickle.dumps(flashgqa.attention)) is flashgqa.attention
+    with pytest.raises(TypeError, match="not those of forward"):
+        _C.keyword_attention(lambda *, causal=False: None, "")
+    assert flashgqa.attention(Q, K, V).shape == Q.shape  # as before
 
 
 def test_both_passes_have_the_same_defaults():

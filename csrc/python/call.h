@@ -9,6 +9,9 @@ PyObject *fgqa_py_backward(PyObject *module, PyObject *const *args, Py_ssize_t n
 PyObject *fgqa_py_weights(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_explain(PyObject *module, PyObject *const *args, Py_ssize_t n);
 
+/* call_keywords.c */
+PyObject *fgqa_py_keyword_attention(PyObject *module, PyObject *const *args, Py_ssize_t n);
+
 /* call_kvcache.c */
 PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_explain_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);

@@ -15,6 +15,9 @@
 
 static PyMethodDef methods[] = {
     {"forward", FAST(fgqa_py_forward), "forward(q, k, v, return_lse, out, *OPTIONS) -> out | (out, lse)"},
+    {"keyword_attention", FAST(fgqa_py_keyword_attention),
+     "keyword_attention(function, text) -> a function of C that does what `function`, attention() of api.py, does; text: its signature "
+     "and documentation"},
     {"backward", FAST(fgqa_py_backward),
      "backward(dout, q, k, v, out, lse, dlse, want_dbias, *OPTIONS) -> (dq, dk, dv, dbias, dsink)"},
     {"weights", FAST(fgqa_py_weights), "weights(q, k, rows, *OPTIONS) -> weights"},
@@ -106,6 +109,8 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->torch.is_grad_enabled);
     for (int n = 0; n < FGQA_GUARDED_COUNT * FGQA_GUARDS; n++) { Py_VISIT(state->guards[n / FGQA_GUARDS][n % FGQA_GUARDS].check); }
     for (int n = 0; n < FGQA_FORMS; n++) { Py_VISIT(state->torch_args[n]); }
+    const int visited = fgqa_keywords_visit(state, visit, arg);
+    if (visited != 0) { return visited; }
     for (int n = 0; n < FGQA_TYPES; n++) {
         Py_VISIT(state->types[n].type);
         Py_VISIT(state->types[n].from_dlpack);
@@ -120,6 +125,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->dlpack_kwargs);
     Py_CLEAR(state->empty_tuple);
     fgqa_repeats_drop(state);
+    fgqa_keywords_clear(state);
     Py_CLEAR(state->bfloat16);
     Py_CLEAR(state->float8);
     Py_CLEAR(state->logged_plans);
@@ -145,7 +151,11 @@ static int module_clear(PyObject *module)
     return 0;
 }
 
-static void module_free(void *module) { module_clear(module); }
+static void module_free(void *module)
+{
+    module_clear(module);
+    fgqa_keywords_free(fgqa_module_state(module));
+}
 
 /* Slots that only newer interpreters know, by number: an older one refuses a module that has them. */
 enum { SLOT_MULTIPLE_INTERPRETERS = 3, SLOT_GIL = 4 };

@@ -83,12 +83,18 @@ typedef struct {
     fgqa_guard guards[FGQA_GUARDED_COUNT][FGQA_GUARDS];      /* the last to accept first */
     uint64_t n_guards;                      /* ever made */
     struct fgqa_repeats *repeats;           /* call_repeat.c */
+    struct fgqa_keywords *keywords;         /* call_keywords.c */
 } fgqa_state;
 
 static inline fgqa_state *fgqa_module_state(PyObject *module) { return (fgqa_state *)PyModule_GetState(module); }
 
 /* call_repeat.c: forgets all calls. */
 void fgqa_repeats_drop(fgqa_state *state);
+
+/* call_keywords.c: what the module refers to there; _clear drops it, _free its memory, which functions of the module lie in. */
+int fgqa_keywords_visit(fgqa_state *state, visitproc visit, void *arg);
+void fgqa_keywords_clear(fgqa_state *state);
+void fgqa_keywords_free(fgqa_state *state);
 
 /* errors.c: the exception of a status, with the core's sentence; returns -1. FGQA_OK returns 0. */
 int fgqa_raise(fgqa_status status);

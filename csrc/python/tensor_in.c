@@ -191,6 +191,12 @@ void fgqa_contiguous_strides(fgqa_tensor *tensor)
     }
 }
 
+int fgqa_same_form(const fgqa_tensor *a, const fgqa_tensor *b)
+{
+    const size_t bytes = (size_t)a->ndim * sizeof a->shape[0];
+    return a->dtype == b->dtype && a->ndim == b->ndim && memcmp(a->shape, b->shape, bytes) == 0 && memcmp(a->stride, b->stride, bytes) == 0;
+}
+
 /* Replaces the tensor by a contiguous copy in memory of the import. */
 static int copy_contiguous(fgqa_import *in)
 {

@@ -44,6 +44,9 @@ int fgqa_needs_copy(const fgqa_tensor *tensor, unsigned flags);
 /* Strides of contiguous memory of the tensor's shape. */
 void fgqa_contiguous_strides(fgqa_tensor *tensor);
 
+/* Whether two tensors have the same dtype, shape and strides. */
+int fgqa_same_form(const fgqa_tensor *a, const fgqa_tensor *b);
+
 /* All elements in the order of their indices into contiguous memory. */
 void fgqa_pack(void *to, const fgqa_tensor *from);
 

@@ -62,18 +62,12 @@ static PyObject *torch_dtype(fgqa_state *state, fgqa_dtype dtype)
     return state->torch_dtype[dtype];
 }
 
-static int same_form(const fgqa_tensor *a, const fgqa_tensor *b)
-{
-    const size_t bytes = (size_t)a->ndim * sizeof a->shape[0];
-    return a->dtype == b->dtype && a->ndim == b->ndim && memcmp(a->shape, b->shape, bytes) == 0 && memcmp(a->stride, b->stride, bytes) == 0;
-}
-
 /* ((extents), (strides), dtype) of a tensor: a new reference, to the same tuple when the same form is asked for again. */
 static PyObject *torch_args(fgqa_state *state, const fgqa_tensor *spec)
 {
     for (int n = 0; n < FGQA_FORMS; n++) {
         PyObject *known = state->torch_args[n];
-        if (known != NULL && same_form(&state->torch_form[n], spec)) {
+        if (known != NULL && fgqa_same_form(&state->torch_form[n], spec)) {
             Py_INCREF(known);
             return known;
         }
