@@ -64,23 +64,24 @@ SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
     }
 }
 
-/* Weights of a tile [keys][nv*VL], two keys at a time: p = 2^(s*scale - shift) as B of a product, sum += p. */
+/* Weights of keys [key][nv*VL], two keys at a time: p = 2^(s*scale - shift) as B of a product, sum += p. */
 typedef struct {
-    real *s;
+    real *s;                     /* scores of the next key */
     bf16 *p;
-    int32_t key, keys, share;    /* the next key, all of them, keys of a share */
+    int32_t key, end, share;     /* the next key, the end of those at s, keys of a share */
     real scale;
     vreal shift[2], sum[2];
 } amx_beside;
 
-/* Weights of the next two keys, as reals in *at too if `keep`. */
+/* Weights of the next two keys, as reals in place of the scores, too, if `keep`. */
 SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, amx_beside *w)
 {
     const int32_t j = w->key;
     UNROLL(2)
     for (int v = 0; v < nv; v++) {
-        real *const at = w->s + (j * nv + v) * VL;
-        const vreal even = amx_exp2(v_load(at) * v_set1(w->scale) - w->shift[v]), odd = amx_exp2(v_load(at + nv * VL) * v_set1(w->scale) - w->shift[v]);
+        real *const at = w->s + v * VL;
+        const vreal x = v_load(at) * v_set1(w->scale) - w->shift[v], y = v_load(at + nv * VL) * v_set1(w->scale) - w->shift[v];
+        const vreal even = amx_exp2(x), odd = amx_exp2(y);
         w->sum[v] += even + odd;
         if (keep) {
             v_store(at, even);
@@ -88,21 +89,23 @@ SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, am
         }
         amx_store_pairs(w->p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, low, even, odd);
     }
+    w->s += 2 * nv * VL;
     w->key = j + 2;
 }
 
-/* The next share of a tile of two vectors a key. */
+/* The next share, of two vectors a key. */
 SIMD void amx_weights_share(const ptrdiff_t low, amx_beside *w)
 {
-    const int32_t end = w->key + w->share < w->keys ? w->key + w->share : w->keys;
+    const int32_t end = w->key + w->share < w->end ? w->key + w->share : w->end;
     while (w->key < end) { amx_weights_pair(2, 0, low, w); }
 }
 
 /* ---- the product ---- */
 
-/* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column of tiles `tile`.
+/* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column of tiles `tile`,
+ * of A the next two `pair`.
  * The low parts lie `low` behind the high ones; 0: there are none, of either operand. `low_low` of A: multiply these, too. */
-typedef struct { const bf16 *data; ptrdiff_t step, tile, ld, low; int low_low; } amx_operand;
+typedef struct { const bf16 *data; ptrdiff_t step, tile, pair, ld, low; int low_low; } amx_operand;
 typedef struct { float *data; ptrdiff_t ld; } amx_result;
 
 /* mt x nt tiles of C, both 1 or 2 and constant; `beside` (or NULL) and `low` as in amx_weights_share(). */
@@ -155,7 +158,7 @@ SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_o
     for (int j = 0; j < n; j += 2) {
         const bf16 *const b0 = b->data + j * b->tile;
         for (int i = 0; i < m; i += 2) {
-            const bf16 *const a0 = a->data + i * a->tile;
+            const bf16 *const a0 = a->data + i / 2 * a->pair;
             float *const to = c + i * AMX_SIDE * ldc + j * AMX_SIDE;
             if (i + 1 < m && j + 1 < n) {
                 amx_block(2, 2, add, steps, a, a0, b, b0, to, ldc, beside, low);
@@ -268,13 +271,13 @@ SIMD void amx_pack_pairs(bf16 *to, const bf16 *from, ptrdiff_t ld, int tiles)
     }
 }
 
-/* Rows x[k][m] to A whose rows are the columns and terms the rows: 32 rows; tile of 16 columns after tile, `tile` numbers apart. */
-SIMD void amx_pack_columns(bf16 *to, ptrdiff_t tile, const bf16 *from, ptrdiff_t ld, int tiles)
+/* Rows x[k][m] to A whose rows are the columns and terms the rows: 32 rows; two tiles of 16 columns after two, `pair` numbers apart. */
+SIMD void amx_pack_columns(bf16 *to, ptrdiff_t pair, const bf16 *from, ptrdiff_t ld, int tiles)
 {
     _Alignas(64) bf16 pairs[AMX_TILE];
-    for (int m = 0; m < tiles; m++, to += tile) {
+    for (int m = 0; m < tiles; m++) {
         amx_pack_pairs(pairs, from + m * AMX_SIDE, ld, 1);
-        amx_transpose_pairs(to, AMX_DEPTH, pairs, AMX_DEPTH);
+        amx_transpose_pairs(to + m / 2 * pair + m % 2 * AMX_TILE, AMX_DEPTH, pairs, AMX_DEPTH);
     }
 }
 

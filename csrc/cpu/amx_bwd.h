@@ -167,15 +167,15 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     } else {
         kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles.add, tiles.rows, &add);
         if (kind == TILE_UNSEEN) { return nothing; }
-        const amx_operand k = {s->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, ld, 0, 0};
-        const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, 0};
+        const amx_operand k = {s->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, AMX_DEPTH * (ptrdiff_t)ld, ld, 0, 0};
+        const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
         amx_product(0, amx_tiles(j1 - j0), nv, ld / AMX_DEPTH, &k, &q, seen, w);
         scale = tile_scores_end(seen, t, &bp->panel, j0, j1, kind, add, tanh);
     }
     for (int32_t i = 0; i < before * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
     for (int32_t i = (before + j1 - j0) * w; i < all * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
-    const amx_operand v = {s->v + (ptrdiff_t)first * ldv, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ldv, ldv, 0, 0};
-    const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldv, nv * AMX_TILE, AMX_TILE, 0, 0, 0};
+    const amx_operand v = {s->v + (ptrdiff_t)first * ldv, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ldv, AMX_DEPTH * (ptrdiff_t)ldv, ldv, 0, 0};
+    const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldv, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
     amx_product(0, amx_tiles(j1 - j0), nv, ldv / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
 
     const int partial = kind == TILE_PARTIAL || all != j1 - j0;
@@ -192,13 +192,13 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     }
     if (partial && !block->searched) {
         if (amx_zero_bad_rows(&block->bad, s->k, 0, p->d)) {
-            amx_pack_keys(s->k_t_clean, s->k, p->d);
+            amx_pack_keys(s->k_t_clean, AMX_PAIR(KEYS), s->k, ld, p->d);
             amx_load_keys(s->k, 0, t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d);
         }
         block->searched = 1;
     }
-    const amx_operand k_t = {(partial && block->bad.count ? s->k_t_clean : s->k_t) + from * AMX_SIDE, AMX_TILE, AMX_KEYS_TILE, AMX_DEPTH, 0, 0};
-    const amx_operand ds_t = {s->ds_t, nv * AMX_TILE, AMX_TILE, 0, 0, 0};
+    const amx_operand k_t = {(partial && block->bad.count ? s->k_t_clean : s->k_t) + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, 0, 0};
+    const amx_operand ds_t = {s->ds_t, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
     amx_product(1, amx_tiles(p->d), nv, all / AMX_DEPTH, &k_t, &ds_t, s->dq_t + n * PANEL * (ptrdiff_t)AMX_SIDE * amx_tiles(p->d), w);
     return written;
 }
@@ -207,11 +207,11 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
  * Only n keys of c are touched. */
 static void amx_accumulate(int32_t n, int32_t panels, const bf16 *a, const bf16 *b, int32_t cols, real *c, int32_t ldc, real *tail)
 {
-    const amx_operand rows = {a, KEYS * PANEL, AMX_TILE, PANEL, 0, 0}, lanes = {b, PANEL * (ptrdiff_t)AMX_PAD(cols), AMX_TILE, 0, 0, 0};
+    const amx_operand rows = {a, KEYS * PANEL, AMX_TILE, 2 * AMX_TILE, PANEL, 0, 0}, lanes = {b, PANEL * (ptrdiff_t)AMX_PAD(cols), AMX_TILE, 0, 0, 0, 0};
     const int32_t whole = n / AMX_SIDE, rest = n % AMX_SIDE;
     amx_product(1, whole, amx_tiles(cols), panels, &rows, &lanes, c, ldc);
     if (!rest) { return; }
-    const amx_operand last = {a + whole * AMX_TILE, KEYS * PANEL, AMX_TILE, PANEL, 0, 0};
+    const amx_operand last = {a + whole * AMX_TILE, KEYS * PANEL, AMX_TILE, 0, PANEL, 0, 0};
     amx_product(0, 1, amx_tiles(cols), panels, &last, &lanes, tail, ldc);
     for (int32_t i = 0; i < rest * ldc; i += VL) {
         real *const to = c + (ptrdiff_t)whole * AMX_SIDE * ldc + i;
@@ -235,7 +235,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
     key_block block = {.j0 = j0, .j1 = j1};
     amx_load_keys(s->k, 0, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
     amx_load_keys(s->v, 0, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
-    amx_pack_keys(s->k_t, s->k, p->d);
+    amx_pack_keys(s->k_t, AMX_PAIR(KEYS), s->k, AMX_PAD(p->d), p->d);
     const int32_t begin = (e.j0 - j0) / AMX_SIDE * AMX_SIDE, end = ROUND_UP(e.j1 - j0, AMX_SIDE);
     for (int32_t n = e.first; n < e.last; n++) {
         const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);

@@ -1,16 +1,22 @@
 /* amx_fwd.h - forward's products on the tile unit: the part of fwd.c that differs in the row "amx".
  *
- *     S^T = K Q^T         K as it lies in memory, Q packed once a panel
+ *     S^T = K Q^T         Q packed once a panel
  *     P^T = 2^(S^T - m)   written as bfloat16, pairs of keys interleaved
- *     O^T += V^T P^T      V transposed once a block of keys, for all panels of the task
+ *     O^T += V^T P^T
+ *
+ * K and V^T are packed once for all panels of the task, AMX_SPAN keys at a time, as whole tiles in the order of use. Two phases
+ * of a panel and these keys, each of which leaves its operands in the first-level cache: first scores of AMX_DEPTH keys after
+ * those of others, beside the weights of those; then values of all of them. Scores and values in turn, product by product, need
+ * more than that cache holds and take a third longer.
  *
  * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): K, Q, V and P; float16 without
  * loss, and its scores are those of float32 arithmetic, as their LSE is float32. What is infinite or NaN must not meet the other
  * operand's low part, whose sign is its own: scores of such rows of K and Q are computed apart, and such rows of V are added
  * apart even where all lanes see them.
  *
- * m follows the largest score only when that has grown by more than AMX_LAZY: weights up to 2^AMX_LAZY lose nothing in
- * bfloat16, and O is rarely rescaled.
+ * m follows the largest score of AMX_DEPTH keys after others, and only when that has grown by more than AMX_LAZY: weights up to
+ * 2^AMX_LAZY lose nothing in bfloat16, and O is rarely rescaled. Weights that are bfloat16 already are then rounded
+ * once more; they are those of keys with much smaller ones.
  */
 #ifndef FGQA_AMX_FWD_H
 #define FGQA_AMX_FWD_H
@@ -19,89 +25,209 @@
 
 #define AMX_LAZY ((real)8)
 #define SMALLEST_SCALE 0x1p-126f
+#define AMX_BLOCKS 2
+#define AMX_SPAN (AMX_BLOCKS * KEYS)
+#define BLOCK_KEYS AMX_SPAN      /* of fwd.c's loop */
 
 /* Numbers from high to low parts of a buffer of n numbers; 0: bfloat16, which has one part. */
 SIMD ptrdiff_t amx_low_of(const fgqa_problem *p, ptrdiff_t n) { return p->dtype == FGQA_BF16 ? 0 : n; }
 SIMD size_t amx_parts(const fgqa_problem *p) { return p->dtype == FGQA_BF16 ? 1 : 2; }
 
+/* A block of KEYS keys at `origin`, one of the AMX_BLOCKS of a span, which follow each other in k and alternate in v_t. */
 typedef struct {
-    bf16 *k, *v;              /* rows of the block */
-    bf16 *v_t, *v_t_clean;    /* A: [tile of columns][KEYS/AMX_DEPTH]; without the rows that hold a NaN or an infinity */
-    bf16 *p[2];               /* B: [KEYS/AMX_DEPTH][nv]; they take turns */
-    ptrdiff_t k_low, v_low, v_t_low, p_low;   /* from the high parts of each */
+    bf16 *k;                  /* A: [two tiles of keys][step][2] */
+    bf16 *rows, *v;           /* rows of K, until they are packed, and of V */
+    bf16 *v_t, *v_t_clean;    /* A: [two tiles of columns][AMX_SPAN/AMX_DEPTH][2]; without the rows that hold a NaN or an infinity */
+    bf16 *p;                  /* B: [AMX_SPAN/AMX_DEPTH][nv], of the panel at hand */
+    ptrdiff_t k_low, rows_low, v_low, v_t_low, p_low;   /* from the high parts of each */
     tile_bad_rows bad_keys;   /* of K, where there are two parts, counted from origin */
     tile_bad_rows bad;        /* of V */
-    int32_t origin, searched; /* the multiple of KEYS at which the block starts */
+    int32_t origin, searched, in_place;   /* in_place: v is not filled, the whole block lies in memory */
 } amx_keys;
 
 static void amx_keys_carve(amx_keys *keys, fgqa_arena *arena, const fgqa_problem *p)
 {
     const size_t d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv), parts = amx_parts(p);
-    keys->k = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * d, sizeof(bf16));
-    keys->v = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * dv, sizeof(bf16));
-    keys->v_t = fgqa_arena_take(arena, parts * KEYS * dv, sizeof(bf16));
-    keys->v_t_clean = fgqa_arena_take(arena, parts * KEYS * dv, sizeof(bf16));
-    for (int n = 0; n < 2; n++) { keys->p[n] = fgqa_arena_take(arena, parts * KEYS * PANEL, sizeof(bf16)); }
-    keys->k_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)d);
-    keys->v_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)dv);
-    keys->v_t_low = amx_low_of(p, KEYS * (ptrdiff_t)dv);
-    keys->p_low = amx_low_of(p, KEYS * PANEL);
+    amx_keys all = {0};
+    all.k = fgqa_arena_take(arena, parts * AMX_SPAN * d, sizeof(bf16));
+    all.rows = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * d, sizeof(bf16));
+    all.v_t = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
+    all.v_t_clean = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
+    all.p = fgqa_arena_take(arena, parts * AMX_SPAN * PANEL, sizeof(bf16));
+    all.k_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)d);
+    all.rows_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)d);
+    all.v_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)dv);
+    all.v_t_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)dv);
+    all.p_low = amx_low_of(p, AMX_SPAN * PANEL);
+    for (int32_t n = 0; n < AMX_BLOCKS; n++) {
+        bf16 *const v = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * dv, sizeof(bf16));
+        if (!all.k) { continue; }
+        keys[n] = all;
+        keys[n].v = v;
+        keys[n].k += n * KEYS * (ptrdiff_t)d;
+        keys[n].v_t += n * AMX_PAIR(KEYS);
+        keys[n].v_t_clean += n * AMX_PAIR(KEYS);
+    }
+}
+
+/* Where row j of a block's K begins in such tiles; its next AMX_DEPTH columns two tiles on. */
+SIMD bf16 *amx_key_row(bf16 *to, int32_t j, int32_t ld)
+{
+    return to + (ptrdiff_t)(j / AMX_DEPTH) * AMX_DEPTH * ld + j / AMX_SIDE % 2 * AMX_TILE + j % AMX_SIDE * AMX_DEPTH;
+}
+
+static void amx_pack_key_rows(bf16 *to, const bf16 *rows, int32_t cols)
+{
+    const int32_t ld = AMX_PAD(cols);
+    for (int32_t j = 0; j < KEYS; j++, rows += ld) {
+        bf16 *const at = amx_key_row(to, j, ld);
+        for (int32_t c = 0; c < ld; c += AMX_DEPTH) { _mm512_store_si512(at + c / AMX_DEPTH * 2 * AMX_TILE, _mm512_load_si512(rows + c)); }
+    }
+}
+
+/* The same for keys [j0, j1) of one block of bfloat16 rows as they lie in memory. */
+static void amx_load_key_tiles(bf16 *to, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+{
+    const int32_t ld = AMX_PAD(cols), s0 = (int32_t)t->seq.k_row + j0, s1 = s0 + j1 - j0;
+    const __mmask32 last = 0xFFFFFFFFu >> (ld - cols);
+    int32_t j = j0 % KEYS;
+    tile_page page = {0};
+    if (j1 - j0 < KEYS) { memset(to, 0, KEYS * (size_t)ld * sizeof(bf16)); }
+    for (int32_t s = s0; s < s1; s += page.rows) {
+        page = tile_page_at(t, view, s, s1);
+        const bf16 *row = (const bf16 *)(const void *)page.row;
+        for (int32_t n = 0; n < page.rows; n++, j++, row += view->stride_s) {
+            bf16 *const at = amx_key_row(to, j, ld);
+            for (int32_t c = 0; c < ld; c += AMX_DEPTH) {
+                _mm512_store_si512(at + c / AMX_DEPTH * 2 * AMX_TILE, _mm512_maskz_loadu_epi16(c + AMX_DEPTH < ld ? 0xFFFFFFFFu : last, row + c));
+            }
+        }
+    }
 }
 
 /* V^T of the rows of V, all parts. */
 static void amx_pack_values(const amx_keys *keys, bf16 *to, int32_t dv)
 {
-    amx_pack_keys(to, keys->v, dv);
-    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, keys->v + keys->v_low, dv); }
+    amx_pack_keys(to, AMX_PAIR(AMX_SPAN), keys->v, AMX_PAD(dv), dv);
+    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, AMX_PAIR(AMX_SPAN), keys->v + keys->v_low, AMX_PAD(dv), dv); }
+}
+
+/* The block of V as it lies in memory, if it can be packed from there; else NULL. Rows 4 KB apart would evict each other. */
+static const bf16 *amx_values_in_place(const tile_sequence *t, const fgqa_view *v, int32_t j0, int32_t j1)
+{
+    const int32_t s0 = (int32_t)t->seq.k_row + j0;
+    const int whole = v->dtype == FGQA_BF16 && v->stride_d == 1 && t->p->dv % AMX_SIDE == 0 && v->stride_s % 1024 && j1 - j0 == KEYS;
+    const tile_page page = tile_page_at(t, v, s0, s0 + j1 - j0);
+    return whole && page.rows == KEYS ? (const bf16 *)(const void *)page.row : NULL;
 }
 
 /* Keys [j0, j1) of one block. */
 static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, int32_t j1)
 {
     const fgqa_problem *p = t->p;
+    const fgqa_view *const k = &p->view[FGQA_ARG_k], *const v = &p->view[FGQA_ARG_v];
+    const bf16 *const in_place = amx_values_in_place(t, v, j0, j1);
     keys->origin = j0 / KEYS * KEYS;
     keys->searched = 0;
+    keys->in_place = in_place != NULL;
     keys->bad_keys.count = 0;
-    amx_load_keys(keys->k, keys->k_low, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
-    amx_load_keys(keys->v, keys->v_low, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
-    if (keys->k_low) { amx_zero_bad_rows(&keys->bad_keys, keys->k, keys->k_low, p->d); }
-    amx_pack_values(keys, keys->v_t, p->dv);
+    if (k->dtype == FGQA_BF16 && k->stride_d == 1) {
+        amx_load_key_tiles(keys->k, t, k, j0, j1, p->d);
+    } else {
+        amx_load_keys(keys->rows, keys->rows_low, t, k, j0, j1, p->d);
+        if (keys->k_low) { amx_zero_bad_rows(&keys->bad_keys, keys->rows, keys->rows_low, p->d); }
+        amx_pack_key_rows(keys->k, keys->rows, p->d);
+        if (keys->k_low) { amx_pack_key_rows(keys->k + keys->k_low, keys->rows + keys->rows_low, p->d); }
+    }
+    if (in_place) {
+        amx_pack_keys(keys->v_t, AMX_PAIR(AMX_SPAN), in_place, v->stride_s, p->dv);
+    } else {
+        amx_load_keys(keys->v, keys->v_low, t, v, j0, j1, p->dv);
+        amx_pack_values(keys, keys->v_t, p->dv);
+    }
 }
 
 /* The block's bad rows of V, found when first asked for; then they are zeroed and the block is transposed again. */
-static int32_t amx_bad_values(amx_keys *keys, const fgqa_problem *p)
+static int32_t amx_bad_values(amx_keys *keys, const tile_sequence *t)
 {
-    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, keys->v_low, p->dv)) { amx_pack_values(keys, keys->v_t_clean, p->dv); }
+    const int32_t dv = t->p->dv;
+    if (!keys->searched && keys->in_place) { amx_load_keys(keys->v, 0, t, &t->p->view[FGQA_ARG_v], keys->origin, keys->origin + KEYS, dv); }
+    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, keys->v_low, dv)) { amx_pack_values(keys, keys->v_t_clean, dv); }
     keys->searched = 1;
     return keys->bad.count;
 }
 
 /* ---- weights ---- */
 
-/* m after the keys of w, and what it takes from them. Returns whether some factor is not 1. */
-SIMD int amx_weights_begin(const int nv, amx_beside *w, real *m, real *factor)
+/* Weights of keys 0 .. keys-1 times a factor each lane; `s` (NULL: not kept): as reals, too. */
+static void amx_weights_rescale(int32_t nv, ptrdiff_t low, bf16 *p, real *s, int32_t keys, const real *factor)
+{
+    for (int32_t j = 0; j < keys; j++) {
+        for (int32_t v = 0; v < nv; v++) {
+            const vreal f = v_load(factor + v * VL);
+            real *const real_at = s + (j * nv + v) * VL;
+            if (s) { v_store(real_at, v_load(real_at) * f); }
+            if (j % 2) { continue; }
+            bf16 *const at = p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE;
+            vreal even = v_zero(), odd = v_zero();
+            for (ptrdiff_t part = low; part >= 0; part -= low ? low : 1) {
+                const __m512i pairs = _mm512_load_si512(at + part);
+                even += (vreal)_mm512_slli_epi32(pairs, 16);
+                odd += (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
+            }
+            amx_store_pairs(at, low, even * f, odd * f);
+        }
+    }
+}
+
+/* Weights begin, of any number of keys: factor is what m takes from what was before them. */
+SIMD void amx_weights_begin(const int nv, amx_beside *w, real *factor)
+{
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) {
+        w->sum[v] = v_zero();
+        v_store(factor + v * VL, v_set1(1));
+    }
+}
+
+/* The next AMX_DEPTH keys: m with them, and with it factor and the weights there are. Returns whether it has grown. */
+SIMD int amx_weights_top(const int nv, const int keep, const ptrdiff_t low, amx_beside *w, real scale, real *m, real *factor)
 {
     vreal top[NV];
     int grown = 0;
     UNROLL(2)
     for (int v = 0; v < nv; v++) { top[v] = v_set1(-REAL_INF); }
-    for (int32_t j = 0; j < w->keys; j++) {
+    for (int32_t j = 0; j < AMX_DEPTH; j++) {
         UNROLL(2)
         for (int v = 0; v < nv; v++) { top[v] = v_max(v_load(w->s + (j * nv + v) * VL), top[v]); }
     }
     UNROLL(2)
     for (int v = 0; v < nv; v++) {
-        const vreal old = v_load(m + v * VL), highest = top[v] * v_set1(w->scale);
-        const vmask grows = m_lt(old + v_set1(AMX_LAZY), highest);
-        const vreal now = v_select(grows, highest, old);
-        top[v] = now;
-        w->shift[v] = v_select(m_eq(now, v_set1(-REAL_INF)), v_zero(), now);   /* nothing seen yet: 2^(-inf - 0) = 0 */
-        v_store(m + v * VL, now);
-        v_store(factor + v * VL, v_select(grows, v_exp2(old - w->shift[v]), v_set1(1)));
-        grown |= m_any(grows);
-        w->sum[v] = v_zero();
+        top[v] *= v_set1(scale);
+        grown |= m_any(m_lt(v_load(m + v * VL) + v_set1(AMX_LAZY), top[v]));
     }
-    tile_scale_huge(nv, w->s, w->keys, &w->scale, top);
+    if (__builtin_expect(grown, 0)) {
+        _Alignas(64) real step[PANEL];
+        UNROLL(2)
+        for (int v = 0; v < nv; v++) {
+            const vreal old = v_load(m + v * VL);
+            const vmask grows = m_lt(old + v_set1(AMX_LAZY), top[v]);
+            const vreal f = v_select(grows, v_exp2(old - top[v]), v_set1(1));
+            w->sum[v] *= f;
+            v_store(m + v * VL, v_select(grows, top[v], old));
+            v_store(factor + v * VL, v_load(factor + v * VL) * f);
+            v_store(step + v * VL, f);
+        }
+        if (w->key) { amx_weights_rescale(nv, low, w->p, keep ? w->s - w->key * nv * VL : NULL, w->key, step); }
+    }
+    UNROLL(2)
+    for (int v = 0; v < nv; v++) {
+        top[v] = v_load(m + v * VL);
+        w->shift[v] = v_select(m_eq(top[v], v_set1(-REAL_INF)), v_zero(), top[v]);   /* nothing seen yet: 2^(-inf - 0) = 0 */
+    }
+    w->scale = scale;
+    tile_scale_huge(nv, w->s, AMX_DEPTH, &w->scale, top);
+    w->end = w->key + AMX_DEPTH;
     return grown;
 }
 
@@ -116,9 +242,13 @@ SIMD void amx_weights_end(const int nv, const amx_beside *w, real *l, const real
  * some factor is not 1. `keep`: s becomes p as well. */
 SIMD int amx_softmax_strip(const int nv, const int keep, const ptrdiff_t low, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
 {
-    amx_beside w = {.s = s, .p = p, .keys = n, .scale = scale};
-    const int grown = amx_weights_begin(nv, &w, m, factor);
-    while (w.key < n) { amx_weights_pair(nv, keep, low, &w); }
+    amx_beside w = {.s = s, .p = p};
+    int grown = 0;
+    amx_weights_begin(nv, &w, factor);
+    while (w.key < n) {
+        grown |= amx_weights_top(nv, keep, low, &w, scale, m, factor);
+        while (w.key < w.end) { amx_weights_pair(nv, keep, low, &w); }
+    }
     amx_weights_end(nv, &w, l, factor);
     return grown;
 }
@@ -127,7 +257,7 @@ static int amx_softmax(int nv, int keep, ptrdiff_t low, real *s, int32_t n, real
 {
     if (nv == 1) { return amx_softmax_strip(1, 1, low, s, n, scale, m, l, factor, p); }
     if (keep) { return amx_softmax_strip(2, 1, low, s, n, scale, m, l, factor, p); }
-    return low ? amx_softmax_strip(2, 0, KEYS * PANEL, s, n, scale, m, l, factor, p) : amx_softmax_strip(2, 0, 0, s, n, scale, m, l, factor, p);
+    return low ? amx_softmax_strip(2, 0, AMX_SPAN * PANEL, s, n, scale, m, l, factor, p) : amx_softmax_strip(2, 0, 0, s, n, scale, m, l, factor, p);
 }
 
 /* Weights as floats, [n keys][w], to B. */
@@ -145,8 +275,8 @@ static void amx_pack_weights(bf16 *p, ptrdiff_t low, const real *s, int32_t n, i
 /* A panel and where its results grow. */
 typedef struct { const tile_panel *panel; const bf16 *q; ptrdiff_t q_low; int q_special; real *o, *m, *l; } amx_rows;   /* q_special: it is not finite */
 
-/* Scratch of tiles: s has AMX_DEPTH keys more than KEYS; two of s and factor, which take turns. */
-typedef struct { real *s[2], *factor[2], *add, *rows; ireal *keep; } amx_scratch;
+/* Scratch of tiles: s has AMX_DEPTH keys more than KEYS, a ring twice AMX_DEPTH. */
+typedef struct { real *s, *ring, *factor, *add, *rows; ireal *keep; } amx_scratch;
 
 /* Number c of a packed row. */
 SIMD real amx_packed(const amx_rows *to, int32_t lane, int32_t c)
@@ -182,66 +312,66 @@ static void amx_scores_apart(const amx_scratch *scratch, const tile_sequence *t,
 
 /* ---- one tile: scores, weights, values ---- */
 
-/* Keys [j0, j1) of a block and the rows of a panel. */
+/* n keys of a block from j0 on and the rows of a panel. */
 typedef struct {
     amx_rows to;
-    int32_t j0, n, first, before, all;   /* n keys, the first one's number in the block and in its step; all: keys of the steps */
-    int plain, others, grown;   /* plain: weights are 2^(s*scale - m) of all lanes and KEYS keys; others: keys of the steps that are not the tile's */
+    amx_keys *keys;
+    int32_t j0, n, first, before, all;   /* the first key's number in the block and in its step; keys of the steps */
+    int plain, others;        /* plain: weights are 2^(s*scale - m) of all lanes and KEYS keys; others: keys of the steps that are not the tile's */
     tile_kind kind;
     const real *add;
-    real *s, *factor;
-    bf16 *p;
 } amx_tile;
 
-/* Returns whether there is something to see. */
+/* Keys [j0, j1) of a block; returns whether there is something to see. */
 static int amx_tile_begin(amx_tile *tile, const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1,
-                          int32_t block_end, int turn)
+                          int32_t block_end)
 {
     const tile_panel *panel = to->panel;
     tile->kind = tile_scores_begin(t, panel, j0, j1, scratch->add, scratch->rows, &tile->add);
     if (tile->kind == TILE_UNSEEN) { return 0; }
     tile->to = *to;
+    tile->keys = keys;
     tile->j0 = j0;
     tile->n = j1 - j0;
     tile->first = j0 - keys->origin;
     tile->before = tile->first % AMX_DEPTH;
     tile->all = AMX_PAD(tile->before + tile->n);
     tile->others = tile->before || (tile->all != tile->before + tile->n && j1 < block_end);
-    tile->s = scratch->s[turn];
-    tile->factor = scratch->factor[turn];
-    tile->p = keys->p[turn];
     tile->plain = tile->kind == TILE_FULL && tile->n == KEYS && panel->nv == NV && !t->needs_transform && !t->p->dropout_threshold
-                  && t->score_scale >= SMALLEST_SCALE && !to->q_special && !keys->bad_keys.count && !(keys->v_low && amx_bad_values(keys, t->p));
+                  && t->score_scale >= SMALLEST_SCALE && !to->q_special && !keys->bad_keys.count && !(keys->v_low && amx_bad_values(keys, t));
     return 1;
 }
 
-SIMD void amx_tile_scores(const amx_tile *tile, const tile_sequence *t, const amx_keys *keys, amx_beside *beside, const ptrdiff_t low)
+/* Scores of n keys from number `first` of the block on, a multiple of AMX_DEPTH. */
+SIMD void amx_scores(const amx_rows *to, const tile_sequence *t, const amx_keys *keys, int32_t first, int32_t n, real *s, amx_beside *beside, const ptrdiff_t low)
 {
-    const ptrdiff_t ld = AMX_PAD(t->p->d), nv = tile->to.panel->nv;
-    const amx_operand k = {keys->k + tile->first * ld, AMX_DEPTH, AMX_SIDE * ld, ld, keys->k_low, t->p->dtype == FGQA_F16};
-    const amx_operand q = {tile->to.q, nv * AMX_TILE, AMX_TILE, 0, tile->to.q_low, 0};
-    amx_product_beside(0, amx_tiles(tile->n), (int)nv, (int)ld / AMX_DEPTH, &k, &q, tile->s + tile->before * nv * VL, nv * VL, beside, low);
+    const ptrdiff_t ld = AMX_PAD(t->p->d), nv = to->panel->nv;
+    const amx_operand k = {keys->k + first * ld, 2 * AMX_TILE, AMX_TILE, AMX_DEPTH * ld, AMX_DEPTH, keys->k_low, t->p->dtype == FGQA_F16};
+    const amx_operand q = {to->q, nv * AMX_TILE, AMX_TILE, 0, 0, to->q_low, 0};
+    amx_product_beside(0, amx_tiles(n), (int)nv, (int)ld / AMX_DEPTH, &k, &q, s, nv * VL, beside, low);
 }
 
-SIMD void amx_tile_values(const amx_tile *tile, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, amx_beside *beside, const ptrdiff_t low)
+/* O = O*factor + V^T P of n keys from number `first` of the block on, multiples of AMX_DEPTH. */
+static void amx_values(const amx_rows *to, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, int32_t first, int32_t n, const real *factor, int grown)
 {
-    const ptrdiff_t nv = tile->to.panel->nv, w = nv * VL;
-    real *const o = tile->to.o;
-    for (int32_t c = 0; tile->grown && c < t->p->dv; c++) {
-        for (ptrdiff_t v = 0; v < w; v += VL) { v_store(o + c * w + v, v_load(o + c * w + v) * v_load(tile->factor + v)); }
+    const ptrdiff_t nv = to->panel->nv, w = nv * VL;
+    for (int32_t c = 0; grown && c < t->p->dv; c++) {
+        for (ptrdiff_t v = 0; v < w; v += VL) { v_store(to->o + c * w + v, v_load(to->o + c * w + v) * v_load(factor + v)); }
     }
-    const amx_operand values = {v_t + (tile->first - tile->before) * AMX_SIDE, AMX_TILE, AMX_KEYS_TILE, AMX_DEPTH, keys->v_t_low, 0};
-    const amx_operand weights = {tile->p, nv * AMX_TILE, AMX_TILE, 0, keys->p_low, 0};
-    amx_product_beside(1, amx_tiles(t->p->dv), (int)nv, tile->all / AMX_DEPTH, &values, &weights, o, w, beside, low);
+    const amx_operand values = {v_t + AMX_PAIR(first), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(AMX_SPAN), AMX_DEPTH, keys->v_t_low, 0};
+    const amx_operand weights = {keys->p, nv * AMX_TILE, AMX_TILE, 0, 0, keys->p_low, 0};
+    amx_product(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w);
 }
 
-/* From its scores on. */
-static void amx_tile_finish(amx_tile *tile, const amx_scratch *scratch, const tile_sequence *t, amx_keys *keys)
+/* A tile of any kind, one phase after the other. */
+static void amx_tile_attend(const amx_tile *tile, const amx_scratch *scratch, const tile_sequence *t)
 {
     const fgqa_problem *p = t->p;
     const tile_panel *panel = tile->to.panel;
-    const int32_t n = tile->n, w = panel->w, before = tile->before, all = tile->all, j0 = tile->j0, j1 = j0 + n;
-    real *const s = tile->s, *const seen = s + before * w;
+    amx_keys *const keys = tile->keys;
+    const int32_t n = tile->n, w = panel->w, before = tile->before, all = tile->all, from = tile->first - before, j0 = tile->j0, j1 = j0 + n;
+    real *const s = scratch->s, *const seen = s + before * w;
+    amx_scores(&tile->to, t, keys, from, before + n, s, NULL, 0);
     if (tile->to.q_special || keys->bad_keys.count) { amx_scores_apart(scratch, t, &tile->to, keys, j0, j1, seen); }
     real scale = tile_scores_end(seen, t, panel, j0, j1, tile->kind, tile->add, NULL);
     if (!(scale >= SMALLEST_SCALE)) {          /* vectors of it are 0, and 0 * -inf is NaN */
@@ -252,15 +382,15 @@ static void amx_tile_finish(amx_tile *tile, const amx_scratch *scratch, const ti
     for (int32_t i = (before + n) * w; i < all * w; i += VL) { v_store(s + i, v_set1(-REAL_INF)); }
 
     /* Keys of the first and last step that the panel does not reach count as unseen ones do. */
-    const int dirty = (tile->kind == TILE_PARTIAL || tile->others || keys->v_low) && amx_bad_values(keys, p), dropped = p->dropout_threshold != 0;
-    tile->grown = amx_softmax(panel->nv, dirty || dropped, keys->p_low, s, all, scale, tile->to.m, tile->to.l, tile->factor, tile->p);
+    const int dirty = (tile->kind == TILE_PARTIAL || tile->others || keys->v_low) && amx_bad_values(keys, t), dropped = p->dropout_threshold != 0;
+    const int grown = amx_softmax(panel->nv, dirty || dropped, keys->p_low, s, all, scale, tile->to.m, tile->to.l, scratch->factor, keys->p);
     if (dropped) {
         tile_dropout(scratch->keep, t, panel, j0, j1);
         ireal *const weight = (ireal *)(void *)seen;
         for (int32_t i = 0; i < n * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
-        amx_pack_weights(tile->p, keys->p_low, s, all, panel->nv);
+        amx_pack_weights(keys->p, keys->p_low, s, all, panel->nv);
     }
-    amx_tile_values(tile, t, keys, dirty ? keys->v_t_clean : keys->v_t, NULL, 0);
+    amx_values(&tile->to, t, keys, dirty ? keys->v_t_clean : keys->v_t, from, all, scratch->factor, grown);
     for (int32_t i = 0; dirty && i < keys->bad.count; i++) {
         const int32_t j = keys->origin + keys->bad.row[i];
         if (j < j0 || j >= j1) { continue; }
@@ -269,68 +399,94 @@ static void amx_tile_finish(amx_tile *tile, const amx_scratch *scratch, const ti
     }
 }
 
-/* ---- tiles one after another ----
- *
- * While the weights of a plain tile are computed on vectors, the tile unit takes the scores of the next one and the values of
- * the one before.
- */
-
-typedef struct {
-    amx_tile at, last;        /* with scores; with weights */
-    int has_at, has_last, turn;
-} amx_line;
-
-SIMD void amx_line_step_of(const ptrdiff_t low, amx_line *line, const amx_tile *next, const tile_sequence *t, const amx_keys *keys)
+/* out of a panel, O^T times a factor a lane, in vectors of two columns; returns 0 where that is not possible. */
+static int amx_store_panel(const tile_sequence *t, const tile_panel *panel, const real *o, const real *factor)
 {
-    const int parts = low ? t->p->dtype == FGQA_F16 ? 4 : 3 : 1;   /* products of the scores, at least of the values */
-    amx_tile *const at = &line->at;
-    int steps = 0;
-    if (next) { steps += (amx_tiles(next->n) + 1) / 2 * (AMX_PAD(t->p->d) / AMX_DEPTH) * parts; }
-    if (line->has_last) { steps += (amx_tiles(t->p->dv) + 1) / 2 * (line->last.all / AMX_DEPTH) * (low ? 3 : 1); }
-    amx_beside w = {.s = at->s, .p = at->p, .keys = KEYS, .share = steps ? (KEYS / 2 + steps - 1) / steps * 2 : KEYS, .scale = t->score_scale};
-    at->grown = amx_weights_begin(NV, &w, at->to.m, at->factor);
-    if (next) { amx_tile_scores(next, t, keys, &w, low); }
-    if (line->has_last) { amx_tile_values(&line->last, t, keys, keys->v_t, &w, low); }
-    w.share = KEYS;
-    amx_weights_share(low, &w);
-    amx_weights_end(NV, &w, at->to.l, at->factor);
+    _Alignas(64) bf16 pairs[AMX_TILE], rows[AMX_TILE];
+    const fgqa_view *const out = &t->p->view[FGQA_ARG_out];
+    const int32_t dv = t->p->dv, w = panel->w;
+    bf16 *to[PANEL];
+    if (out->dtype != FGQA_BF16 || out->stride_d != 1 || dv % AMX_DEPTH) { return 0; }
+    for (int32_t lane = 0; lane < panel->rows; lane++) { to[lane] = tile_packed_row(t, out, panel->r0 + lane); }
+    for (int32_t first = 0; first < panel->rows; first += VL) {
+        const int32_t n = panel->rows - first < VL ? panel->rows - first : VL;
+        const vreal f = v_load(factor + first);
+        for (int32_t c = 0; c < dv; c += AMX_DEPTH) {
+            const real *const from = o + (ptrdiff_t)c * w + first;
+            for (int32_t k = 0; k < AMX_DEPTH; k += 2) {
+                _mm512_store_si512(pairs + k * AMX_SIDE, amx_narrow_pairs(v_load(from + k * w) * f, v_load(from + (k + 1) * w) * f));
+            }
+            amx_transpose_pairs(rows, AMX_DEPTH, pairs, AMX_DEPTH);
+            for (int32_t lane = 0; lane < n; lane++) { _mm512_storeu_si512(to[first + lane] + c, _mm512_load_si512(rows + lane * AMX_DEPTH)); }
+        }
+    }
+    return 1;
 }
 
-/* `next`: a tile that has begun, or NULL. */
-static void amx_line_step(amx_line *line, const amx_tile *next, const amx_scratch *scratch, const tile_sequence *t, amx_keys *keys)
+/* ---- plain tiles one after another ---- */
+
+/* A run of a panel's plain tiles: n keys from the block `keys` on. Its first scores may be in the ring before it begins. */
+typedef struct { amx_rows to; const amx_keys *keys; int32_t n; } amx_run;
+typedef struct { amx_run at; int has_at; } amx_line;
+
+/* The run at hand; the first scores of `next` (or NULL) beside its last weights. */
+SIMD void amx_run_attend(const ptrdiff_t low, const amx_run *at, const amx_run *next, const amx_scratch *scratch, const tile_sequence *t)
 {
-    if (line->has_at && line->at.plain) {
-        if (keys->p_low) {
-            amx_line_step_of(KEYS * PANEL, line, next, t, keys);
+    const int parts = low ? t->p->dtype == FGQA_F16 ? 4 : 3 : 1, products = AMX_PAD(t->p->d) / AMX_DEPTH * parts;
+    amx_beside w = {.p = at->keys->p};
+    int grown = 0;
+    amx_weights_begin(NV, &w, scratch->factor);
+    for (int32_t j = 0; j < at->n; j += AMX_DEPTH) {
+        real *const ring[2] = {scratch->ring + j / AMX_DEPTH % 2 * AMX_DEPTH * PANEL, scratch->ring + (j / AMX_DEPTH + 1) % 2 * AMX_DEPTH * PANEL};
+        const amx_run *const of = j + AMX_DEPTH < at->n ? at : next;
+        w.s = ring[0];
+        grown |= amx_weights_top(NV, 0, low, &w, t->score_scale, at->to.m, scratch->factor);
+        w.share = (AMX_DEPTH / 2 + products - 1) / products * 2;
+        if (of) { amx_scores(&of->to, t, of->keys, of == at ? j + AMX_DEPTH : 0, AMX_DEPTH, ring[1], &w, low); }
+        w.share = AMX_DEPTH;
+        amx_weights_share(low, &w);
+    }
+    amx_weights_end(NV, &w, at->to.l, scratch->factor);
+    amx_values(&at->to, t, at->keys, at->keys->v_t, 0, at->n, scratch->factor, grown);
+}
+
+/* `next`: or NULL for the end of the line. */
+static void amx_line_step(amx_line *line, const amx_run *next, const amx_scratch *scratch, const tile_sequence *t)
+{
+    if (!line->has_at && next) {
+        amx_scores(&next->to, t, next->keys, 0, AMX_DEPTH, scratch->ring, NULL, 0);
+    } else if (line->has_at) {
+        if (line->at.keys->p_low) {
+            amx_run_attend(AMX_SPAN * PANEL, &line->at, next, scratch, t);
         } else {
-            amx_line_step_of(0, line, next, t, keys);
+            amx_run_attend(0, &line->at, next, scratch, t);
         }
-        line->last = line->at;
-        line->has_last = 1;
-    } else {
-        if (next) { amx_tile_scores(next, t, keys, NULL, 0); }
-        if (line->has_last) { amx_tile_values(&line->last, t, keys, keys->v_t, NULL, 0); }
-        if (line->has_at) { amx_tile_finish(&line->at, scratch, t, keys); }
-        line->has_last = 0;
     }
     line->has_at = next != NULL;
     if (next) { line->at = *next; }
 }
 
-/* All tiles done. */
-static void amx_line_end(amx_line *line, const amx_scratch *scratch, const tile_sequence *t, amx_keys *keys)
+/* Rows of a panel attend to keys [j0, j1) of the blocks in `keys`; their results are complete after amx_line_step(NULL). */
+static void amx_attend(amx_line *line, const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1, int32_t span_end)
 {
-    while (line->has_at || line->has_last) { amx_line_step(line, NULL, scratch, t, keys); }
-}
-
-/* Rows of a panel attend to keys [j0, j1) of the block; their results are complete after amx_line_end(). */
-static void amx_attend(amx_line *line, const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1, int32_t block_end)
-{
-    amx_tile next;
-    if (t->has_add) { amx_line_end(line, scratch, t, keys); }     /* there is one additive tile */
-    if (!amx_tile_begin(&next, scratch, t, to, keys, j0, j1, block_end, line->turn)) { return; }
-    line->turn ^= 1;
-    amx_line_step(line, &next, scratch, t, keys);
+    amx_run run = {*to, NULL, 0};
+    const int32_t origin = j0 / AMX_SPAN * AMX_SPAN;
+    for (int32_t n = (j0 - origin) / KEYS; n < AMX_BLOCKS && origin + n * KEYS < j1; n++) {
+        const int32_t block = origin + n * KEYS, end = block + KEYS;
+        amx_tile tile;
+        if (!amx_tile_begin(&tile, scratch, t, to, &keys[n], j0 > block ? j0 : block, j1 < end ? j1 : end, span_end < end ? span_end : end)) { continue; }
+        if (tile.plain && (!run.keys || run.keys + run.n / KEYS == &keys[n])) {
+            run.keys = run.keys ? run.keys : &keys[n];
+            run.n += KEYS;
+            continue;
+        }
+        if (run.keys) { amx_line_step(line, &run, scratch, t); }
+        amx_line_step(line, NULL, scratch, t);
+        run.keys = NULL;
+        run.n = 0;
+        amx_tile_attend(&tile, scratch, t);
+    }
+    if (run.keys) { amx_line_step(line, &run, scratch, t); }
 }
 
 #endif

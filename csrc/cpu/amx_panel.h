@@ -9,7 +9,7 @@
 #include "tile.h"
 
 #define AMX_BLOCK_ROWS (KEYS + AMX_DEPTH)             /* rows of a block: those behind its end are read, never used */
-#define AMX_KEYS_TILE (KEYS / AMX_DEPTH * AMX_TILE)   /* from one tile of columns of a packed block to the next */
+#define AMX_PAIR(keys) ((keys) / AMX_DEPTH * 2 * AMX_TILE)   /* two tiles of columns of so many packed keys */
 
 SIMD int32_t amx_tiles(int32_t n) { return (n + AMX_SIDE - 1) / AMX_SIDE; }
 
@@ -48,11 +48,12 @@ static void amx_load_keys(bf16 *to, ptrdiff_t low, const tile_sequence *t, const
     amx_zero_rows(to, low, AMX_BLOCK_ROWS - before - (j1 - j0), ld);
 }
 
-/* A block's rows to A with the keys as terms: [tile of columns][KEYS/AMX_DEPTH]. */
-static void amx_pack_keys(bf16 *to, const bf16 *rows, int32_t cols)
+/* A block's rows to A with the keys as terms, in the order in which a product reads them: [two tiles of columns][step][2]; the
+ * next two tiles are `pair` numbers apart. */
+static void amx_pack_keys(bf16 *to, ptrdiff_t pair, const bf16 *rows, ptrdiff_t ld, int32_t cols)
 {
     for (int32_t j = 0; j < KEYS; j += AMX_DEPTH) {
-        amx_pack_columns(to + j * AMX_SIDE, AMX_KEYS_TILE, rows + (ptrdiff_t)j * AMX_PAD(cols), AMX_PAD(cols), amx_tiles(cols));
+        amx_pack_columns(to + AMX_PAIR(j), pair, rows + j * ld, ld, amx_tiles(cols));
     }
 }
 

@@ -19,6 +19,8 @@
 #include "../core/workspace.h"
 #if FGQA_AMX
 #include "amx_fwd.h"
+#else
+#define BLOCK_KEYS KEYS          /* of the loop */
 #endif
 
 /* Superblocks: enough tasks for 16 cores, within half of a 2 MB L2 (Q^T and O^T). */
@@ -76,9 +78,9 @@ typedef struct {
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
     const real **k_list, **v_list;
 #if FGQA_AMX
-    real *next_s, *next_factor;
+    real *ring;               /* scores of two steps (amx_fwd.h) */
     int *q_special;           /* [panel]: q has two parts and is not finite */
-    amx_keys keys;
+    amx_keys keys[AMX_BLOCKS];
 #endif
 } fwd_scratch;
 
@@ -104,10 +106,9 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
 #if FGQA_AMX
-    scratch->next_s = fgqa_arena_take(&arena, SCORE_KEYS * PANEL, sizeof(real));
-    scratch->next_factor = fgqa_arena_take(&arena, PANEL, sizeof(real));
+    scratch->ring = fgqa_arena_take(&arena, 2 * AMX_DEPTH * PANEL, sizeof(real));
     scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
-    amx_keys_carve(&scratch->keys, &arena, p);
+    amx_keys_carve(scratch->keys, &arena, p);
 #endif
     return arena.used;
 }
@@ -206,7 +207,10 @@ SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *blo
     const fgqa_problem *p = t->p;
 #if FGQA_AMX
     if (!scratch->panel->few) {
-        amx_keys_load(&scratch->keys, t, block->j0, block->j1);
+        for (int32_t j = block->j0, end; j < block->j1; j = end) {
+            end = (j / KEYS + 1) * KEYS < block->j1 ? (j / KEYS + 1) * KEYS : block->j1;
+            amx_keys_load(&scratch->keys[j / KEYS % AMX_BLOCKS], t, j, end);
+        }
         return;
     }
 #endif
@@ -359,8 +363,8 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
 static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t panels, key_block *block)
 {
 #if FGQA_AMX
-    const amx_scratch tiles = {{scratch->s, scratch->next_s}, {scratch->factor, scratch->next_factor}, scratch->add, scratch->rows, scratch->keep};
-    amx_line line = {.turn = 0};
+    const amx_scratch tiles = {scratch->s, scratch->ring, scratch->factor, scratch->add, scratch->rows, scratch->keep};
+    amx_line line = {.has_at = 0};
 #endif
     for (int32_t n = 0; n < panels; n++) {
         const fgqa_range keys = scratch->panel[n].keys;
@@ -370,14 +374,14 @@ static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t pan
         if (!scratch->panel[n].few) {
             const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(t->p, PANEL * (ptrdiff_t)AMX_PAD(t->p->d)), scratch->q_special[n],
                                    scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv), scratch->m + n * PANEL, scratch->l + n * PANEL};
-            amx_attend(&line, &tiles, t, &rows, &scratch->keys, begin, end, block->j1);
+            amx_attend(&line, &tiles, t, &rows, scratch->keys, begin, end, block->j1);
             continue;
         }
 #endif
         attend(scratch, t, n, block, begin, end);
     }
 #if FGQA_AMX
-    amx_line_end(&line, &tiles, t, &scratch->keys);
+    amx_line_step(&line, NULL, &tiles, t);
 #endif
 }
 
@@ -389,7 +393,7 @@ static void finish_panel(const tile_sequence *t, const tile_panel *panel, const 
     const fgqa_problem *p = t->p;
     const fgqa_view *out = &p->view[FGQA_ARG_out], *lse = &p->view[FGQA_ARG_lse];
     const int32_t ld = columns(p->dv);
-    if (o) { tile_transpose_panel(rows, ld, o, panel->w, p->dv); }
+    _Alignas(64) real factor[PANEL] = {0};
     for (int32_t lane = 0; lane < panel->rows; lane++) {
         const int64_t r = panel->r0 + lane;
         double top = m[lane], sum = l[lane], weight = 1;
@@ -403,11 +407,17 @@ static void finish_panel(const tile_sequence *t, const tile_panel *panel, const 
             }
         }
         if (lse->data) { tile_lse_store(t, lse, r, (real)(sum == 0 ? -INFINITY : top * FGQA_LN2 + log(sum))); }
-        if (p->dv == 0) { continue; }
-        const real factor = (real)(sum == 0 ? 0 : weight * fgqa_dropout_scale(p->dropout_threshold) / sum);
+        factor[lane] = (real)(sum == 0 ? 0 : weight * fgqa_dropout_scale(p->dropout_threshold) / sum);
+    }
+    if (p->dv == 0) { return; }
+#if FGQA_AMX
+    if (o && amx_store_panel(t, panel, o, factor)) { return; }
+#endif
+    if (o) { tile_transpose_panel(rows, ld, o, panel->w, p->dv); }
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
         real *row = rows + (ptrdiff_t)lane * ld;
-        for (int32_t c = 0; c < p->dv; c++) { row[c] *= factor; }
-        row_store(tile_packed_row(t, out, r), out->dtype, out->stride_d, row, p->dv);
+        for (int32_t c = 0; c < p->dv; c++) { row[c] *= factor[lane]; }
+        row_store(tile_packed_row(t, out, panel->r0 + lane), out->dtype, out->stride_d, row, p->dv);
     }
 }
 
@@ -499,9 +509,10 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         range.end = panel->keys.end > range.end ? panel->keys.end : range.end;
     }
 
-    for (int32_t j0 = range.begin < range.end ? range.begin / KEYS * KEYS : range.end; j0 < range.end; j0 += KEYS) {
+    const int32_t step = scratch.panel->few ? KEYS : BLOCK_KEYS;
+    for (int32_t j0 = range.begin < range.end ? range.begin / step * step : range.end; j0 < range.end; j0 += step) {
         if (fgqa_poll(worker)) { return; }
-        key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < KEYS ? range.end : j0 + KEYS};
+        key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < step ? range.end : j0 + step};
         load_keys(&scratch, &t, &block, panels);
         attend_all(&scratch, &t, panels, &block);
     }

@@ -1,0 +1,90 @@
+"""Keys of which several tiles are taken at once (on tiles of AMX: spans of 256), whole and in part; no LSE is asked."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checking import assert_within, naive_forward
+
+from flashgqa import reference
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+# hq, hk, sq, sk, d, dv: spans of 256 keys and panels of 32 packed rows, whole and in part.
+SHAPES = [
+    (1, 1, 64, 128, 64, 64),
+    (4, 1, 24, 300, 128, 128),
+    (2, 2, 96, 512, 40, 72),
+    (8, 2, 33, 260, 16, 256),
+    (3, 1, 43, 385, 200, 24),
+]
+
+
+def inputs(shape, rng, factor=1.0, dtype=BF16):
+    hq, hk, sq, sk, d, dv = shape
+    parts = (hq, sq, d, factor), (hk, sk, d, 1), (hk, sk, dv, 1)
+    return [(f * rng.standard_normal((1, h, s, n))).astype(dtype) for h, s, n, f in parts]
+
+
+def check(backend, q, k, v, **options):
+    expected = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), **options)
+    with np.errstate(all="ignore"):
+        got, naive = backend.attention(q, k, v, **options), naive_forward(q, k, v, **options)
+        assert_within("out", got, expected, (out for out, _ in naive), q.dtype, 2)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("factor", [1e-3, 1, 8])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_within_the_error_rule(shape, factor, causal, rng, backend):
+    check(backend, *inputs(shape, rng, factor), causal=causal)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling", "one tall key"])
+@pytest.mark.parametrize("dtype", [BF16, np.float16], ids=str)
+def test_scores_that_rise_within_a_span(order, dtype, rng, backend):
+    """Weights of earlier keys are scaled down when the maximum grows by more than 2^8, several times in a span of 256 keys."""
+    q, k, v = inputs((2, 1, 64, 384, 32, 32), rng, 0.1, dtype)
+    ramp = np.linspace(0, 600, 384) if order != "one tall key" else 600.0 * (np.arange(384) == 77)
+    q[..., 0] = 1
+    k[..., 0] = (ramp[::-1] if order == "falling" else ramp).astype(dtype)
+    check(backend, q, k, v, scale=0.5)
+
+
+def test_weights_scaled_down_keep_their_digits(rng, backend):
+    """A maximum that grows by 2^9 in the middle of a span: what was before it has weight 2^-9 a key, of 64 keys."""
+    q, k, v = inputs((1, 1, 32, 256, 32, 32), rng, 0.0)
+    q[..., 0] = 1
+    k[..., 0] = np.where(np.arange(256) == 100, 9.5, 0).astype(BF16)
+    v[:, :, :64] += 50
+    check(backend, q, k, v, scale=float(np.log(2)))
+
+
+def test_a_row_that_sees_one_key_is_its_value(rng, backend):
+    q, k, v = inputs((2, 1, 256, 256, 64, 64), rng)
+    np.testing.assert_array_equal(backend.attention(q, k, v, causal=True)[:, :, 0], np.repeat(v[:, :, 0], 2, axis=1))
+
+
+def test_weights_far_below_the_largest_vanish(rng, backend):
+    q, k, v = inputs((1, 1, 32, 256, 32, 16), rng)
+    k[:, :, :200, 0], q[..., 0] = -30000, 1
+    v[:, :, :200] = 1000
+    check(backend, q, k, v)
+
+
+@pytest.mark.parametrize("size", [1e10, 1e16, 1e25])
+def test_large_inputs(size, rng, backend):
+    """Scores up to 1e28."""
+    q, k, v = inputs((2, 1, 48, 256, 32, 32), rng)
+    check(backend, (q.astype(np.float64) * size).astype(BF16), k, v)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_what_is_not_finite_stays_where_it_belongs(name, value, rng, backend):
+    arrays = dict(zip("qkv", inputs((2, 1, 64, 256, 64, 64), rng), strict=True))
+    arrays[name][0, 0, 5, 3] = value
+    expected = reference.attention(*(x.astype(np.float64) for x in arrays.values()))
+    with np.errstate(all="ignore"):
+        out = backend.attention(*arrays.values()).astype(np.float64)
+    np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
+    finite = np.isfinite(expected)
+    np.testing.assert_allclose(out[finite], expected[finite], rtol=0.02, atol=0.02)
