@@ -282,7 +282,7 @@ class KVCache:
     """Keys and values of a batch of sequences, in pages, with the bookkeeping that `attention_with_kvcache` leaves to its caller.
 
     Pages are taken from a pool as sequences grow. Sequences that begin alike share pages (`reorder`, `fork`); one that is
-    about to be written by one of them is copied first.
+    about to be written by one of them is copied first. ``copy.copy`` is `fork`; deep copies and pickles have a pool of their own.
 
     Parameters
     ----------
@@ -457,12 +457,14 @@ class KVCache:
     def fork(self, sequences=None):
         """Another KVCache with these sequences (default: all), in the same pool. They share pages until one is written."""
         sequences = numpy.arange(len(self)) if sequences is None else self._sequences(sequences)
-        other = object.__new__(KVCache)
+        other = object.__new__(type(self))
         other.__dict__.update({name: x for name, x in self.__dict__.items() if name != "_table"})
         other._lens, other._scales = self._lens[sequences], self._scales_of(sequences)
         other._table = self._table[sequences]
         self._pool.add(other._table, 1)
         return other
+
+    __copy__ = fork
 
     def sequence(self, n):
         """Copies of what sequence n holds, [hk, slots, d] and [hk, slots, dv] ("bshd": [slots, hk, d]), elements of the cache."""

@@ -365,6 +365,13 @@ def test_out_may_not_overlap_inputs():
     assert flashgqa.attention(q, k, v, out=beside) is beside
 
 
+def test_a_copy_that_does_not_fit_says_of_what():
+    """2^46 bytes, all of one element; the last axis is not contiguous, so it would be copied."""
+    q, k = np.broadcast_to(np.float32(1), (1, 1, 2**38, 64)), np.zeros((1, 1, 1, 64), np.float32)
+    with pytest.raises(MemoryError, match="q is not contiguous, and a copy of it does not fit"):
+        flashgqa.attention(q, k, k)
+
+
 def test_float8_is_not_taken_yet():
     float8 = pytest.importorskip("ml_dtypes").float8_e4m3fn
     arrays = {name: array.astype(float8) for name, array in forward_arguments().items()}

@@ -1,6 +1,8 @@
 """KVCache against a plain model of it: one list of tokens a sequence, and a pool that is never larger than needed."""
 
+import copy
 import gc
+import pickle
 
 import numpy as np
 import pytest
@@ -126,6 +128,32 @@ def test_torch_and_float8():
     fork = cache.fork()
     fork.append(new, new)
     assert fork.lens == [6] and torch.equal(cache.sequence(0)[0].float() * 0.01, held)
+
+
+def through_bytes(x):
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_bytes])
+def test_copies_live_on_their_own(copied):
+    """A copy that goes takes none of the original's pages with it, and what one appends is not in the other."""
+    rng = np.random.default_rng(0)
+    cache = flashgqa.KVCache(2, HK, D, value_dim=DV, capacity=CAPACITY, page_size=PAGE, pages=24)
+    k, v = tokens(rng, 2, 6)
+    cache.append(k, v)
+    used = cache.bytes_used
+    copied(cache)
+    gc.collect()
+    assert cache.bytes_used == used > 0
+    other = copied(cache)
+    other.append(*tokens(rng, 2, 5))
+    assert (cache.lens == 6).all() and (other.lens == 11).all()
+    del other
+    gc.collect()
+    assert cache.bytes_used == used
+    for n in range(2):
+        np.testing.assert_array_equal(cache.sequence(n)[0], k[n])
+        np.testing.assert_array_equal(cache.sequence(n)[1], v[n])
 
 
 def test_scales_of_sequences_follow_them():

@@ -198,14 +198,17 @@ int fgqa_same_form(const fgqa_tensor *a, const fgqa_tensor *b)
 }
 
 /* Replaces the tensor by a contiguous copy in memory of the import. */
-static int copy_contiguous(fgqa_import *in)
+static int copy_contiguous(fgqa_import *in, const fgqa_slot *slot)
 {
     int64_t size = (int64_t)fgqa_dtype_bytes(in->tensor.dtype);
-    for (int32_t axis = 0; axis < in->tensor.ndim; axis++) {
-        if (__builtin_mul_overflow(size, in->tensor.shape[axis], &size)) { PyErr_NoMemory(); return -1; }
+    int overflow = 0;
+    for (int32_t axis = 0; axis < in->tensor.ndim && !overflow; axis++) { overflow = __builtin_mul_overflow(size, in->tensor.shape[axis], &size); }
+    in->memory = overflow ? NULL : fgqa_block_new((size_t)size);
+    if (in->memory == NULL) {
+        PyErr_Format(PyExc_MemoryError, "%s is not contiguous, and a copy of it does not fit into memory: pass one that is contiguous, or "
+                     "smaller", slot->name);
+        return -1;
     }
-    in->memory = fgqa_block_new((size_t)size);
-    if (in->memory == NULL) { PyErr_NoMemory(); return -1; }
     fgqa_pack(in->memory, &in->tensor);
     in->copied = 1;
     in->tensor.data = in->memory;
@@ -332,7 +335,7 @@ int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slo
     case FGQA_KIND_TRACER:
     case FGQA_KIND_OTHER:  failed = refuse_object(object, slot, &in->type); break;
     }
-    if (failed == 0 && in->tensor.device.type == FGQA_CPU && fgqa_needs_copy(&in->tensor, slot->flags)) { failed = copy_contiguous(in); }
+    if (failed == 0 && in->tensor.device.type == FGQA_CPU && fgqa_needs_copy(&in->tensor, slot->flags)) { failed = copy_contiguous(in, slot); }
     if (failed < 0) { fgqa_import_release(in); }
     return failed;
 }
