@@ -366,8 +366,8 @@ def test_out_may_not_overlap_inputs():
 
 
 def test_a_copy_that_does_not_fit_says_of_what():
-    """2^46 bytes, all of one element; the last axis is not contiguous, so it would be copied."""
-    q, k = np.broadcast_to(np.float32(1), (1, 1, 2**38, 64)), np.zeros((1, 1, 1, 64), np.float32)
+    """2^48 bytes, more than there are addresses, all of one element; the last axis is not contiguous, so it would be copied."""
+    q, k = np.broadcast_to(np.float32(1), (1, 1, 2**40, 64)), np.zeros((1, 1, 1, 64), np.float32)
     with pytest.raises(MemoryError, match="q is not contiguous, and a copy of it does not fit"):
         flashgqa.attention(q, k, k)
 
