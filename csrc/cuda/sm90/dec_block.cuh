@@ -10,11 +10,11 @@
  *   full[stream][stage][KV]    producer lane (1) + bytes                 the stream's consumers
  *   empty[stream][stage][KV]   the stream's consumer warps (READERS)     producer lane
  *   named START                all                                       consumers, helper: mbarriers and the schedule are there
- *   named FETCHED              consumers                                 producer: q is on its way, ahead of the first copies
+ *   named FETCHED              consumers                                 producer: q is on its way, behind the copies of one stage
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
- * `Shared` is the block's shared memory: STREAMS, STAGES and READERS; ring, full, empty, pages, schedule.
+ * `Shared` is the block's shared memory: STREAMS, STAGES, READERS and Q_FIRST (few loads bring q: the stream waits for them); ring, full, empty, pages, schedule.
  */
 #pragma once
 #include "dec_combine.cuh"
@@ -32,9 +32,9 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
     const uint32_t full = smem_address(&mem.full[stream][0][kv]), empty = smem_address(&mem.empty[stream][0][kv]);
     granule_walk<Shared::STREAMS, PLAIN> walk(p, first, stream, lane < 2 * Shared::STREAMS);
     typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type pages(p, walk, smem_address(mem.pages[lane % (2 * Shared::STREAMS)]));
-    barrier_sync(FETCHED, 32 * CONSUMERS + 32);
     int stage = 0;
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
+    bool q_is_behind = Shared::Q_FIRST;         /* a stage goes before q, the others after it: q is there when the first stage is */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
         if (walk.valid() && mbarrier_test(empty + 16 * stage, parity)) {
             const uint32_t bar = full + 16 * stage, tile = ring + 2 * TILE_BYTES * stage;
@@ -53,6 +53,10 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
             walk.advance(p);
         }
         __syncwarp();
+        if (q_is_behind) {
+            barrier_sync(FETCHED, 32 * CONSUMERS + 32);
+            q_is_behind = false;
+        }
     }
 }
 
@@ -63,8 +67,8 @@ template <class Shared> static __device__ __forceinline__ bool await_start(const
     return (int32_t)blockIdx.x < mem.schedule.split.blocks;
 }
 
-/* Consumers and helper: calls `fetch` with the first segment, if there is one, before the block's first copies. Behind the stream of all
- * SMs a load takes 4 to 5 us. Lengths on the device: the segment is not known before the schedule is. Whether the block has work. */
+/* Consumers and helper: calls `fetch` with the first segment, if there is one, as early as can be. Behind the stream of all SMs a load
+ * takes 4 to 5 us. Lengths on the device: the segment is not known before the schedule is. Whether the block has work. */
 template <class Shared, class Fetch> static __device__ __forceinline__ bool begin_block(const dec_params &p, Shared &mem, const dec_actor &actor, dec_segment &segment,
                                                                                         const Fetch &fetch)
 {
@@ -72,7 +76,7 @@ template <class Shared, class Fetch> static __device__ __forceinline__ bool begi
     segment = p.uniform ? first_segment_early<true>(p) : first_segment(p, mem.schedule);
     if (works && segment.valid()) { fetch(segment); }
     if (!actor.rehearsal) {
-        barrier_arrive(FETCHED, 32 * CONSUMERS + 32);
+        if (Shared::Q_FIRST) { barrier_arrive(FETCHED, 32 * CONSUMERS + 32); }
         if (p.uniform) { works = await_start(mem); }
     }
     return works;

@@ -7,7 +7,8 @@
  *     in place    the blocks themselves. Each counts itself on the pair's counter when its record is written, waits until all
  *                 have, and does its share of the slices. All blocks are resident: the launch is cooperative. The last one to
  *                 count leaves 0 behind. Who has two such pairs counts on both before it waits for one.
- *     afterwards  a second kernel: with batch_invariant, or where there is no counter.
+ *     at once     the block that has all chunks of a pair, with batch_invariant.
+ *     afterwards  a second kernel, where there is no counter.
  */
 #pragma once
 #include "../common/ptx_global.cuh"
@@ -68,6 +69,14 @@ template <int N> static __device__ __forceinline__ void merge_batch(dec_partial 
     }
 }
 
+/* What the sums of row `local` of a pair are to be multiplied with; also its LSE. */
+static __device__ __forceinline__ float finish_row(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, float m, float l, float *lse)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
+    return softmax_finish(m * p.unit, l, sink_logit(problem, b, h, i >= sq), lse);
+}
+
 /* Four outputs of row `local` of a pair, from `column` on, as the result. */
 static __device__ __forceinline__ void store_output(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
                                                     const dec_partial &a, bool rehearsal = false)
@@ -75,7 +84,7 @@ static __device__ __forceinline__ void store_output(const dec_params &p, int32_t
     const fgqa_problem &problem = p.common.problem;
     const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
     float lse;
-    const float scale = softmax_finish(a.m * p.unit, a.l, sink_logit(problem, b, h, i >= sq), &lse);
+    const float scale = finish_row(p, b, rows, sq, local, a.m, a.l, &lse);
     if (column < problem.dv && !rehearsal) {
         const uint2 pairs = {pack2(a.o[0] * scale, a.o[1] * scale, T()), pack2(a.o[2] * scale, a.o[3] * scale, T())};
         *(uint2 *)(fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, h, i) + column * (int)sizeof(T)) = pairs;
@@ -120,7 +129,7 @@ static __device__ __forceinline__ void combine_slices(const dec_params &p, const
     const int32_t count = parts.count;
     const bool few = count <= BATCH;
     int spread = 1;
-    while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= warps && 4 * spread < count) { spread *= 2; }
+    while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= (parts.chunked ? CONSUMERS / 2 : warps) && 4 * spread < count) { spread *= 2; }
     const int planes = few ? 1 : 4 * spread, plane = few ? 0 : lane / 8 + 4 * (warp & (spread - 1));
     const int item = few ? 4 * warp + lane / 8 : warp / spread, items = few ? 4 * warps : warps / spread;
     for (int s0 = share.first; s0 < slices; s0 += items * share.step) {     /* the same trips in every lane */
@@ -163,9 +172,10 @@ static __device__ __forceinline__ void combine_slices(const dec_params &p, const
 static __device__ __forceinline__ dec_share share_of(const dec_params &p, const dec_schedule &schedule, int n)
 {
     const dec_place &at = n ? schedule.tail : schedule.head;
-    const dec_parts parts = parts_of(p, schedule.split, at);
-    const bool split_here = parts.count > 1 && (n == 0 || at.pair_unit > schedule.begin);
-    const dec_share share = {at.b, at.h, sequence_of(p, schedule, at.b).sq, (int32_t)blockIdx.x - parts.first, split_here ? parts.count : 0, parts};
+    const int32_t first = schedule.split.block_of(at.pair_unit), blocks = schedule.split.block_of(at.pair_unit + at.units - 1) - first + 1;
+    const bool split_here = blocks > 1 && (n == 0 || at.pair_unit > schedule.begin);
+    const dec_share share = {at.b, at.h, sequence_of(p, schedule, at.b).sq, (int32_t)blockIdx.x - first, split_here ? blocks : 0,
+                             parts_of(p, schedule.split, at), first};
     return share;
 }
 
@@ -203,15 +213,15 @@ static __device__ __forceinline__ void combine_in_place(const dec_params &p, con
 {
     const int warp = (int)thread_index() / 32;
     int second = 0, team = 1;
-    dec_share share = {0, 0, 1, 0, 1 << 20, {8, 0, 0, 0}};     /* the rehearsal's: one slice, of many parts */
+    dec_share share = {0, 0, 1, 0, 1 << 20, {8, 0, 0, 0}, 0};      /* the rehearsal's: one slice, of many parts */
     if (!rehearsal) {
         barrier_sync(SHARES, 32 * CONSUMERS + 32);
         const bool head = schedule.share[0].step != 0, tail = schedule.share[1].step != 0;
         if (!head && !tail) { return; }
         if (thread_index() < 2) {
-            const dec_parts &parts = schedule.share[thread_index()].parts;
-            uint32_t *counter = p.counters + parts.first;
-            const uint32_t last = (uint32_t)parts.count - 1;
+            const dec_share &own = schedule.share[thread_index()];
+            uint32_t *counter = p.counters + own.first_block;
+            const uint32_t last = (uint32_t)own.step - 1;
             const bool waits = (thread_index() ? tail : head) && atom_inc_acq_rel(counter, last) != last;
             __syncwarp(3);
             while (waits && load_acquire_s32((const int32_t *)counter) != 0) {}
@@ -224,6 +234,17 @@ static __device__ __forceinline__ void combine_in_place(const dec_params &p, con
     }
     combine_slices(p, share, rehearsal ? 0 : warp % team, team, COMBINE_BARRIER + second, scratch + second * 8 * (CONSUMERS / 2), rehearsal);
     if (rehearsal) { barrier_sync(SHARES, 32 * CONSUMERS + 32); }
+}
+
+/* Consumers, after the segment that leaves `record`: if it ends a pair all of whose chunks are this block's, their sum. */
+static __device__ __forceinline__ void combine_chunks(const dec_params &p, const dec_actor &actor, const dec_segment &segment, int32_t sq, int64_t record, int32_t segments,
+                                                      dec_partial *scratch)
+{
+    const int32_t units = units_of(p, segment.span.count);
+    if (actor.rehearsal || !p.layout.chunk || !p.counters || record < 0 || segment.g1 < segment.span.count || segments < units - 1) { return; }
+    const dec_share share = {segment.b, segment.h, sq, 0, 1, {units, (int32_t)record - (units - 1), 0, 1}, 0};
+    combine_slices(p, share, actor.thread / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
+    actor.sync();
 }
 
 /* The second kernel: `step` blocks of as many warps for each pair. */
@@ -248,6 +269,6 @@ FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t st
     }
     const dec_parts parts = parts_of(p, split, at);
     if (parts.count == 1) { return; }
-    const dec_share share = {b, h, dec_sequence_at(p, b).sq, (int32_t)blockIdx.x % step, step, parts};
+    const dec_share share = {b, h, dec_sequence_at(p, b).sq, (int32_t)blockIdx.x % step, step, parts, 0};
     combine_slices(p, share, (int)thread_index() / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
 }

@@ -33,7 +33,7 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     const int64_t pairs = (int64_t)problem->b * p->layout.heads;
     p->uniform = fgqa_dec_is_uniform(problem);
     p->span = fgqa_dec_span_of(&mask, 0, GRANULE);
-    p->blocks_aligned = p->layout.chunk ? p->layout.blocks : aligned_blocks(pairs, p->layout.blocks);
+    p->blocks_aligned = aligned_blocks(pairs, p->layout.blocks);
     const int32_t units = units_of(*p, p->span.count);
     p->by_units = fast_div_make(units);
     p->by_heads = fast_div_make(p->layout.heads);
@@ -48,7 +48,7 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->chain = problem->softcap != 0.0 || problem->view[FGQA_ARG_alibi_slopes].data;
     p->unit = p->chain ? 1.0f : p->common.scale;
     p->scale_log2 = p->unit * (float)FGQA_LOG2E;
-    p->counters = p->layout.chunk ? NULL : fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
+    p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
     const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d, deep_pieces);
     return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv, deep_pieces);
 }

@@ -51,7 +51,7 @@ static_assert(GRANULE % 16 == 0 && CONSUMERS % (GRANULE / 16) == 0 && BLOCK_Q ==
 
 struct shared {
     static constexpr int READERS = GRANULE / 16, STREAMS = CONSUMERS / READERS, STAGES = FGQA_STAGES;
-    static constexpr bool DEEP_PIECES = true;
+    static constexpr bool DEEP_PIECES = true, Q_FIRST = true;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(16) float merge[CONSUMERS][BLOCK_Q][MERGE_PITCH];   /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
@@ -348,6 +348,7 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
             for (int n = 0; n < 4 * K_STEPS; n++) { st.o[n / 4][n % 4] *= scales.v; }
         }
         finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, warp, record);
+        combine_chunks(p, actor, segment, sequence.sq, record, segments, (dec_partial *)mem.merge);
         if (actor.rehearsal) { return true; }
         segment = next;
         rows = rows_next;

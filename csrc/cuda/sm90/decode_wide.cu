@@ -47,7 +47,7 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 #include "dec_wide_float8.cuh"
 
 static constexpr int CONSUMER_THREADS = 32 * CONSUMERS, CHUNKS = D / 64;
-static constexpr int MERGE_PITCH = D + 4, MERGE = 1, VOTE = 4, READY = 6, TEAM = 10;
+static constexpr int MERGE = 1, VOTE = 4, READY = 6, TEAM = 10;
 static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
 static_assert(GRANULE == 64 && BLOCK_Q == 128, "kernels.def: granules of 64 keys, 128 rows");
 
@@ -55,12 +55,16 @@ typedef std::conditional<FLOAT8, f16, T>::type product;
 
 template <int N_, int STREAMS_> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
-    static constexpr int READERS = 4 * GROUPS, STAGES = FGQA_STAGES * GROUPS;
+    static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
+    static constexpr bool Q_FIRST = ROWS <= 32;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
-    alignas(1024) char pt[2][N][128];                   /* 64 keys a row */
-    alignas(16) float merge[N][MERGE_PITCH];            /* o, m of stream 1, unused, m and l of the sum */
+    union alignas(1024) group_memory {
+        char pt[N][128];                                /* 64 keys a row */
+        float away[N / 4 * CHUNKS][128];                /* at a segment's end, sums that go to the other stream: [register][thread of the group] */
+    } of_group[2];
     float warp_part[2][4][N];                           /* a warp's maxima of a tile; its sums at the end of a segment */
+    float row_max[2][N];                                /* at the end of a segment */
     fgqa_range rows[ROWS];                              /* slots each row sees */
     float unit[ROWS];                                   /* of each row's scores, over float8 */
     chain_row chain[ROWS];
@@ -245,7 +249,7 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
 {
     constexpr int TEAM_THREADS = 128 * Shared::GROUPS;
     const int lane = (int)thread_index() % 32, warp = (int)thread_index() / 32 % 4, row0 = Shared::GROUPS == 2 ? group * N : 0;
-    const uint32_t v_tile = k_tile + TILE_BYTES, pt = smem_address(mem.pt[group]);
+    const uint32_t v_tile = k_tile + TILE_BYTES, pt = smem_address(mem.of_group[group].pt);
     const bool is_full = mask.full.begin <= 0 && mask.full.end >= GRANULE;
     float s[N / 2];
 
@@ -278,7 +282,7 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
                 float &x = s[4 * (j / 2) + j % 2 + 2 * half];
                 x = chain_score(p, row, mask.first + 16 * warp + lane / 4 + 8 * half, x);
             }
-            asm volatile("" ::: "memory");      /* one row at a time: registers are few */
+            if (N > 32) { asm volatile("" ::: "memory"); }      /* one row at a time: registers are few */
         }
     }
 
@@ -354,91 +358,7 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
     if (lane == 0) { mbarrier_arrive(empty_bar + 8); }
 }
 
-/* Consumers: what the warpgroups hold; a whole pair goes to the result, a part to its record. STREAMS 2: their sum. */
-template <int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, wide_shared<N, 2> &mem, const dec_actor &actor, const state<N> &st, int32_t b,
-                                                                       const pair_rows &rows, int32_t sq, int stream, int64_t record)
-{
-    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4;
-#pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const int row = row_of(j, lane), r = 4 * (j / 2) + j % 2;
-        float l = st.l[j];
-#pragma unroll
-        for (int d = 4; d < 32; d *= 2) { l += __shfl_xor_sync(0xFFFFFFFFu, l, d); }
-        if (actor.rehearsal) { continue; }
-        if (lane < 4) { mem.warp_part[stream][warp][row] = l; }
-        if (stream == 1) {
-            if (warp == 0 && lane < 4) { mem.merge[row][D] = st.m[j]; }
-#pragma unroll
-            for (int n = 0; n < 2 * CHUNKS; n++) { mem.merge[row][out_column(n / 2, n % 2, warp, lane)] = st.o[n / 2][r + 2 * (n % 2)]; }
-        }
-    }
-    actor.sync();
-    if (stream == 0) {
-#pragma unroll
-        for (int j = 0; j < N / 4; j++) {
-            const int row = row_of(j, lane), r = 4 * (j / 2) + j % 2;
-            const float m1 = actor.read(mem.merge[row][D]), m = fmaxf(st.m[j], m1), base = finite_max(m);
-            const float w0 = ex2((st.m[j] - base) * p.scale_log2), w1 = ex2((m1 - base) * p.scale_log2);
-            float l = 0.0f;
-#pragma unroll
-            for (int w = 0; w < 4; w++) { l += w0 * actor.read(mem.warp_part[0][w][row]) + w1 * actor.read(mem.warp_part[1][w][row]); }
-#pragma unroll
-            for (int n = 0; n < 2 * CHUNKS; n++) {
-                float &o = mem.merge[row][out_column(n / 2, n % 2, warp, lane)];
-                const float sum = w0 * st.o[n / 2][r + 2 * (n % 2)] + w1 * actor.read(o);
-                if (!actor.rehearsal) { o = sum; }
-            }
-            if (!actor.rehearsal && warp == 0 && lane < 4) { *(float2 *)&mem.merge[row][D + 2] = make_float2(m, l); }
-        }
-    }
-    actor.sync();
-    for (int item = actor.thread; item < rows.valid * (D / 4); item += CONSUMER_THREADS) {
-        const int local = item / (D / 4), column = 4 * (item % (D / 4));
-        const float4 o = actor.read(*(const float4 *)&mem.merge[local][column]);
-        const float2 ml = actor.read(*(const float2 *)&mem.merge[local][D + 2]);
-        const dec_partial sum = {ml.x, ml.y, {o.x, o.y, o.z, o.w}};
-        store_segment(p, b, rows, sq, local, column, record, sum, actor.rehearsal);
-    }
-    actor.sync();                               /* merge, q and rows are free again; every record of the segment is written */
-}
-
-/* STREAMS 1: rows of their own, half of N at a time. */
-template <int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, wide_shared<N, 1> &mem, const dec_actor &actor, const state<N> &st, int32_t b,
-                                                                       const pair_rows &rows, int32_t sq, int group, int64_t record)
-{
-    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4;
-    const uint32_t barrier = actor.rehearsal ? REHEARSAL : (uint32_t)(READY + group), threads = actor.rehearsal ? 32 : 128;
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int row0 = half * N / 2;
-#pragma unroll
-        for (int n = 0; n < N / 8; n++) {
-            const int j = half * N / 8 + n, r = 4 * (j / 2) + j % 2;
-            float l = st.l[j], *row = mem.merge[group * N / 2 + row_of(j, lane) - row0];
-#pragma unroll
-            for (int d = 4; d < 32; d *= 2) { l += __shfl_xor_sync(0xFFFFFFFFu, l, d); }
-            if (actor.rehearsal) { continue; }
-            if (lane < 4) { mem.warp_part[group][warp][row_of(j, lane)] = l; }
-            if (warp == 0 && lane < 4) { row[D] = st.m[j]; }
-#pragma unroll
-            for (int c = 0; c < 2 * CHUNKS; c++) { row[out_column(c / 2, c % 2, warp, lane)] = st.o[c / 2][r + 2 * (c % 2)]; }
-        }
-        bar_sync(barrier, threads);
-        for (int item = actor.thread % 128; item < N / 2 * (D / 4); item += 128) {
-            const int of_half = item / (D / 4), of_group = row0 + of_half, local = group * N + of_group, column = 4 * (item % (D / 4));
-            if (local >= rows.valid) { break; }
-            const float *row = mem.merge[group * N / 2 + of_half];
-            const float4 o = actor.read(*(const float4 *)(row + column));
-            dec_partial sum = {actor.read(row[D]), 0.0f, {o.x, o.y, o.z, o.w}};
-#pragma unroll
-            for (int w = 0; w < 4; w++) { sum.l += actor.read(mem.warp_part[group][w][of_group]); }
-            store_segment(p, b, rows, sq, local, column, record, sum, actor.rehearsal);
-        }
-        bar_sync(barrier, threads);
-    }
-    actor.sync();                               /* as above */
-}
+#include "dec_wide_end.cuh"
 
 /* Whether the block has work. */
 template <class Shared> static __device__ __forceinline__ bool consume(const dec_params &p, Shared &mem, const dec_actor &actor)
@@ -504,6 +424,7 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
             for (int n = 0; n < CHUNKS * N / 2; n++) { st.o[n / (N / 2)][n % (N / 2)] *= scales.v; }
         }
         finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record);
+        combine_chunks(p, actor, segment, sequence.sq, record, segments, (dec_partial *)mem.of_group);
         if (actor.rehearsal) { return true; }
         segment = next;
         rows = rows_next;
@@ -518,7 +439,7 @@ template <class Shared> static __global__ void __launch_bounds__(THREADS, 1) dec
     if (!open_block(p, mem)) { return; }
     const dec_actor actor = actor_of((int)thread_index(), MERGE);
     if (!consume(p, mem, actor)) { return; }
-    if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.merge, actor.rehearsal); }
+    if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.of_group, actor.rehearsal); }
 }
 
 template <class Shared> static cudaError_t run(dec_params *p, int32_t device, void *stream)
