@@ -27,18 +27,22 @@ static inline void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p
     plan->workspace_bytes = fgqa_bwd_workspace_take(p, row->block_q, row->block_k, row->d, row->dv, plan->splits, fgqa_bwd_stats_kind(row), NULL, &w);
 }
 
+static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }
+
 /* Length of the chains of the folded order (bwd_key_tile_at()), or 0 where key tiles are taken one after the other. There, blocks
  * of a causal pass that take neighbours are two query tiles of all heads apart, and what one has read has left the L2 cache before
  * the next one wants it. Members of a chain share it, but wait for each other's turns at dQ, the more the longer the chain; without
  * a group that costs more than it brings. Chains of all sections (parts of KV heads of sequences) must occupy the multiprocessors.
  * All pairs of a front and a back tile take equally long: the last round of blocks must not be nearly empty. Packed sequences
- * of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in the cache. */
+ * of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in the cache.
+ * Groups of few heads with many keys share enough as they are. */
 static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
     const int64_t half = (((int64_t)p->sk + block_k - 1) / block_k + 1) / 2, sections = (int64_t)p->b * p->hk * splits;
     const int64_t pairs = sections * half, rounds = (pairs + multiprocessors - 1) / multiprocessors;
-    const int causal = p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0;
-    if (!causal || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1 || p->g < 2 * splits || (!p->batch_invariant && 5 * pairs < 3 * rounds * multiprocessors)) { return 0; }
+    const int small_group = p->deterministic && p->g < 8 * splits && p->sk > 2048;       /* measured: LOG.md */
+    const int few_blocks = !p->batch_invariant && 5 * pairs < 3 * rounds * multiprocessors;
+    if (!fgqa_bwd_causal(p) || small_group || few_blocks || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1 || p->g < 2 * splits) { return 0; }
     int64_t chain = 64;
     if (p->deterministic && !p->batch_invariant) {
         const int64_t shortest = p->d <= 64 ? 8 : p->d <= 128 ? 16 : 64, enough = multiprocessors / sections;      /* measured: LOG.md */

@@ -27,9 +27,9 @@
  * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
  * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
  * dq_empty[s]           writer (1)                                  consumers                  staged dQ was read
- * ds_full               consumer warps (8)                          consumers, d 64            dS of both is stored
- * ds_empty              consumer warps (8)                          consumers, d 64            dQ of the step before is there
- * named BOTH            256                                         consumers, d 128           dS of both is stored
+ * ds_full[s]            consumer warps (8)                          consumers                  dS of both is stored; d 64: one buffer
+ * ds_empty[s]           consumer warps (8)                          consumers                  dQ of both was made of it
+ * named BOTH            256                                         consumers                  both are here
  * weights_full[s]       warps of consumer 0 (4)                     consumer 1, d 256          P is stored
  * weights_empty[s]      warps of consumer 1 (4)                     consumer 0, d 256          P was read
  * named OWN + n         128                                         consumer n
@@ -170,12 +170,13 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
     p.sections = (uint32_t)problem->b * (uint32_t)problem->hk * (uint32_t)p.w.splits;
     /* Sections in work at once: few enough that their Q, dO and sums of dQ (8 bytes an element of Q) stay in the L2 cache
-     * or that several key tiles share what they read, enough that their turns at dQ do not wait for each other. */
+     * or that several key tiles share what they read, enough that their turns at dQ do not wait for each other (a causal mask: more). */
     const int64_t wide = (4 * multiprocessors + key_tiles - 1) / key_tiles, cached = L2_BYTES * p.w.splits / ((int64_t)problem->sq * problem->g * 8 * D + 1);
     const int64_t shared_by_eight = multiprocessors / 8 + 1;
     int64_t band = min(wide, max(cached, shared_by_eight));
     if (D == 256) { band = max((int64_t)1, min((int64_t)16, multiprocessors / key_tiles)); }     /* twice the bytes a product: shared by more */
     if (problem->varlen) { band = max((int64_t)1, (int64_t)multiprocessors / 16); }
+    if (D != 256 && !problem->varlen && problem->g == 1 && fgqa_bwd_causal(problem)) { band = max(band, (int64_t)16); }
     if (p.w.chain) { band = max((int64_t)1, (int64_t)multiprocessors / p.w.chain); }
     p.band = band < p.sections ? (uint32_t)band : p.sections;
     const bool masked = p.w.key_rows != NULL;

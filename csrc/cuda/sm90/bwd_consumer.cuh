@@ -230,22 +230,25 @@ static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int 
     return n % 2 ? e ? four.w : four.z : e ? four.y : four.x;
 }
 
-/* Waits for a query tile. Whether some row of it does not see all keys. */
-template <bool MASKED> static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, uint32_t &state, int thread, int32_t &row0)
+/* Waits for a query tile. Whether some row of it does not see all keys. load_lse2() comes before the wait for dO, and once more if rows
+ * had to be cleaned. */
+template <bool MASKED, typename LOAD>
+static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, uint32_t &state, int thread, int32_t &row0, const LOAD &load_lse2)
 {
+    int2 about = {0, 0};
     mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
+    if (MASKED) { about = sm.about[r.stage]; }
+    load_lse2();
     mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
-    bool partial = false;
     if (MASKED) {
-        const int2 about = sm.about[r.stage];
         row0 = about.x;
-        partial = (about.y | state) & (PARTIAL | KEYS_POISONED);
         if (about.y & (CARE_PADDING | CARE_POISON)) {
             state |= about.y & CARE_POISON;
             clean_rows(sm, r.stage, thread);
+            load_lse2();
         }
     }
-    return partial;
+    return MASKED && (about.y | state) & (PARTIAL | KEYS_POISONED);
 }
 
 /* Waits for K and V, cleans them, and notes for this warp which rows see each of its lanes' keys. */

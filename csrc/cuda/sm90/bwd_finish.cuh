@@ -1,4 +1,5 @@
-/* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators to its rows, after the main kernel. */
+/* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators, without its scale, to its rows, after the main
+ * kernel. */
 #pragma once
 
 static constexpr int FINISH_THREADS = 256, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
@@ -18,8 +19,8 @@ static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t
         const float4 x = sums[at];
         /* a consumer has half of the rows or, from head dim 128 on, of the columns */
         const int row = (D == 64 ? consumer * 64 : 0) + thread / 32 * 16 + thread % 32 / 4, pair = (D == 64 ? 0 : consumer * (D / 4)) + group * 4 + thread % 4;
-        tile[row][pair] = pack2(x.x, x.y, T());
-        tile[row + 8][pair] = pack2(x.z, x.w, T());
+        tile[row][pair] = pack2(x.x * p.common.scale, x.y * p.common.scale, T());
+        tile[row + 8][pair] = pack2(x.z * p.common.scale, x.w * p.common.scale, T());
     }
     __syncthreads();
 #pragma unroll

@@ -9,8 +9,10 @@ static __device__ __forceinline__ void init_more_barriers(shared &sm)
         mbarrier_init(smem_address(&sm.dq_full[s]), CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.dq_empty[s]), 1);
     }
-    mbarrier_init(smem_address(&sm.ds_full), CONSUMERS / 32);
-    mbarrier_init(smem_address(&sm.ds_empty), CONSUMERS / 32);
+    for (int s = 0; s < D / 64; s++) {
+        mbarrier_init(smem_address(&sm.ds_full[s]), CONSUMERS / 32);
+        mbarrier_init(smem_address(&sm.ds_empty[s]), CONSUMERS / 32);
+    }
 }
 
 /* ---- writers: a thread for each of the two buffers ---- */
@@ -69,11 +71,9 @@ static __device__ __forceinline__ void store_if(bool yes, uint32_t to, float x, 
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %0, 0;\n\t@p st.shared.v4.f32 [%1], {%2, %3, %4, %5};\n\t}" ::"r"((int)yes), "r"(to), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
-/* dQ, 64 x 64, for the writer; or nothing. */
-static __device__ __forceinline__ void stage_dq(shared &sm, const ring2 &r, float (&dq)[32], float scale, bool exists, int consumer, int lane)
+/* dQ, 64 x 64, without its scale, for the writer; or nothing. */
+static __device__ __forceinline__ void stage_dq(shared &sm, const ring2 &r, const float (&dq)[32], bool exists, int consumer, int lane)
 {
-#pragma unroll
-    for (int n = 0; n < 32; n++) { dq[n] *= scale; }
     const uint32_t staged = smem_address(sm.dq[r.stage]) + consumer * 16384 + ((int)thread_index() & 127) * 16;
 #pragma unroll
     for (int n = 0; n < 8; n++) { store_if(exists, staged + 2048 * n, dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
@@ -108,6 +108,20 @@ static __device__ __forceinline__ void query_products(float (&dq)[32], uint32_t 
 #include "bwd_step64.cuh"
 #endif
 
+/* dQ of the last step of a task. */
+static __device__ __forceinline__ void last_dq(shared &sm, int consumer, int lane, const key_tile &keys, const ring2 &r)
+{
+    const uint32_t buffer = D == 64 ? 0 : r.stage, parity = D == 64 ? r.stage : r.parity;      /* one dS or two */
+    float dq[32];
+    mbarrier_wait(smem_address(&sm.ds_full[buffer]), parity);
+    wgmma_fence();
+    query_products(dq, smem_address(sm.ds[buffer][D == 64 ? consumer : 0]), keys.k_columns);
+    mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
+    wgmma_wait<0>();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[buffer])); }
+    stage_dq(sm, r, dq, true, consumer, lane);
+}
+
 template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
 {
     const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = consumer * 64 + thread / 32 * 16 + lane / 4;      /* and key + 8 */
@@ -128,16 +142,10 @@ template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_par
         for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
 
         for (int n = 0; n < steps; n++) {
-#if FGQA_D == 64
             step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
-#else
-            step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, state, dk, dv);
-#endif
             r.advance();
         }
-#if FGQA_D == 64
-        if (steps > 0) { last_dq(p, sm, consumer, lane, keys, r.before()); }
-#endif
+        if (steps > 0) { last_dq(sm, consumer, lane, keys, r.before()); }
 
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;

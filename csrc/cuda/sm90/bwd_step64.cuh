@@ -10,7 +10,7 @@
  *     wait S(B):  P(B)                                                  under dP(B), dK(A)
  *     dV(B) issued; wait dP(B): dS(B), to shared memory                 under dK(A), dV(B)
  *     dK(B) issued
- * The first step of a task makes a dQ that nobody wants, since with a branch around it ptxas would serialise every wgmma.
+ * The first step of a task makes a dQ that nobody wants: with a branch around it ptxas would serialise every wgmma.
  * Registers: dK 32, dV 32, S 32 + 32, dP 32 + 32, lse2 and delta of a half 16 each; P and dS, 16 a half, where S and dP were.
  */
 #pragma once
@@ -76,11 +76,10 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     float4 lse2[4], delta[4];
 
     int32_t row0 = 0;
-    const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0);
+    const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0, [&] { load_stats(lse2, sm.lse2[r.stage], 0, lane); });
     const ring2 before = r.before();
-    load_stats(lse2, sm.lse2[r.stage], 0, lane);
     load_stats(delta, sm.delta[r.stage], 0, lane);
-    mbarrier_wait(smem_address(&sm.ds_full), before.stage);
+    mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
     score_products(s_a, keys.k_rows, q_rows);
     score_products(dp_a, keys.v_rows, dout_rows);
@@ -100,9 +99,9 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
     wgmma_wait<2>();
-    if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty)); }
-    stage_dq(sm, before, dq, p.common.scale, follows, consumer, lane);
-    mbarrier_wait(smem_address(&sm.ds_empty), before.stage);
+    if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
+    stage_dq(sm, before, dq, follows, consumer, lane);
+    mbarrier_wait(smem_address(&sm.ds_empty[0]), before.stage);
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
@@ -120,7 +119,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
     __syncwarp();
-    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full)); }
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[0])); }
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
 
@@ -129,17 +128,4 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
     }
-}
-
-/* dQ of the last step of a task. */
-static __device__ __forceinline__ void last_dq(const bwd_params &p, shared &sm, int consumer, int lane, const key_tile &keys, const ring2 &r)
-{
-    float dq[32];
-    mbarrier_wait(smem_address(&sm.ds_full), r.stage);
-    wgmma_fence();
-    query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
-    mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
-    wgmma_wait<0>();
-    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty)); }
-    stage_dq(sm, r, dq, p.common.scale, true, consumer, lane);
 }

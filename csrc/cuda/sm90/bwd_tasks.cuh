@@ -35,7 +35,7 @@ struct shared {
 #if FGQA_D == 256
     uint64_t weights_full[2], weights_empty[2];
 #else
-    uint64_t dq_full[2], dq_empty[2], ds_full, ds_empty;
+    uint64_t dq_full[2], dq_empty[2], ds_full[D / 64], ds_empty[D / 64];
 #endif
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");

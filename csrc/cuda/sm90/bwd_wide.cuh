@@ -52,7 +52,7 @@ template <bool MASKED, bool CAPPED, role OWN_ROLE> static __device__ __forceinli
             const uint32_t rows = OWN_ROLE == VALUES ? smem_address(sm.q[r.stage]) : smem_address(sm.dout[r.stage]);
             const uint32_t columns = OWN_ROLE == VALUES ? smem_address(sm.dout[r.stage]) : smem_address(sm.q[r.stage]);
             int32_t row0 = 0;
-            const bool partial = begin_step<MASKED>(sm, r, state, OWN_ROLE * 128 + thread, row0);
+            const bool partial = begin_step<MASKED>(sm, r, state, OWN_ROLE * 128 + thread, row0, [] {});
             const float4 *of_lane = (const float4 *)(OWN_ROLE == VALUES ? sm.lse2[r.stage] : sm.delta[r.stage]) + (lane & 3);
             const float4 stats[4] = {of_lane[0], of_lane[4], of_lane[8], of_lane[12]};
             const uint64_t query_rows = wgmma_desc_sw128(rows, 0, 1024), query_columns = wgmma_desc_sw128(columns, BLOCK_Q * 128, 1024);
