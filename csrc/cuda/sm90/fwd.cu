@@ -440,6 +440,10 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int masked = problem->right != FGQA_UNBOUNDED || problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
     const uint32_t section = masked ? 16 * (uint32_t)(problem->g >> p.list.pack) : 1;
     p.list.section = section < p.list.pairs ? section : p.list.pairs;
+    /* the last section: three tiles or more for every block, so that light ones are left when the heavy ones are done */
+    const int64_t sections = (p.list.pairs + p.list.section - 1) / p.list.section, tiles = (int64_t)p.list.section * p.list.row_blocks;
+    const int64_t joined = masked ? (3 * multiprocessors + tiles - 1) / tiles : 1;
+    p.list.last = (uint32_t)(sections > joined ? sections - joined : 0);
     p.claim_early = problem->sk <= 2048;
     p.left_masked = problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;

@@ -100,10 +100,24 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
     return poison != 0.0f;
 }
 
+/* What ends two rows: sum over their lanes, what O is multiplied with, LSE. That is softmax_finish() without a sink, and without a
+ * branch, so that in the step across tiles it fills gaps between exponentials. */
+struct row_ends { float sum[2], factor[2], lse[2]; };
+
+static __device__ __forceinline__ void end_rows(row_ends &e, const float (&m)[2], const float (&l)[2], float scale_log2)
+{
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        e.sum[r] = row_reduce_sum(l[r]);
+        e.factor[r] = e.sum[r] == 0.0f ? 0.0f : __fdividef(1.0f, e.sum[r]);
+        e.lse[r] = e.sum[r] == 0.0f ? -INFINITY : fmaf(__log2f(e.sum[r]), (float)FGQA_LN2, m[r] * scale_log2 * (float)FGQA_LN2);
+    }
+}
+
 /* O / l -> shared memory or, a part of a packed sequence or of the keys, global memory; LSE -> global memory. */
 template <bool CAREFUL>
 static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t stage, uint32_t slot, float (&o)[DV / 2],
-                                                   const float (&m)[2], const float (&l)[2], float scale_log2)
+                                                   const float (&m)[2], row_ends &ends, float scale_log2)
 {
     const fgqa_problem &problem = p.common.problem;
     const uint32_t thread = thread_index(), lane = thread % 32, wg = thread / 128 - 1;
@@ -111,21 +125,23 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const uint32_t o_smem = smem_address(sm.q[stage][wg]);
     const tile t = sm.tiles[slot];
     const bool partial = p.list.splits > 1;
-    float factor[2], lse[2], sum[2];
     bool again = false;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int32_t packed = t.row0 + first + 8 * r;
-        sum[r] = row_reduce_sum(l[r]);
-        again |= sum[r] < 0.5f && m[r] > -INFINITY;              /* the largest weight, about 1, is lost: its score is enormous */
-        const float sink = partial ? -INFINITY : sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
-        factor[r] = softmax_finish(m[r], sum[r], scale_log2, sink, &lse[r]);
+    for (int r = 0; r < 2; r++) { again |= ends.sum[r] < 0.5f && m[r] > -INFINITY; }      /* the largest weight, about 1, is lost: its score is enormous */
+    if (CAREFUL || (problem.view[FGQA_ARG_sink].data && !partial)) {
+#pragma unroll 1
+        for (int r = 0; r < 2; r++) {
+            const int32_t packed = t.row0 + first + 8 * r;
+            const float sink = partial ? -INFINITY : sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
+            float lse, factor = softmax_finish(r ? m[1] : m[0], r ? ends.sum[1] : ends.sum[0], scale_log2, sink, &lse);
+            if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
+        }
     }
     if (CAREFUL) { add_seen_poison(p, sm, R_STAGES == T_STAGES ? slot : stage, t, o); }
     if (partial) {
-        again |= store_part(p, t, o, m, sum, scale_log2);
+        again |= store_part(p, t, o, m, ends.sum, scale_log2);
     } else {
-        again |= stage_o(o_smem, o, factor) != 0;
+        again |= stage_o(o_smem, o, ends.factor) != 0;
     }
     again = __any_sync(ALL_LANES, again);
     if (partial) {
@@ -143,7 +159,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     for (int r = 0; r < 2; r++) {                                /* after the fence, which waits for stores */
         const int32_t local = first + 8 * r, packed = t.row0 + local;
         if (!partial && lane % 4 == 0 && local < t.valid) {
-            store_lse(problem, t.batch, head_of(p, t, packed), t.q_row + (packed >> p.list.pack), lse[r]);
+            store_lse(problem, t.batch, head_of(p, t, packed), t.q_row + (packed >> p.list.pack), ends.lse[r]);
         }
     }
 }
@@ -165,6 +181,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     ring<V_STAGES> &rv = rings.v;
     int block_begin, block_end, skipped;                         /* of the tile; blocks behind its end that only others' rows see */
     int begin[2], end[2];                                        /* keys that own rows see, less own column */
+    uint32_t row_place;                                          /* of rows[] and blocks[] */
     fgqa_range full;                                             /* blocks that need no mask */
     float o[DV / 2] = {}, m[2] = {}, l[2] = {}, alpha[2];
     uint32_t pr[BLOCK_K / 4];
@@ -200,17 +217,19 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
         block_begin = t.block_begin;
         const uint32_t at = place_of_rows(rq, rt);
-        const wg_blocks own = sm.blocks[at][wg];
-        block_end = CAREFUL ? t.block_end : own.end;             /* there all warps of a warpgroup clean each V */
+        block_end = CAREFUL ? t.block_end : sm.blocks[at][wg].end;      /* there all warps of a warpgroup clean each V */
         skipped = t.block_end - block_end;
-        full = own.full;
+        row_place = at;
+        return true;
+    };
+    auto take_rows = [&] {
+        full = sm.blocks[row_place][wg].full;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const fgqa_range seen = sm.rows[at][first_row + 8 * r];
+            const fgqa_range seen = sm.rows[row_place][first_row + 8 * r];
             begin[r] = seen.begin - 2 * (int32_t)(lane % 4);
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
-        return true;
     };
     auto cap = [&](float (&s)[BLOCK_K / 2]) {
         if (CAPPED) { cap_scores(s, p.common.scale * p.common.inv_softcap); }
@@ -246,11 +265,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     /* S -> P in place, O *= alpha. The chain from the end of Q K^T to the next one decides the speed: exponentials (8 cycles
      * each) must start early and never pause. So P V ends after the first maximum (it is done by then), and the second
      * maximum, rescaling and packing share a basic block with the exponentials: ptxas fills the gaps with them. */
-    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
+    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k, auto beside) {
         constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value;
         float base[2];
         row_max<0, MASKED, FIRST>(s, m, alpha, base, scale_log2);
         wait_pv(next_k);
+        beside();
         row_exp<0, FIRST, CAREFUL>(s, m, l, alpha, base, scale_log2);
         row_max<1, MASKED, FIRST>(s, m, alpha, base, scale_log2);
         row_exp<1, FIRST, CAREFUL>(s, m, l, alpha, base, scale_log2);
@@ -270,7 +290,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 #pragma unroll 1
         for (int n = skipped; n > 0; n--) {
             if (k) {
-                if (TURNS) {
+                if constexpr (TURNS) {
                     bar_sync(TURN + wg, 256);
                     bar_arrive(next_turn, 256);
                 }
@@ -288,6 +308,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         float s[BLOCK_K / 2];
         wait_k();
         qk(s);
+        take_rows();
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
@@ -313,7 +334,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_k();
         cap(s);
         if (decltype(masked)::value) { mask(s, j); }
-        softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
+        softmax_under_pv(s, masked, std::false_type{}, j > block_begin, [] {});
     };
     auto middle_blocks = [&] {
         int j = block_end - 2;
@@ -333,6 +354,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         const uint32_t done = rq.stage, slot = rt.stage;
         const int accumulate = block_end - block_begin > 1;
         const float m_done[2] = {m[0], m[1]}, l_done[2] = {l[0], l[1]};
+        row_ends ends;
         rq.advance();
         rt.advance();
         if (CROSS) { more = take_tile(); }
@@ -343,12 +365,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             if (TURNS) { bar_sync(TURN + wg, 256); }
             qk(s);
             pv(accumulate, next_turn);
+            take_rows();
             wgmma_wait<1>();
             wgmma_pin(s);
             release_k();
             cap(s);
             if (block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
-            softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
+            softmax_under_pv(s, std::true_type{}, std::true_type{}, false, [&] { end_rows(ends, m_done, l_done, scale_log2); });
             skip_blocks(false, true);
         } else {
             wgmma_fence();
@@ -356,8 +379,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_wait<0>();
             wgmma_pin(o);
             release_v();
+            end_rows(ends, m_done, l_done, scale_log2);
         }
-        finish_rows<CAREFUL>(p, sm, done, slot, o, m_done, l_done, scale_log2);
+        finish_rows<CAREFUL>(p, sm, done, slot, o, m_done, ends, scale_log2);
         if (!CROSS) {
             more = take_tile();
             if (more) {

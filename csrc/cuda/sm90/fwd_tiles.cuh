@@ -16,6 +16,7 @@
 
 struct tile_list {
     uint32_t row_blocks, pairs, section, items;   /* padded only; pairs = b * units, items = row_blocks * pairs * splits */
+    uint32_t last;                                /* padded only: the last section, which holds all pairs that are left */
     uint32_t units, splits;                       /* units of a sequence; parts of a tile's keys */
     int32_t pack;
 };
@@ -69,9 +70,9 @@ static __device__ bool find_packed(const fgqa_problem &p, const tile_list &list,
 
 template <int BLOCK_Q> static __device__ __forceinline__ void find_padded(const tile_list &list, uint32_t tile, tile_place *place)
 {
-    const uint32_t section = tile / (list.section * list.row_blocks);
+    const uint32_t section = min(tile / (list.section * list.row_blocks), list.last);
     const uint32_t rest = tile - section * list.section * list.row_blocks;
-    const uint32_t width = min(list.section, list.pairs - section * list.section);
+    const uint32_t width = section == list.last ? list.pairs - section * list.section : list.section;
     const uint32_t pair = section * list.section + rest % width;
     place->row0 = (int32_t)(list.row_blocks - 1 - rest / width) * BLOCK_Q;
     place->head = (int32_t)(pair % list.units) << list.pack;
