@@ -101,7 +101,7 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
 }
 
 /* What ends two rows: sum over their lanes, what O is multiplied with, LSE. That is softmax_finish() without a sink, and without a
- * branch, so that in the step across tiles it fills gaps between exponentials. */
+ * branch, so that in the step across tiles it fills gaps between exponentials. What is computed again carefully has the same bits. */
 struct row_ends { float sum[2], factor[2], lse[2]; };
 
 static __device__ __forceinline__ void end_rows(row_ends &e, const float (&m)[2], const float (&l)[2], float scale_log2)
@@ -128,11 +128,11 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     bool again = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) { again |= ends.sum[r] < 0.5f && m[r] > -INFINITY; }      /* the largest weight, about 1, is lost: its score is enormous */
-    if (CAREFUL || (problem.view[FGQA_ARG_sink].data && !partial)) {
+    if (problem.view[FGQA_ARG_sink].data && !partial) {
 #pragma unroll 1
         for (int r = 0; r < 2; r++) {
             const int32_t packed = t.row0 + first + 8 * r;
-            const float sink = partial ? -INFINITY : sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
+            const float sink = sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
             float lse, factor = softmax_finish(r ? m[1] : m[0], r ? ends.sum[1] : ends.sum[0], scale_log2, sink, &lse);
             if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
         }
