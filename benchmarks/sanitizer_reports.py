@@ -58,10 +58,10 @@ KNOWN = (
           "it has waited for k_empty[s], at which one thread of each consumer arrives once the last product of the step is done: "
           "an operation of all four warps, each of which issues it behind its read. The same limit."),
     Known("initcheck", "bwd_sm80_.*_general", r"^Uninitialized __global__ memory read",
-          (r"bwd_sm80_\w+_general_kernel|bwd_\w+\.cuh",),
+          (r"\b(load_relaxed|red_add)_f32x4\(", r"\badd_dq\(", r"\bgradient_tiles\(", r"\bfgqa_bwd_sm80_\w+_general_kernel\b"),
           "The first key tile in a query tile's order stores all of its dQ sums (add_dq, rank 0) and passes the turn on "
-          "behind a barrier by a release; the others read, each thread what the same thread of that block stored, after "
-          "they have acquired the turn. The tool's own record of that store may come later than the store. With a workspace"
+          "behind a barrier by a release; the others read and add, each thread to what the same thread of that block stored, "
+          "after they have acquired the turn. The tool's own record of that store may come later than the store. With a workspace"
           " full of NaN the results are the same bits (test_results_do_not_depend_on_what_memory_held)."),
 )
 
