@@ -186,8 +186,8 @@ def test_batch_invariant_rows_do_not_depend_on_the_batch():
 
 
 def test_batch_invariant_rows_of_many_chunks():
-    """The order in which 20 or 10 of them are added up depends neither on how many sequences there are nor on who adds: blocks that
-    share a sequence, or the one that has all of it."""
+    """The order in which 20 or 10 of them are added up depends neither on how many sequences there are nor on who adds: blocks
+    that share a sequence, or the one that has all of it."""
     for g, (b, sk) in itertools.product((4, 32), ((64, 20000), (140, 9500))):
         q, k, v = inputs(b, 1, g, 1, sk)
         together = flashgqa.attention(q, k, v, batch_invariant=True)
