@@ -8,13 +8,14 @@
 #include "../../csrc/cpu/amx.h"
 #include <stdlib.h>
 
-#define M 48                 /* three tiles: pairs and a single one */
+#define M 48                 /* three tiles: a pair and a single one */
+#define M_PAIRS 64           /* the single one with room for a second */
 #define N 48
 #define K 64                 /* two steps */
 #define LD 96                /* of rows in memory: longer than they are */
 
 static _Alignas(64) bf16 a[M][LD], a_columns[K][LD], b_rows[N][LD], b_pairs[K][LD];
-static _Alignas(64) bf16 packed_a[M * K], packed_b[N * K];
+static _Alignas(64) bf16 packed_a[M_PAIRS * K], packed_b[N * K];
 static _Alignas(64) float c[M][N], want[M][N];
 
 static bf16 bf16_of(int x)
@@ -68,11 +69,11 @@ int main(void)
     amx_begin();
     fill();
     for (int tiles = 1; tiles <= 3; tiles++) {
-        const amx_operand natural = {&a[0][0], AMX_DEPTH, AMX_SIDE * LD, LD, 0, 0};
-        const amx_operand columns = {packed_a, AMX_TILE, K / AMX_DEPTH * AMX_TILE, AMX_DEPTH, 0, 0};
-        const amx_operand right = {packed_b, tiles * AMX_TILE, AMX_TILE, 0, 0, 0};
+        const amx_operand natural = {&a[0][0], AMX_DEPTH, AMX_SIDE * LD, 2 * AMX_SIDE * LD, LD, 0, 0};
+        const amx_operand columns = {packed_a, 2 * AMX_TILE, AMX_TILE, K / AMX_DEPTH * 2 * AMX_TILE, AMX_DEPTH, 0, 0};
+        const amx_operand right = {packed_b, tiles * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
         for (int k = 0; k < K; k += AMX_DEPTH) {
-            amx_pack_columns(packed_a + k / AMX_DEPTH * AMX_TILE, columns.tile, &a_columns[k][0], LD, M / AMX_SIDE);
+            amx_pack_columns(packed_a + k / AMX_DEPTH * columns.step, columns.pair, &a_columns[k][0], LD, M / AMX_SIDE);
         }
         for (int pairs = 0; pairs < 2; pairs++) {
             if (pairs) {
