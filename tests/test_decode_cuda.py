@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from decode_formula import attend
 
 import flashgqa
 
@@ -42,17 +43,7 @@ def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=N
     some = seen.any(3)[:, 0, 0][:, None, :, None]
     k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in (k, v))
     x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5
-    if softcap is not None or alibi_slopes is not None:
-        x = x.to(torch.promote_types(dtype, torch.float32))
-    if softcap is not None:
-        x = softcap * (x / softcap).tanh()
-    if alibi_slopes is not None:
-        x = x - alibi_slopes.to(x).expand(b, hq).view(b, hk, -1, 1, 1) * (diag[..., None] - j).abs()[:, None, None]
-    x = x.masked_fill(~seen, -math.inf)
-    if sink is not None:
-        x = torch.cat([x, sink.to(dtype).view(1, hk, -1, 1, 1).expand(*x.shape[:4], 1)], -1)
-    p = x.softmax(-1).nan_to_num(nan=0.0)[..., :sk]
-    return (p.to(dtype) @ v).reshape(b, hq, sq, -1), x.logsumexp(-1).reshape(b, hq, sq)
+    return attend(x, v, seen, (diag[..., None] - j).abs(), dtype, sink, softcap, alibi_slopes)
 
 
 def check(q, k, v, expected_kernel, **options):

@@ -1,0 +1,21 @@
+"""What follows the scores in the plain formulas of the decode tests."""
+import math
+
+import torch
+
+
+def attend(x, v, seen, distance, dtype, sink=None, softcap=None, alibi_slopes=None):
+    """out and LSE of scores x [b, hk, g, sq, sk] over v [b, hk, 1, sk, dv], computed in `dtype`, softcap and ALiBi at least in
+    float32. seen: which keys a row sees, distance: of key and diagonal [b, sq, sk]; a row that sees none gives 0."""
+    b, hk, g, sq, sk = x.shape
+    if softcap is not None or alibi_slopes is not None:
+        x = x.to(torch.promote_types(dtype, torch.float32))
+    if softcap is not None:
+        x = softcap * (x / softcap).tanh()
+    if alibi_slopes is not None:
+        x = x - alibi_slopes.to(x).expand(b, hk * g).view(b, hk, g, 1, 1) * distance[:, None, None]
+    x = x.masked_fill(~seen, -math.inf)
+    if sink is not None:
+        x = torch.cat([x, sink.to(dtype).view(1, hk, g, 1, 1).expand(b, hk, g, sq, 1)], -1)
+    p = x.softmax(-1).nan_to_num(nan=0.0)[..., :sk]
+    return (p.to(dtype) @ v).reshape(b, hk * g, sq, -1), x.logsumexp(-1).reshape(b, hk * g, sq)
