@@ -9,6 +9,7 @@ from operator import index
 import numpy
 
 from . import _C
+from ._pages import Pool
 from .api import Plan
 
 __all__ = ["KVCache", "attention_with_kvcache", "explain_with_kvcache"]
@@ -181,21 +182,23 @@ def explain_with_kvcache(*tensors, **options):
 
 
 def _lengths(q, given):
-    """cache_lens; of an int, as many int32 as there are sequences, where q is."""
+    """cache_lens; of an int, as many int32 as there are sequences, where q is (C says so if q is no array)."""
     if not hasattr(given, "__index__") or hasattr(given, "__dlpack__"):
         return given
-    length = index(given)
+    length, (count, *_) = index(given), getattr(q, "shape", None) or (1,)
+    if not 0 <= length < 2**31:
+        raise ValueError(f"cache_lens is {length}: it must be 0 to 2**31 - 1 slots in use, or an array of them")
     library = type(q).__module__.partition(".")[0]
     if library == "torch" and q.is_cuda:
         import torch
 
-        return torch.full((q.shape[0],), length, dtype=torch.int32, device=q.device)
+        return torch.full((count,), length, dtype=torch.int32, device=q.device)
     if library == "cupy":
         import cupy
 
         with q.device:
-            return cupy.full(q.shape[0], length, cupy.int32)
-    lengths = numpy.full(q.shape[0], length, numpy.int32)
+            return cupy.full(count, length, cupy.int32)
+    lengths = numpy.full(count, length, numpy.int32)
     if library in ("jax", "jaxlib") and next(iter(q.devices())).platform != "cpu":
         import jax
 
@@ -213,61 +216,6 @@ def _cos_sin(rotary, interleaved):
     return rotary
 
 
-class _Pool:
-    """Pages of keys and values that caches share: each counts the sequences that have it."""
-
-    def __init__(self, pages, page_size, num_kv_heads, dims, dtype, library, device, layout):
-        shape = (pages, page_size, num_kv_heads) if layout == "bshd" else (pages, num_kv_heads, page_size)
-        zeros = _zeros_of(library, dtype, device)
-        self.k, self.v = (zeros((*shape, dim)) for dim in dims)
-        self.references = numpy.zeros(pages, numpy.int64)
-        self.page_bytes = (self.k.nbytes + self.v.nbytes) // max(pages, 1)
-
-    def beside(self, numbers):
-        """An array of the host where the pool is, without waiting for it."""
-        if numbers is None or isinstance(self.k, numpy.ndarray) or not self.k.is_cuda:
-            return numbers
-        import torch
-
-        return torch.from_numpy(numpy.ascontiguousarray(numbers, numpy.int32)).to(self.k.device, non_blocking=True)
-
-    def take(self, count):
-        """Page numbers, lowest first, each with one reference."""
-        free = numpy.flatnonzero(self.references == 0)
-        if count > len(free):
-            raise MemoryError(
-                f"the KV cache is full: {count} more pages are needed and {len(free)} of {len(self.references)} are free; crop "
-                "or drop sequences, or allocate it with more pages"
-            )
-        self.references[free[:count]] = 1
-        return free[:count]
-
-    def add(self, table, change):
-        """One reference more or less for each page in a table, whose empty places are -1."""
-        numpy.add.at(self.references, table[table >= 0], change)
-
-
-def _zeros_of(library, dtype, device):
-    """A function from a shape to an array of the library."""
-    name = dtype if isinstance(dtype, str) else dtype.__name__ if isinstance(dtype, type) else str(dtype).removeprefix("torch.")
-    name = "float8_e4m3fn" if name == "float8_e4m3" else name
-    if name not in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn"):
-        raise TypeError(f"dtype is {dtype!r}: it must be float64, float32, float16, bfloat16 or float8_e4m3")
-    if library == "numpy" and device not in (None, "cpu"):
-        raise ValueError(f'device is {device!r}: NumPy arrays are on the CPU; give library="torch", or leave device out')
-    if library == "numpy":
-        if name in ("bfloat16", "float8_e4m3fn"):
-            import ml_dtypes
-
-            name = getattr(ml_dtypes, name)
-        return lambda shape: numpy.zeros(shape, name)
-    if library == "torch":
-        import torch
-
-        return lambda shape: torch.zeros(shape, dtype=getattr(torch, name), device=device)
-    raise ValueError(f'library is {library!r}: it must be "numpy" or "torch"')
-
-
 def _count(name, value, least):
     try:
         number = index(value)
@@ -276,6 +224,10 @@ def _count(name, value, least):
     if number < least:
         raise ValueError(f"{name} is {number}: it must be {least} or more")
     return number
+
+
+# Options of attention_with_kvcache that a KVCache gives itself.
+_ANSWERED = frozenset(("cache_lens", "page_table", "layout", "k_scale", "v_scale"))
 
 
 class KVCache:
@@ -355,15 +307,23 @@ class KVCache:
         pages = batch * columns if pages is None else _count("pages", pages, 0)
         if layout not in ("bhsd", "bshd"):
             raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')
-        self._pool = _Pool(pages, page_size, _count("num_kv_heads", num_kv_heads, 1), dims, dtype, library, device, layout)
+        self._pool = Pool(pages, page_size, _count("num_kv_heads", num_kv_heads, 1), dims, dtype, library, device, layout)
         self.capacity, self.page_size, self.layout = capacity, page_size, layout
         self._scales = {"k_scale": k_scale, "v_scale": v_scale}
-        self._table = numpy.full((batch, columns), -1, numpy.int32)
+        for name, scale in self._scales.items():
+            if scale is not None and not hasattr(scale, "ndim"):
+                raise TypeError(f"{name} is {type(scale).__name__}: it must be a float32 array, [hk] or [b, hk]")
         self._lens = numpy.zeros(batch, numpy.int32)
+        self._room = 0      # rows that each sequence can append, at least, to a page that it alone has
+        self._table = numpy.full((batch, columns), -1, numpy.int32)
 
     def __del__(self):
         if hasattr(self, "_table"):
             self._pool.add(self._table, -1)
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._pool.add(self._table, 1)
 
     def __repr__(self):
         return f"<KVCache of {len(self)} sequences, {self.bytes_used:,} of {self.bytes_allocated:,} bytes used>"
@@ -400,8 +360,10 @@ class KVCache:
 
         Parameters
         ----------
-        q, k_new, v_new, new_lens
-            As there; new_lens on the host.
+        q, k_new, v_new
+            As there.
+        new_lens : int or integers, one for each sequence, on the host, optional
+            How many rows of k_new and v_new each sequence appends; default: all.
         **options
             Its options but for those that the cache itself answers (cache_lens, page_table, layout, scales).
 
@@ -417,33 +379,51 @@ class KVCache:
         ValueError
             A sequence would have more than ``capacity`` slots; and what `attention_with_kvcache` raises.
         """
-        added = self._added(k_new, new_lens)
-        table, taken, left = self._grow(added)
-        beside = self._pool.beside
+        if not _ANSWERED.isdisjoint(options):
+            raise TypeError(f"{sorted(_ANSWERED.intersection(options))[0]} is what the cache itself says: leave it out")
+        rows = _rows(k_new, self.layout)
+        if new_lens is None and self._has_room(rows):
+            result = self._attend(q, k_new, v_new, None, self._table, options)
+            self._room -= rows
+            self._lens = self._lens + numpy.int32(rows)
+            return result
+        if new_lens is not None:
+            new_lens = self._per_sequence("new_lens", new_lens)
+        added = self._added(rows, new_lens)
+        table, old, taken = self._grow(added)
         try:
-            result = attention_with_kvcache(
-                q, self.k, self.v, k_new, v_new, cache_lens=beside(self._lens), new_lens=beside(new_lens),
-                page_table=beside(table), layout=self.layout, **self._scales, **options,
-            )  # fmt: skip
+            for pool in (self.k, self.v):
+                for page, shared in zip(taken.tolist(), old.tolist(), strict=True):
+                    if shared >= 0:
+                        pool[page] = pool[shared]
+            result = self._attend(q, k_new, v_new, new_lens, table, options)
         except BaseException:
             self._pool.add(taken, -1)
             raise
-        self._pool.add(left, -1)
+        self._pool.add(old, -1)
         self._table = table
-        self._lens = self._lens + added
+        self._lens, self._room = self._lens + added, 0
         return result
 
     def append(self, k_new, v_new, *, new_lens=None, **options):
         """Append without attending. ``options``: rotary, rotary_interleaved, rotary_offsets."""
+        shape, wanted, axis = getattr(k_new, "shape", None), [len(self), *self.k.shape[1:]], 1 if self.layout == "bshd" else 2
+        if shape is None:
+            raise TypeError(f"k_new is {type(k_new).__name__}: it must be a NumPy array or any tensor with __dlpack__")
+        wanted[axis] = shape[axis] if len(shape) == 4 else "new"
+        if list(shape) != wanted:
+            raise ValueError(f"k_new has shape {tuple(shape)}: in this cache, {self.layout}, it must be {wanted}")
         self.attention(k_new[:, :0] if self.layout == "bshd" else k_new[:, :, :0], k_new, v_new, new_lens=new_lens, **options)
 
     def crop(self, lens):
         """Forget all slots from ``lens`` on (an int, or one for each sequence) and give back pages that are no longer needed."""
-        lens = numpy.minimum(self._lens, self._per_sequence("lens", lens)).astype(numpy.int32)
-        keep = numpy.arange(self._table.shape[1]) < -(-lens // self.page_size)[:, None]
-        self._pool.add(self._table[~keep], -1)
-        self._table = numpy.where(keep, self._table, -1).astype(numpy.int32)
-        self._lens = lens
+        lens = numpy.minimum(self._lens, self._per_sequence("lens", lens))
+        left = -(-lens // self.page_size)
+        if (left < -(-self._lens // self.page_size)).any():
+            keep = numpy.arange(self._table.shape[1]) < left[:, None]
+            self._pool.add(self._table[~keep], -1)
+            self._table = numpy.where(keep, self._table, numpy.int32(-1))
+        self._lens, self._room = lens, 0
 
     def reorder(self, sequences):
         """Sequence n becomes what sequence ``sequences[n]`` was, as in a beam search; the batch gets as long as ``sequences``."""
@@ -451,7 +431,7 @@ class KVCache:
         table = self._table[sequences]
         self._pool.add(table, 1)
         self._pool.add(self._table, -1)
-        self._table, self._lens = table, self._lens[sequences]
+        self._table, self._lens, self._room = table, self._lens[sequences], 0
         self._scales = self._scales_of(sequences)
 
     def fork(self, sequences=None):
@@ -461,6 +441,7 @@ class KVCache:
         other.__dict__.update({name: x for name, x in self.__dict__.items() if name != "_table"})
         other._lens, other._scales = self._lens[sequences], self._scales_of(sequences)
         other._table = self._table[sequences]
+        other._room = self._room = 0
         self._pool.add(other._table, 1)
         return other
 
@@ -479,10 +460,12 @@ class KVCache:
         return (0, *pool.shape[2:]) if self.layout == "bshd" else (pool.shape[1], 0, pool.shape[3])
 
     def _per_sequence(self, name, value):
+        """int32 [batch] of an int or of one for each sequence, limited to what int32 holds."""
         numbers = numpy.asarray(value)
-        if numbers.dtype.kind not in "iu" or numbers.ndim > 1 or numbers.size not in (1, len(self)) or (numbers < 0).any():
+        fits = numbers.dtype.kind in "iu" and numbers.shape in ((), (len(self),))
+        if not fits or (numbers < 0).any():
             raise ValueError(f"{name} is {value!r}: it must be an integer of 0 or more, or one for each of {len(self)} sequences")
-        return numpy.broadcast_to(numbers, len(self))
+        return numpy.full(len(self), numpy.minimum(numbers, numpy.int64(2**31 - 1)), numpy.int32)
 
     def _sequences(self, sequences):
         numbers = numpy.asarray(sequences)
@@ -496,40 +479,63 @@ class KVCache:
     def _scales_of(self, sequences):
         return {name: x if x is None or x.ndim == 1 else x[sequences] for name, x in self._scales.items()}
 
-    def _added(self, k_new, new_lens):
-        if k_new is None:
-            return numpy.zeros(len(self), numpy.int32)
-        rows = k_new.shape[1 if self.layout == "bshd" else 2] if len(k_new.shape) == 4 else 0     # else C says what is wrong
-        added = rows if new_lens is None else numpy.minimum(self._per_sequence("new_lens", new_lens), rows)
-        added = numpy.broadcast_to(added, len(self)).astype(numpy.int32)
-        if new_lens is not None and (self._per_sequence("new_lens", new_lens) > rows).any():
-            raise ValueError(f"new_lens is {new_lens!r} but k_new has {rows} rows: lengths must be 0 to {rows}")
-        for n, total in enumerate(self._lens.astype(numpy.int64) + added):
-            if total > self.capacity:
-                raise ValueError(
-                    f"sequence {n} has {self._lens[n]} slots in use and {added[n]} new keys are appended: {total} exceed the "
-                    f"capacity of {self.capacity}; allocate the cache with a larger one, or crop it"
-                )
+    def _attend(self, q, k_new, v_new, new_lens, table, options):
+        pool = self._pool
+        return attention_with_kvcache(
+            q, pool.k, pool.v, k_new, v_new, cache_lens=pool.beside(self._lens), new_lens=pool.beside(new_lens),
+            page_table=pool.beside(table), layout=self.layout, **self._scales, **options,
+        )  # fmt: skip
+
+    def _added(self, rows, new_lens):
+        """int32 [batch]: how many rows each sequence appends."""
+        added = numpy.full(len(self), rows, numpy.int32) if new_lens is None else new_lens
+        if (added > rows).any():
+            raise ValueError(f"new_lens is {added.tolist()} but k_new has {rows} rows: lengths must be 0 to {rows}")
+        totals = self._lens.astype(numpy.int64) + added
+        if (totals > self.capacity).any():
+            n = int(totals.argmax())
+            raise ValueError(
+                f"sequence {n} has {self._lens[n]} slots in use and {added[n]} new keys are appended: {totals[n]} exceed the "
+                f"capacity of {self.capacity}; allocate the cache with a larger one, or crop it"
+            )
         return added
 
+    def _last_pages(self, sequences):
+        return self._table[sequences, (self._lens[sequences] - 1) // self.page_size]
+
     def _grow(self, added):
-        """(table, taken, left): a table with pages for the new slots; those it took for that; shared ones it left for a copy."""
-        table, size, references = self._table.copy(), self.page_size, self._pool.references.copy()
-        places, left = [], []
-        for n in numpy.flatnonzero(added):
-            for column in range(self._lens[n] // size, -(-(self._lens[n] + added[n]) // size)):
-                page = table[n, column]
-                if page < 0 or references[page] > 1:
-                    places.append((n, column))
-                    if page >= 0:
-                        left.append(page)
-                        references[page] -= 1       # of the sequences that share a page, the last one keeps it
-        taken = self._pool.take(len(places))
-        for place, page in zip(places, taken, strict=True):
-            for pool in (self.k, self.v) if table[place] >= 0 else ():
-                pool[int(page)] = pool[int(table[place])]
-            table[place] = page
-        return table, taken, numpy.array(left, numpy.int64)
+        """(table, old, new): a table with pages for the new slots; what its changed places held, -1 for none; what they hold."""
+        held, wanted = -(-self._lens // self.page_size), -(-(self._lens + added) // self.page_size)
+        places = [(n, column) for n in numpy.flatnonzero(wanted > held).tolist() for column in range(held[n], wanted[n])]
+        old = [-1] * len(places)
+        begun = numpy.flatnonzero((added > 0) & (self._lens % self.page_size > 0))
+        pages = self._last_pages(begun)
+        shared = ~self._pool.is_own(pages)
+        for n, page in zip(begun[shared].tolist(), pages[shared].tolist(), strict=True):
+            # Of the sequences that share a page and leave it, the last one keeps it.
+            if self._pool.references[page] - old.count(page) > 1:
+                places.append((n, held[n] - 1))
+                old.append(page)
+        if not places:
+            return self._table, numpy.empty(0, int), numpy.empty(0, int)
+        new, table = self._pool.take(len(places)), self._table.copy()
+        table[tuple(zip(*places, strict=True))] = new
+        return table, numpy.array(old), new
+
+    def _has_room(self, rows):
+        """Whether every sequence can append so many rows to a page that it alone has."""
+        if rows > self._room:
+            used = self._lens % self.page_size
+            if not used.all() or not self._pool.is_own(self._last_pages(slice(None))).all():
+                return False
+            self._room = min(self.page_size - int(used.max(initial=0)), self.capacity - int(self._lens.max(initial=0)))
+        return rows <= self._room
+
+
+def _rows(k_new, layout):
+    """Rows of k_new; 0 if C is to say what is wrong with it."""
+    shape = getattr(k_new, "shape", ())
+    return shape[1 if layout == "bshd" else 2] if len(shape) == 4 else 0
 
 
 def _join(pages, axis):

@@ -19,6 +19,10 @@ def tokens(rng, b, n):
     return rng.standard_normal((b, HK, n, D)).astype(np.float32), rng.standard_normal((b, HK, n, DV)).astype(np.float32)
 
 
+def through_bytes(x):
+    return pickle.loads(pickle.dumps(x))
+
+
 class Machine(RuleBasedStateMachine):
     """Two caches in one pool, a random life; after each step all their sequences hold what the model says."""
 
@@ -35,11 +39,14 @@ class Machine(RuleBasedStateMachine):
     @rule(which=st.integers(0, 1), rows=st.integers(0, 6), data=st.data())
     def append(self, which, rows, data):
         n, cache, model = self.pick(which)
-        lens = np.array([data.draw(st.integers(0, rows)) for _ in model], np.int32)
+        lens = [data.draw(st.integers(0, rows)) for _ in model]
+        if data.draw(st.booleans()):
+            lens = [rows] * len(model)
+        given = data.draw(st.sampled_from([lens, np.array(lens, np.int32)])) if len(set(lens) | {rows}) > 1 else None
         k, v = tokens(self.rng, len(model), rows)
         before = cache.page_table, cache.lens
         try:
-            cache.append(k, v, new_lens=lens)
+            cache.append(k, v, new_lens=given)
         except (ValueError, MemoryError) as error:
             too_long = any(x[0].shape[1] + added > CAPACITY for x, added in zip(model, lens, strict=True))
             assert isinstance(error, ValueError if too_long else MemoryError)
@@ -62,6 +69,11 @@ class Machine(RuleBasedStateMachine):
         n, cache, model = self.pick(which)
         cache.crop(length)
         self.model[n] = [tuple(x[:, :length] for x in both) for both in model]
+
+    @rule(copied=st.sampled_from([copy.deepcopy, through_bytes]))
+    def move_to_another_pool(self, copied):
+        self.caches = copied(self.caches)
+        gc.collect()
 
     @precondition(lambda self: len(self.caches) == 1)
     @rule(data=st.data())
@@ -130,10 +142,6 @@ def test_torch_and_float8():
     assert fork.lens == [6] and torch.equal(cache.sequence(0)[0].float() * 0.01, held)
 
 
-def through_bytes(x):
-    return pickle.loads(pickle.dumps(x))
-
-
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, through_bytes])
 def test_copies_live_on_their_own(copied):
     """A copy that goes takes none of the original's pages with it, and what one appends is not in the other."""
@@ -154,6 +162,44 @@ def test_copies_live_on_their_own(copied):
     for n in range(2):
         np.testing.assert_array_equal(cache.sequence(n)[0], k[n])
         np.testing.assert_array_equal(cache.sequence(n)[1], v[n])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_bytes])
+def test_a_pool_of_its_own_holds_no_page_of_others(copied):
+    rng = np.random.default_rng(0)
+    cache = flashgqa.KVCache(2, HK, D, value_dim=DV, capacity=CAPACITY, page_size=PAGE, pages=4)
+    cache.append(*tokens(rng, 2, 6))
+    fork = cache.fork([0])
+    cache.crop(0)
+    other = copied(cache)
+    assert cache.bytes_used == 2 * PAGE * HK * (D + DV) * 4 and other.bytes_used == 0
+    other.append(*tokens(rng, 2, 8))        # all four pages
+    assert fork.lens == [6] and other.bytes_used == other.bytes_allocated
+
+
+def test_a_page_that_cannot_be_copied_costs_none():
+    """Tensors made in inference mode cannot be written by torch outside of it."""
+    torch = pytest.importorskip("torch")
+    new = torch.ones(1, HK, 3, D)
+    with torch.inference_mode():
+        cache = flashgqa.KVCache(1, HK, D, capacity=CAPACITY, page_size=PAGE, pages=4, library="torch")
+    cache.append(new, new)
+    fork = cache.fork()
+    used = cache.bytes_used
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match="[Ii]nference"):
+            fork.append(new, new)
+    assert fork.bytes_used == used and (fork.lens == 3).all() and (fork.page_table == cache.page_table).all()
+
+
+@pytest.mark.parametrize("new_lens", [2, [2, 2], np.int64(2), np.array([2, 2]), np.array([2, 2], np.uint8)])
+def test_new_lens_are_any_integers(new_lens):
+    rng = np.random.default_rng(0)
+    cache = flashgqa.KVCache(2, HK, D, value_dim=DV, capacity=CAPACITY, page_size=PAGE)
+    k, v = tokens(rng, 2, 3)
+    cache.append(k, v, new_lens=new_lens)
+    assert (cache.lens == 2).all()
+    np.testing.assert_array_equal(cache.sequence(1)[1], v[1, :, :2])
 
 
 def test_scales_of_sequences_follow_them():
@@ -202,6 +248,7 @@ def test_dtypes_by_any_name():
     (ValueError, "library is 'jax'", {"library": "jax"}),
     (ValueError, "device is 'cuda': NumPy arrays are on the CPU", {"device": "cuda"}),
     (ValueError, "layout is 'sbhd'", {"layout": "sbhd"}),
+    (TypeError, "k_scale is list: it must be a float32 array", {"dtype": "float8_e4m3", "k_scale": [1.0]}),
 ])  # fmt: skip
 def test_what_cannot_be_made(error, text, arguments):
     with pytest.raises(error, match=text):
@@ -221,6 +268,15 @@ def test_what_cannot_be_done():
         (ValueError, "the cache has sequences 0 to 1", lambda: cache.reorder([0, 2])),
         (TypeError, "it must be a list of integers", lambda: cache.fork([0.5])),
         (ValueError, "lens is -1", lambda: cache.crop(-1)),
+        (ValueError, r"lens is \[1\]: it must be an integer of 0 or more, or one for each of 2", lambda: cache.crop([1])),
+        (ValueError, "new_lens is 1.5: it must be an integer", lambda: cache.append(k, v, new_lens=1.5)),
+        (ValueError, r"new_lens is \[5, 5\] but k_new has 4 rows", lambda: cache.append(k, v, new_lens=5)),
+        (TypeError, "page_table is what the cache itself says", lambda: cache.attention(k, k, v, page_table=table)),
+        (TypeError, "got an unexpected keyword argument 'casual'", lambda: cache.attention(k, casual=True)),
+        (TypeError, "k_new is list: it must be a NumPy array", lambda: cache.attention(k, k.tolist(), v)),
+        (TypeError, "k_new is NoneType", lambda: cache.append(None, v)),
+        (ValueError, r"k_new has shape .* it must be \[2, 2, 'new', 4\]", lambda: cache.append(k[0], v[0])),
+        (ValueError, r"k_new has shape .* it must be \[2, 2, 4, 4\]", lambda: cache.append(k[:, :1], v[:, :1])),
     ):
         with pytest.raises(error, match=text):
             call()

@@ -85,6 +85,11 @@ def test_lengths_beyond_the_cache(paged, lens, text):
 def test_an_integer_for_all_lengths():
     refused(ValueError, r"cache_lens\[0\] is 11 and 2 new keys", cache_lens=11)
     assert Call().run(cache_lens=10).shape == (B, HQ, NEW, D)
+    for length in (-1, 2**31, 2**70):
+        refused(ValueError, f"cache_lens is {length}: it must be 0 to", cache_lens=length)
+    refused(TypeError, "q is list: it must be a NumPy array", q=[1], cache_lens=3)
+    refused(TypeError, "q is None", q=None, cache_lens=3)
+    refused(ValueError, "q has 0 dimensions", q=np.float32(1)[...], cache_lens=3)
 
 
 @pytest.mark.parametrize("row, column, page", [(0, 0, 9), (1, 2, -1), (2, 1, 2**31 - 1)])
