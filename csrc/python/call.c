@@ -59,6 +59,15 @@ int fgqa_call_import_options(fgqa_call *call, PyObject *const *options)
     return 0;
 }
 
+int fgqa_call_own(fgqa_call *call, const fgqa_tensor *const *written, int n)
+{
+    for (int arg = 0; arg < FGQA_ARG_COUNT; arg++) {
+        const fgqa_slot slot = fgqa_arg_slot(call->request.pass, (fgqa_arg)arg);
+        if ((call->imported >> arg & 1) && fgqa_import_own(&call->in[arg], &slot, written, n) < 0) { return -1; }
+    }
+    return 0;
+}
+
 /* Arguments in groups of which one question tells whether they are plain torch tensors; the order of errors is that of the arguments. */
 static int import_guarded(fgqa_call *call, int count, const fgqa_arg *args, PyObject *const *objects, const fgqa_guarded *groups)
 {
@@ -141,7 +150,8 @@ static int log_plan(fgqa_call *call)
 static int make_problem(fgqa_call *call)
 {
     if (call->in[FGQA_ARG_q].tensor.device.type == FGQA_CPU) {
-        if (fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
+        const fgqa_tensor *out = call->request.pass == FGQA_PASS_FWD ? call->request.tensor[FGQA_ARG_out] : NULL;
+        if (fgqa_call_own(call, &out, 1) < 0 || fgqa_raise(fgqa_problem_init(&call->request, &call->problem)) < 0) { return -1; }
         if (!call->staged) { return 0; }
         if (call->problem.varlen) {      /* the longest sequence: a GPU does not look into cu_seqlens */
             call->request.max_q = call->problem.sq;

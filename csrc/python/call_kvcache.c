@@ -42,11 +42,13 @@ static fgqa_slot slot_of(fgqa_cache_arg arg, int appends)
     return slot;
 }
 
+static int appends(PyObject *const *objects) { return objects[FGQA_CACHE_k_new] != Py_None || objects[FGQA_CACHE_v_new] != Py_None; }
+
 static int import_cache(cache_call *c, PyObject *const *objects)
 {
-    const int appends = objects[FGQA_CACHE_k_new] != Py_None || objects[FGQA_CACHE_v_new] != Py_None;
+    const int written = appends(objects);
     for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) {
-        const fgqa_slot slot = slot_of((fgqa_cache_arg)arg, appends);
+        const fgqa_slot slot = slot_of((fgqa_cache_arg)arg, written);
         const int needed = arg == FGQA_CACHE_k_cache || arg == FGQA_CACHE_v_cache;
         if (objects[arg] == Py_None && !needed) { continue; }
         if (fgqa_import_tensor(c->call.state, objects[arg], &slot, &c->call.place, &c->in[arg]) < 0) { return -1; }
@@ -54,6 +56,18 @@ static int import_cache(cache_call *c, PyObject *const *objects)
         c->request.tensor[arg] = &c->in[arg].tensor;
     }
     return 0;
+}
+
+/* fgqa_import_own() of all arguments. */
+static int own(cache_call *c, int is_written)
+{
+    const fgqa_tensor *written[] = {c->call.request.tensor[FGQA_ARG_out], is_written ? c->request.tensor[FGQA_CACHE_k_cache] : NULL,
+                                    is_written ? c->request.tensor[FGQA_CACHE_v_cache] : NULL};
+    for (int arg = 0; arg < FGQA_CACHE_COUNT; arg++) {
+        const fgqa_slot slot = slot_of((fgqa_cache_arg)arg, is_written);
+        if ((c->imported >> arg & 1) && fgqa_import_own(&c->in[arg], &slot, written, 3) < 0) { return -1; }
+    }
+    return fgqa_call_own(&c->call, written, 3);
 }
 
 static int check_place(fgqa_call *call)
@@ -174,6 +188,7 @@ static int prepare(cache_call *c, PyObject *const *args)
     }
     if (args[ARG_out] != Py_None && fgqa_call_import(call, FGQA_ARG_out, args[ARG_out]) < 0) { return -1; }
     const int on_gpu = call->in[FGQA_ARG_q].tensor.device.type == FGQA_CUDA;
+    if (!on_gpu && own(c, appends(args + 1)) < 0) { return -1; }
     c->request.base = call->request;
     if ((on_gpu && gather(c) < 0) || fgqa_raise(fgqa_cache_init(&c->request, &call->problem)) < 0) { return -1; }
     if (on_gpu && ((call->request.check && !call->plan_only && check_contents(c) < 0) || make_room_for_q(c) < 0)) { return -1; }

@@ -42,6 +42,9 @@ void fgqa_call_end(fgqa_call *call);
 int fgqa_call_import(fgqa_call *call, fgqa_arg arg, PyObject *object);
 int fgqa_call_import_options(fgqa_call *call, PyObject *const *options);
 
+/* fgqa_import_own() of all of them, where q is on the CPU. */
+int fgqa_call_own(fgqa_call *call, const fgqa_tensor *const *written, int n);
+
 /* How many arguments a function of the module was given. */
 int fgqa_call_check_count(const char *name, Py_ssize_t n, Py_ssize_t wanted);
 

@@ -172,10 +172,12 @@ void fgqa_pack(void *to, const fgqa_tensor *from)
     }
     char *packed = to;
     const char *base = from->data;
+    const size_t row_bytes = stride[3] == (int64_t)bytes ? (size_t)shape[3] * bytes : 0;      /* 0: element by element */
     for (int64_t a = 0; a < shape[0]; a++) {
         for (int64_t b = 0; b < shape[1]; b++) {
             for (int64_t c = 0; c < shape[2]; c++) {
                 const char *row = base + a * stride[0] + b * stride[1] + c * stride[2];
+                if (row_bytes > 0) { memcpy(packed, row, row_bytes); packed += row_bytes; continue; }
                 for (int64_t d = 0; d < shape[3]; d++, packed += bytes) { memcpy(packed, row + d * stride[3], bytes); }
             }
         }
@@ -205,8 +207,8 @@ static int copy_contiguous(fgqa_import *in, const fgqa_slot *slot)
     for (int32_t axis = 0; axis < in->tensor.ndim && !overflow; axis++) { overflow = __builtin_mul_overflow(size, in->tensor.shape[axis], &size); }
     in->memory = overflow ? NULL : fgqa_block_new((size_t)size);
     if (in->memory == NULL) {
-        PyErr_Format(PyExc_MemoryError, "%s is not contiguous, and a copy of it does not fit into memory: pass one that is contiguous, or "
-                     "smaller", slot->name);
+        PyErr_Format(PyExc_MemoryError, slot->flags & FGQA_IN_CONTIGUOUS ? "a copy of %s does not fit into memory: pass one that is smaller"
+                     : "%s is not contiguous, and a copy of it does not fit into memory: pass one that is contiguous, or smaller", slot->name);
         return -1;
     }
     fgqa_pack(in->memory, &in->tensor);
@@ -214,6 +216,15 @@ static int copy_contiguous(fgqa_import *in, const fgqa_slot *slot)
     in->tensor.data = in->memory;
     fgqa_contiguous_strides(&in->tensor);
     return 0;
+}
+
+int fgqa_import_own(fgqa_import *in, const fgqa_slot *slot, const fgqa_tensor *const *written, int n)
+{
+    if (!(slot->flags & FGQA_IN_CONTIGUOUS) || in->tensor.device.type != FGQA_CPU || in->copied || in->copy != NULL) { return 0; }
+    for (int at = 0; at < n; at++) {
+        if (written[at] != NULL && fgqa_tensors_overlap(&in->tensor, written[at])) { return 0; }
+    }
+    return copy_contiguous(in, slot);
 }
 
 /* Whether an axis has a stride other than `wanted` that matters. */

@@ -5,7 +5,7 @@
 
 enum {
     FGQA_IN_UNIT_LAST = 1,    /* kernels want unit stride in the last axis: any other array is copied once */
-    FGQA_IN_CONTIGUOUS = 2,   /* index vectors: copied once if strided */
+    FGQA_IN_CONTIGUOUS = 2,   /* index arrays: copied once if strided, on the CPU always, by fgqa_import_own() */
     FGQA_IN_WRITTEN = 4       /* out=: never copied, so refused where a copy would be needed */
 };
 
@@ -37,6 +37,11 @@ typedef struct {
 /* Fills `in`; on failure nothing is held. place: of the call, NULL where only the CPU serves. A tensor on a GPU is never
  * copied here, see fgqa_needs_copy(). */
 int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in);
+
+/* Once all arguments are there: an index array on the CPU becomes a copy. Other threads run while a call computes, and what they
+ * write to the caller's array after its contents were checked would lead a kernel out of its tensors. An array that intersects one
+ * of `n` that the call writes (NULL: none) stays, to be refused. */
+int fgqa_import_own(fgqa_import *in, const fgqa_slot *slot, const fgqa_tensor *const *written, int n);
 
 /* Whether kernels could not read the tensor in place. */
 int fgqa_needs_copy(const fgqa_tensor *tensor, unsigned flags);
