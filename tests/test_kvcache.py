@@ -1,6 +1,7 @@
 """attention_with_kvcache against the oracle, against attention over all tokens at once, and bit by bit against itself."""
 
 import ast
+import dataclasses
 import doctest
 import inspect
 import pathlib
@@ -64,18 +65,26 @@ def test_within_the_error_rule(case, on):
 def cache_cases(draw):
     b, new, slots = draw(st.integers(1, 3)), draw(st.integers(0, 9)), draw(st.integers(10, 300))
     lens = tuple(draw(st.integers(0, slots - new)) for _ in range(b))
-    d = draw(st.integers(2, 40))
-    pages = draw(st.sampled_from((None, 1, 3, 16, 50, 128)))
+    d, sq, float8 = draw(st.integers(2, 40)), draw(st.integers(0, 10)), draw(st.booleans())
+    new_lens = draw(st.none() | st.tuples(*[st.integers(0, new)] * b))
+    no_row_before_0 = all(length + added >= sq for length, added in zip(lens, new_lens or [new] * b, strict=True))
+    pairs = draw(st.sampled_from((0, 1, d // 2))) if no_row_before_0 else 0
+    pages = draw(st.sampled_from((None, None, 1, 3, 16, 50, 128)))
     return CacheCase(
-        b=b, lens=lens, slots=slots, new=new, d=d, pages=pages,
-        sq=draw(st.integers(0, 10)),
+        b=b, lens=lens, slots=slots, new=new, d=d, pages=pages, sq=sq, float8=float8, pairs=pairs,
+        new_lens=new_lens,
+        scales=draw(st.sampled_from(("", "h", "bh"))) if float8 else "",
+        interleaved=pairs > 0 and draw(st.booleans()),
+        offsets=draw(st.none() | st.tuples(*[st.integers(sq, slots)] * b)) if pairs else None,
+        q_lens=draw(st.none() | st.tuples(*[st.integers(0, sq)] * b)),
+        chunk=draw(st.none() | st.integers(1, 100)),
+        scale=draw(st.sampled_from((None, None, 0.3, -1.0))),
         hk=draw(st.integers(1, 3)),
         g=draw(st.integers(1, 9)),
         dv=draw(st.integers(1, 40)),
         dtype=draw(st.sampled_from(sorted(DTYPES))),
         indexed=pages is None and draw(st.booleans()),
         left_pad=draw(st.none() | st.just(tuple(n * draw(st.integers(0, 4)) // 4 for n in lens))),
-        new_lens=draw(st.none() | st.tuples(*[st.integers(0, new)] * b)),
         causal=draw(st.booleans()),
         window=draw(st.none() | st.tuples(st.none() | st.integers(0, 60), st.none() | st.integers(0, 9))),
         softcap=draw(st.none() | st.just(1.5)),
@@ -91,6 +100,20 @@ def cache_cases(draw):
 @settings(max_examples=60)
 def test_random_calls_within_the_error_rule(case, on):
     check(case, on)
+
+
+def test_random_calls_reach_every_field():
+    """Guards the strategy itself: over its examples each field of a CacheCase takes more than one value."""
+    seen = {field.name: set() for field in dataclasses.fields(CacheCase)}
+
+    @given(case=cache_cases())
+    @settings(max_examples=120)
+    def collect(case):
+        for name, values in seen.items():
+            values.add(getattr(case, name))
+
+    collect()
+    assert [name for name, values in seen.items() if len(values) < 2] == []
 
 
 # ---- token by token ----
