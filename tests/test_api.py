@@ -407,6 +407,15 @@ def test_dropout_mask_is_what_attention_drops():
     assert numpy.array_equal(kept, flashgqa.dropout_mask(1, 2, 6, 40, 0.3, 11))
 
 
+def test_dropout_mask_needs_a_seed_and_memory():
+    with pytest.raises(ValueError, match="seed is None: the dropped weights follow from the seed alone"):
+        flashgqa.dropout_mask(1, 1, 2, 2, 0.5, None)
+    assert flashgqa.dropout_mask(1, 1, 2, 2, 0.0, None).all()
+    for extent in (2**20, 2**31 - 1):
+        with pytest.raises(MemoryError, match="b \\* hq \\* sq \\* sk bytes does not fit"):
+            flashgqa.dropout_mask(extent, extent, extent, 4, 0.5, 1)
+
+
 def test_dropout_mask_of_nothing():
     assert flashgqa.dropout_mask(0, 3, 5, 7, 0.5, 1).shape == (0, 3, 5, 7)
     assert flashgqa.dropout_mask(2, 3, 5, 0, 0.5, 1).shape == (2, 3, 5, 0)

@@ -435,7 +435,8 @@ static fgqa_status read_scores(const fgqa_request *r, fgqa_problem *p)
     if (r->has_softcap) {
         /* Kernels multiply by 1/softcap, which must be finite too. */
         if (!(r->softcap > 0) || !fits(r->softcap, p->dtype) || !fits(1.0 / r->softcap, p->dtype)) {
-            return fgqa_fail(FGQA_ERROR_VALUE, "softcap is %g: it must be a finite number greater than 0; use None for no cap", r->softcap);
+            return fgqa_fail(FGQA_ERROR_VALUE, "softcap is %g: it must be a finite number greater than 0, and 1/softcap a finite %s; "
+                             "use None for no cap", r->softcap, fgqa_dtype_name(p->lse_dtype));
         }
         p->softcap = r->softcap;
     }

@@ -47,7 +47,9 @@ int fgqa_read_number(PyObject *object, const char *name, double *value)
         return -1;
     }
     *value = PyFloat_AsDouble(object);
-    return *value == -1.0 && PyErr_Occurred() ? -1 : 0;
+    if (*value != -1.0 || !PyErr_Occurred()) { return 0; }
+    if (PyErr_ExceptionMatches(PyExc_OverflowError)) { PyErr_Format(PyExc_ValueError, "%s is %R: it must be a finite number", name, object); }
+    return -1;
 }
 
 int fgqa_read_seed(PyObject *object, uint64_t *seed)

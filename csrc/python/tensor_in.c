@@ -186,10 +186,10 @@ void fgqa_pack(void *to, const fgqa_tensor *from)
 
 void fgqa_contiguous_strides(fgqa_tensor *tensor)
 {
-    int64_t stride = 1;
+    uint64_t stride = 1;        /* beyond 64 bits only where there are no elements */
     for (int32_t axis = tensor->ndim - 1; axis >= 0; axis--) {
-        tensor->stride[axis] = stride;
-        stride *= tensor->shape[axis] > 0 ? tensor->shape[axis] : 1;
+        tensor->stride[axis] = (int64_t)stride;
+        stride *= tensor->shape[axis] > 0 ? (uint64_t)tensor->shape[axis] : 1;
     }
 }
 

@@ -119,15 +119,6 @@ static fgqa_view lse_view(const fgqa_tensor *t)
     return (fgqa_view){t->data, t->dtype, t->ndim == 3 ? t->stride[0] : 0, t->stride[t->ndim - 2], t->stride[t->ndim - 1], 0};
 }
 
-static void fill_strides(fgqa_tensor *spec)
-{
-    int64_t stride = 1;
-    for (int32_t axis = spec->ndim - 1; axis >= 0; axis--) {
-        spec->stride[axis] = stride;
-        stride *= spec->shape[axis] > 0 ? spec->shape[axis] : 1;
-    }
-}
-
 /* Forms of the results, which are those of every part; all parts are checked against them. */
 static int describe_merge(const fgqa_parts *parts, int bshd, fgqa_tensor *out, fgqa_tensor *lse, int axis[4])
 {
@@ -147,8 +138,8 @@ static int describe_merge(const fgqa_parts *parts, int bshd, fgqa_tensor *out, f
     for (int letter = 0, at = 0; letter < 3; letter++) {
         if (axis[letter] >= 0) { lse->shape[at++] = first->shape[axis[letter]]; }
     }
-    fill_strides(out);
-    fill_strides(lse);
+    fgqa_contiguous_strides(out);
+    fgqa_contiguous_strides(lse);
     for (Py_ssize_t k = 0; k < parts->n; k++) {
         if (check_part("outs", k, &parts->outs[k].tensor, out) < 0 || check_part("lses", k, &parts->lses[k].tensor, lse) < 0) {
             return -1;
@@ -248,7 +239,7 @@ PyObject *fgqa_py_dropout_mask(PyObject *module, PyObject *const *args, Py_ssize
     fgqa_state *state = fgqa_module_state(module);
     fgqa_tensor spec = {.dtype = FGQA_BOOL, .ndim = 4};
     double p;
-    uint64_t seed, offset;
+    uint64_t seed = 0, offset = 0;
     if (n != 6) {
         PyErr_SetString(PyExc_TypeError, "_C.dropout_mask takes 6 arguments");
         return NULL;
@@ -256,16 +247,24 @@ PyObject *fgqa_py_dropout_mask(PyObject *module, PyObject *const *args, Py_ssize
     int64_t bytes = 1;
     for (int axis = 0; axis < 4; axis++) {
         if (read_extent(args[axis], names[axis], &spec.shape[axis]) < 0) { return NULL; }
-        if (__builtin_mul_overflow(bytes, spec.shape[axis], &bytes)) { return PyErr_NoMemory(); }
+        if (__builtin_mul_overflow(bytes, spec.shape[axis], &bytes)) { bytes = INT64_MAX; }
     }
-    if (fgqa_read_number(args[4], "dropout_p", &p) < 0 || read_seed_option(state, args[5], &seed, &offset) < 0) { return NULL; }
+    if (fgqa_read_number(args[4], "dropout_p", &p) < 0) { return NULL; }
     if (!(p >= 0 && p <= 1)) {
         PyErr_Format(PyExc_ValueError, "dropout_p is %R: it must be a probability from 0 to 1", args[4]);
         return NULL;
     }
-    fill_strides(&spec);
+    if (args[5] == Py_None && p > 0) {
+        PyErr_SetString(PyExc_ValueError, "seed is None: the dropped weights follow from the seed alone; pass an int, or int64 [seed, offset]");
+        return NULL;
+    }
+    if (args[5] != Py_None && read_seed_option(state, args[5], &seed, &offset) < 0) { return NULL; }
+    fgqa_contiguous_strides(&spec);
     spec.data = fgqa_block_new((size_t)bytes);
-    if (spec.data == NULL) { return PyErr_NoMemory(); }
+    if (spec.data == NULL) {
+        PyErr_SetString(PyExc_MemoryError, "a mask of b * hq * sq * sk bytes does not fit into memory");
+        return NULL;
+    }
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {NULL, fgqa_interrupted, &thread};
     const fgqa_status status = fgqa_cpu_dropout_mask(spec.data, (int32_t)spec.shape[0], (int32_t)spec.shape[1], (int32_t)spec.shape[2],
