@@ -85,6 +85,20 @@ def test_long_causal_passes_and_their_groups(d, group):
             assert_alike(gradients(*x, causal=True, **extra), expected)
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("d", DIMS)
+def test_windows_are_walked_head_by_head(d, group):
+    """Windows of several query tiles, whose key tiles' blocks meet at one head's tiles after the other's; split groups."""
+    for b, hk, s in ((2, 8, 1500), (1, 2, 700)):
+        x = inputs(b, hk * group, hk, s, s, d, dtype=torch.bfloat16)
+        for window in ((500, 0), (130, 260)):
+            expected = gradients(*x, arch=80, window=window)
+            got = gradients(*x, window=window)
+            assert_alike(got, expected)
+            assert all(torch.equal(a, b) for a, b in zip(gradients(*x, window=window), got, strict=True))
+            assert_alike(gradients(*x, window=window, deterministic=False), expected)
+
+
 @pytest.mark.parametrize("d", DIMS)
 def test_one_sequence_has_the_same_bits_in_any_batch(d):
     x = inputs(5, 8, 2, 700, 700, d, dtype=torch.bfloat16)

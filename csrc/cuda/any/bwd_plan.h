@@ -32,23 +32,62 @@ static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQ
 /* Length of the chains of the folded order (bwd_key_tile_at()), or 0 where key tiles are taken one after the other. There, blocks
  * of a causal pass that take neighbours are two query tiles of all heads apart, and what one has read has left the L2 cache before
  * the next one wants it. Members of a chain share it, but wait for each other's turns at dQ, the more the longer the chain; without
- * a group that costs more than it brings. Chains of all sections (parts of KV heads of sequences) must occupy the multiprocessors.
- * All pairs of a front and a back tile take equally long: the last round of blocks must not be nearly empty. Packed sequences
- * of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in the cache.
- * Groups of few heads with many keys share enough as they are. */
+ * a group that costs more than it brings, but for the shortest chains. Chains of all sections (parts of KV heads of sequences) must occupy the
+ * multiprocessors. All pairs of a front and a back tile take equally long: the last round of blocks must not be nearly empty. Packed
+ * sequences of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in
+ * the cache. Where runs (fgqa_bwd_order_of()) do as well without a chain's waits, there is none: few and very many key tiles. All
+ * limits are measured: LOG.md. */
 static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
-    const int64_t half = (((int64_t)p->sk + block_k - 1) / block_k + 1) / 2, sections = (int64_t)p->b * p->hk * splits;
+    const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, half = (tiles + 1) / 2, sections = (int64_t)p->b * p->hk * splits;
     const int64_t pairs = sections * half, rounds = (pairs + multiprocessors - 1) / multiprocessors;
-    const int small_group = p->deterministic && p->g < 8 * splits && p->sk > 2048;       /* measured: LOG.md */
     const int few_blocks = !p->batch_invariant && 5 * pairs < 3 * rounds * multiprocessors;
-    if (!fgqa_bwd_causal(p) || small_group || few_blocks || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1 || p->g < 2 * splits) { return 0; }
+    if (!fgqa_bwd_causal(p) || few_blocks || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1) { return 0; }
+    if (p->g < 2 * splits) { return p->d > 64 && p->g == 1 && half == 4 ? 4 : 0; }
+    if (p->d > 64 && ((p->deterministic && tiles > 64) || (splits == 1 && tiles <= 16))) { return 0; }
+    if (p->d <= 64 && p->deterministic && p->g < 8 * splits && tiles > 16) { return 0; }
     int64_t chain = 64;
     if (p->deterministic && !p->batch_invariant) {
-        const int64_t shortest = p->d <= 64 ? 8 : p->d <= 128 ? 16 : 64, enough = multiprocessors / sections;      /* measured: LOG.md */
+        const int64_t shortest = p->d <= 64 ? 8 : p->d <= 128 ? 16 : 64, enough = multiprocessors / sections;
         chain = enough > shortest ? enough : shortest;
     }
     return (int32_t)(half < chain ? half : chain);
 }
+
+/* Sections in work at once and how many key tiles of one follow each other (find_task() of sm90/bwd_tasks.cuh), for a chain. By whether
+ * a walk is long or short in query tiles and heads: blocks on long ones drift apart, those on short ones wait for turns. */
+typedef struct { int32_t chain, band, run; } fgqa_bwd_order;
+
+static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors)
+{
+    const int64_t tiles = p->sk > block_k ? ((int64_t)p->sk + block_k - 1) / block_k : 1, fair = multiprocessors / tiles;
+    fgqa_bwd_order order = {fgqa_bwd_chain(p, block_k, splits, multiprocessors), 1, 1};
+    int64_t band = fair < 4 ? 4 : fair < 8 ? fair : 8;
+    if (fgqa_bwd_causal(p)) {
+        band = 16;
+        if (p->g >= 2 * splits) {
+            if (tiles > 16) { order.run = 8; } else { band = p->g > 8 ? 4 : 32 / p->g; }
+        }
+    }
+    if (p->d <= 64) {
+        /* Half the bytes: enough that turns do not wait, few enough that Q, dO and sums of dQ of a pass stay in the L2 cache or 8 share them. */
+        const int64_t cached = ((int64_t)32 << 20) * splits / ((int64_t)p->sq * p->g * 512 + 1), eighth = multiprocessors / 8 + 1, most = (4 * multiprocessors + tiles - 1) / tiles;
+        band = cached > eighth ? cached : eighth;
+        if (band > most) { band = most; }
+        if (fgqa_bwd_causal(p) && p->g == 1 && band < 16) { band = 16; }
+        order.run = 1;
+    }
+    if (fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d)) {
+        band = fair < 16 ? fair : 16;                            /* twice the bytes a product: shared by more */
+        order.run = 1;
+    }
+    if (p->varlen) { band = multiprocessors / 16; order.run = 1; }
+    if (order.chain > 0) { band = multiprocessors / order.chain; order.run = 1; }
+    order.band = band > 1 ? (int32_t)band : 1;
+    return order;
+}
+
+/* Whether blocks walk through all query tiles of a head before those of the next one: BY_HEAD of sm90/bwd_tasks.cuh. */
+static inline int fgqa_bwd_by_head(const fgqa_problem *p, int32_t splits) { return splits == 1 && (p->left != FGQA_UNBOUNDED || p->chunk > 0); }
 
 #endif

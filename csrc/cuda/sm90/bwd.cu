@@ -59,7 +59,6 @@ static_assert(D == DV && (D == 64 || D == 128 || D == 256) && BLOCK_Q == (D == 6
               "kernels.def: sizes that there are");
 static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
-static constexpr int64_t L2_BYTES = 32 << 20;                    /* of the 50 MB that there are */
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 enum { BOTH = 1, OWN = 2 };                                          /* named barriers: 0 is __syncthreads */
@@ -71,8 +70,8 @@ struct bwd_params {
     fgqa_params common;
     fgqa_bwd_workspace w;
     float scale_log2;                                            /* of scores, with a soft cap in units of it */
-    uint32_t sections, band;                                     /* find_task() */
-    int32_t ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
+    uint32_t sections, band, run;                                /* find_task() */
+    int32_t by_head, ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
     float in_caps;                                               /* scale / softcap */
 };
@@ -156,7 +155,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
-    p.w.chain = fgqa_bwd_chain(problem, BLOCK_K, p.w.splits, multiprocessors);
+    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, BLOCK_K, p.w.splits, multiprocessors);
+    p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
     p.in_caps = p.common.scale * p.common.inv_softcap;
@@ -169,16 +169,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 
     const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
     p.sections = (uint32_t)problem->b * (uint32_t)problem->hk * (uint32_t)p.w.splits;
-    /* Sections in work at once: few enough that their Q, dO and sums of dQ (8 bytes an element of Q) stay in the L2 cache
-     * or that several key tiles share what they read, enough that their turns at dQ do not wait for each other (a causal mask: more). */
-    const int64_t wide = (4 * multiprocessors + key_tiles - 1) / key_tiles, cached = L2_BYTES * p.w.splits / ((int64_t)problem->sq * problem->g * 8 * D + 1);
-    const int64_t shared_by_eight = multiprocessors / 8 + 1;
-    int64_t band = min(wide, max(cached, shared_by_eight));
-    if (D == 256) { band = max((int64_t)1, min((int64_t)16, multiprocessors / key_tiles)); }     /* twice the bytes a product: shared by more */
-    if (problem->varlen) { band = max((int64_t)1, (int64_t)multiprocessors / 16); }
-    if (D != 256 && !problem->varlen && problem->g == 1 && fgqa_bwd_causal(problem)) { band = max(band, (int64_t)16); }
-    if (p.w.chain) { band = max((int64_t)1, (int64_t)multiprocessors / p.w.chain); }
-    p.band = band < p.sections ? (uint32_t)band : p.sections;
+    p.band = min((uint32_t)order.band, p.sections);
+    p.run = (uint32_t)order.run;
+    p.by_head = fgqa_bwd_by_head(problem, p.w.splits);
     const bool masked = p.w.key_rows != NULL;
     const auto kernel = capped ? bwd_kernel<true, true> : masked ? bwd_kernel<true, false> : bwd_kernel<false, false>;
     const int64_t tasks = p.sections * key_tiles;

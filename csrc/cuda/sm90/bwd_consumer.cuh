@@ -84,7 +84,7 @@ static __device__ __forceinline__ void add_poison(const bwd_params &p, const tas
     const fgqa_view &view = problem.view[FGQA_ARG_dout];
     walk<true> at(t);
 #pragma unroll 1
-    for (int32_t step = 0; step < t.steps; step++, at.next(p.w.splits, problem.g)) {
+    for (int32_t step = 0; step < t.steps; step++, at.next(t, p.w.splits, problem.g)) {
         if (!(load_relaxed_s32(p.w.turn + t.q_tile + at.head * p.w.head_tiles + at.tile) & FGQA_BWD_DIRTY)) { continue; }
         const int32_t end = min(t.mask.sq, (at.tile + 1) * BLOCK_Q);
 #pragma unroll 1

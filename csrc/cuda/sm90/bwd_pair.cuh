@@ -31,7 +31,7 @@ template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shar
         const int32_t steps = t.steps;
         walk<MASKED> at(t);
         mbarrier_arrive(smem_address(&sm.task_free));
-        for (int32_t step = 0; step < steps; step++, at.next(p.w.splits, problem.g), r.advance()) {
+        for (int32_t step = 0; step < steps; step++, at.next(t, p.w.splits, problem.g), r.advance()) {
             if (r.stage != buffer) { continue; }
             const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
             float *const to = p.w.dq + tile * (BLOCK_Q * D);

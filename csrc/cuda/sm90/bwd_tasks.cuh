@@ -2,13 +2,16 @@
 #pragma once
 
 /* One key tile of one KV head of one sequence, with all query heads of the group or, when they are split, every splits-th of
- * its (query tile, head) pairs. The walk goes through all heads of a tile, then to the tile before or, if `up`, behind it. */
+ * its (query tile, head) pairs. The walk goes through all heads of a tile, then to the tile before (DOWN) or behind it (UP); or
+ * through all tiles of a head first (BY_HEAD): under a window, blocks of neighbouring key tiles meet few tiles together, so that
+ * those of one head have to stay in the L2 cache until the last of the blocks wants them. */
+enum { DOWN, UP, BY_HEAD };
 struct task {
     int32_t b, kv_head, part, n;              /* part of the pairs; key tile */
     int32_t q_row, k_row;                     /* rows of packed tensors at which the sequence begins */
     int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
     int32_t tile, head, steps;                /* the first pair, head counted in the group; how many pairs */
-    int32_t up;
+    int32_t way, first_tile, end_tile;        /* of the walk; tiles that see the key tile */
     bwd_turn turn;
     int32_t done;                             /* no task left */
     int32_t full_begin, full_end;             /* tiles between these rows see every key whole */
@@ -42,11 +45,17 @@ static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memo
 
 template <bool MASKED> struct walk {
     int32_t tile, head;
-    const int32_t up;
-    __device__ __forceinline__ walk(const task &t) : tile(t.tile), head(t.head), up(t.up) {}
-    __device__ __forceinline__ void next(int32_t splits, int32_t group)
+    __device__ __forceinline__ walk(const task &t) : tile(t.tile), head(t.head) {}
+    __device__ __forceinline__ void next(const task &t, int32_t splits, int32_t group)
     {
-        head += MASKED && up ? splits : -splits;
+        if (MASKED && t.way == BY_HEAD) {
+            if (tile-- == t.first_tile) {
+                tile = t.end_tile - 1;
+                head--;
+            }
+            return;
+        }
+        head += MASKED && t.way == UP ? splits : -splits;
         while (head < 0) { head += group; tile--; }
         while (MASKED && head >= group) { head -= group; tile++; }
     }
@@ -66,8 +75,10 @@ struct ring2 {
 
 /* ---- scheduler: a warp ---- */
 
-/* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile, so that blocks which
- * become free together get key tiles of different sections, whose turns at dQ do not wait for each other; in the folded order
+/* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, `run` key tiles of one section, of the next one,
+ * .., then the `run` behind those of the first. Blocks of one section share what they read only while they are few query tiles
+ * apart, and multiprocessors are not equally fast: short bands or runs bring blocks together which become free together. On the other
+ * hand they wait for each other's turns at dQ before their first step, where different sections do not. In the folded order
  * a chain of each section is in work at once. The sections of a packed sequence are bands of their own. The place of the key tile
  * in the order is left in t->n. */
 static __device__ __forceinline__ bool find_task(const bwd_params &p, uint32_t ticket, uint32_t key_tiles, task *t)
@@ -90,9 +101,10 @@ static __device__ __forceinline__ bool find_task(const bwd_params &p, uint32_t t
         return false;
     }
     const uint32_t in_band = p.band * key_tiles, first = in_sections / in_band * p.band, rest = in_sections % in_band;
-    const uint32_t width = min(p.band, sections - first), section = first + rest % width;
+    const uint32_t width = min(p.band, sections - first), before = rest / (p.run * width) * p.run, run = min(p.run, key_tiles - before);
+    const uint32_t in_runs = rest - before * width, section = first + in_runs / run;
     if (!problem.varlen) { t->b = (int32_t)(section / splits / (uint32_t)problem.hk); }
-    t->n = (int32_t)(rest / width);
+    t->n = (int32_t)(before + in_runs % run);
     t->part = (int32_t)(section % splits);
     t->kv_head = (int32_t)(section / splits % (uint32_t)problem.hk);
     return true;
@@ -117,7 +129,7 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
             t.mask = sequence.mask;
             const int32_t tiles = bwd_key_tiles_of(p.w, t.mask);
             t.n = bwd_key_tile_at(p.w.chain, tiles, t.n);
-            t.up = p.w.chain > 0 && !bwd_in_front(t.n, tiles);
+            t.way = p.by_head ? BY_HEAD : p.w.chain > 0 && !bwd_in_front(t.n, tiles) ? UP : DOWN;
             t.turn = bwd_turn_of(p.w.chain, tiles, t.n);
             t.q_row = (int32_t)sequence.q_row;
             t.k_row = (int32_t)sequence.k_row;
@@ -141,13 +153,15 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
                 }
             }
             const int32_t first_tile = seen.begin / BLOCK_Q, end_tile = seen.begin < seen.end ? (seen.end + BLOCK_Q - 1) / BLOCK_Q : first_tile;
+            t.first_tile = first_tile;
+            t.end_tile = end_tile;
             const int32_t pairs = (end_tile - first_tile) * problem.g;
             /* pairs before the first one whose index from tile 0, head 0 on is `part` modulo splits, and behind the last one */
             const int32_t before = (t.part + p.w.splits - first_tile * problem.g % p.w.splits) % p.w.splits;
             const int32_t behind = (end_tile * problem.g - 1 - t.part + p.w.splits) % p.w.splits;
             t.steps = pairs > behind ? (pairs - behind - 1) / p.w.splits + 1 : 0;
-            t.tile = t.up ? first_tile : end_tile - 1;
-            t.head = t.up ? before : problem.g - 1 - behind;
+            t.tile = t.way == UP ? first_tile : end_tile - 1;
+            t.head = t.way == UP ? before : problem.g - 1 - behind;
             while (t.head < 0) { t.head += problem.g; t.tile--; }
             while (t.head >= problem.g) { t.head -= problem.g; t.tile++; }
         }
@@ -213,7 +227,7 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
                 mbarrier_wait(smem_address(&sm.dout_empty[r.stage]), r.parity ^ 1);
                 load_rows(&p.dout_map, sm.dout[r.stage], sm.delta[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q + BLOCK_Q, &sm.dout_full[r.stage], keep, head, row, batch);
                 r.advance();
-                at.next(p.w.splits, problem.g);
+                at.next(t, p.w.splits, problem.g);
             }
         }
         mbarrier_arrive(smem_address(&sm.task_free));
