@@ -1,7 +1,10 @@
 """How results are judged: the error rule (flashgqa/_bounds.py), hostile storage for inputs, guarded storage for results."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
+from hypothesis import given, settings
 
 from flashgqa._bounds import EPSILON as EPSILON_OF
 from flashgqa._bounds import Naive, accumulator, exact, judge, naive_backward, naive_forward, naive_weights
@@ -89,6 +92,20 @@ class Guarded:
         self.array[...] = np.nan
         assert self.memory.tobytes() == self.before, "memory outside the result was written"
         self.array[...] = result
+
+
+def fields_without_variety(cases, kind, examples):
+    """Names of the fields of a dataclass that have one value in all of so many examples of a strategy."""
+    seen = {field.name: set() for field in dataclasses.fields(kind)}
+
+    @given(case=cases)
+    @settings(max_examples=examples)
+    def collect(case):
+        for name, values in seen.items():
+            values.add(getattr(case, name))
+
+    collect()
+    return [name for name, values in seen.items() if len(values) < 2]
 
 
 def same_bits(a, b):

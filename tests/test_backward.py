@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from cases import EDGES, FLOATS, SMOKE, SWEEP, built, gradients
 from checking import DTYPES, assert_within, memory_bytes, same_bits
-from test_forward import FAR, sparse
+from test_forward import far_strides, sparse
 
 from flashgqa import reference
 
@@ -81,16 +81,10 @@ def test_gradients_that_no_input_asks_for_are_none(rng, backend):
     assert [x.shape for x in got[:3]] == [(2, 5, 8)] * 3
 
 
-@pytest.mark.parametrize("axis", ["batch", "head", "row", "backwards"])
-def test_elements_more_than_2_31_apart(axis, rng, backend):
+@far_strides
+def test_elements_more_than_2_31_apart(strides, rng, backend):
     """All inputs span more than 2^31 elements; float16 and strides in elements, as in the forward test."""
     b, h, s, d = 2, 3, 5, 24
-    strides = {
-        "batch": (FAR, 4096, 64, 1),
-        "head": (4096, FAR, 64, 1),
-        "row": (8192, 1024, FAR // 2, 1),
-        "backwards": (-FAR, -4096, -64, 1),
-    }[axis]
     q, k, v, dout = (rng.standard_normal((b, h, s, d)).astype(np.float16) for _ in range(4))
     bias = rng.standard_normal((b, h, s, s)).astype(np.float16)
     out, lse = backend.attention(q, k, v, bias=bias, return_lse=True)

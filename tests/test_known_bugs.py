@@ -11,7 +11,7 @@ import pytest
 from cases import EDGES, Case, build, built
 from checking import place, same_bits
 from test_backward import check_backward
-from test_forward import FAR, check_forward, sparse
+from test_forward import FAR_STRIDES, check_forward, far_strides, sparse
 
 import flashgqa
 
@@ -179,22 +179,16 @@ def test_each_tensor_in_memory_of_its_own(dtype, rng, backend):
 
 def test_weights_of_elements_more_than_2_31_apart(rng):
     q, k = (rng.standard_normal((2, 3, 5, 24)).astype(np.float16) for _ in range(2))
-    for strides in ((FAR, 4096, 64, 1), (4096, FAR, 64, 1), (8192, 1024, FAR // 2, 1), (-FAR, -4096, -64, 1)):
+    for strides in FAR_STRIDES.values():
         far = [sparse(x.shape, strides, np.float16) for x in (q, k)]
         far[0][...], far[1][...] = q, k
         for which in ({"rows": [0, 4]}, {"reduce": "keys"}):
             assert same_bits(flashgqa.attention_weights(*far, **which), flashgqa.attention_weights(q, k, **which))
 
 
-@pytest.mark.parametrize("axis", ["page", "head", "slot", "backwards"])
-def test_cache_slots_and_pages_more_than_2_31_elements_apart(axis, rng):
+@far_strides
+def test_cache_slots_and_pages_more_than_2_31_elements_apart(strides, rng):
     pages, hk, size, d = 5, 2, 4, 16
-    strides = {
-        "page": (FAR, 4096, 64, 1),
-        "head": (4096, FAR, 64, 1),
-        "slot": (8192, 1024, FAR // 2, 1),
-        "backwards": (-FAR, -512, -64, 1),
-    }[axis]
     q, new = rng.standard_normal((2, 4, 1, d)).astype(np.float16), rng.standard_normal((2, hk, 1, d)).astype(np.float16)
     plain = [rng.standard_normal((pages, hk, size, d)).astype(np.float16) for _ in range(2)]
     far = [sparse(x.shape, strides, np.float16) for x in plain]

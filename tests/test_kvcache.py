@@ -1,14 +1,23 @@
 """attention_with_kvcache against the oracle, against attention over all tokens at once, and bit by bit against itself."""
 
 import ast
-import dataclasses
 import doctest
 import inspect
 import pathlib
 
 import numpy as np
 import pytest
-from checking import DTYPES, EPSILON_OF, Guarded, assert_within, memory_of, naive_forward, place, same_bits
+from checking import (
+    DTYPES,
+    EPSILON_OF,
+    Guarded,
+    assert_within,
+    fields_without_variety,
+    memory_of,
+    naive_forward,
+    place,
+    same_bits,
+)
 from conftest import cache_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -103,17 +112,7 @@ def test_random_calls_within_the_error_rule(case, on):
 
 
 def test_random_calls_reach_every_field():
-    """Guards the strategy itself: over its examples each field of a CacheCase takes more than one value."""
-    seen = {field.name: set() for field in dataclasses.fields(CacheCase)}
-
-    @given(case=cache_cases())
-    @settings(max_examples=120)
-    def collect(case):
-        for name, values in seen.items():
-            values.add(getattr(case, name))
-
-    collect()
-    assert [name for name, values in seen.items() if len(values) < 2] == []
+    assert fields_without_variety(cache_cases(), CacheCase, 120) == []
 
 
 # ---- token by token ----
