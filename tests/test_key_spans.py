@@ -3,8 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from checking import assert_within, naive_forward
+from checking import assert_within, naive_forward, same_bits
+from conftest import cpu_isas
 
+import flashgqa
 from flashgqa import reference
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -88,3 +90,38 @@ def test_what_is_not_finite_stays_where_it_belongs(name, value, rng, backend):
     np.testing.assert_array_equal(np.isfinite(out), np.isfinite(expected))
     finite = np.isfinite(expected)
     np.testing.assert_allclose(out[finite], expected[finite], rtol=0.02, atol=0.02)
+
+
+# hk, sq, sk, d, dv and rows: so few that on tiles a KV head has one task, where those of sq have several.
+SHARED = [(isa, BF16, (3, 500, 700, 16, 24, 64)) for isa in cpu_isas()]
+SHARED += [("amx", np.float16, (32, 400, 260, 256, 256, 256))] if "amx" in cpu_isas() else []
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (100, 30)}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("isa, dtype, shape", SHARED, ids=str)
+def test_keys_packed_once_give_the_same_bits(isa, dtype, shape, options):
+    """Where a KV head has several tasks, its keys are packed for all of them at once; rows that see NaN and those that do not."""
+    hk, sq, sk, d, dv, rows = shape
+    q, k, v = inputs((hk, hk, sq, sk, d, dv), np.random.default_rng(3), 1.0, dtype)
+    k[:, 0, 13, 5], v[:, 1, sk // 2 + 1, 7], v[:, 1, sk - 1, 1] = np.nan, np.inf, np.nan
+    options = options | {"align": "top-left", "kernel": f"fwd_{isa}"}
+    tasks, one_each = (flashgqa.explain(x, k, v, **options)["tasks"] for x in (q, q[:, :, :rows]))
+    assert tasks > hk and (isa != "amx" or one_each == hk)
+    with np.errstate(all="ignore"):
+        out, lse = flashgqa.attention(q, k, v, return_lse=True, **options)
+        alone, lse_alone = flashgqa.attention(q[:, :, :rows], k, v, return_lse=True, **options)
+    assert same_bits(out[:, :, :rows], alone) and same_bits(lse[:, :, :rows], lse_alone)
+    assert np.isnan(alone).any() and np.isfinite(alone).any()
+
+
+@pytest.mark.parametrize("dtype", [BF16, np.float16], ids=str)
+def test_packed_sequences_share_keys(dtype, rng, backend):
+    """Spans of sequences of all lengths, empty ones among them, one after another."""
+    lengths = [300, 0, 1, 256, 257, 700, 31, 512]
+    ends = np.cumsum([0, *lengths]).astype(np.int32)
+    q, k, v = (rng.standard_normal((ends[-1], h, 32)).astype(dtype) for h in (4, 2, 2))
+    whole = backend.attention(q, k, v, cu_seqlens_q=ends, cu_seqlens_kv=ends, causal=True)
+    for begin, end in zip(ends[:-1], ends[1:], strict=True):
+        part = np.array([0, end - begin], np.int32)
+        alone = backend.attention(q[begin:end], k[begin:end], v[begin:end], cu_seqlens_q=part, cu_seqlens_kv=part, causal=True)
+        assert same_bits(whole[begin:end], alone) or backend.device != "cpu"

@@ -20,142 +20,11 @@
  */
 #ifndef FGQA_AMX_FWD_H
 #define FGQA_AMX_FWD_H
-#include "../core/workspace.h"
-#include "amx_panel.h"
+#include "amx_keys.h"
 
 #define AMX_LAZY ((real)8)
 #define SMALLEST_SCALE 0x1p-126f
-#define AMX_BLOCKS 2
-#define AMX_SPAN (AMX_BLOCKS * KEYS)
 #define BLOCK_KEYS AMX_SPAN      /* of fwd.c's loop */
-
-/* Numbers from high to low parts of a buffer of n numbers; 0: bfloat16, which has one part. */
-SIMD ptrdiff_t amx_low_of(const fgqa_problem *p, ptrdiff_t n) { return p->dtype == FGQA_BF16 ? 0 : n; }
-SIMD size_t amx_parts(const fgqa_problem *p) { return p->dtype == FGQA_BF16 ? 1 : 2; }
-
-/* A block of KEYS keys at `origin`, one of the AMX_BLOCKS of a span, which follow each other in k and alternate in v_t. */
-typedef struct {
-    bf16 *k;                  /* A: [two tiles of keys][step][2] */
-    bf16 *rows, *v;           /* rows of K, until they are packed, and of V */
-    bf16 *v_t, *v_t_clean;    /* A: [two tiles of columns][AMX_SPAN/AMX_DEPTH][2]; without the rows that hold a NaN or an infinity */
-    bf16 *p;                  /* B: [AMX_SPAN/AMX_DEPTH][nv], of the panel at hand */
-    ptrdiff_t k_low, rows_low, v_low, v_t_low, p_low;   /* from the high parts of each */
-    tile_bad_rows bad_keys;   /* of K, where there are two parts, counted from origin */
-    tile_bad_rows bad;        /* of V */
-    int32_t origin, searched, in_place;   /* in_place: v is not filled, the whole block lies in memory */
-} amx_keys;
-
-static void amx_keys_carve(amx_keys *keys, fgqa_arena *arena, const fgqa_problem *p)
-{
-    const size_t d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv), parts = amx_parts(p);
-    amx_keys all = {0};
-    all.k = fgqa_arena_take(arena, parts * AMX_SPAN * d, sizeof(bf16));
-    all.rows = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * d, sizeof(bf16));
-    all.v_t = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
-    all.v_t_clean = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
-    all.p = fgqa_arena_take(arena, parts * AMX_SPAN * PANEL, sizeof(bf16));
-    all.k_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)d);
-    all.rows_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)d);
-    all.v_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)dv);
-    all.v_t_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)dv);
-    all.p_low = amx_low_of(p, AMX_SPAN * PANEL);
-    for (int32_t n = 0; n < AMX_BLOCKS; n++) {
-        bf16 *const v = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * dv, sizeof(bf16));
-        if (!all.k) { continue; }
-        keys[n] = all;
-        keys[n].v = v;
-        keys[n].k += n * KEYS * (ptrdiff_t)d;
-        keys[n].v_t += n * AMX_PAIR(KEYS);
-        keys[n].v_t_clean += n * AMX_PAIR(KEYS);
-    }
-}
-
-/* Where row j of a block's K begins in such tiles; its next AMX_DEPTH columns two tiles on. */
-SIMD bf16 *amx_key_row(bf16 *to, int32_t j, int32_t ld)
-{
-    return to + (ptrdiff_t)(j / AMX_DEPTH) * AMX_DEPTH * ld + j / AMX_SIDE % 2 * AMX_TILE + j % AMX_SIDE * AMX_DEPTH;
-}
-
-static void amx_pack_key_rows(bf16 *to, const bf16 *rows, int32_t cols)
-{
-    const int32_t ld = AMX_PAD(cols);
-    for (int32_t j = 0; j < KEYS; j++, rows += ld) {
-        bf16 *const at = amx_key_row(to, j, ld);
-        for (int32_t c = 0; c < ld; c += AMX_DEPTH) { _mm512_store_si512(at + c / AMX_DEPTH * 2 * AMX_TILE, _mm512_load_si512(rows + c)); }
-    }
-}
-
-/* The same for keys [j0, j1) of one block of bfloat16 rows as they lie in memory. */
-static void amx_load_key_tiles(bf16 *to, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
-{
-    const int32_t ld = AMX_PAD(cols), s0 = (int32_t)t->seq.k_row + j0, s1 = s0 + j1 - j0;
-    const __mmask32 last = 0xFFFFFFFFu >> (ld - cols);
-    int32_t j = j0 % KEYS;
-    tile_page page = {0};
-    if (j1 - j0 < KEYS) { memset(to, 0, KEYS * (size_t)ld * sizeof(bf16)); }
-    for (int32_t s = s0; s < s1; s += page.rows) {
-        page = tile_page_at(t, view, s, s1);
-        const bf16 *row = (const bf16 *)(const void *)page.row;
-        for (int32_t n = 0; n < page.rows; n++, j++, row += view->stride_s) {
-            bf16 *const at = amx_key_row(to, j, ld);
-            for (int32_t c = 0; c < ld; c += AMX_DEPTH) {
-                _mm512_store_si512(at + c / AMX_DEPTH * 2 * AMX_TILE, _mm512_maskz_loadu_epi16(c + AMX_DEPTH < ld ? 0xFFFFFFFFu : last, row + c));
-            }
-        }
-    }
-}
-
-/* V^T of the rows of V, all parts. */
-static void amx_pack_values(const amx_keys *keys, bf16 *to, int32_t dv)
-{
-    amx_pack_keys(to, AMX_PAIR(AMX_SPAN), keys->v, AMX_PAD(dv), dv);
-    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, AMX_PAIR(AMX_SPAN), keys->v + keys->v_low, AMX_PAD(dv), dv); }
-}
-
-/* The block of V as it lies in memory, if it can be packed from there; else NULL. Rows 4 KB apart would evict each other. */
-static const bf16 *amx_values_in_place(const tile_sequence *t, const fgqa_view *v, int32_t j0, int32_t j1)
-{
-    const int32_t s0 = (int32_t)t->seq.k_row + j0;
-    const int whole = v->dtype == FGQA_BF16 && v->stride_d == 1 && t->p->dv % AMX_SIDE == 0 && v->stride_s % 1024 && j1 - j0 == KEYS;
-    const tile_page page = tile_page_at(t, v, s0, s0 + j1 - j0);
-    return whole && page.rows == KEYS ? (const bf16 *)(const void *)page.row : NULL;
-}
-
-/* Keys [j0, j1) of one block. */
-static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, int32_t j1)
-{
-    const fgqa_problem *p = t->p;
-    const fgqa_view *const k = &p->view[FGQA_ARG_k], *const v = &p->view[FGQA_ARG_v];
-    const bf16 *const in_place = amx_values_in_place(t, v, j0, j1);
-    keys->origin = j0 / KEYS * KEYS;
-    keys->searched = 0;
-    keys->in_place = in_place != NULL;
-    keys->bad_keys.count = 0;
-    if (k->dtype == FGQA_BF16 && k->stride_d == 1) {
-        amx_load_key_tiles(keys->k, t, k, j0, j1, p->d);
-    } else {
-        amx_load_keys(keys->rows, keys->rows_low, t, k, j0, j1, p->d);
-        if (keys->k_low) { amx_zero_bad_rows(&keys->bad_keys, keys->rows, keys->rows_low, p->d); }
-        amx_pack_key_rows(keys->k, keys->rows, p->d);
-        if (keys->k_low) { amx_pack_key_rows(keys->k + keys->k_low, keys->rows + keys->rows_low, p->d); }
-    }
-    if (in_place) {
-        amx_pack_keys(keys->v_t, AMX_PAIR(AMX_SPAN), in_place, v->stride_s, p->dv);
-    } else {
-        amx_load_keys(keys->v, keys->v_low, t, v, j0, j1, p->dv);
-        amx_pack_values(keys, keys->v_t, p->dv);
-    }
-}
-
-/* The block's bad rows of V, found when first asked for; then they are zeroed and the block is transposed again. */
-static int32_t amx_bad_values(amx_keys *keys, const tile_sequence *t)
-{
-    const int32_t dv = t->p->dv;
-    if (!keys->searched && keys->in_place) { amx_load_keys(keys->v, 0, t, &t->p->view[FGQA_ARG_v], keys->origin, keys->origin + KEYS, dv); }
-    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, keys->v_low, dv)) { amx_pack_values(keys, keys->v_t_clean, dv); }
-    keys->searched = 1;
-    return keys->bad.count;
-}
 
 /* ---- weights ---- */
 
@@ -273,7 +142,13 @@ static void amx_pack_weights(bf16 *p, ptrdiff_t low, const real *s, int32_t n, i
 }
 
 /* A panel and where its results grow. */
-typedef struct { const tile_panel *panel; const bf16 *q; ptrdiff_t q_low; int q_special; real *o, *m, *l; } amx_rows;   /* q_special: it is not finite */
+typedef struct {
+    const tile_panel *panel;
+    const bf16 *q;
+    ptrdiff_t q_low;
+    int q_special, *o_empty;  /* q is not finite; o has not been written yet */
+    real *o, *m, *l;
+} amx_rows;
 
 /* Scratch of tiles: s has AMX_DEPTH keys more than KEYS, a ring twice AMX_DEPTH. */
 typedef struct { real *s, *ring, *factor, *add, *rows; ireal *keep; } amx_scratch;
@@ -355,12 +230,18 @@ SIMD void amx_scores(const amx_rows *to, const tile_sequence *t, const amx_keys 
 static void amx_values(const amx_rows *to, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, int32_t first, int32_t n, const real *factor, int grown)
 {
     const ptrdiff_t nv = to->panel->nv, w = nv * VL;
-    for (int32_t c = 0; grown && c < t->p->dv; c++) {
+    const int add = !*to->o_empty;
+    for (int32_t c = 0; add && grown && c < t->p->dv; c++) {
         for (ptrdiff_t v = 0; v < w; v += VL) { v_store(to->o + c * w + v, v_load(to->o + c * w + v) * v_load(factor + v)); }
     }
     const amx_operand values = {v_t + AMX_PAIR(first), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(AMX_SPAN), AMX_DEPTH, keys->v_t_low, 0};
     const amx_operand weights = {keys->p, nv * AMX_TILE, AMX_TILE, 0, 0, keys->p_low, 0};
-    amx_product(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w);
+    if (add) {
+        amx_product(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w);
+    } else {
+        amx_product(0, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w);
+    }
+    *to->o_empty = 0;
 }
 
 /* A tile of any kind, one phase after the other. */

@@ -12,7 +12,6 @@
  * round of tasks combines them in the order of the parts. The parts follow from the shape of the sequence alone, so the
  * bits depend neither on the number of threads nor on the rest of the batch.
  */
-#include <math.h>
 #include "rotary.h"
 #include "threads.h"
 #include "tile.h"
@@ -22,6 +21,7 @@
 #else
 #define BLOCK_KEYS KEYS          /* of the loop */
 #endif
+#include "fwd_panel.h"
 
 /* Superblocks: enough tasks for 16 cores, within half of a 2 MB L2 (Q^T and O^T). */
 #define WANTED_TASKS 32
@@ -79,7 +79,8 @@ typedef struct {
     const real **k_list, **v_list;
 #if FGQA_AMX
     real *ring;               /* scores of two steps (amx_fwd.h) */
-    int *q_special;           /* [panel]: q has two parts and is not finite */
+    int *q_special, *o_empty; /* [panel]: q has two parts and is not finite; o has not been written */
+    const amx_shared *shared; /* or NULL: keys are packed by this task */
     amx_keys keys[AMX_BLOCKS];
 #endif
 } fwd_scratch;
@@ -108,6 +109,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
 #if FGQA_AMX
     scratch->ring = fgqa_arena_take(&arena, 2 * AMX_DEPTH * PANEL, sizeof(real));
     scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
+    scratch->o_empty = fgqa_arena_take(&arena, panels, sizeof(int));
     amx_keys_carve(scratch->keys, &arena, p);
 #endif
     return arena.used;
@@ -119,6 +121,12 @@ fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, voi
 static int64_t superblocks(const fgqa_plan *plan, const fgqa_problem *p)
 {
     return ((int64_t)p->sq * p->g + plan->block_q - 1) / plan->block_q;
+}
+
+static size_t partial_bytes(const fgqa_plan *plan, const fgqa_problem *p)
+{
+    const size_t parts = plan->splits > 1 ? (size_t)p->b * (size_t)p->hk * (size_t)plan->splits : 0;
+    return ROUND_UP(parts * partial_reals(p) * sizeof(real), FGQA_ALIGNMENT);
 }
 
 void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
@@ -143,55 +151,14 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->tasks = heads * superblocks(plan, p) * plan->splits;
     fwd_scratch unused;
     plan->scratch_bytes = carve(&unused, p, plan->block_q, NULL);
-    plan->workspace_bytes = plan->splits > 1 ? (size_t)(heads * plan->splits) * partial_reals(p) * sizeof(real) : 0;
+    plan->workspace_bytes = partial_bytes(plan, p);
+#if FGQA_AMX
+    if (superblocks(plan, p) > 1) { plan->workspace_bytes += amx_shared_bytes(p); }
+#endif
     plan->threads = tile_threads(plan, (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype));
 }
 
 /* ---- one tile ---- */
-
-/* p = 2^(s*scale - m) in place with the new running maximum m; l = l*factor + sum p, factor = 2^(m_old - m). */
-SIMD void softmax_strip(const int nv, real *s, int32_t n, real scale, real *m, real *l, real *factor)
-{
-    const int w = nv * VL;
-    vreal top[NV], shift[NV], sum[NV];
-    UNROLL(3)
-    for (int v = 0; v < nv; v++) { top[v] = v_set1(-REAL_INF); }
-    for (int32_t j = 0; j < n; j++) {
-        UNROLL(3)
-        for (int v = 0; v < nv; v++) { top[v] = v_max(v_load(s + j * w + v * VL), top[v]); }
-    }
-    UNROLL(3)
-    for (int v = 0; v < nv; v++) {
-        const vreal old = v_load(m + v * VL), now = v_max(top[v] * v_set1(scale), old);
-        top[v] = now;
-        shift[v] = v_select(m_eq(now, v_set1(-REAL_INF)), v_zero(), now);   /* nothing seen yet: 2^(-inf - 0) = 0 */
-        v_store(m + v * VL, now);
-        v_store(factor + v * VL, v_exp2(old - shift[v]));
-        sum[v] = v_zero();
-    }
-    tile_scale_huge(nv, s, n, &scale, top);
-    for (int32_t j = 0; j < n; j++) {
-        UNROLL(3)
-        for (int v = 0; v < nv; v++) {
-            const vreal p = v_exp2(v_load(s + j * w + v * VL) * v_set1(scale) - shift[v]);
-            sum[v] += p;
-            v_store(s + j * w + v * VL, p);
-        }
-    }
-    UNROLL(3)
-    for (int v = 0; v < nv; v++) { v_store(l + v * VL, v_load(l + v * VL) * v_load(factor + v * VL) + sum[v]); }
-}
-
-static void softmax_tile(int nv, real *s, int32_t n, real scale, real *m, real *l, real *factor)
-{
-    if (nv == 1) {
-        softmax_strip(1, s, n, scale, m, l, factor);
-    } else if (nv == 2) {
-        softmax_strip(2, s, n, scale, m, l, factor);
-    } else {
-        softmax_strip(NV, s, n, scale, m, l, factor);
-    }
-}
 
 /* The block of keys at hand. V is searched for bad rows when the first tile needs to know. */
 typedef struct {
@@ -206,6 +173,12 @@ SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *blo
 {
     const fgqa_problem *p = t->p;
 #if FGQA_AMX
+    if (!scratch->panel->few && scratch->shared) {
+        block->j0 = block->j0 / AMX_SPAN * AMX_SPAN;
+        block->j1 = t->seq.mask.sk - block->j0 < AMX_SPAN ? t->seq.mask.sk : block->j0 + AMX_SPAN;
+        amx_keys_use(scratch->keys, scratch->shared, t, block->j0, block->j1);
+        return;
+    }
     if (!scratch->panel->few) {
         for (int32_t j = block->j0, end; j < block->j1; j = end) {
             end = (j / KEYS + 1) * KEYS < block->j1 ? (j / KEYS + 1) * KEYS : block->j1;
@@ -273,6 +246,7 @@ SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
     }
     amx_pack_panel(packed_q(scratch, t, n), rows, panel, p->d);
     scratch->q_special[n] = 0;
+    scratch->o_empty[n] = 1;
     if (low) {
         amx_pack_panel(packed_q(scratch, t, n) + low, rows + low, panel, p->d);
         for (int32_t lane = 0; lane < panel->rows; lane++) { scratch->q_special[n] |= !amx_row_is_finite(rows + lane * ld, ld); }
@@ -373,7 +347,8 @@ static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t pan
 #if FGQA_AMX
         if (!scratch->panel[n].few) {
             const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(t->p, PANEL * (ptrdiff_t)AMX_PAD(t->p->d)), scratch->q_special[n],
-                                   scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv), scratch->m + n * PANEL, scratch->l + n * PANEL};
+                                   &scratch->o_empty[n], scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv), scratch->m + n * PANEL,
+                                   scratch->l + n * PANEL};
             amx_attend(&line, &tiles, t, &rows, scratch->keys, begin, end, block->j1);
             continue;
         }
@@ -385,56 +360,23 @@ static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t pan
 #endif
 }
 
-/* ---- results ---- */
-
-/* out and lse of a panel from its o (NULL: `rows` are that already, as [lane][columns]), m, l. Sink: one more logit in the denominator. */
-static void finish_panel(const tile_sequence *t, const tile_panel *panel, const real *o, const real *m, const real *l, real *rows)
+static void clear_o(const fwd_scratch *scratch, int32_t n, int32_t dv)
 {
-    const fgqa_problem *p = t->p;
-    const fgqa_view *out = &p->view[FGQA_ARG_out], *lse = &p->view[FGQA_ARG_lse];
-    const int32_t ld = columns(p->dv);
-    _Alignas(64) real factor[PANEL] = {0};
-    for (int32_t lane = 0; lane < panel->rows; lane++) {
-        const int64_t r = panel->r0 + lane;
-        double top = m[lane], sum = l[lane], weight = 1;
-        if (p->view[FGQA_ARG_sink].data) {
-            const double sink = (double)tile_head_value(t, FGQA_ARG_sink, r) * FGQA_LOG2E;
-            const double both = sink > top ? sink : top;
-            if (both > -INFINITY || sink != sink) {
-                weight = exp2(top - both);
-                sum = sum * weight + exp2(sink - both);
-                top = both;
-            }
-        }
-        if (lse->data) { tile_lse_store(t, lse, r, (real)(sum == 0 ? -INFINITY : top * FGQA_LN2 + log(sum))); }
-        factor[lane] = (real)(sum == 0 ? 0 : weight * fgqa_dropout_scale(p->dropout_threshold) / sum);
-    }
-    if (p->dv == 0) { return; }
-#if FGQA_AMX
-    if (o && amx_store_panel(t, panel, o, factor)) { return; }
-#endif
-    if (o) { tile_transpose_panel(rows, ld, o, panel->w, p->dv); }
-    for (int32_t lane = 0; lane < panel->rows; lane++) {
-        real *row = rows + (ptrdiff_t)lane * ld;
-        for (int32_t c = 0; c < p->dv; c++) { row[c] *= factor[lane]; }
-        row_store(tile_packed_row(t, out, panel->r0 + lane), out->dtype, out->stride_d, row, p->dv);
-    }
-}
-
-/* Query rows behind the end of their sequence, packed rows [r0, r1). */
-static void clear_rows(const tile_sequence *t, int64_t r0, int64_t r1, real *zero)
-{
-    const fgqa_view *out = &t->p->view[FGQA_ARG_out], *lse = &t->p->view[FGQA_ARG_lse];
-    memset(zero, 0, (size_t)t->p->dv * sizeof(real));
-    for (int64_t r = r0; r < r1; r++) {
-        if (t->p->dv) { row_store(tile_packed_row(t, out, r), out->dtype, out->stride_d, zero, t->p->dv); }
-        if (lse->data) { tile_lse_store(t, lse, r, -REAL_INF); }
-    }
+    const tile_panel *const panel = &scratch->panel[n];
+    memset(scratch->o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)((panel->few ? few_lanes(panel->rows) : panel->w) * dv) * sizeof(real));
 }
 
 /* ---- tasks ---- */
 
-typedef struct { const fgqa_plan *plan; const fgqa_problem *p; real *partial; } fwd_job;
+typedef struct {
+    const fgqa_plan *plan;
+    const fgqa_problem *p;
+    real *partial;
+    int64_t first, end;       /* heads of the tasks: KV head n % hk of sequence n / hk */
+#if FGQA_AMX
+    const amx_shared *shared;
+#endif
+} fwd_job;
 
 /* Where part n of a KV head keeps its results: m[lanes], l[lanes], then o[panel][dv][w]. */
 static real *partial_at(const fwd_job *job, int32_t b, int32_t kv_head, int32_t part)
@@ -447,20 +389,20 @@ typedef struct { int32_t b, kv_head, part; int64_t r0, r1; } fwd_place;
 static fwd_place task_place(const fwd_job *job, int64_t task)
 {
     const fgqa_problem *p = job->p;
-    const int64_t blocks = superblocks(job->plan, p);
+    const int64_t blocks = superblocks(job->plan, p), heads = job->end - job->first;
     fwd_place at;
-    int64_t block;
+    int64_t block, head = job->first;
     at.part = (int32_t)(task % job->plan->splits);
     task /= job->plan->splits;
     if (p->right != FGQA_UNBOUNDED) {   /* later rows see more keys: all heads' longest tasks first */
-        at.kv_head = (int32_t)(task % p->hk);
-        at.b = (int32_t)(task / p->hk % p->b);
-        block = blocks - 1 - task / p->hk / p->b;
+        head += task % heads;
+        block = blocks - 1 - task / heads;
     } else {
+        head += task / blocks;
         block = task % blocks;
-        at.kv_head = (int32_t)(task / blocks % p->hk);
-        at.b = (int32_t)(task / blocks / p->hk);
     }
+    at.kv_head = (int32_t)(head % p->hk);
+    at.b = (int32_t)(head / p->hk);
     at.r0 = block * job->plan->block_q;
     at.r1 = at.r0 + job->plan->block_q;
     if (at.r1 > (int64_t)p->sq * p->g) { at.r1 = (int64_t)p->sq * p->g; }
@@ -477,6 +419,9 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     const int64_t r1 = at.r1 < t.rows ? at.r1 : t.rows;
     fwd_scratch scratch;
     carve(&scratch, p, job->plan->block_q, worker->scratch);
+#if FGQA_AMX
+    scratch.shared = job->shared;
+#endif
     if (at.part == 0 && !p->varlen && at.r1 > t.rows) { clear_rows(&t, at.r0 > t.rows ? at.r0 : t.rows, at.r1, scratch.rows); }
     if (at.part >= parts.count || at.r0 >= r1) { return; }
 
@@ -494,7 +439,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         } else {
             pack_q(&scratch, &t, n);
         }
-        memset(scratch.o + (size_t)n * PANEL * (size_t)dv, 0, (size_t)((panel->few ? few_lanes(panel->rows) : panel->w) * dv) * sizeof(real));
+        if (!FGQA_AMX || panel->few) { clear_o(&scratch, n, dv); }
         for (int32_t lane = 0; lane < panel->w; lane++) {
             scratch.m[n * PANEL + lane] = -REAL_INF;
             scratch.l[n * PANEL + lane] = 0;
@@ -531,6 +476,9 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     const int32_t lanes = partial_lanes(p);
     for (int32_t n = 0; n < panels; n++) {
         const tile_panel *panel = &scratch.panel[n];
+#if FGQA_AMX
+        if (!panel->few && scratch.o_empty[n]) { clear_o(&scratch, n, dv); }
+#endif
         const real *o = scratch.o + (size_t)n * PANEL * (size_t)dv, *m = scratch.m + n * PANEL, *l = scratch.l + n * PANEL;
         if (!partial) {
             finish_panel(&t, panel, o, m, l, scratch.rows);
@@ -589,10 +537,36 @@ static void forward_on_tiles(void *context, int64_t task, const fgqa_worker *wor
 #define forward_on_tiles forward_task
 #endif
 
+#if FGQA_AMX
+/* All tasks, the keys of each wave of heads packed before them. */
+static fgqa_status run_waves(const fwd_job *all, char *spans, const fgqa_exec *exec)
+{
+    const fgqa_plan *const plan = all->plan;
+    const fgqa_problem *const p = all->p;
+    amx_shared shared = {.p = p, .spans = spans};
+    for (int64_t first = all->first, end; first < all->end; first = end) {
+        end = amx_wave_end(p, first);
+        shared.first = first;
+        fwd_job job = {plan, p, all->partial, first, end, &shared};
+        const int64_t wave = end - first;
+        FGQA_TRY(fgqa_parallel(amx_share_task, &shared, wave * amx_spans(p->sk), plan->threads, plan->scratch_bytes, exec));
+        FGQA_TRY(fgqa_parallel(forward_on_tiles, &job, wave * superblocks(plan, p) * plan->splits, plan->threads, plan->scratch_bytes, exec));
+    }
+    return FGQA_OK;
+}
+#endif
+
 fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
-    fwd_job job = {plan, p, workspace};
-    FGQA_TRY(fgqa_parallel(forward_on_tiles, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
+    fwd_job job = {.plan = plan, .p = p, .partial = workspace, .end = (int64_t)p->b * p->hk};
+#if FGQA_AMX
+    if (superblocks(plan, p) > 1) {
+        FGQA_TRY(run_waves(&job, (char *)workspace + partial_bytes(plan, p), exec));
+    } else
+#endif
+    {
+        FGQA_TRY(fgqa_parallel(forward_on_tiles, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
+    }
     if (plan->splits <= 1) { return FGQA_OK; }
     return fgqa_parallel(combine_task, &job, (int64_t)p->b * p->hk, plan->threads, plan->scratch_bytes, exec);
 }
