@@ -10,12 +10,13 @@ class Pool:
         shape = (pages, page_size, num_kv_heads) if layout == "bshd" else (pages, num_kv_heads, page_size)
         zeros = _zeros_of(library, dtype, device)
         self.k, self.v = (zeros((*shape, dim)) for dim in dims)
+        self.on_gpu = getattr(self.k, "is_cuda", False)
         self.references = numpy.zeros(pages, numpy.int64)
         self.page_bytes = (self.k.nbytes + self.v.nbytes) // max(pages, 1)
 
     def beside(self, numbers):
         """An array of the host where the pool is, without waiting for it."""
-        if numbers is None or isinstance(self.k, numpy.ndarray) or not self.k.is_cuda:
+        if numbers is None or not self.on_gpu:
             return numbers
         import torch
 

@@ -3,6 +3,8 @@
 All checks and all arithmetic are in ``flashgqa._C``. Letters as in `flashgqa.api`; a slot is the place of one key and value.
 """
 
+from contextlib import nullcontext
+from importlib import import_module
 from inspect import signature
 from operator import index
 
@@ -138,7 +140,7 @@ def attention_with_kvcache(
     True
     """
     cos, sin = _cos_sin(rotary, rotary_interleaved)
-    cache_lens = _lengths(q, cache_lens)
+    cache_lens = _lengths(q, cache_lens, stream)
     return _attention(
         q, k_cache, v_cache, k_new, v_new, cache_lens, new_lens, page_table, batch_index, left_pad, cos, sin, rotary_offsets,
         k_scale, v_scale, rotary_interleaved, return_lse, out,
@@ -177,11 +179,21 @@ def explain_with_kvcache(*tensors, **options):
     given.apply_defaults()
     values = {"align": "bottom-right", "dropout_p": 0.0, "deterministic": True} | given.arguments
     values["rotary_cos"], values["rotary_sin"] = _cos_sin(values["rotary"], values["rotary_interleaved"])
-    values["cache_lens"] = _lengths(values["q"], values["cache_lens"])
+    values["cache_lens"] = _lengths(values["q"], values["cache_lens"], values["stream"])
     return Plan(_C.explain_with_kvcache(*(values.get(name) for name in _ARGUMENTS + _C.OPTIONS)))
 
 
-def _lengths(q, given):
+def _in_order_of(stream, library, device):
+    """A context in which the library's own work for a call goes where the call does: to its stream."""
+    if stream is None:
+        return nullcontext()
+    cuda = import_module(library).cuda
+    if library == "cupy":
+        return cuda.ExternalStream(_C.stream_address(stream))
+    return cuda.stream(cuda.ExternalStream(_C.stream_address(stream), device))
+
+
+def _lengths(q, given, stream):
     """cache_lens; of an int, as many int32 as there are sequences, where q is (C says so if q is no array)."""
     if not hasattr(given, "__index__") or hasattr(given, "__dlpack__"):
         return given
@@ -192,11 +204,12 @@ def _lengths(q, given):
     if library == "torch" and q.is_cuda:
         import torch
 
-        return torch.full((count,), length, dtype=torch.int32, device=q.device)
+        with _in_order_of(stream, library, q.device):
+            return torch.full((count,), length, dtype=torch.int32, device=q.device)
     if library == "cupy":
         import cupy
 
-        with q.device:
+        with q.device, _in_order_of(stream, library, q.device):
             return cupy.full(count, length, cupy.int32)
     lengths = numpy.full(count, length, numpy.int32)
     if library in ("jax", "jaxlib") and next(iter(q.devices())).platform != "cpu":
@@ -315,11 +328,15 @@ class KVCache:
                 raise TypeError(f"{name} is {type(scale).__name__}: it must be a float32 array, [hk] or [b, hk]")
         self._lens = numpy.zeros(batch, numpy.int32)
         self._room = 0      # rows that each sequence can append, at least, to a page that it alone has
+        self._uploaded = None
         self._table = numpy.full((batch, columns), -1, numpy.int32)
 
     def __del__(self):
         if hasattr(self, "_table"):
             self._pool.add(self._table, -1)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_uploaded": None}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -381,29 +398,11 @@ class KVCache:
         """
         if not _ANSWERED.isdisjoint(options):
             raise TypeError(f"{sorted(_ANSWERED.intersection(options))[0]} is what the cache itself says: leave it out")
-        rows = _rows(k_new, self.layout)
-        if new_lens is None and self._has_room(rows):
-            result = self._attend(q, k_new, v_new, None, self._table, options)
-            self._room -= rows
-            self._lens = self._lens + numpy.int32(rows)
-            return result
-        if new_lens is not None:
-            new_lens = self._per_sequence("new_lens", new_lens)
-        added = self._added(rows, new_lens)
-        table, old, taken = self._grow(added)
-        try:
-            for pool in (self.k, self.v):
-                for page, shared in zip(taken.tolist(), old.tolist(), strict=True):
-                    if shared >= 0:
-                        pool[page] = pool[shared]
-            result = self._attend(q, k_new, v_new, new_lens, table, options)
-        except BaseException:
-            self._pool.add(taken, -1)
-            raise
-        self._pool.add(old, -1)
-        self._table = table
-        self._lens, self._room = self._lens + added, 0
-        return result
+        stream = options.get("stream") if self._pool.on_gpu else None
+        if stream is None:
+            return self._append_and_attend(q, k_new, v_new, new_lens, options)
+        with _in_order_of(stream, "torch", self.k.device):
+            return self._append_and_attend(q, k_new, v_new, new_lens, options)
 
     def append(self, k_new, v_new, *, new_lens=None, **options):
         """Append without attending. ``options``: rotary, rotary_interleaved, rotary_offsets."""
@@ -479,12 +478,48 @@ class KVCache:
     def _scales_of(self, sequences):
         return {name: x if x is None or x.ndim == 1 else x[sequences] for name, x in self._scales.items()}
 
+    def _append_and_attend(self, q, k_new, v_new, new_lens, options):
+        rows = _rows(k_new, self.layout)
+        if new_lens is None and self._has_room(rows):
+            result = self._attend(q, k_new, v_new, None, self._table, options)
+            self._room -= rows
+            self._lens = self._lens + numpy.int32(rows)
+            return result
+        if new_lens is not None:
+            new_lens = self._per_sequence("new_lens", new_lens)
+        added = self._added(rows, new_lens)
+        table, old, taken = self._grow(added)
+        try:
+            for pool in (self.k, self.v):
+                for page, shared in zip(taken.tolist(), old.tolist(), strict=True):
+                    if shared >= 0:
+                        pool[page] = pool[shared]
+            result = self._attend(q, k_new, v_new, new_lens, table, options)
+        except BaseException:
+            self._pool.add(taken, -1)
+            raise
+        self._pool.add(old, -1)
+        self._table = table
+        self._lens, self._room = self._lens + added, 0
+        return result
+
     def _attend(self, q, k_new, v_new, new_lens, table, options):
         pool = self._pool
         return attention_with_kvcache(
             q, pool.k, pool.v, k_new, v_new, cache_lens=pool.beside(self._lens), new_lens=pool.beside(new_lens),
-            page_table=pool.beside(table), layout=self.layout, **self._scales, **options,
+            page_table=self._near(table), layout=self.layout, **self._scales, **options,
         )  # fmt: skip
+
+    def _near(self, table):
+        """The table where the pool is. On a GPU it stays there from call to call while neither it nor the stream changes."""
+        if not self._pool.on_gpu:
+            return table
+        import torch
+
+        stream = torch.cuda.current_stream(self.k.device)
+        if self._uploaded is None or self._uploaded[0] is not table or self._uploaded[1] != stream:
+            self._uploaded = table, stream, self._pool.beside(table)
+        return self._uploaded[2]
 
     def _added(self, rows, new_lens):
         """int32 [batch]: how many rows each sequence appends."""

@@ -297,6 +297,40 @@ def test_jax_reads_but_does_not_write():
         flashgqa.attention_with_kvcache(*(arrays[name] for name in "qKVkv"), **given)
 
 
+@pytest.mark.parametrize("kind", ["torch", "address"])
+def test_lengths_and_tables_of_the_host_go_the_way_of_the_given_stream(kind):
+    """The current stream is busy: whatever waited for it would come too late."""
+    caches = [flashgqa.KVCache(2, HK, 16, capacity=40, page_size=4, library="torch", device=d) for d in ("cpu", DEVICE)]
+    tokens = [[torch.randn(2, h, 3, 16) for h in (2 * HK, HK, HK)] for _ in range(4)]
+    near = [[x.to(DEVICE) for x in each] for each in tokens]
+    slots = [torch.randn(2, HK, 40, 16) for _ in range(2)]
+    near_slots = [x.to(DEVICE) for x in slots]
+    side = torch.cuda.Stream()
+    given = side if kind == "torch" else side.cuda_stream
+    junk = [torch.full((n,), 10**9, dtype=torch.int32, device=DEVICE) for n in (2, 20) for _ in range(8)]
+    del junk                                        # what new memory of the current stream holds
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)
+    got = []
+    for n, each in enumerate(near):
+        if n == 2:
+            fork = caches[1].fork()
+        got.append(caches[1].attention(*each, causal=True, stream=given))
+    got.append(fork.attention(*near[0], causal=True, stream=given))
+    got.append(flashgqa.attention_with_kvcache(near[0][0], *near_slots, cache_lens=17, stream=given))
+    side.synchronize()
+    got = [x.cpu() for x in got]
+    wanted = []
+    for n, each in enumerate(tokens):
+        if n == 2:
+            fork = caches[0].fork()
+        wanted.append(caches[0].attention(*each, causal=True))
+    wanted.append(fork.attention(*tokens[0], causal=True))
+    wanted.append(flashgqa.attention_with_kvcache(tokens[0][0], *slots, cache_lens=17))
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float8_e4m3"])
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_kvcache_leads_the_life_of_one_on_the_cpu(dtype, layout):

@@ -16,6 +16,9 @@ PyObject *fgqa_py_keyword_attention(PyObject *module, PyObject *const *args, Py_
 PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_explain_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
 
+/* place.c */
+PyObject *fgqa_py_stream_address(PyObject *module, PyObject *object);
+
 /* tools.c */
 PyObject *fgqa_py_merge(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_dropout_mask(PyObject *module, PyObject *const *args, Py_ssize_t n);

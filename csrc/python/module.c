@@ -31,6 +31,7 @@ static PyMethodDef methods[] = {
     {"kernels", fgqa_py_kernels, METH_NOARGS, "kernels() -> [(name, pass, device)]"},
     {"cuda_kernels", fgqa_py_cuda_kernels, METH_NOARGS, "cuda_kernels() -> [(name, pass, reason or None, bytes of shared memory)]"},
     {"cuda_warmup", fgqa_py_cuda_warmup, METH_O, "cuda_warmup(device, /): loads and runs every kernel of a CUDA device"},
+    {"stream_address", fgqa_py_stream_address, METH_O, "stream_address(stream, /) -> int: of what stream= may be"},
     {"build_info", fgqa_py_build_info, METH_NOARGS, "build_info() -> dict"},
     {"set_num_threads", fgqa_py_set_num_threads, METH_O, 
      "set_num_threads(n, /)\n--\n\nMost threads that a call may use, the calling one included: 1 or more, or None for the default "

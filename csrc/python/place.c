@@ -2,6 +2,7 @@
 #include "place.h"
 
 #include "../cuda/device.h"
+#include "call.h"
 
 void fgqa_place_begin(fgqa_place *place, PyObject *given)
 {
@@ -68,6 +69,14 @@ static int read_stream(PyObject *object, void **stream)
     const int failed = read_handle(number, object, stream);
     Py_XDECREF(number);
     return failed;
+}
+
+/* stream_address(stream): what stream= of a call may be -> int */
+PyObject *fgqa_py_stream_address(PyObject *module, PyObject *object)
+{
+    void *stream;
+    (void)module;
+    return read_stream(object, &stream) < 0 ? NULL : PyLong_FromVoidPtr(stream);
 }
 
 /* attribute of module.function(argument), an integer */
