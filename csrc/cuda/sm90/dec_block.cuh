@@ -21,11 +21,16 @@
 #include "dec_produce.cuh"
 
 static constexpr int START = 8, FETCHED = 12;
+
+/* Bytes under way to an SM: as many as keep the memory busy. Whatever else is loaded waits for all of them, instructions too. */
+static constexpr int IN_FLIGHT = 64 << 10;
 static_assert(FGQA_WARPS == CONSUMERS + 2, "kernels.def: consumers, a producer and a helper");
 
 /* PLAIN: all sequences have one length, and there are no pages. That much less code lies before the first copy. */
 template <bool PLAIN, class Shared> static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, const dec_segment &first, int lane)
 {
+    constexpr int LANES = 2 * Shared::STREAMS, WINDOW = LANES * TILE_BYTES < IN_FLIGHT ? IN_FLIGHT / (LANES * TILE_BYTES) : 1;      /* copies of a lane */
+    static_assert(WINDOW <= Shared::STAGES, "kernels.def: the ring holds what is under way");
     const int stream = lane / 2 % Shared::STREAMS, kv = lane % 2;
     const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, PLAIN ? CHUNK_BYTES : p.chunk_pitch, createpolicy_evict_first()};
     const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
@@ -36,7 +41,8 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
     bool q_is_behind = Shared::Q_FIRST;         /* a stage goes before q, the others after it: q is there when the first stage is */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
-        if (walk.valid() && mbarrier_test(empty + 16 * stage, parity)) {
+        const int behind = stage >= WINDOW ? stage - WINDOW : stage + Shared::STAGES - WINDOW;
+        if (walk.valid() && mbarrier_test(full + 16 * behind, parity ^ (stage >= WINDOW)) && mbarrier_test(empty + 16 * stage, parity)) {
             const uint32_t bar = full + 16 * stage, tile = ring + 2 * TILE_BYTES * stage;
             const int32_t slot = walk.slot(), kv_head = p.by_row_blocks(walk.segment.h);
             int32_t page[PIECES];
@@ -86,7 +92,7 @@ template <class Shared, class Fetch> static __device__ __forceinline__ bool begi
 template <class Shared> static __device__ __forceinline__ bool open_block(const dec_params &p, Shared &mem)
 {
     const int warp = (int)thread_index() / 32, lane = (int)thread_index() % 32;
-    if (warp == CONSUMERS) {
+    if (__builtin_expect(warp == CONSUMERS, 1)) {       /* its code comes first: all else waits for its copies */
         if (lane < 2) { prefetch_tensormap(lane ? &p.v_map : &p.k_map); }
         if (lane == 0) {                        /* one lane: the instruction takes one address, and lanes would take turns */
 #pragma unroll
@@ -98,7 +104,7 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
         __syncwarp();
         fence_mbarrier_init();
         barrier_arrive(START, THREADS);
-        if (p.uniform && !p.table) {
+        if (__builtin_expect(p.plain, 1)) {
             produce<true>(p, mem, first_segment_early<true>(p), lane);
         } else {
             produce<false>(p, mem, first_segment_early<false>(p), lane);

@@ -34,13 +34,14 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->uniform = fgqa_dec_is_uniform(problem);
     p->span = fgqa_dec_span_of(&mask, 0, GRANULE);
     p->blocks_aligned = aligned_blocks(pairs, p->layout.blocks);
-    const int32_t units = units_of(*p, p->span.count);
-    p->by_units = fast_div_make(units);
+    p->units = units_of(*p, p->span.count);
+    p->by_units = fast_div_make(p->units);
     p->by_heads = fast_div_make(p->layout.heads);
     p->by_row_blocks = fast_div_make(p->layout.row_blocks);
     p->by_page_size = fast_div_make(problem->cache.page_size);
-    p->split = split_of(*p, p->uniform ? (int32_t)pairs * units : 1, true);
+    p->split = split_of(*p, p->uniform ? (int32_t)pairs * p->units : 1, true);
     p->table = problem->cache.table;
+    p->plain = p->uniform && !p->table;
     p->page_size = problem->cache.page_size;
     p->pieces = has_pieces(problem->cache);
     p->chunk_pitch = p->pieces && deep_pieces ? PIECE * 128 : CHUNK_BYTES;

@@ -38,11 +38,14 @@ struct work_split {
 
 /* What the first copy waits for comes first: each line of the constant cache is a miss of its own. */
 struct dec_params {
-    int32_t uniform;                /* all sequences have the span and the split below */
+    int32_t plain;                  /* uniform, and no table */
     work_split split;
     fgqa_dec_span span;
-    fast_div by_units, by_heads, by_row_blocks, by_page_size;
+    fast_div by_units, by_heads, by_row_blocks;
+    int32_t units;                  /* of a pair, where they are equal */
+    int32_t uniform;                /* all sequences have the span and the split above */
     fgqa_dec_layout layout;
+    fast_div by_page_size;
     const int32_t *table;
     int32_t page_size, pieces;      /* whether copies are of pieces */
     int32_t chunk_pitch, piece_pitch;   /* of a tile: bytes from one chunk, from one 16 keys to the next */
@@ -91,8 +94,8 @@ static __host__ __device__ __forceinline__ work_split split_of(const dec_params 
 
 static __device__ __forceinline__ dec_place place_of_pair(const dec_params &p, int32_t pair)
 {
-    const int32_t b = p.by_heads(pair), units = units_of(p, p.span.count);
-    const dec_place at = {b, pair - b * p.layout.heads, units, pair * units, p.span};
+    const int32_t b = p.by_heads(pair);
+    const dec_place at = {b, pair - b * p.layout.heads, p.units, pair * p.units, p.span};
     return at;
 }
 

@@ -87,22 +87,35 @@ static __device__ __forceinline__ int pair_column(int k, int half, int lane)
 }
 static __device__ __forceinline__ int out_column(int k, int half, int lane) { return 16 * k + (FLOAT8 ? 2 * (lane / 4) + half : 8 * half + lane / 4); }
 
-/* B fragments of Q^T. Called a segment ahead: behind the K/V stream of all SMs a load takes 4 to 5 us. */
-static __device__ __forceinline__ void load_q(const dec_params &p, int32_t b, const pair_rows &rows, uint32_t (&q)[K_STEPS][2])
-{
-    const fgqa_problem &problem = p.common.problem;
-    const int lane = (int)thread_index() % 32, local = lane / 4;
-    const bool exists = local < rows.valid;
-    const char *row = exists ? fgqa_row_address(problem.view[FGQA_ARG_q], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local)) : NULL;
-#pragma unroll
-    for (int k = 0; k < K_STEPS; k++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int column = pair_column(k, half, lane);
-            q[k][half] = exists && column < problem.d ? *(const uint32_t *)(row + 2 * column) : 0;
+/* Q of a pair, of each thread 16 bytes, zero where there is none. Fetched a segment ahead: the stream of all SMs is before a load. */
+struct q_piece {
+    static constexpr int OF_ROW = D / 8, PITCH = 2 * D + 16;        /* rows of a fragment fall on different banks */
+    uint4 piece;
+
+    __device__ __forceinline__ void fetch(const dec_params &p, int32_t b, const pair_rows &rows)
+    {
+        const fgqa_problem &problem = p.common.problem;
+        const int local = (int)thread_index() / OF_ROW, column = (int)thread_index() % OF_ROW * 8;
+        piece = make_uint4(0, 0, 0, 0);
+        if (local < rows.valid && column < problem.d) {
+            piece = *(const uint4 *)(fgqa_row_address(problem.view[FGQA_ARG_q], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local))
+                                     + 2 * column);
         }
     }
-}
+    /* -> B fragments of Q^T, through `room`. */
+    __device__ __forceinline__ void place(const dec_actor &actor, char *room, uint32_t (&q)[K_STEPS][2]) const
+    {
+        const int lane = (int)thread_index() % 32;
+        if (actor.thread < BLOCK_Q * OF_ROW && !actor.rehearsal) { *(uint4 *)(room + actor.thread / OF_ROW * PITCH + actor.thread % OF_ROW * 16) = piece; }
+        actor.sync();
+#pragma unroll
+        for (int k = 0; k < K_STEPS; k++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) { q[k][half] = actor.read(*(const uint32_t *)(room + lane / 4 * PITCH + 2 * pair_column(k, half, lane))); }
+        }
+        actor.sync();                           /* the room is free again */
+    }
+};
 
 /* s = K Q^T of 16 keys, as two chains of dependent mma. k_lane: this lane's row for ldmatrix at step 0. */
 static __device__ __forceinline__ void scores(reader tile, uint32_t k_lane, const uint32_t (&q)[K_STEPS][2], float (&s)[4])
@@ -251,13 +264,13 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
     const int lane = (int)thread_index() % 32, warp = actor.thread / 32, stream = warp / shared::READERS, part = warp % shared::READERS;
     dec_segment segment;
     pair_rows rows = {}, rows_next;
-    uint32_t q_next[K_STEPS][2] = {};
+    q_piece q_next;
     chain_row chain[2] = {};                    /* of the lane's two rows */
     float slope_next[2] = {};
     float8_scales scales, scales_next = {1.0f, 1.0f};
     const auto fetch = [&](const dec_segment &first) {
         rows = pair_rows_of(p, first.h);
-        load_q(p, first.b, rows, q_next);
+        q_next.fetch(p, first.b, rows);
 #pragma unroll
         for (int c = 0; c < 2; c++) { slope_next[c] = slope_of(p, first.b, rows, 2 * (lane % 4) + c); }
         if (FLOAT8) { scales_next.fetch(p, first.b, rows.kv_head); }
@@ -280,15 +293,21 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
     for (int segments = 0; segment.valid(); segments++) {
         dec_segment next = segment;
         next.next(p, &mem.schedule);
+        const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
+        const fgqa_mask rule = mask_of(p, sequence);
+        const pair_slots slots = pair_slots_of(rule, sequence, rows);
+        tile_mask mask = {0, slots.seen, {slots_of_row(rule, sequence, rows, 2 * (lane % 4)), slots_of_row(rule, sequence, rows, 2 * (lane % 4) + 1)}};
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+            chain[c].slope = slope_next[c];
+            chain[c].diagonal = diagonal_of(rule, sequence, rows, 2 * (lane % 4) + c);
+        }
         uint32_t q[K_STEPS][2];
-#pragma unroll
-        for (int k = 0; k < K_STEPS; k++) { q[k][0] = q_next[k][0], q[k][1] = q_next[k][1]; }
+        q_next.place(actor, (char *)mem.merge, q);
         scales = scales_next;
-#pragma unroll
-        for (int c = 0; c < 2; c++) { chain[c].slope = slope_next[c]; }
         if (next.valid()) {
             rows_next = pair_rows_of(p, next.h);
-            load_q(p, next.b, rows_next, q_next);
+            q_next.fetch(p, next.b, rows_next);
 #pragma unroll
             for (int c = 0; c < 2; c++) { slope_next[c] = slope_of(p, next.b, rows_next, 2 * (lane % 4) + c); }
             if (FLOAT8) { scales_next.fetch(p, next.b, rows_next.kv_head); }
@@ -300,12 +319,6 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
             for (int c = 0; c < 2; c++) { unit[c] = __shfl_sync(0xFFFFFFFFu, power, 4 * (2 * (lane % 4) + c)); }
         }
         state st = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
-        const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
-        const fgqa_mask rule = mask_of(p, sequence);
-        const pair_slots slots = pair_slots_of(rule, sequence, rows);
-        tile_mask mask = {0, slots.seen, {slots_of_row(rule, sequence, rows, 2 * (lane % 4)), slots_of_row(rule, sequence, rows, 2 * (lane % 4) + 1)}};
-#pragma unroll
-        for (int c = 0; c < 2; c++) { chain[c].diagonal = diagonal_of(rule, sequence, rows, 2 * (lane % 4) + c); }
         for (int32_t g = segment.g0 + stream; g < segment.g1 && !actor.rehearsal; g += shared::STREAMS) {
             const int offset = 2 * TILE_BYTES * stage;
             mask.first = (segment.span.first + g) * GRANULE + PIECE * part;
