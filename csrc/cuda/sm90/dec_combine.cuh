@@ -2,10 +2,13 @@
  *
  *     m = max_j m_j,  l = sum_j l_j 2^(c (m_j - m)),  o = sum_j o_j 2^(c (m_j - m)) / l
  *
+ * An item is ITEM outputs of one row that a thread has side by side; eight of them, 128 bytes, are what a warp reads at a time. What comes
+ * here comes once a launch and has all wait for it: its time is that of its instructions, one after the other.
+ *
  * The order of a sum is that of the parts: same split, same bits. Who merges a pair of several blocks:
  *
  *     in place    the blocks themselves. Each counts itself on the pair's counter when its record is written, waits until all
- *                 have, and does its share of the slices. All blocks are resident: the launch is cooperative. The last one to
+ *                 have, and does its share of the items. All blocks are resident: the launch is cooperative. The last one to
  *                 count leaves 0 behind. Who has two such pairs counts on both before it waits for one.
  *     at once     the block that has all chunks of a pair, with batch_invariant.
  *     afterwards  a second kernel, where there is no counter.
@@ -18,16 +21,20 @@
 #include "dec_ptx.cuh"
 #include "dec_split.cuh"
 
-static constexpr int SLICES = DV / FGQA_DEC_SLICE, CONSUMERS = 8, THREADS = 32 * FGQA_WARPS, COMBINE_BARRIER = 2 /* and 3 */, SHARES = 9, REHEARSAL = 15;
+static constexpr int ITEM = BLOCK_Q > 8 ? DV / 32 : 4, ITEMS_OF_ROW = DV / ITEM, CONSUMERS = 8, THREADS = 32 * FGQA_WARPS, COMBINE_BARRIER = 2 /* and 3 */, SHARES = 9, REHEARSAL = 15;
 static_assert(D == DV && D % 64 == 0, "kernels.def: one tile form for K and V, of 64-column chunks");
 
-struct dec_partial { float m, l, o[4]; };       /* 4 outputs of a row */
+struct dec_partial { float m, l, o[ITEM]; };
 
 static __device__ __forceinline__ dec_partial empty_partial()
 {
-    const dec_partial none = {-INFINITY, 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+    const dec_partial none = {-INFINITY, 0.0f, {}};
     return none;
 }
+
+/* The kernel's: row of an item, and column of its output e. */
+static __device__ __forceinline__ int item_row(int item);
+static __device__ __forceinline__ int item_column(int item, int e);
 
 /* Over the 4 planes of a warp, lanes of equal lane % 8. */
 static __device__ __forceinline__ void merge_planes(dec_partial &a, float scale_log2)
@@ -39,12 +46,12 @@ static __device__ __forceinline__ void merge_planes(dec_partial &a, float scale_
     a.m = m;
     a.l *= weight;
 #pragma unroll
-    for (int e = 0; e < 4; e++) { a.o[e] *= weight; }
+    for (int e = 0; e < ITEM; e++) { a.o[e] *= weight; }
 #pragma unroll
     for (int d = 8; d < 32; d *= 2) {
         a.l += __shfl_xor_sync(0xFFFFFFFFu, a.l, d);
 #pragma unroll
-        for (int e = 0; e < 4; e++) { a.o[e] += __shfl_xor_sync(0xFFFFFFFFu, a.o[e], d); }
+        for (int e = 0; e < ITEM; e++) { a.o[e] += __shfl_xor_sync(0xFFFFFFFFu, a.o[e], d); }
     }
 }
 
@@ -59,112 +66,133 @@ template <int N> static __device__ __forceinline__ void merge_batch(dec_partial 
     sum.m = m;
     sum.l *= weight;
 #pragma unroll
-    for (int e = 0; e < 4; e++) { sum.o[e] *= weight; }
+    for (int e = 0; e < ITEM; e++) { sum.o[e] *= weight; }
 #pragma unroll
     for (int n = 0; n < N; n++) {
         weight = ex2((part[n].m - base) * scale_log2);
         sum.l += part[n].l * weight;
 #pragma unroll
-        for (int e = 0; e < 4; e++) { sum.o[e] += part[n].o[e] * weight; }
+        for (int e = 0; e < ITEM; e++) { sum.o[e] += part[n].o[e] * weight; }
     }
 }
 
-/* What the sums of row `local` of a pair are to be multiplied with; also its LSE. */
-static __device__ __forceinline__ float finish_row(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, float m, float l, float *lse)
+/* What the sums of row `local` of a pair are to be multiplied with. Its LSE, too, if `owner`. */
+static __device__ __forceinline__ float finish_row(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, float m, float l, bool owner)
 {
     const fgqa_problem &problem = p.common.problem;
     const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
-    return softmax_finish(m * p.unit, l, sink_logit(problem, b, h, i >= sq), lse);
-}
-
-/* Four outputs of row `local` of a pair, from `column` on, as the result. */
-static __device__ __forceinline__ void store_output(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
-                                                    const dec_partial &a, bool rehearsal = false)
-{
-    const fgqa_problem &problem = p.common.problem;
-    const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
+    const float sink = sink_logit(problem, b, h, i >= sq);
     float lse;
-    const float scale = finish_row(p, b, rows, sq, local, a.m, a.l, &lse);
-    if (column < problem.dv && !rehearsal) {
-        const uint2 pairs = {pack2(a.o[0] * scale, a.o[1] * scale, T()), pack2(a.o[2] * scale, a.o[3] * scale, T())};
-        *(uint2 *)(fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, h, i) + column * (int)sizeof(T)) = pairs;
+    if (owner && problem.view[FGQA_ARG_lse].data) {
+        softmax_finish(m * p.unit, l, sink, &lse);
+        store_lse(problem, b, h, i, lse);
     }
-    if (column == 0 && !rehearsal) { store_lse(problem, b, h, i, lse); }
+    return softmax_finish(m * p.unit, l, sink, &lse);
 }
 
-static __device__ __forceinline__ float *record_of(const dec_params &p, int64_t record, int32_t local, int slice)
+static __device__ __forceinline__ char *row_of_out(const dec_params &p, int32_t b, const pair_rows &rows, int32_t local)
 {
-    return p.layout.record + ((record * p.layout.rows + local) * SLICES + slice) * FGQA_DEC_RECORD;
+    const fgqa_problem &problem = p.common.problem;
+    return fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local));
 }
 
-/* Four outputs of a row of a finished segment: the result where record < 0, else a part of it. */
-static __device__ __forceinline__ void store_segment(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, int column,
-                                                     int64_t record, const dec_partial &a, bool rehearsal)
+/* One item as the result. */
+static __device__ __forceinline__ void store_output(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int item, const dec_partial &a,
+                                                    bool rehearsal)
 {
-    if (record < 0) {
-        store_output(p, b, rows, sq, local, column, a, rehearsal);
-        return;
+    constexpr int RUN = BLOCK_Q == 8 ? 4 : FLOAT8 ? 2 : 1;      /* outputs that are neighbours */
+    const int local = item_row(item);
+    const float scale = finish_row(p, b, rows, sq, local, a.m, a.l, item_column(item, 0) == 0 && !rehearsal);
+    char *const row = row_of_out(p, b, rows, local);
+#pragma unroll
+    for (int e = 0; e < ITEM; e += RUN) {
+        const int column = item_column(item, e);
+        if (column >= p.common.problem.dv || rehearsal) { continue; }
+        if constexpr (RUN == 4) {
+            *(uint2 *)(row + 2 * column) = make_uint2(pack2(a.o[e] * scale, a.o[e + 1] * scale, T()), pack2(a.o[e + 2] * scale, a.o[e + 3] * scale, T()));
+        } else if constexpr (RUN == 2) {
+            *(uint32_t *)(row + 2 * column) = pack2(a.o[e] * scale, a.o[e + 1] * scale, T());
+        } else {
+            *(uint16_t *)(row + 2 * column) = (uint16_t)pack2(a.o[e] * scale, 0.0f, T());
+        }
     }
-    if (rehearsal) { return; }
-    float *to = record_of(p, record, local, column / FGQA_DEC_SLICE);
-    const int at = column % FGQA_DEC_SLICE;
-    *(float4 *)(to + at) = make_float4(a.o[0], a.o[1], a.o[2], a.o[3]);
-    if (at == 0) { *(float2 *)(to + FGQA_DEC_SLICE) = make_float2(a.m, a.l); }
 }
 
-/* By `warps` warps (a power of two) of which this is number `warp`. A lane has 4 columns of a slice, quad lane % 8.
- *   few parts:  a lane takes all of them; a warp has 4 slices in hand.
+/* A record: items, then m and l of each row. */
+static __device__ __forceinline__ int32_t record_floats(const dec_params &p) { return p.layout.tile_rows * (DV + 2); }
+static __device__ __forceinline__ float *record_of(const dec_params &p, int64_t record) { return p.layout.record + record * record_floats(p); }
+static __device__ __forceinline__ float2 *sums_of_record(const dec_params &p, float *record) { return (float2 *)(record + p.layout.tile_rows * DV); }
+
+/* Of another block's record, once it is released; `part` stays as it is where there is none. */
+static __device__ __forceinline__ void load_part(dec_partial &part, const float *o, const float *ml, bool there)
+{
+    if constexpr (ITEM == 4) {
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %7, 0;\n\t@p ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%6];\n\t"
+                     "@p ld.relaxed.gpu.global.v2.f32 {%4, %5}, [%8];\n\t}"
+                     : "+f"(part.o[0]), "+f"(part.o[1]), "+f"(part.o[2]), "+f"(part.o[3]), "+f"(part.m), "+f"(part.l)
+                     : "l"(o), "r"((uint32_t)there), "l"(ml) : "memory");
+    } else {
+        asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %5, 0;\n\t@p ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%4];\n\t"
+                     "@p ld.relaxed.gpu.global.v2.f32 {%2, %3}, [%6];\n\t}"
+                     : "+f"(part.o[0]), "+f"(part.o[1]), "+f"(part.m), "+f"(part.l) : "l"(o), "r"((uint32_t)there), "l"(ml) : "memory");
+    }
+}
+
+/* By `warps` warps (a power of two) of which this is number `warp`. A lane has an item of a group of eight, item lane % 8.
+ *   few parts:  a lane takes all of them; a warp has 4 groups in hand.
  *   many parts: a lane takes parts plane, plane + planes, ...; planes merge inside the warp, then across the `spread` warps of
- *               the slice through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. Of chunks the order of
+ *               the group through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. Of chunks the order of
  *               the sum depends on their number alone.
  * rehearsal: one warp does it all but read and write memory. */
-static __device__ __forceinline__ void combine_slices(const dec_params &p, const dec_share &share, int warp, int warps, int barrier,
-                                                      dec_partial *scratch, bool rehearsal)
+static __device__ __forceinline__ void combine_items(const dec_params &p, const dec_share &share, int warp, int warps, int barrier,
+                                                     dec_partial *scratch, bool rehearsal)
 {
     constexpr int BATCH = 8;                    /* records in flight per lane */
     const dec_parts &parts = share.parts;
     const pair_rows rows = pair_rows_of(p, share.h);
-    const int lane = (int)thread_index() % 32, quad = lane % 8, slices = rows.valid * SLICES;
-    const int mine = max((slices - share.first + share.step - 1) / share.step, 1);
+    const int lane = (int)thread_index() % 32, quad = lane % 8, groups = (BLOCK_Q > 8 ? (rows.valid + 7) / 8 * 8 : rows.valid) * ITEMS_OF_ROW / 8;
+    const int mine = max((groups - share.first + share.step - 1) / share.step, 1);
     const int32_t count = parts.count;
     const bool few = count <= BATCH;
     int spread = 1;
     while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= (parts.chunked ? CONSUMERS / 2 : warps) && 4 * spread < count) { spread *= 2; }
     const int planes = few ? 1 : 4 * spread, plane = few ? 0 : lane / 8 + 4 * (warp & (spread - 1));
-    const int item = few ? 4 * warp + lane / 8 : warp / spread, items = few ? 4 * warps : warps / spread;
-    for (int s0 = share.first; s0 < slices; s0 += items * share.step) {     /* the same trips in every lane */
-        const int s = s0 + item * share.step;
+    const int at = few ? 4 * warp + lane / 8 : warp / spread, at_once = few ? 4 * warps : warps / spread;
+    const int32_t pitch = record_floats(p) * (parts.chunked ? 1 : 2);           /* from part to part, but for the first one's offset */
+    float *const first = record_of(p, parts.chunked ? parts.first : 2 * (int64_t)parts.first);
+    for (int s0 = share.first; s0 < groups; s0 += at_once * share.step) {       /* the same trips in every lane */
+        const int s = s0 + at * share.step, item = 8 * s + quad, local = s < groups ? item_row(item) : rows.valid;
+        const bool exists = local < rows.valid;
+        const int32_t to_sums = p.layout.tile_rows * DV + 2 * local - ITEM * item;
+        const float *from = first + (int64_t)plane * pitch + ITEM * item;
         dec_partial sum = empty_partial();
-        for (int j0 = plane; s < slices && j0 < count; j0 += BATCH * planes) {
+        for (int j0 = plane; j0 < count; j0 += BATCH * planes) {
             dec_partial part[BATCH];
 #pragma unroll
             for (int n = 0; n < BATCH; n++) {
-                const int j = j0 + n * planes;
+                const float *own = from + (n == 0 && j0 == 0 ? parts.offset * record_floats(p) : 0);
                 part[n] = empty_partial();
-                if (j < count && !rehearsal) {
-                    const float *from = record_of(p, parts.record(j), s / SLICES, s % SLICES);
-                    const float4 o = load_relaxed_f32x4(from + 4 * quad), ml = load_relaxed_f32x4(from + FGQA_DEC_SLICE);
-                    const dec_partial read = {ml.x, ml.y, {o.x, o.y, o.z, o.w}};
-                    part[n] = read;
-                }
+                load_part(part[n], own, own + to_sums, exists && j0 + n * planes < count && !rehearsal);
+                from += planes * pitch;
             }
             merge_batch(sum, part, p.scale_log2);
         }
         if (!few) { merge_planes(sum, p.scale_log2); }
-        bool writer = s < slices && (few || lane < 8);
-        if (spread > 1) {
-            if (lane < 8) { scratch[warp * 8 + quad] = sum; }
+        bool writer = exists && (few || lane < 8);
+        if (spread > 1 || rehearsal) {
+            if (lane < 8 && !rehearsal) { scratch[warp * 8 + quad] = sum; }
             bar_sync((uint32_t)barrier, (uint32_t)warps * 32);
             writer = writer && (warp & (spread - 1)) == 0;
             sum = empty_partial();
             for (int w = lane / 8; w < spread; w += 4) {
-                const dec_partial other[1] = {scratch[(warp / spread * spread + w) * 8 + quad]};
+                dec_partial other[1] = {empty_partial()};
+                if (!rehearsal) { other[0] = scratch[(warp / spread * spread + w) * 8 + quad]; }
                 merge_batch(sum, other, p.scale_log2);
             }
             merge_planes(sum, p.scale_log2);
-            if (s0 + items * share.step < slices) { bar_sync((uint32_t)barrier, (uint32_t)warps * 32); }      /* scratch is free again */
+            if (s0 + at_once * share.step < groups) { bar_sync((uint32_t)barrier, (uint32_t)warps * 32); }        /* scratch is free again */
         }
-        if (writer) { store_output(p, share.b, rows, share.sq, s / SLICES, s % SLICES * FGQA_DEC_SLICE + 4 * quad, sum, rehearsal); }
+        if (writer) { store_output(p, share.b, rows, share.sq, item, sum, rehearsal); }
     }
 }
 
@@ -213,7 +241,7 @@ static __device__ __forceinline__ void combine_in_place(const dec_params &p, con
 {
     const int warp = (int)thread_index() / 32;
     int second = 0, team = 1;
-    dec_share share = {0, 0, 1, 0, 1 << 20, {8, 0, 0, 0}, 0};      /* the rehearsal's: one slice, of many parts */
+    dec_share share = {0, 0, 1, 0, 1 << 20, {9, 0, 0, 0}, 0};      /* the rehearsal's: one group, of many parts */
     if (!rehearsal) {
         barrier_sync(SHARES, 32 * CONSUMERS + 32);
         const bool head = schedule.share[0].step != 0, tail = schedule.share[1].step != 0;
@@ -232,7 +260,7 @@ static __device__ __forceinline__ void combine_in_place(const dec_params &p, con
         team = head && tail ? CONSUMERS / 2 : CONSUMERS;
         share = schedule.share[second];
     }
-    combine_slices(p, share, rehearsal ? 0 : warp % team, team, COMBINE_BARRIER + second, scratch + second * 8 * (CONSUMERS / 2), rehearsal);
+    combine_items(p, share, rehearsal ? 0 : warp % team, team, rehearsal ? REHEARSAL : COMBINE_BARRIER + second, scratch + second * 8 * (CONSUMERS / 2), rehearsal);
     if (rehearsal) { barrier_sync(SHARES, 32 * CONSUMERS + 32); }
 }
 
@@ -243,7 +271,7 @@ static __device__ __forceinline__ void combine_chunks(const dec_params &p, const
     const int32_t units = units_of(p, segment.span.count);
     if (actor.rehearsal || !p.layout.chunk || !p.counters || record < 0 || segment.g1 < segment.span.count || segments < units - 1) { return; }
     const dec_share share = {segment.b, segment.h, sq, 0, 1, {units, (int32_t)record - (units - 1), 0, 1}, 0};
-    combine_slices(p, share, actor.thread / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
+    combine_items(p, share, actor.thread / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
     actor.sync();
 }
 
@@ -270,5 +298,5 @@ FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t st
     const dec_parts parts = parts_of(p, split, at);
     if (parts.count == 1) { return; }
     const dec_share share = {b, h, dec_sequence_at(p, b).sq, (int32_t)blockIdx.x % step, step, parts, 0};
-    combine_slices(p, share, (int)thread_index() / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
+    combine_items(p, share, (int)thread_index() / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
 }

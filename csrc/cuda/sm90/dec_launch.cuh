@@ -82,7 +82,7 @@ static cudaError_t launch_decode(const void *kernel, dec_params *p, int32_t shar
     p->counters = NULL;
     error = launch_blocks(kernel, p, shared_bytes, false, stream);
     if (error != cudaSuccess || p->layout.records == 0) { return error; }
-    const int64_t pairs = (int64_t)p->common.problem.b * p->layout.heads, slices = p->layout.rows * SLICES, wanted = 2 * p->layout.blocks / pairs;
-    const int32_t step = (int32_t)(wanted < 1 ? 1 : wanted > slices ? slices : wanted);
+    const int64_t pairs = (int64_t)p->common.problem.b * p->layout.heads, groups = p->layout.tile_rows * ITEMS_OF_ROW / 8, wanted = 2 * p->layout.blocks / pairs;
+    const int32_t step = (int32_t)(wanted < 1 ? 1 : wanted > groups ? groups : wanted);
     return launch_kernel(FGQA_SUFFIX(FGQA_ROW, _combine), (uint32_t)(pairs * step), 32 * CONSUMERS, 0, stream, *p, step);
 }

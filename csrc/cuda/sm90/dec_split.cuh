@@ -188,7 +188,7 @@ struct dec_parts {
     }
 };
 
-/* A share of the merge of one pair: slices first, first + step, ... of all its rows. step 0: nothing. */
+/* A share of the merge of one pair: groups of items first, first + step, ... of all its rows. step 0: nothing. */
 struct dec_share { int32_t b, h, sq, first, step; dec_parts parts; int32_t first_block; };
 
 /* A block's part of the work, made by one warp for all. */

@@ -1,167 +1,153 @@
 /* dec_wide_end.cuh - the end of a segment in decode_wide.cu: from registers of the warpgroups to the result or to a record. Part of it:
- * the state, the shared memory and the fragments are its own. Here few warps wait for each instruction in turn, so that what is made
- * once a row is made by one lane of each warp.
+ * the state, the shared memory and the fragments are its own. All wait for this once a launch: what counts is how many instructions a
+ * warp goes through, one after the other.
+ *
+ * Of STREAMS 2 both groups have the same rows: each makes the sums of one half of them and gives its own part of the other half away.
+ * Item (group, j, thread): the thread's outputs of the row that is number j of its own.
  */
 #pragma once
+
+static __device__ __forceinline__ int item_row(int item) { return row_of(item / 128, item % 32); }
+static __device__ __forceinline__ int item_column(int item, int e) { return out_column(e / 2, e % 2, item / 32 % 4, item % 32); }
+
+/* Of N / 4 numbers of each lane the sums over lanes of equal lane % 4. Number lane / 4 + 8 n comes to be x[n], of 4 numbers lane / 4 % 4. */
+template <int COUNT> static __device__ __forceinline__ void sum_by_rows(float (&x)[COUNT], int lane)
+{
+    constexpr int BITS = COUNT >= 8 ? 3 : 2;
+#pragma unroll
+    for (int bit = BITS - 1; bit >= 0; bit--) {         /* numbers with and without the bit change places with those of the other lane */
+        const bool upper = lane >> (2 + bit) & 1;
+#pragma unroll
+        for (int n = 0; n < COUNT; n++) {
+            if (n >> bit & 1 || n % 8 >= 2 << bit) { continue; }
+            const float keep = upper ? x[n | 1 << bit] : x[n], give = upper ? x[n] : x[n | 1 << bit];
+            x[n] = keep + __shfl_xor_sync(0xFFFFFFFFu, give, 4 << bit);
+        }
+    }
+    if (BITS == 2) { x[0] += __shfl_xor_sync(0xFFFFFFFFu, x[0], 16); }
+#pragma unroll
+    for (int n = 1; n < COUNT / 8; n++) { x[n] = x[8 * n]; }
+}
 
 /* Sums l of a warp's keys, and m, to shared memory. */
 template <class Shared, int N> static __device__ __forceinline__ void share_sums(Shared &mem, const dec_actor &actor, const state<N> &st, int group)
 {
-    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4;
+    constexpr int COUNT = N / 4, KEPT = COUNT >= 8 ? COUNT / 8 : 1;
+    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, number = lane / 4;
+    float l[COUNT];
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        float l = st.l[j];
+    for (int j = 0; j < COUNT; j++) { l[j] = st.l[j]; }
+    sum_by_rows(l, lane);
+    if (actor.rehearsal || lane >= 4 * COUNT) { return; }
 #pragma unroll
-        for (int d = 4; d < 32; d *= 2) { l += __shfl_xor_sync(0xFFFFFFFFu, l, d); }
-        if (lane < 4 && !actor.rehearsal) {
-            mem.warp_part[group][warp][row_of(j, lane)] = l;
-            if (warp == 0) { mem.row_max[group][row_of(j, lane)] = st.m[j]; }
-        }
+    for (int n = 0; n < KEPT; n++) { mem.warp_part[group][warp][row_of(number + 8 * n, lane)] = l[n]; }
+    if (warp == 0 && lane < 4) {
+#pragma unroll
+        for (int j = 0; j < COUNT; j += 2) { *(float2 *)&mem.row_max[group][row_of(j, lane)] = make_float2(st.m[j], st.m[j + 1]); }
     }
 }
 
-template <class Shared> static __device__ __forceinline__ float sum_of_row(const Shared &mem, const dec_actor &actor, int group, int row)
+/* Thread `row` of as many as there are rows: m and l of that row, over both streams. */
+template <class Shared> static __device__ __forceinline__ float2 sums_of_row(const dec_params &p, const Shared &mem, const dec_actor &actor, int row)
 {
-    float l = 0.0f;
+    constexpr int STREAMS = Shared::STREAMS, N = Shared::N;
+    const int first = STREAMS == 2 ? 0 : row / N, at = STREAMS == 2 ? row : row % N;
+    float m = actor.read(mem.row_max[first][at]), l = 0.0f;
+    if (STREAMS == 2) { m = fmaxf(m, actor.read(mem.row_max[1][at])); }
 #pragma unroll
-    for (int w = 0; w < 4; w++) { l += actor.read(mem.warp_part[group][w][row]); }
-    return l;
+    for (int s = 0; s < STREAMS; s++) {
+        float own = 0.0f;
+#pragma unroll
+        for (int w = 0; w < 4; w++) { own += actor.read(mem.warp_part[first + s][w][at]); }
+        l += STREAMS == 2 ? own * ex2((actor.read(mem.row_max[first + s][at]) - finite_max(m)) * p.scale_log2) : own;
+    }
+    return make_float2(m, l);
 }
 
-/* A finished segment. Of a group's ROWS rows from row0 on, lane r has in hand rows r, r + 32, ..: their m, l and factors of the sums. A whole
- * pair goes to the result, a part to its record. */
-template <int ROWS> struct row_ends {
-    static constexpr int COUNT = (ROWS + 31) / 32;
-    float factor[COUNT][2];             /* of the sums of this stream, of the other one */
-
-    template <class Shared> __device__ __forceinline__ void make(const dec_params &p, const Shared &mem, const dec_actor &actor, int32_t b, const pair_rows &rows, int32_t sq, int row0,
-                                                                 int group, int64_t record)
-    {
-        const fgqa_problem &problem = p.common.problem;
-        const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4;
-#pragma unroll
-        for (int n = 0; n < COUNT; n++) {
-            const int of_rows = lane + 32 * n, row = (Shared::STREAMS == 2 ? row0 : 0) + of_rows, local = row0 + of_rows;
-            factor[n][0] = factor[n][1] = 0.0f;
-            if (of_rows >= ROWS || local >= rows.valid) { continue; }
-            float m = actor.read(mem.row_max[group][row]), l = sum_of_row(mem, actor, group, row), weight[2] = {1.0f, 0.0f};
-            if (Shared::STREAMS == 2) {
-                const float other = actor.read(mem.row_max[1 - group][row]), most = fmaxf(m, other), base = finite_max(most);
-                weight[0] = ex2((m - base) * p.scale_log2);
-                weight[1] = ex2((other - base) * p.scale_log2);
-                m = most;
-                l = weight[0] * l + weight[1] * sum_of_row(mem, actor, 1 - group, row);
-            }
-            if (record >= 0) {
-                if (warp < SLICES && !actor.rehearsal) { *(float2 *)(record_of(p, record, local, warp) + FGQA_DEC_SLICE) = make_float2(m, l); }
-            } else {
-                float lse;
-                const float scale = finish_row(p, b, rows, sq, local, m, l, &lse);
-                weight[0] *= scale;
-                weight[1] *= scale;
-                if (warp == 0 && !actor.rehearsal) { store_lse(problem, b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local), lse); }
-            }
-            factor[n][0] = weight[0];
-            factor[n][1] = weight[1];
-        }
-    }
-    /* Of the lane's row number j. */
-    __device__ __forceinline__ float of(int j, int lane, int stream) const
-    {
-        return __shfl_sync(0xFFFFFFFFu, factor[j / 8][stream], row_of(j, lane) % 32);
-    }
-};
-
-/* Registers o[j][2 chunk + half] of rows row0 + row_of(j, lane), to the result or the record. */
-template <int COUNT> static __device__ __forceinline__ void store_rows(const dec_params &p, const dec_actor &actor, int32_t b, const pair_rows &rows, int row0,
-                                                                       const float (&o)[COUNT][2 * CHUNKS], int64_t record)
+/* Consumers. A whole pair goes to the result, a part to its record. */
+template <class Shared, int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, Shared &mem, const dec_actor &actor, const state<N> &st, int32_t b,
+                                                                                     const pair_rows &rows, int32_t sq, int group, int64_t record)
 {
-    const fgqa_problem &problem = p.common.problem;
-    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4;
-    if (record >= 0) {
+    constexpr int STREAMS = Shared::STREAMS, OWN_ROWS = N / STREAMS, COUNT = OWN_ROWS / 4;
+    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, at = actor.thread % 128, row0 = group * OWN_ROWS;
+    typedef typename std::conditional<ITEM == 4, float4, float2>::type vector;
+    float o[COUNT][ITEM];
+    share_sums(mem, actor, st, group);
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+        vector away;
+#pragma unroll
+        for (int e = 0; e < ITEM; e++) {
+            const int r = 4 * (j / 2) + j % 2 + 2 * (e % 2);
+            const float low = st.o[e / 2][r], high = STREAMS == 2 ? st.o[e / 2][r + N / 4] : 0.0f;
+            o[j][e] = STREAMS == 2 && group ? high : low;
+            ((float *)&away)[e] = group ? low : high;
+        }
+        if (STREAMS == 2 && !actor.rehearsal) { ((vector *)mem.of_group[group].away)[j * 128 + at] = away; }
+    }
+    if (STREAMS == 2 || record < 0) {
+        actor.sync();
+    } else {                                            /* the group's own rows */
+        bar_sync(actor.rehearsal ? REHEARSAL : (uint32_t)(READY + group), actor.rehearsal ? 32 : 128);
+    }
+    if (STREAMS == 2) {
 #pragma unroll
         for (int j = 0; j < COUNT; j++) {
-            const int local = row0 + row_of(j, lane);
-            if (local >= rows.valid || actor.rehearsal) { continue; }
-            float *const row = record_of(p, record, local, 0);
+            const int row = row0 + row_of(j, lane);
+            const float m = actor.read(mem.row_max[group][row]), other = actor.read(mem.row_max[1 - group][row]), base = finite_max(fmaxf(m, other));
+            const float weight = ex2((m - base) * p.scale_log2), other_weight = ex2((other - base) * p.scale_log2);
+            const vector x = actor.read(((const vector *)mem.of_group[1 - group].away)[j * 128 + at]);
 #pragma unroll
-            for (int n = 0; n < 2 * CHUNKS; n++) {
-                const int column = out_column(n / 2, n % 2, warp, lane);
-                row[column / FGQA_DEC_SLICE * FGQA_DEC_RECORD + column % FGQA_DEC_SLICE] = o[j][n];
-            }
+            for (int e = 0; e < ITEM; e++) { o[j][e] = weight * o[j][e] + other_weight * ((const float *)&x)[e]; }
         }
+    }
+    const int row = STREAMS == 2 ? actor.thread : group * N + at;
+    if (record >= 0) {
+        float *const to = record_of(p, record);
+        if ((STREAMS == 2 ? actor.thread : at) < N) {
+            const float2 ml = sums_of_row(p, mem, actor, row);
+            if (!actor.rehearsal) { sums_of_record(p, to)[row] = ml; }
+        }
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+            vector x;
+#pragma unroll
+            for (int e = 0; e < ITEM; e++) { ((float *)&x)[e] = o[j][e]; }
+            if (!actor.rehearsal) { *(vector *)(to + ITEM * ((group * COUNT + j) * 128 + at)) = x; }
+        }
+        actor.sync();                                   /* shared memory is free again; every record of the segment is written */
         return;
     }
-    const auto address = [&](int local) {
-        return fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local));
+    if ((STREAMS == 2 ? actor.thread : at) < N && row < rows.valid) {
+        const float2 ml = sums_of_row(p, mem, actor, row);
+        const float scale = finish_row(p, b, rows, sq, row, ml.x, ml.y, !actor.rehearsal);
+        char *const to = row_of_out(p, b, rows, row);
+        if (!actor.rehearsal) {
+            mem.row_scale[row] = scale;
+            mem.row_out[row] = to;
+        }
+    }
+    actor.sync();
+    const auto store = [&](int local, int column, uint32_t pair) {
+        if (local >= rows.valid || column >= p.common.problem.dv || actor.rehearsal) { return; }
+        *(uint32_t *)(mem.row_out[local] + column * (int)sizeof(T)) = pair;
     };
-    const auto store = [&](char *row, int local, int column, uint32_t pair) {
-        if (local < rows.valid && column < problem.dv && !actor.rehearsal) { *(uint32_t *)(row + column * (int)sizeof(T)) = pair; }
-    };
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) {
+        const float scale = actor.read(mem.row_scale[row0 + row_of(j, lane)]);
+#pragma unroll
+        for (int e = 0; e < ITEM; e++) { o[j][e] *= scale; }
+    }
 #pragma unroll
     for (int j = 0; j < COUNT; j += FLOAT8 ? 1 : 2) {
-        const int local = row0 + (FLOAT8 ? row_of(j, lane) : 4 * j + lane / 4);
-        char *const row = address(local);
 #pragma unroll
-        for (int n = 0; n < 2 * CHUNKS; n += FLOAT8 ? 2 : 1) {
-            if (FLOAT8) {                       /* two columns of a row are in one lane */
-                store(row, local, out_column(n / 2, 0, warp, lane), pack2(o[j][n], o[j][n + 1], T()));
-            } else {                            /* two rows of a column; turned */
-                store(row, local, 64 * (n / 2) + 16 * warp + 8 * (n % 2) + 2 * (lane % 4), movmatrix_trans(pack2(o[j][n], o[j + 1][n], T())));
+        for (int e = 0; e < ITEM; e += FLOAT8 ? 2 : 1) {
+            if (FLOAT8) {                               /* two columns of a row are in one lane */
+                store(row0 + row_of(j, lane), out_column(e / 2, 0, warp, lane), pack2(o[j][e], o[j][e + 1], T()));
+            } else {                                    /* two rows of a column; turned */
+                store(row0 + 4 * j + lane / 4, 64 * (e / 2) + 16 * warp + 8 * (e % 2) + 2 * (lane % 4), movmatrix_trans(pack2(o[j][e], o[j + 1][e], T())));
             }
         }
     }
-}
-
-/* Consumers. STREAMS 2: both groups have the same rows; each makes the sums of one half of them and gives the other half away. */
-template <int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, wide_shared<N, 2> &mem, const dec_actor &actor, const state<N> &st, int32_t b,
-                                                                       const pair_rows &rows, int32_t sq, int stream, int64_t record)
-{
-    constexpr int COUNT = N / 8, OWN = COUNT * 2 * CHUNKS;
-    const int lane = (int)thread_index() % 32, at = actor.thread % 128, row0 = stream * N / 2;
-    float o[COUNT][2 * CHUNKS];
-    row_ends<N / 2> ends;
-    share_sums(mem, actor, st, stream);
-#pragma unroll
-    for (int n = 0; n < OWN; n++) {
-        const int j = n / (2 * CHUNKS), part = n % (2 * CHUNKS), r = 4 * (j / 2) + j % 2 + 2 * (part % 2);
-        const float low = st.o[part / 2][r], high = st.o[part / 2][r + N / 4];
-        o[j][part] = stream ? high : low;
-        if (!actor.rehearsal) { mem.of_group[stream].away[n][at] = stream ? low : high; }
-    }
-    actor.sync();
-    ends.make(p, mem, actor, b, rows, sq, row0, stream, record);
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        const float weight = ends.of(j, lane, 0), other_weight = ends.of(j, lane, 1);
-#pragma unroll
-        for (int part = 0; part < 2 * CHUNKS; part++) {
-            o[j][part] = weight * o[j][part] + other_weight * actor.read(mem.of_group[1 - stream].away[j * 2 * CHUNKS + part][at]);
-        }
-    }
-    store_rows(p, actor, b, rows, row0, o, record);
-    actor.sync();                               /* shared memory is free again; every record of the segment is written */
-}
-
-/* STREAMS 1: rows of their own. */
-template <int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, wide_shared<N, 1> &mem, const dec_actor &actor, const state<N> &st, int32_t b,
-                                                                       const pair_rows &rows, int32_t sq, int group, int64_t record)
-{
-    constexpr int COUNT = N / 4;
-    const int lane = (int)thread_index() % 32;
-    float o[COUNT][2 * CHUNKS];
-    row_ends<N> ends;
-    share_sums(mem, actor, st, group);
-    bar_sync(actor.rehearsal ? REHEARSAL : (uint32_t)(READY + group), actor.rehearsal ? 32 : 128);
-    ends.make(p, mem, actor, b, rows, sq, group * N, group, record);
-    __syncwarp();
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        const float weight = ends.of(j, lane, 0);
-#pragma unroll
-        for (int part = 0; part < 2 * CHUNKS; part++) { o[j][part] = weight * st.o[part / 2][4 * (j / 2) + j % 2 + 2 * (part % 2)]; }
-    }
-    store_rows(p, actor, b, rows, group * N, o, record);
-    actor.sync();                               /* as above */
+    actor.sync();                                       /* as above */
 }

@@ -5,8 +5,9 @@
  * head, row block, slot), are dealt out in equal runs to as many blocks of threads as there are SMs; what one block has of a
  * pair is a segment. With batch_invariant the unit is a chunk of granules instead, which is a segment of its own.
  *
- * A segment that is not a whole pair leaves a record: per row and slice of 32 outputs o[32], not normalised and relative to m,
- * then m, the reference maximum in units of q.k, and l, the sum of 2^(c (s - m)) with c = scale log2(e).
+ * A segment that is not a whole pair leaves a record: o of all rows of a tile, not normalised and relative to m, in the order in which
+ * the kernel's threads have them (items, dec_combine.cuh), then of each row m, the reference maximum in units of q.k, and l, the sum
+ * of 2^(c (s - m)) with c = scale log2(e).
  */
 #ifndef FGQA_DEC_WORK_H
 #define FGQA_DEC_WORK_H
@@ -15,9 +16,7 @@
 
 enum {
     FGQA_DEC_MIN_KEYS = 128,        /* of a block; fewer do not pay */
-    FGQA_DEC_CHUNK_KEYS = 1024,     /* of a chunk, with batch_invariant */
-    FGQA_DEC_SLICE = 32,
-    FGQA_DEC_RECORD = 36            /* floats of one row's slice; 16-byte multiple */
+    FGQA_DEC_CHUNK_KEYS = 1024      /* of a chunk, with batch_invariant */
 };
 
 typedef struct { int32_t first, count; } fgqa_dec_span;
@@ -41,6 +40,7 @@ typedef struct {
     int32_t heads;                  /* hk * row_blocks */
     int32_t chunk;                  /* granules of a unit; 0: units are granules */
     int32_t blocks;                 /* of threads, at most */
+    int32_t tile_rows;              /* of a record: `rows` and those that fill the kernel's tile */
     int64_t records;
     float *record;
 } fgqa_dec_layout;
@@ -62,6 +62,8 @@ static inline size_t fgqa_dec_layout_make(const fgqa_problem *p, int32_t block_q
     layout->row_blocks = (int32_t)((rows + block_q - 1) / block_q);
     layout->rows = (int32_t)((rows + layout->row_blocks - 1) / layout->row_blocks);
     layout->heads = p->hk * layout->row_blocks;
+    layout->tile_rows = block_q > 8 ? 16 : 8;
+    while (layout->tile_rows < layout->rows) { layout->tile_rows *= 2; }
     layout->chunk = p->batch_invariant ? FGQA_DEC_CHUNK_KEYS / granule : 0;
     const int64_t pairs = (int64_t)p->b * layout->heads, units = layout->chunk ? (granules + layout->chunk - 1) / layout->chunk : granules;
     const int64_t least = layout->chunk ? 1 : FGQA_DEC_MIN_KEYS / granule, wanted = (pairs * units + least - 1) / least;
@@ -69,8 +71,7 @@ static inline size_t fgqa_dec_layout_make(const fgqa_problem *p, int32_t block_q
     layout->records = layout->chunk ? (units > 1 ? pairs * units : 0) : 2 * (int64_t)layout->blocks;
     layout->record = NULL;
     if (layout->records > 0) {
-        const size_t slices = (size_t)layout->rows * (size_t)(dv / FGQA_DEC_SLICE);
-        layout->record = (float *)fgqa_arena_take(&arena, (size_t)layout->records * slices * FGQA_DEC_RECORD, sizeof(float));
+        layout->record = (float *)fgqa_arena_take(&arena, (size_t)layout->records * (size_t)layout->tile_rows * (size_t)(dv + 2), sizeof(float));
     }
     return arena.used;
 }

@@ -214,6 +214,9 @@ static __device__ __forceinline__ void accumulate(reader tile, uint32_t v_lane, 
     }
 }
 
+static __device__ __forceinline__ int item_row(int item) { return item / ITEMS_OF_ROW; }
+static __device__ __forceinline__ int item_column(int item, int e) { return item % ITEMS_OF_ROW * ITEM + e; }
+
 /* Consumer warps: sum of their states; a whole pair goes to the result, a part to its record. */
 static __device__ __forceinline__ void finish_segment(const dec_params &p, shared &mem, const dec_actor &actor, const state &st, int32_t b, const pair_rows &rows,
                                                       int32_t sq, int warp, int64_t record)
@@ -233,8 +236,8 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
         }
     }
     actor.sync();
-    for (int item = actor.thread; item < rows.valid * (D / 4); item += 32 * CONSUMERS) {
-        const int local = item / (D / 4), column = 4 * (item % (D / 4));
+    for (int item = actor.thread; item < rows.valid * ITEMS_OF_ROW; item += 32 * CONSUMERS) {
+        const int local = item_row(item), column = item_column(item, 0);
         dec_partial sum = empty_partial();
         float2 ml[CONSUMERS];
 #pragma unroll
@@ -253,7 +256,13 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
             sum.o[2] += weight * o.z;
             sum.o[3] += weight * o.w;
         }
-        store_segment(p, b, rows, sq, local, column, record, sum, actor.rehearsal);
+        if (record < 0) {
+            store_output(p, b, rows, sq, item, sum, actor.rehearsal);
+        } else if (!actor.rehearsal) {
+            float *const to = record_of(p, record);
+            *(float4 *)(to + ITEM * item) = make_float4(sum.o[0], sum.o[1], sum.o[2], sum.o[3]);
+            if (column == 0) { sums_of_record(p, to)[local] = make_float2(sum.m, sum.l); }
+        }
     }
     actor.sync();                               /* merge is free again; every record of the segment is written */
 }

@@ -61,10 +61,12 @@ template <int N_, int STREAMS_> struct wide_shared {
     alignas(1024) char q[CHUNKS][ROWS][128];
     union alignas(1024) group_memory {
         char pt[N][128];                                /* 64 keys a row */
-        float away[N / 4 * CHUNKS][128];                /* at a segment's end, sums that go to the other stream: [register][thread of the group] */
+        float away[N / 4 * CHUNKS][128];                /* at a segment's end, sums that go to the other stream: [row][thread of the group][ITEM] */
     } of_group[2];
     float warp_part[2][4][N];                           /* a warp's maxima of a tile; its sums at the end of a segment */
     float row_max[2][N];                                /* at the end of a segment */
+    float row_scale[ROWS];
+    char *row_out[ROWS];                                /* where the results go */
     fgqa_range rows[ROWS];                              /* slots each row sees */
     float unit[ROWS];                                   /* of each row's scores, over float8 */
     chain_row chain[ROWS];
