@@ -10,17 +10,16 @@
  *   full[stream][stage][KV]    producer lane (1) + bytes                 the stream's consumers
  *   empty[stream][stage][KV]   the stream's consumer warps (READERS)     producer lane
  *   named START                all                                       consumers, helper: mbarriers and the schedule are there
- *   named FETCHED              consumers                                 producer: q is on its way, behind the copies of one stage
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
- * `Shared` is the block's shared memory: STREAMS, STAGES, READERS and Q_FIRST (few loads bring q: the stream waits for them); ring, full, empty, pages, schedule.
+ * `Shared` is the block's shared memory: STREAMS, STAGES and READERS; ring, full, empty, pages, schedule.
  */
 #pragma once
 #include "dec_combine.cuh"
 #include "dec_produce.cuh"
 
-static constexpr int START = 8, FETCHED = 12;
+static constexpr int START = 8;
 
 /* Bytes under way to an SM: as many as keep the memory busy. Whatever else is loaded waits for all of them, instructions too. */
 static constexpr int IN_FLIGHT = 64 << 10;
@@ -39,7 +38,6 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
     typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type pages(p, walk, smem_address(mem.pages[lane % (2 * Shared::STREAMS)]));
     int stage = 0;
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
-    bool q_is_behind = Shared::Q_FIRST;         /* a stage goes before q, the others after it: q is there when the first stage is */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
         const int behind = stage >= WINDOW ? stage - WINDOW : stage + Shared::STAGES - WINDOW;
         if (walk.valid() && mbarrier_test(full + 16 * behind, parity ^ (stage >= WINDOW)) && mbarrier_test(empty + 16 * stage, parity)) {
@@ -59,18 +57,14 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
             walk.advance(p);
         }
         __syncwarp();
-        if (q_is_behind) {
-            barrier_sync(FETCHED, 32 * CONSUMERS + 32);
-            q_is_behind = false;
-        }
     }
 }
 
-/* Consumers: mbarriers and the schedule are there. Whether the block has work. */
-template <class Shared> static __device__ __forceinline__ bool await_start(const Shared &mem)
+/* Consumers: mbarriers are there and, with lengths on the device, the schedule. Whether the block has work. */
+template <class Shared> static __device__ __forceinline__ bool await_start(const dec_params &p, const Shared &mem)
 {
     barrier_sync(START, THREADS);
-    return (int32_t)blockIdx.x < mem.schedule.split.blocks;
+    return (int32_t)blockIdx.x < (p.uniform ? p.split.blocks : mem.schedule.split.blocks);
 }
 
 /* Consumers and helper: calls `fetch` with the first segment, if there is one, as early as can be. Behind the stream of all SMs a load
@@ -78,12 +72,11 @@ template <class Shared> static __device__ __forceinline__ bool await_start(const
 template <class Shared, class Fetch> static __device__ __forceinline__ bool begin_block(const dec_params &p, Shared &mem, const dec_actor &actor, dec_segment &segment,
                                                                                         const Fetch &fetch)
 {
-    bool works = actor.rehearsal || p.uniform || await_start(mem);
+    bool works = actor.rehearsal || p.uniform || await_start(p, mem);
     segment = p.uniform ? first_segment_early<true>(p) : first_segment(p, mem.schedule);
     if (works && segment.valid()) { fetch(segment); }
     if (!actor.rehearsal) {
-        if (Shared::Q_FIRST) { barrier_arrive(FETCHED, 32 * CONSUMERS + 32); }
-        if (p.uniform) { works = await_start(mem); }
+        if (p.uniform) { works = await_start(p, mem); }
     }
     return works;
 }
@@ -112,8 +105,10 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
         return false;
     }
     if (warp < CONSUMERS) { return true; }
+    if (p.uniform) { barrier_arrive(START, THREADS); }
     make_schedule(p, mem.schedule, lane);
-    if (!await_start(mem)) { return false; }
+    if (!p.uniform) { barrier_sync(START, THREADS); }
+    if ((int32_t)blockIdx.x >= mem.schedule.split.blocks) { return false; }
     if (p.counters) {
         if (lane < 2) { mem.schedule.share[lane] = share_of(p, mem.schedule, lane); }
         __syncwarp();

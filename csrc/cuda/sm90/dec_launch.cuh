@@ -28,8 +28,9 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
 {
     p->common = fgqa_params_make(problem);
     fgqa_dec_layout_make(problem, BLOCK_Q, GRANULE, DV, (int32_t)plan->tasks, workspace, &p->layout);
-    const fgqa_mask mask = {problem->sq, problem->sk, problem->align == FGQA_ALIGN_BOTTOM_RIGHT ? problem->sk - problem->sq : 0,
-                            problem->left, problem->right, problem->chunk};
+    const fgqa_cache &cache = problem->cache;
+    const int32_t sk = cache.page_size ? (int32_t)fgqa_clamp((int64_t)cache.slots + cache.new_max, 0, cache.capacity) : problem->sk;     /* where they are uniform */
+    const fgqa_mask mask = {problem->sq, sk, problem->align == FGQA_ALIGN_BOTTOM_RIGHT ? sk - problem->sq : 0, problem->left, problem->right, problem->chunk};
     const int64_t pairs = (int64_t)problem->b * p->layout.heads;
     p->uniform = fgqa_dec_is_uniform(problem);
     p->span = fgqa_dec_span_of(&mask, 0, GRANULE);
@@ -46,6 +47,12 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->pieces = has_pieces(problem->cache);
     p->chunk_pitch = p->pieces && deep_pieces ? PIECE * 128 : CHUNK_BYTES;
     p->piece_pitch = p->pieces && deep_pieces ? PIECE * 128 * (TILE_BYTES / CHUNK_BYTES) : PIECE * 128;
+    p->sequence.first_slot = 0;
+    p->sequence.sk = mask.sk;
+    p->sequence.sq = mask.sq;
+    p->sequence.span = p->span;
+    p->one_query = p->uniform && mask.sq == 1;
+    p->keys = fgqa_kv_range(&mask, 0, mask.sq);
     p->chain = problem->softcap != 0.0 || problem->view[FGQA_ARG_alibi_slopes].data;
     p->unit = p->chain ? 1.0f : p->common.scale;
     p->scale_log2 = p->unit * (float)FGQA_LOG2E;

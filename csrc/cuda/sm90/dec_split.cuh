@@ -36,6 +36,9 @@ struct work_split {
     }
 };
 
+/* What a block needs to know of a sequence. Keys are slots: key j is slot first_slot + j. */
+struct dec_sequence { int32_t first_slot, sk, sq; fgqa_dec_span span; };
+
 /* What the first copy waits for comes first: each line of the constant cache is a miss of its own. */
 struct dec_params {
     int32_t plain;                  /* uniform, and no table */
@@ -51,15 +54,15 @@ struct dec_params {
     int32_t chunk_pitch, piece_pitch;   /* of a tile: bytes from one chunk, from one 16 keys to the next */
     int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
     int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
+    dec_sequence sequence;          /* each of them, where they are uniform */
+    int32_t one_query;              /* uniform, and one query: all rows see these slots */
+    fgqa_range keys;
     float unit, scale_log2;         /* of scores: in natural units, and as a power of two */
     int32_t chain;                  /* scores are in natural units, by the whole score chain (dec_score.cuh) */
     uint32_t *counters;             /* one a block, zero between launches; NULL: a second kernel merges */
     CUtensorMap k_map, v_map;
     fgqa_params common;
 };
-
-/* What a block needs to know of a sequence. Keys are slots: key j is slot first_slot + j. */
-struct dec_sequence { int32_t first_slot, sk, sq; fgqa_dec_span span; };
 
 /* Out of line, as their 64-bit divisions are: a block waits for each instruction that comes from L2. */
 static __device__ __noinline__ fgqa_range keys_of_rows(fgqa_mask mask, int32_t i0, int32_t i1) { return fgqa_kv_range(&mask, i0, i1); }
@@ -230,12 +233,19 @@ static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_sc
         schedule.head = head;
         schedule.tail = tail;
     }
-    if (lane < CACHED_SEQUENCES && head.b + lane <= tail.b) { schedule.cached[lane] = dec_sequence_at(p, head.b + lane); }
+    if (!p.uniform && lane < CACHED_SEQUENCES && head.b + lane <= tail.b) { schedule.cached[lane] = dec_sequence_at(p, head.b + lane); }
     __syncwarp();
+}
+
+/* First unit. */
+static __device__ __forceinline__ int32_t begin_of_block(const dec_params &p, const dec_schedule &schedule)
+{
+    return p.uniform ? p.split.begin((int32_t)blockIdx.x) : schedule.begin;
 }
 
 static __device__ __forceinline__ dec_sequence sequence_of(const dec_params &p, const dec_schedule &schedule, int32_t b)
 {
+    if (p.uniform) { return p.sequence; }
     return b - schedule.head.b < CACHED_SEQUENCES ? schedule.cached[b - schedule.head.b] : dec_sequence_at(p, b);
 }
 
@@ -333,9 +343,10 @@ static __device__ __forceinline__ fgqa_mask mask_of(const dec_params &p, const d
 }
 
 /* Slots that packed row `local` sees; none for rows that do not exist or are padding. */
-static __device__ __forceinline__ fgqa_range slots_of_row(const fgqa_mask &mask, const dec_sequence &s, const pair_rows &rows, int32_t local)
+static __device__ __forceinline__ fgqa_range slots_of_row(const dec_params &p, const fgqa_mask &mask, const dec_sequence &s, const pair_rows &rows, int32_t local)
 {
     fgqa_range seen = {0, 0};
+    if (p.one_query) { return local < rows.valid ? p.keys : seen; }
     const int32_t i = rows.rows.i(local);
     if (local < rows.valid && i < mask.sq) {
         const fgqa_range keys = keys_of_rows(mask, i, i + 1);
@@ -348,9 +359,11 @@ static __device__ __forceinline__ fgqa_range slots_of_row(const fgqa_mask &mask,
 /* Slots that some row of the pair sees, and those that all of them see. */
 struct pair_slots { fgqa_range seen, full; };
 
-static __device__ __forceinline__ pair_slots pair_slots_of(const fgqa_mask &mask, const dec_sequence &s, const pair_rows &rows)
+static __device__ __forceinline__ pair_slots pair_slots_of(const dec_params &p, const fgqa_mask &mask, const dec_sequence &s, const pair_rows &rows)
 {
-    pair_slots slots = {{0, 0}, {0, 0}};
+    pair_slots slots = {p.keys, p.keys};
+    if (p.one_query) { return slots; }
+    slots.seen.begin = slots.seen.end = slots.full.begin = slots.full.end = 0;
     const int32_t i = rows.rows.i(0), last = rows.rows.i(rows.valid - 1);
     if (i < mask.sq) {
         const fgqa_range keys = keys_of_rows(mask, i, min(last, mask.sq - 1) + 1);

@@ -51,7 +51,7 @@ static_assert(GRANULE % 16 == 0 && CONSUMERS % (GRANULE / 16) == 0 && BLOCK_Q ==
 
 struct shared {
     static constexpr int READERS = GRANULE / 16, STREAMS = CONSUMERS / READERS, STAGES = FGQA_STAGES;
-    static constexpr bool DEEP_PIECES = true, Q_FIRST = true;
+    static constexpr bool DEEP_PIECES = true;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(16) float merge[CONSUMERS][BLOCK_Q][MERGE_PITCH];   /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
@@ -304,8 +304,8 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
         next.next(p, &mem.schedule);
         const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
         const fgqa_mask rule = mask_of(p, sequence);
-        const pair_slots slots = pair_slots_of(rule, sequence, rows);
-        tile_mask mask = {0, slots.seen, {slots_of_row(rule, sequence, rows, 2 * (lane % 4)), slots_of_row(rule, sequence, rows, 2 * (lane % 4) + 1)}};
+        const pair_slots slots = pair_slots_of(p, rule, sequence, rows);
+        tile_mask mask = {0, slots.seen, {slots_of_row(p, rule, sequence, rows, 2 * (lane % 4)), slots_of_row(p, rule, sequence, rows, 2 * (lane % 4) + 1)}};
 #pragma unroll
         for (int c = 0; c < 2; c++) {
             chain[c].slope = slope_next[c];
@@ -364,7 +364,7 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
                 parity ^= 1;
             }
         }
-        const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)mem.schedule.begin + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
+        const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)begin_of_block(p, mem.schedule) + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
         if (FLOAT8) {
 #pragma unroll
             for (int n = 0; n < 4 * K_STEPS; n++) { st.o[n / 4][n % 4] *= scales.v; }

@@ -56,7 +56,6 @@ typedef std::conditional<FLOAT8, f16, T>::type product;
 template <int N_, int STREAMS_> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
     static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
-    static constexpr bool Q_FIRST = ROWS <= 32;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
     union alignas(1024) group_memory {
@@ -390,10 +389,10 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
         next.next(p, &mem.schedule);
         const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
         const fgqa_mask rule = mask_of(p, sequence);
-        const pair_slots slots = pair_slots_of(rule, sequence, rows);
+        const pair_slots slots = pair_slots_of(p, rule, sequence, rows);
         if (!actor.rehearsal) {
             if (actor.thread < Shared::ROWS) {
-                mem.rows[actor.thread] = slots_of_row(rule, sequence, rows, actor.thread);
+                mem.rows[actor.thread] = slots_of_row(p, rule, sequence, rows, actor.thread);
                 const chain_row chain = {diagonal_of(rule, sequence, rows, actor.thread), slope_next};
                 mem.chain[actor.thread] = chain;
             }
@@ -420,7 +419,7 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
                 parity ^= 1;
             }
         }
-        const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)mem.schedule.begin + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
+        const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)begin_of_block(p, mem.schedule) + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
         if (FLOAT8) {
 #pragma unroll
             for (int n = 0; n < CHUNKS * N / 2; n++) { st.o[n / (N / 2)][n % (N / 2)] *= scales.v; }
