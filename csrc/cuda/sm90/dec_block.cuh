@@ -9,7 +9,7 @@
  *   barrier                    arrivals                                  waited for by
  *   full[stream][stage][KV]    producer lane (1) + bytes                 the stream's consumers
  *   empty[stream][stage][KV]   the stream's consumer warps (READERS)     producer lane
- *   named START                all                                       consumers, helper: mbarriers and the schedule are there
+ *   named START                all                                       consumers: mbarriers are there; with lengths on the device the schedule, too
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
