@@ -150,6 +150,30 @@ def test_heads_share_tiles(g, dtype):
         compare(*packed, cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=sq, **options)
 
 
+@pytest.mark.parametrize("shape", [(8, 2, 700, 700), (6, 6, 450, 500), (8, 2, 128, 5000)], ids=str)
+@pytest.mark.parametrize("name", ROWS)
+def test_tiles_that_see_nothing(name, shape):
+    """Padding, and rows that see no key, are zeros over whatever memory held; the third shape shares its keys out."""
+    dtype = next(t for t, text in DTYPES.items() if f"_{text}_" in name)
+    d, dv = (int(name.split(f"_{letter}")[1].split("_")[0]) for letter in ("d", "dv"))
+    hq, hk, sq, sk = shape
+    q, k, v = inputs(6, hq, hk, sq, sk, d, dv, dtype)
+    lens = [sq, 0, 1, sq, 130, 100], [sk, sk, 300, 0, 129, 70]
+    rows, keys = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in lens)
+    k[2, :, 300:] = v[4, :, 129:] = float("nan")
+    padding = (torch.arange(sq, device="cuda") >= rows[:, None])[:, None].expand(6, hq, sq)
+    for options in ({}, {"causal": True}, {"window": (40, 0)}, {"window": (100, 0), "align": "top-left"}, {"softcap": 5.0}):
+        for sink in (None, torch.linspace(-2, 2, hq, device="cuda", dtype=dtype)):
+            options |= {"sink": sink, "q_lens": rows, "kv_lens": keys, "return_lse": True}
+            out = torch.full((6, hq, sq, dv), float("nan"), device="cuda", dtype=dtype)
+            _, lse = flashgqa.attention(q, k, v, out=out, kernel=name, **options)
+            other = row_for(dtype, d, dv, 80) if "softcap" not in options else f"fwd_sm80_{DTYPES[dtype]}_d256_dv256_general"
+            assert_close((out, lse), flashgqa.attention(q, k, v, kernel=other, **options), dtype)
+            assert not out[padding].any() and lse[padding].isneginf().all() and not out[3].any()
+            nothing = torch.full((hq,), -torch.inf, device="cuda") if sink is None else sink.float()
+            assert torch.equal(lse[3], nothing[:, None].expand(hq, sq))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 256)])
 def test_keys_are_shared_out(d, dv, mask):

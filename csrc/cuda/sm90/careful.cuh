@@ -7,6 +7,7 @@
  * too large for the short form of the exponent is done again, too (row_exp).
  */
 #pragma once
+#include "../common/cache_slot.cuh"
 #include "../common/ptx_sync.cuh"
 #include "../common/ptx_tma.cuh"
 #include "../sm80/gemm.cuh"
@@ -28,8 +29,8 @@ template <typename T> static __device__ __forceinline__ void clean_v(uint32_t v,
 struct poison_rows {
     const char *v;                      /* slot 0 of the head: in page 0 of a cache, else of the sequence */
     int64_t v_bytes, page_bytes;        /* from one key to the next, from one page to the next */
+    const fgqa_cache *cache;
     const int32_t *table;               /* pages of the sequence; NULL: not paged */
-    int32_t page_size, pages, last;     /* last: of the table */
     int32_t slot0;                      /* where key 0 is */
     fgqa_range seen[2];                 /* by this lane's two rows */
     int32_t begin, end;                 /* keys that some row of the warp sees: nothing else is read */
@@ -40,8 +41,8 @@ struct poison_rows {
     {
         const int32_t slot = slot0 + j;
         if (!table) { return v + slot * v_bytes; }
-        const int32_t entry = min(slot / page_size, last), page = table[entry];
-        return (uint32_t)page < (uint32_t)pages ? v + page * page_bytes + (slot - entry * page_size) * v_bytes : NULL;
+        const slot_place place = place_of_slot(*cache, table, (uint32_t)slot);
+        return place.page < 0 ? NULL : v + place.page * page_bytes + place.slot * v_bytes;
     }
 };
 

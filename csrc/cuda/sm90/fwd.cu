@@ -7,8 +7,8 @@
  * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values
  * may lie in a KV cache, contiguous or in pages.
  *
- *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q
- *                warp 1   producer:  TMA loads of K, V; of pages, a lane a page
+ *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q; tiles that see nothing are done there
+ *                warp 1   producer:  TMA loads of K, V; of pages, a lane knows where one lies
  *                warp 2   writer:    TMA stores of O, frees the Q buffer
  *                warp 3   masker:    which keys each row of a tile sees
  *   warpgroups 1, ..      consumers: 64 rows each; O, S, P in registers
@@ -28,6 +28,7 @@
  * There is one place t more than Q buffers s: tile n is announced when tile n - 1 - Q_STAGES, in whose place it comes, is
  * done, but before the Q buffer it needs is free. So its keys, its masks and what a claim costs do not wait for O to leave.
  */
+#include "../common/cache_slot.cuh"
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_tma.cuh"
@@ -131,6 +132,42 @@ static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, co
     return (tile_place *)fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, t.head, t.q_row + i);
 }
 
+/* A tile whose rows see nothing of the keys, or of their part of them: nobody reads O of such a part. Whole warp. */
+static __device__ __forceinline__ void write_unseen(const fwd_params &p, const tile &t)
+{
+    constexpr int32_t LANES = DV <= 64 ? 8 : DV <= 128 ? 16 : 32, ROWS = 32 / LANES;      /* lanes of a row, rows at once */
+    const fgqa_problem &problem = p.common.problem;
+    const int32_t lane = (int32_t)(thread_index() % 32), i0 = t.row0 >> p.list.pack, count = t.valid >> p.list.pack;
+#pragma unroll 1
+    for (int32_t head = t.head; head < t.head + (1 << p.list.pack); head++) {
+        float lse = -INFINITY;
+        uint32_t x = 0;
+        if (p.list.splits > 1) {
+            const int64_t row = row_of_part(p, t, head, i0);
+#pragma unroll 1
+            for (int32_t i = lane; i < count; i += 32) { ((float2 *)p.split.lse)[row + i] = make_float2(-INFINITY, -INFINITY); }
+            continue;
+        }
+        if (problem.view[FGQA_ARG_sink].data) {
+            const float zero = 0.0f * softmax_finish(-INFINITY, 0.0f, sink_logit(problem, t.batch, head, false), &lse);      /* NaN if the sink is */
+            x = pack2(zero, zero, T());
+        }
+        if (lane % LANES * 8 < problem.dv) {
+            const fgqa_view &out = problem.view[FGQA_ARG_out];
+            char *to = fgqa_row_address(out, sizeof(T), t.batch, head, t.q_row + i0 + lane / LANES) + 16 * (lane % LANES);
+#pragma unroll 4
+            for (int32_t i = lane / LANES; i < count; i += ROWS) {
+                const uint32_t y = i0 + i < t.sq ? x : 0;
+                *(uint4 *)to = make_uint4(y, y, y, y);
+                to += ROWS * out.stride_s * (int64_t)sizeof(T);
+            }
+        }
+        __syncwarp();
+#pragma unroll 1
+        for (int32_t i = lane; i < count; i += 32) { store_lse(problem, t.batch, head, t.q_row + i0 + i, i0 + i < t.sq ? lse : -INFINITY); }
+    }
+}
+
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
  * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once (claim_early), to hide the atomic. */
 template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
@@ -143,14 +180,23 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
     tile_place place;
     if (AGAIN) { place = sm.again; }
     for (bool more = true; more; rq.advance(), rt.advance()) {
-        more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
         const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
         tile &t = sm.tiles[rt.stage];
-        tile_place following = place;
-        if (leader) {
-            if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = 0; }
-            mbarrier_arrive(smem_address(&sm.tile_full[rt.stage]));
+        for (bool seen = false; !seen;) {
+            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
+            if (leader) {
+                if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = 0; }
+            }
+            __syncwarp();
+            seen = AGAIN || !more || t.block_begin < t.block_end;
+            if (!seen) {
+                write_unseen(p, t);
+                __syncwarp();
+                walk.advance(counter);
+            }
         }
+        tile_place following = place;
+        if (leader) { mbarrier_arrive(smem_address(&sm.tile_full[rt.stage])); }
         __syncwarp();
         if (AGAIN && more) { following = *place_in_o(p, t); }      /* O comes after Q */
         mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
@@ -173,7 +219,7 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
     }
 }
 
-/* ---- producer: a warp, each lane of which brings box_rows rows of a block ---- */
+/* ---- producer: a warp, each lane of which knows where box_rows rows of a block are ---- */
 
 /* Where a lane's rows are: row of a sequence or page. Rows that do not exist arrive as zeros. */
 struct kv_source { int32_t row, page; };
@@ -184,23 +230,38 @@ static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const
     const int32_t slot = t.k_row + j * BLOCK_K + lane * p.box_rows;
     kv_source at = {slot, p.common.problem.varlen ? 0 : t.batch};
     if (cache.table && lane * p.box_rows < BLOCK_K) {
-        const int32_t entry = min(slot, cache.capacity - 1) / cache.page_size;
-        at.page = cache.table[t.batch * cache.table_stride + entry];
-        at.row = slot - entry * cache.page_size;
+        const int32_t within = min(slot, cache.capacity - 1);
+        const slot_place place = place_of_slot(cache, cache.table + t.batch * cache.table_stride, (uint32_t)within);
+        at.page = (int32_t)place.page;
+        at.row = (int32_t)place.slot + slot - within;
     }
     return at;
 }
 
+/* True in one thread of a warp, all of which come here. ptxas knows that no other goes on: a copy of what the whole warp knows is one
+ * instruction in its branch, and not a loop over threads. PTX ISA, "elect.sync". */
+PTX_FN bool elect_one()
+{
+    uint32_t one;
+    asm volatile("{\n\t.reg .pred one;\n\telect.sync _|one, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, one;\n\t}" : "=r"(one)::"memory");
+    return one != 0;
+}
+
 template <int CHUNKS>
 static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
-                                               uint32_t parity, uint64_t policy, const kv_source &from, int kv_head, int lane)
+                                               uint32_t parity, uint64_t policy, const kv_source &from, int kv_head)
 {
+    const uint32_t bar = smem_address(full);
     mbarrier_wait(smem_address(empty), parity ^ 1);
-    if (lane == 0) { mbarrier_arrive_expect_tx(smem_address(full), sizeof(dst)); }
-    __syncwarp();
-    if (lane * p.box_rows >= BLOCK_K) { return; }
-    for (int c = 0; c < CHUNKS; c++) {
-        tma_load_4d(smem_address(dst[c] + lane * p.box_rows * CHUNK), map, smem_address(full), policy, c * CHUNK, kv_head, from.row, from.page);
+    if (elect_one()) { mbarrier_arrive_expect_tx(bar, sizeof(dst)); }
+#pragma unroll 4
+    for (int n = 0; n * p.box_rows < BLOCK_K; n++) {
+        const int32_t row = __shfl_sync(ALL_LANES, from.row, n), page = __shfl_sync(ALL_LANES, from.page, n);
+        if (elect_one()) {
+            for (int c = 0; c < CHUNKS; c++) {
+                tma_load_4d(smem_address(dst[c] + n * p.box_rows * CHUNK), map, bar, policy, c * CHUNK, kv_head, row, page);
+            }
+        }
     }
 }
 
@@ -216,11 +277,11 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
         if (!more) { continue; }
         const int kv_head = fgqa_kv_head(t.head, p.common.problem.g);
         auto load_k = [&](const kv_source &from) {
-            load_kv(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head, lane);
+            load_kv(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
             rk.advance();
         };
         auto load_v = [&](const kv_source &from) {
-            load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head, lane);
+            load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
             rv.advance();
         };
         kv_source of_v = find_rows(p, t, end - 1, lane), of_k = find_rows(p, t, max(end - 2, begin), lane);
@@ -292,7 +353,7 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
         for (int n = 0; n < BLOCK_Q / 32; n++) {                 /* one copy of the code: at a launch it comes from memory */
             const int32_t i = t.row0 + lane + 32 * n >> p.list.pack;
             fgqa_range x = {0, 0};
-            if (more && i < mask.sq && !t.idle) { x.begin = fgqa_kv_begin(&mask, i); x.end = fgqa_kv_end(&mask, i); }
+            if (more && i < mask.sq) { x.begin = fgqa_kv_begin(&mask, i); x.end = fgqa_kv_end(&mask, i); }
             if (R_STAGES == T_STAGES) { sm.rows[at][lane + 32 * n] = x; }
 #pragma unroll
             for (int k = 0; R_STAGES < T_STAGES && k < BLOCK_Q / 32; k++) {

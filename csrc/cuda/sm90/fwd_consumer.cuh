@@ -52,13 +52,11 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     const fgqa_problem &problem = p.common.problem;
     poison_rows rows;
     const fgqa_view &v = problem.view[FGQA_ARG_v];
+    rows.cache = &problem.cache;
     rows.table = problem.cache.table ? problem.cache.table + t.batch * problem.cache.table_stride : NULL;
     rows.v = fgqa_row_address(v, sizeof(T), rows.table ? 0 : t.batch, fgqa_kv_head(t.head, problem.g), 0);
     rows.v_bytes = v.stride_s * (int64_t)sizeof(T);
     rows.page_bytes = v.stride_b * (int64_t)sizeof(T);
-    rows.page_size = problem.cache.page_size;
-    rows.pages = problem.cache.pages;
-    rows.last = rows.table ? (problem.cache.capacity - 1) / rows.page_size : 0;
     rows.slot0 = t.k_row;
     rows.dv = problem.dv;
     rows.begin = INT32_MAX;

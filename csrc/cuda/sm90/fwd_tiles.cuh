@@ -23,10 +23,10 @@ struct tile_list {
 
 /* In shared memory. block_end = 0: there are no more tiles */
 struct tile {
-    int32_t block_begin, block_end;     /* blocks of keys to walk; at least one, all masked if the rows see nothing of it */
+    int32_t block_begin, block_end;     /* blocks of keys to walk; none if the rows see nothing of this part of the keys */
     int32_t row0, valid;                /* first packed row; how many rows exist */
     int32_t head, batch;                /* first head of the unit */
-    int32_t part, idle;                 /* of the keys; idle: there are fewer blocks than parts, and none for this one */
+    int32_t part;                       /* of the keys */
     int32_t q_row, k_row;               /* row 0 of the sequence in the tensors; of a cache, the slot of key 0 */
     int32_t sq, sk, diag;               /* of its mask */
 };
@@ -90,7 +90,6 @@ static __device__ __forceinline__ void describe_tile(const fgqa_problem &p, cons
     t->head = place.head;
     t->batch = place.batch;
     t->part = place.part;
-    t->idle = 0;
     t->q_row = (int32_t)sequence.q_row;
     t->k_row = (int32_t)sequence.k_row;
     t->sq = mask.sq;
@@ -100,12 +99,10 @@ static __device__ __forceinline__ void describe_tile(const fgqa_problem &p, cons
     const int32_t i0 = place.row0 >> list.pack, i1 = min((place.row0 + BLOCK_Q - 1 >> list.pack) + 1, mask.sq);
     if (i0 < mask.sq) { keys = fgqa_kv_range(&mask, i0, i1); }
     fgqa_range blocks = {keys.begin / BLOCK_K, (keys.end + BLOCK_K - 1) / BLOCK_K};
-    if (list.splits > 1) {
-        blocks = split_range(blocks, (uint32_t)place.part, list.splits);
-        t->idle = blocks.begin == blocks.end;
-    }
+    if (keys.begin == keys.end) { blocks.end = blocks.begin; }
+    if (list.splits > 1) { blocks = split_range(blocks, (uint32_t)place.part, list.splits); }
     t->block_begin = blocks.begin;
-    t->block_end = max(blocks.begin + 1, blocks.end);
+    t->block_end = blocks.end;
 }
 
 /* The tiles of one block, in turn. Whole warp. */
