@@ -1,5 +1,7 @@
 """The pages of keys and values that caches of one family share, and who has them."""
 
+from threading import RLock
+
 import numpy
 
 
@@ -12,6 +14,8 @@ class Pool:
         self.k, self.v = (zeros((*shape, dim)) for dim in dims)
         self.on_gpu = getattr(self.k, "is_cuda", False)
         self.references = numpy.zeros(pages, numpy.int64)
+        # Caches of one pool may be used by as many threads, and one that is collected gives back its pages at any time.
+        self.lock = RLock()
         self.page_bytes = (self.k.nbytes + self.v.nbytes) // max(pages, 1)
 
     def beside(self, numbers):
@@ -24,18 +28,20 @@ class Pool:
 
     def take(self, count):
         """Page numbers, lowest first, each with one reference."""
-        free = numpy.flatnonzero(self.references == 0)
-        if count > len(free):
-            raise MemoryError(
-                f"the KV cache is full: {count} more pages are needed and {len(free)} of {len(self.references)} are free; crop "
-                "or drop sequences, or allocate it with more pages"
-            )
-        self.references[free[:count]] = 1
-        return free[:count]
+        with self.lock:
+            free = numpy.flatnonzero(self.references == 0)
+            if count <= len(free):
+                self.references[free[:count]] = 1
+                return free[:count]
+        raise MemoryError(
+            f"the KV cache is full: {count} more pages are needed and {len(free)} of {len(self.references)} are free; crop "
+            "or drop sequences, or allocate it with more pages"
+        )
 
     def add(self, table, change):
         """One reference more or less for each page in a table, whose empty places are -1."""
-        numpy.add.at(self.references, table[table >= 0], change)
+        with self.lock:
+            numpy.add.at(self.references, table[table >= 0], change)
 
     def is_own(self, pages):
         """Of each page, whether one sequence alone has it; -1 is none."""
@@ -45,7 +51,10 @@ class Pool:
 
     def __getstate__(self):
         """Of a deep copy or a pickle: each cache that is in it, too, counts its own pages again."""
-        return self.__dict__ | {"references": numpy.zeros_like(self.references)}
+        return self.__dict__ | {"references": numpy.zeros_like(self.references), "lock": None}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, lock=RLock())
 
 
 def _zeros_of(library, dtype, device):

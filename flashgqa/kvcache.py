@@ -248,6 +248,7 @@ class KVCache:
 
     Pages are taken from a pool as sequences grow. Sequences that begin alike share pages (`reorder`, `fork`); one that is
     about to be written by one of them is copied first. ``copy.copy`` is `fork`; deep copies and pickles have a pool of their own.
+    Several threads may each use a cache of their own in one pool.
 
     Parameters
     ----------

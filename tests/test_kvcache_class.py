@@ -1,8 +1,10 @@
 """KVCache against a plain model of it: one list of tokens a sequence, and a pool that is never larger than needed."""
 
+import concurrent.futures
 import copy
 import gc
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -175,6 +177,30 @@ def test_a_pool_of_its_own_holds_no_page_of_others(copied):
     assert cache.bytes_used == 2 * PAGE * HK * (D + DV) * 4 and other.bytes_used == 0
     other.append(*tokens(rng, 2, 8))        # all four pages
     assert fork.lens == [6] and other.bytes_used == other.bytes_allocated
+
+
+def test_forks_grow_in_threads_of_their_own():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        cache = flashgqa.KVCache(1, HK, D, value_dim=DV, capacity=300, page_size=2, pages=5000)
+        start = tokens(np.random.default_rng(0), 1, 2)
+        cache.append(*start)
+        forks = [cache.fork() for _ in range(6)]
+
+        def grow(n):
+            row = np.full((1, HK, 1, D), n, np.float32), np.full((1, HK, 1, DV), n, np.float32)
+            for _ in range(250):
+                forks[n].append(*row)
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            list(pool.map(grow, range(6)))
+    finally:
+        sys.setswitchinterval(before)
+    for n, fork in enumerate(forks):
+        for held, first in zip(fork.sequence(0), start, strict=True):
+            assert (held[:, :2] == first[0]).all() and (held[:, 2:] == n).all()
+    assert cache.bytes_used == (6 * 125 + 1) * 2 * HK * (D + DV) * 4
 
 
 def test_a_page_that_cannot_be_copied_costs_none():
