@@ -77,7 +77,7 @@ static __device__ __noinline__ void prepare_tasks(const fgqa_problem &p, const f
     const int32_t thread = (int32_t)threadIdx.x;
     int32_t rows;
     if (thread == 0) {
-        w.control->ticket = 0;
+        w.control->ticket = w.control->finished = 0;
         w.control->key_tiles = ((int64_t)p.sk + w.block_k - 1) / w.block_k;
     }
     if (!p.varlen) { return; }

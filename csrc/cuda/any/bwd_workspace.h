@@ -9,7 +9,8 @@
  *            nothing has been added
  *   key_rows [b][sk] or [total_k]   of kernels with tiled statistics: query rows that see each key, where not all do
  *   poisoned [k_tiles]         of two passes, together with key_rows: whether the first has met an inf or NaN in the key tile
- *   control  ticket of the next task; key tiles of a sequence, of kernels without tiled statistics the longest one
+ *   control  ticket of the next task; key tiles of a sequence, of kernels without tiled statistics the longest one; query tiles whose
+ *            dQ is converted or about to be, of kernels with tiled statistics
  *   sequences, first_task [b], [b + 1]   of packed sequences, with tiled statistics: those with most rows first, and the tasks before each
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
  */
@@ -18,7 +19,7 @@
 #include "../../core/problem.h"
 #include "../../core/workspace.h"
 
-typedef struct { int64_t ticket, key_tiles; } fgqa_bwd_control;
+typedef struct { int64_t ticket, key_tiles, finished; } fgqa_bwd_control;
 
 /* What the main kernel needs of a query row. P = 2^(s scale log2(e) - lse2) or 2^((x - top) log2(e) - log_sum); delta =
  * rowsum(dO O) - dLSE. lse2 and top are +inf for a row that sees nothing, so that its P is 0. top is the LSE and log_sum 0, unless

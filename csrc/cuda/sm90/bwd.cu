@@ -6,11 +6,11 @@
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
- * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it. Head dim 256:
- * a second kernel makes dQ (bwd_queries.cuh).
+ * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it, where there
+ * are turns while later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
- *                warp 1   scheduler: takes tasks
+ *                warp 1   scheduler: takes tasks; in between, converts query tiles of dQ to which all key tiles have been added
  *           warps 2, 3   writers:   add dQ tiles, each those of one buffer: an addition and its turn take longer than a step
  *   warpgroups 1, 2       consumers: all scores transposed (bwd_consumer.cuh), 64 keys each (bwd_pair.cuh) or, head dim 256, the same
  *                                   64 keys (bwd_wide.cuh)
@@ -72,6 +72,7 @@ struct bwd_params {
     float scale_log2;                                            /* of scores, with a soft cap in units of it */
     uint32_t sections, band, run;                                /* find_task() */
     int32_t by_head, ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
+    struct { uint32_t tiles, band, span, low; } finish;          /* numbered_tile(); tiles: 0 if a kernel of its own converts dQ */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
     float in_caps;                                               /* scale / softcap */
 };
@@ -85,6 +86,9 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
     return x;
 }
 
+#if FGQA_D != 256
+#include "bwd_finish.cuh"
+#endif
 #include "bwd_tasks.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_softcap.cuh"
@@ -93,7 +97,6 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
 #include "bwd_queries.cuh"
 #else
 #include "bwd_pair.cuh"
-#include "bwd_finish.cuh"
 #endif
 
 /* CAPPED: with a soft cap. */
@@ -134,6 +137,10 @@ template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consume<MASKED, CAPPED>(p, sm, wg - 1);
+#if FGQA_D != 256
+        query_tile t;
+        while (p.finish.tiles > 0 && take_tile(p, &t)) { finish_tile<4>(p, t, 0); }
+#endif
     }
 }
 
@@ -172,6 +179,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.band = min((uint32_t)order.band, p.sections);
     p.run = (uint32_t)order.run;
     p.by_head = fgqa_bwd_by_head(problem, p.w.splits);
+#if FGQA_D != 256
+    p.finish = finish_order(p, problem, order, multiprocessors);
+#endif
     const bool masked = p.w.key_rows != NULL;
     const auto kernel = capped ? bwd_kernel<true, true> : masked ? bwd_kernel<true, false> : bwd_kernel<false, false>;
     const int64_t tasks = p.sections * key_tiles;

@@ -1,59 +1,180 @@
-/* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators, without its scale, to its rows, after the main
- * kernel. */
+/* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators, without its scale, to its rows. Where turns
+ * tell when a query tile is complete, inside the main kernel: by the scheduler's warp while it has nothing else to do, when the sums
+ * are still in the L2 cache, and in the end by the consumers, too. Otherwise by a kernel of its own behind it. */
 #pragma once
 
-static constexpr int FINISH_THREADS = 256, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
+static constexpr int FINISH_THREADS = 256, UNITS = 16, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
 
-/* One query tile of one head. Tiles to which no key tile adds were written by bwd_delta.cu. */
-static __device__ __forceinline__ void finish_tile(const bwd_params &p, uint32_t (&tile)[BLOCK_Q][D / 2 + 4], const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t n, bool vector)
+/* A query tile of one head whose dQ is to be converted. */
+struct query_tile {
+    const float *sums;
+    const int32_t *turn;
+    int32_t b, h, first_row, rows;            /* of dq; rows: 0 if no key tile adds to it, then bwd_delta.cu has written it */
+    int32_t complete;                         /* what the tile's word says when all have added */
+};
+
+static __device__ __forceinline__ query_tile query_tile_of(const bwd_params &p, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t n)
 {
-    const fgqa_problem &problem = p.common.problem;
-    const fgqa_mask &mask = sequence.mask;
-    const int32_t i0 = n * BLOCK_Q, end = min(mask.sq, i0 + BLOCK_Q);
-    const fgqa_range key_tiles = bwd_key_tiles(mask, BLOCK_K, i0, end);
-    if (key_tiles.begin == key_tiles.end) { return; }
-    const float4 *sums = (const float4 *)(p.w.dq + bwd_q_tile(problem, p.w, b, h, sequence.q_row, n) * (BLOCK_Q * D));
-#pragma unroll 8
-    for (int m = 0; m < BLOCK_Q * D / 4 / FINISH_THREADS; m++) {
-        const int at = threadIdx.x + FINISH_THREADS * m, consumer = at / OF_CONSUMER, group = at / 128 % (OF_CONSUMER / 128), thread = at % 128;
-        const float4 x = sums[at];
-        /* a consumer has half of the rows or, from head dim 128 on, of the columns */
-        const int row = (D == 64 ? consumer * 64 : 0) + thread / 32 * 16 + thread % 32 / 4, pair = (D == 64 ? 0 : consumer * (D / 4)) + group * 4 + thread % 4;
-        tile[row][pair] = pack2(x.x * p.common.scale, x.y * p.common.scale, T());
-        tile[row + 8][pair] = pack2(x.z * p.common.scale, x.w * p.common.scale, T());
-    }
-    __syncthreads();
+    const int32_t i0 = n * BLOCK_Q, end = min(sequence.mask.sq, i0 + BLOCK_Q);
+    const int64_t index = bwd_q_tile(p.common.problem, p.w, b, h, sequence.q_row, n);
+    fgqa_range key_tiles = {0, 0};
+    if (i0 < end) { key_tiles = bwd_key_tiles(sequence.mask, BLOCK_K, i0, end); }
+    return {p.w.dq + index * (BLOCK_Q * D), p.w.turn + index, b, h, (int32_t)sequence.q_row + i0, key_tiles.begin < key_tiles.end ? end - i0 : 0, key_tiles.end};
+}
+
+/* In quads of lanes: x[n] of lane c becomes x[c] of lane n. */
+static __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4])
+{
+    const uint32_t lane = thread_index();
 #pragma unroll
-    for (int m = 0; m < BLOCK_Q * D / 8 / FINISH_THREADS; m++) {
-        const int row = threadIdx.x / (D / 8) + FINISH_THREADS / (D / 8) * m, piece = threadIdx.x % (D / 8);
-        if (i0 + row >= end || 8 * piece >= problem.d) { continue; }
-        const uint4 x = *(const uint4 *)&tile[row][4 * piece];
-        char *const at = fgqa_row_address(problem.view[FGQA_ARG_dq], sizeof(T), b, h, sequence.q_row + i0 + row) + 16 * piece;
-        if (vector) { *(uint4 *)at = x; continue; }
-        const uint32_t word[4] = {x.x, x.y, x.z, x.w};
+    for (int bit = 1; bit <= 2; bit *= 2) {
 #pragma unroll
-        for (int e = 0; e < 8; e++) { ((uint16_t *)at)[e] = (uint16_t)(word[e / 2] >> 16 * (e % 2)); }
+        for (int n = 0; n < 4; n++) {
+            if (n & bit) { continue; }
+            const bool high = lane & bit;
+            const uint32_t other = __shfl_xor_sync(ALL_LANES, high ? x[n] : x[n + bit], bit);
+            if (high) { x[n] = other; } else { x[n + bit] = other; }
+        }
     }
 }
 
-static __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ bwd_params p, uint32_t tiles_a_head, bool vector)
+/* A warp's work: AT_ONCE of the units of 16 rows and 32 columns of a tile, from `first` on. */
+template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const bwd_params &p, const query_tile &t, int first)
 {
-    __shared__ __align__(16) uint32_t tile[BLOCK_Q][D / 2 + 4];
     const fgqa_problem &problem = p.common.problem;
-    const uint32_t pair = blockIdx.x / tiles_a_head;
+    const int lane = (int)thread_index() % 32;
+    float4 x[AT_ONCE][4];
+#pragma unroll
+    for (int m = 0; m < AT_ONCE; m++) {
+        const int unit = first + m;
+        const float *from = t.sums + 4 * (unit / 8 * OF_CONSUMER + unit % 2 * 512 + unit / 2 % 4 * 32 + lane);
+#pragma unroll
+        for (int n = 0; n < 4; n++) { x[m][n] = load_relaxed_f32x4(from + 512 * n); }
+    }
+#pragma unroll
+    for (int m = 0; m < AT_ONCE; m++) {
+        /* a consumer has half of the rows or, from head dim 128 on, of the columns */
+        const int unit = first + m, half = unit / 8 * 64, column = (D == 64 ? 0 : half) + unit % 2 * 32 + lane % 4 * 8;
+        int row = (D == 64 ? half : 0) + unit / 2 % 4 * 16 + lane / 4;
+        uint32_t upper[4], lower[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            upper[n] = pack2(x[m][n].x * p.common.scale, x[m][n].y * p.common.scale, T());
+            lower[n] = pack2(x[m][n].z * p.common.scale, x[m][n].w * p.common.scale, T());
+        }
+        transpose_quad(upper);
+        transpose_quad(lower);
+#pragma unroll
+        for (int n = 0; n < 2; n++, row += 8) {
+            if (row >= t.rows || column >= problem.d) { continue; }
+            const uint32_t (&word)[4] = n == 0 ? upper : lower;
+            char *const at = fgqa_row_address(problem.view[FGQA_ARG_dq], sizeof(T), t.b, t.h, t.first_row + row) + 2 * column;
+            if (p.vector_dq) { *(uint4 *)at = make_uint4(word[0], word[1], word[2], word[3]); continue; }
+#pragma unroll
+            for (int e = 0; e < 8; e++) { ((uint16_t *)at)[e] = (uint16_t)(word[e / 2] >> 16 * (e % 2)); }
+        }
+    }
+}
+
+/* ---- inside the main kernel ---- */
+
+/* The tile of a number, roughly in the order in which they become complete: band by band of KV heads; the tiles from `low` on upwards,
+ * those before in spans, each from its end to its begin or, BY_HEAD, so for each head. */
+static __device__ __forceinline__ query_tile numbered_tile(const bwd_params &p, uint32_t number)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t group = (uint32_t)problem.g, tiles = (uint32_t)p.w.head_tiles, in_band = p.finish.band * tiles * group;
+    const uint32_t first = number / in_band * p.finish.band, rest = number % in_band, width = min(p.finish.band, (uint32_t)(problem.b * problem.hk) - first);
+    const uint32_t pair = first + rest % width, at = rest / width, span = p.finish.span;
+    uint32_t begin = p.finish.low, tile = begin + (at - begin * group) / group, head = at % group;
+    if (at < begin * group) {
+        begin = at / (span * group) * span;
+        const uint32_t within = at - begin * group, length = min(span, p.finish.low - begin);
+        tile = begin + length - 1 - (p.by_head ? within % length : within / group);
+        head = p.by_head ? within / length : within % group;
+    }
+    const int32_t b = (int32_t)(pair / (uint32_t)problem.hk), h = (int32_t)(pair % (uint32_t)problem.hk * group + group - 1 - head);
+    int32_t rows;
+    return query_tile_of(p, fgqa_device_sequence(problem, b, &rows), b, h, (int32_t)tile);
+}
+
+static __device__ __forceinline__ bool is_complete(const query_tile &t)
+{
+    const int32_t state = load_acquire_s32(t.turn);
+    return t.rows == 0 || (!(state & FGQA_BWD_FRESH) && (state & (FGQA_BWD_FRESH - 1)) == t.complete);
+}
+
+/* A warp takes the number of a tile; false: there is none left. */
+static __device__ __forceinline__ bool take_tile(const bwd_params &p, query_tile *t)
+{
+    uint32_t number = 0;
+    if (thread_index() % 32 == 0) { number = (uint32_t)atomicAdd((unsigned long long *)&p.w.control->finished, 1ull); }
+    number = __shfl_sync(ALL_LANES, number, 0);
+    if (number >= p.finish.tiles) { return false; }
+    *t = numbered_tile(p, number);
+    return true;
+}
+
+/* A warp waits for a tile and does what is left of it. Only when there are no more tasks: those that add to it are in work elsewhere. */
+template <int AT_ONCE> static __device__ __forceinline__ void finish_tile(const bwd_params &p, const query_tile &t, int32_t unit)
+{
+    while (!__all_sync(ALL_LANES, is_complete(t))) { __nanosleep(100); }
+    for (; t.rows > 0 && unit < UNITS; unit += AT_ONCE) { finish_units<AT_ONCE>(p, t, unit); }
+}
+
+/* A little of what the scheduler can do between tasks, without waiting; t is its own. false: no tile is left. */
+static __device__ __forceinline__ bool finish_some(const bwd_params &p, query_tile &t, int32_t &unit)
+{
+    if (unit == UNITS) {
+        query_tile next;
+        if (!take_tile(p, &next)) { return false; }
+        __syncwarp();
+        if (thread_index() % 32 == 0) { t = next; }
+        __syncwarp();
+        unit = t.rows > 0 ? 0 : UNITS;
+    } else if (unit > 0 || __all_sync(ALL_LANES, is_complete(t))) {
+        finish_units<1>(p, t, unit++);
+    } else {
+        __nanosleep(200);
+    }
+    return true;
+}
+
+/* ---- kernel behind the main one ---- */
+
+static __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ bwd_params p, uint32_t tiles_a_head)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t number = blockIdx.x * (FINISH_THREADS / 32) + threadIdx.x / 32, pair = number / tiles_a_head;
     const int32_t h = (int32_t)(pair % (uint32_t)problem.hq);
-    int32_t b = (int32_t)(pair / (uint32_t)problem.hq), n = (int32_t)(blockIdx.x % tiles_a_head), rows;
+    int32_t b = (int32_t)(pair / (uint32_t)problem.hq), n = (int32_t)(number % tiles_a_head), rows;
+    if (b >= (problem.varlen ? 1 : problem.b)) { return; }
     if (problem.varlen) { b = bwd_packed_sequence(problem, BLOCK_Q, n); }
     const fgqa_sequence sequence = fgqa_device_sequence(problem, b, &rows);
     if (problem.varlen) { n -= (int32_t)sequence.q_row / BLOCK_Q + b; }
-    if (n >= 0 && n * BLOCK_Q < sequence.mask.sq) { finish_tile(p, tile, sequence, b, h, n, vector); }
+    if (n < 0) { return; }
+    const query_tile t = query_tile_of(p, sequence, b, h, n);
+    for (int unit = 0; t.rows > 0 && unit < UNITS; unit += 4) { finish_units<4>(p, t, unit); }
+}
+
+/* finish.tiles, .. of the main kernel's parameters. Under a causal mask a run of key tiles completes those query tiles which no later one
+ * meets; a chain's second half completes the others on its way up. */
+static decltype(bwd_params::finish) finish_order(const bwd_params &p, const fgqa_problem *problem, const fgqa_bwd_order &order, int32_t multiprocessors)
+{
+    const uint32_t tiles = (uint32_t)p.w.head_tiles, pairs = (uint32_t)(problem->b * problem->hk), in_work = (uint32_t)max(max(order.run, order.chain), multiprocessors / order.band);
+    decltype(bwd_params::finish) f = {0, 1, tiles, tiles};
+    if (!p.ordered || problem->varlen || pairs == 0 || tiles == 0) { return f; }
+    f.tiles = pairs * (uint32_t)problem->g * tiles;
+    f.band = min(max(1u, p.band / (uint32_t)p.w.splits), pairs);
+    if (fgqa_bwd_causal(problem) || p.by_head) { f.span = min(tiles, (order.chain > 0 ? (uint32_t)order.chain : in_work) * (BLOCK_K / BLOCK_Q)); }
+    if (order.chain > 0) { f.low = (tiles + 1) / 2; }
+    return f;
 }
 
 static int finish(const bwd_params &p, int32_t, int32_t, cudaStream_t stream)
 {
     const fgqa_problem &problem = p.common.problem;
-    const uint32_t tiles_a_head = (uint32_t)p.w.head_tiles, blocks = (uint32_t)problem.hq * tiles_a_head * (problem.varlen ? 1u : (uint32_t)problem.b);
-    if (blocks == 0 || problem.b == 0) { return cudaSuccess; }
-    const bool vector = fgqa_view_is_vector(&problem, FGQA_ARG_dq) != 0;
-    return launch_kernel(finish_kernel, blocks, FINISH_THREADS, 0, stream, p, tiles_a_head, vector);
+    const uint32_t tiles_a_head = (uint32_t)p.w.head_tiles, tiles = (uint32_t)problem.hq * tiles_a_head * (problem.varlen ? 1u : (uint32_t)problem.b);
+    if (tiles == 0 || problem.b == 0 || p.finish.tiles > 0) { return cudaSuccess; }
+    return launch_kernel(finish_kernel, (tiles + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream, p, tiles_a_head);
 }

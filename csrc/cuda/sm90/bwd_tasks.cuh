@@ -31,6 +31,9 @@ struct shared {
     float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];                   /* of a stage, in the order of bwd_stats_slot() */
     fgqa_range rows[2 * 64];                                     /* that see each key of each consumer */
     task tasks[2];
+#if FGQA_D != 256
+    query_tile finishing;                                        /* the scheduler's */
+#endif
     int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
     uint32_t poisoned_keys[BLOCK_K / 32], any_poisoned;
     uint64_t task_full, task_free, k_full, v_full, kv_empty;
@@ -75,6 +78,14 @@ struct ring2 {
 
 /* ---- scheduler: a warp ---- */
 
+/* Whether the phase with this parity has completed. */
+static __device__ __forceinline__ bool mbarrier_test(uint32_t bar, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done;
+}
+
 /* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, `run` key tiles of one section, of the next one,
  * .., then the `run` behind those of the first. Blocks of one section share what they read only while they are few query tiles
  * apart, and multiprocessors are not equally fast: short bands or runs bring blocks together which become free together. On the other
@@ -115,8 +126,15 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
     const fgqa_problem &problem = p.common.problem;
     const int lane = (int)thread_index() % 32;
     const uint32_t key_tiles = (uint32_t)p.w.control->key_tiles;
+#if FGQA_D != 256
+    bool finishing = p.finish.tiles > 0;
+    int32_t unit = UNITS;                                        /* of sm.finishing: what is done */
+#endif
     for (uint32_t count = 0;; count++) {
         task t;
+#if FGQA_D != 256
+        while (finishing && !__all_sync(ALL_LANES, mbarrier_test(smem_address(&sm.task_free), ~count & 1))) { finishing = finish_some(p, sm.finishing, unit); }
+#endif
         mbarrier_wait(smem_address(&sm.task_free), ~count & 1);
         for (;;) {
             uint32_t ticket = 0;
@@ -168,8 +186,11 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
         if (lane == 0) { out = t; }
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.task_full)); }
-        if (t.done) { return; }
+        if (t.done) { break; }
     }
+#if FGQA_D != 256
+    if (unit < UNITS) { finish_tile<1>(p, sm.finishing, unit); }
+#endif
 }
 
 /* ---- producer: a thread ---- */
