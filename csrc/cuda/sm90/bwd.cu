@@ -6,8 +6,8 @@
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
- * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it, where there
- * are turns while later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
+ * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it while
+ * later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
  *                warp 1   scheduler: takes tasks; in between, converts query tiles of dQ to which all key tiles have been added
@@ -72,7 +72,7 @@ struct bwd_params {
     float scale_log2;                                            /* of scores, with a soft cap in units of it */
     uint32_t sections, band, run;                                /* find_task() */
     int32_t by_head, ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
-    struct { uint32_t tiles, band, span, low; } finish;          /* numbered_tile(); tiles: 0 if a kernel of its own converts dQ */
+    struct { uint32_t tiles, band, span, low; } finish;          /* numbered_tile() */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
     float in_caps;                                               /* scale / softcap */
 };
@@ -138,8 +138,8 @@ template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1
         setmaxnreg_inc<CONSUMER_REGS>();
         consume<MASKED, CAPPED>(p, sm, wg - 1);
 #if FGQA_D != 256
-        query_tile t;
-        while (p.finish.tiles > 0 && take_tile(p, &t)) { finish_tile<4>(p, t, 0); }
+        dq_tile t;
+        while (take_tile(p, &t)) { finish_tile<4>(p, t, 0); }
 #endif
     }
 }
@@ -193,7 +193,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess && !p.ordered) { error = cudaMemsetAsync(p.w.dq, 0, (size_t)p.w.q_tiles * (BLOCK_Q * D) * sizeof(float), stream); }
     if (error != cudaSuccess) { return error; }
     error = launch_kernel(kernel, blocks, THREADS, sizeof(shared), stream, p);
+#if FGQA_D == 256
     if (error == cudaSuccess) { error = finish(p, device, multiprocessors, stream); }
+#endif
     if (error == cudaSuccess && p.w.splits > 1) { error = fgqa_bwd_reduce(problem, &p.w, D, DV, stream); }
     if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = fgqa_bwd_dsink(problem, &p.w, stream); }
     return error;

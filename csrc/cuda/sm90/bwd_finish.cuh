@@ -1,24 +1,25 @@
-/* bwd_finish.cuh - part of bwd.cu: dQ from float32 sums in the order of accumulators, without its scale, to its rows. Where turns
- * tell when a query tile is complete, inside the main kernel: by the scheduler's warp while it has nothing else to do, when the sums
- * are still in the L2 cache, and in the end by the consumers, too. Otherwise by a kernel of its own behind it. */
+/* bwd_finish.cuh - part of bwd.cu, head dims 64 and 128: dQ from float32 sums in the order of accumulators, without its scale, to its
+ * rows, inside the main kernel. A query tile's word tells when all key tiles have been added. By the scheduler's warp while it has
+ * nothing else to do, when the sums are mostly still in the L2 cache; what is left when there are no more tasks, by the consumers.
+ * Packed sequences have no order in which their tiles become complete: by the consumers. */
 #pragma once
 
-static constexpr int FINISH_THREADS = 256, UNITS = 16, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
+static constexpr int UNITS = 16, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
 
 /* A query tile of one head whose dQ is to be converted. */
-struct query_tile {
+struct dq_tile {
     const float *sums;
     const int32_t *turn;
     int32_t b, h, first_row, rows;            /* of dq; rows: 0 if no key tile adds to it, then bwd_delta.cu has written it */
     int32_t complete;                         /* what the tile's word says when all have added */
 };
 
-static __device__ __forceinline__ query_tile query_tile_of(const bwd_params &p, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t n)
+static __device__ __forceinline__ dq_tile dq_tile_of(const bwd_params &p, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t n)
 {
     const int32_t i0 = n * BLOCK_Q, end = min(sequence.mask.sq, i0 + BLOCK_Q);
     const int64_t index = bwd_q_tile(p.common.problem, p.w, b, h, sequence.q_row, n);
     fgqa_range key_tiles = {0, 0};
-    if (i0 < end) { key_tiles = bwd_key_tiles(sequence.mask, BLOCK_K, i0, end); }
+    if (n >= 0 && i0 < end) { key_tiles = bwd_key_tiles(sequence.mask, BLOCK_K, i0, end); }
     return {p.w.dq + index * (BLOCK_Q * D), p.w.turn + index, b, h, (int32_t)sequence.q_row + i0, key_tiles.begin < key_tiles.end ? end - i0 : 0, key_tiles.end};
 }
 
@@ -39,7 +40,7 @@ static __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4])
 }
 
 /* A warp's work: AT_ONCE of the units of 16 rows and 32 columns of a tile, from `first` on. */
-template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const bwd_params &p, const query_tile &t, int first)
+template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const bwd_params &p, const dq_tile &t, int first)
 {
     const fgqa_problem &problem = p.common.problem;
     const int lane = (int)thread_index() % 32;
@@ -76,13 +77,17 @@ template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const
     }
 }
 
-/* ---- inside the main kernel ---- */
-
 /* The tile of a number, roughly in the order in which they become complete: band by band of KV heads; the tiles from `low` on upwards,
  * those before in spans, each from its end to its begin or, BY_HEAD, so for each head. */
-static __device__ __forceinline__ query_tile numbered_tile(const bwd_params &p, uint32_t number)
+static __device__ __forceinline__ dq_tile numbered_tile(const bwd_params &p, uint32_t number)
 {
     const fgqa_problem &problem = p.common.problem;
+    int32_t rows;
+    if (problem.varlen) {
+        const int32_t h = (int32_t)(number / (uint32_t)p.w.head_tiles), n = (int32_t)(number % (uint32_t)p.w.head_tiles), b = bwd_packed_sequence(problem, BLOCK_Q, n);
+        const fgqa_sequence sequence = fgqa_device_sequence(problem, b, &rows);
+        return dq_tile_of(p, sequence, b, h, n - (int32_t)(sequence.q_row / BLOCK_Q) - b);
+    }
     const uint32_t group = (uint32_t)problem.g, tiles = (uint32_t)p.w.head_tiles, in_band = p.finish.band * tiles * group;
     const uint32_t first = number / in_band * p.finish.band, rest = number % in_band, width = min(p.finish.band, (uint32_t)(problem.b * problem.hk) - first);
     const uint32_t pair = first + rest % width, at = rest / width, span = p.finish.span;
@@ -94,18 +99,16 @@ static __device__ __forceinline__ query_tile numbered_tile(const bwd_params &p, 
         head = p.by_head ? within / length : within % group;
     }
     const int32_t b = (int32_t)(pair / (uint32_t)problem.hk), h = (int32_t)(pair % (uint32_t)problem.hk * group + group - 1 - head);
-    int32_t rows;
-    return query_tile_of(p, fgqa_device_sequence(problem, b, &rows), b, h, (int32_t)tile);
+    return dq_tile_of(p, fgqa_device_sequence(problem, b, &rows), b, h, (int32_t)tile);
 }
 
-static __device__ __forceinline__ bool is_complete(const query_tile &t)
+static __device__ __forceinline__ bool is_complete(const dq_tile &t)
 {
-    const int32_t state = load_acquire_s32(t.turn);
-    return t.rows == 0 || (!(state & FGQA_BWD_FRESH) && (state & (FGQA_BWD_FRESH - 1)) == t.complete);
+    return t.rows == 0 || (load_acquire_s32(t.turn) & (FGQA_BWD_FRESH - 1)) == t.complete;
 }
 
 /* A warp takes the number of a tile; false: there is none left. */
-static __device__ __forceinline__ bool take_tile(const bwd_params &p, query_tile *t)
+static __device__ __forceinline__ bool take_tile(const bwd_params &p, dq_tile *t)
 {
     uint32_t number = 0;
     if (thread_index() % 32 == 0) { number = (uint32_t)atomicAdd((unsigned long long *)&p.w.control->finished, 1ull); }
@@ -116,17 +119,17 @@ static __device__ __forceinline__ bool take_tile(const bwd_params &p, query_tile
 }
 
 /* A warp waits for a tile and does what is left of it. Only when there are no more tasks: those that add to it are in work elsewhere. */
-template <int AT_ONCE> static __device__ __forceinline__ void finish_tile(const bwd_params &p, const query_tile &t, int32_t unit)
+template <int AT_ONCE> static __device__ __forceinline__ void finish_tile(const bwd_params &p, const dq_tile &t, int32_t unit)
 {
     while (!__all_sync(ALL_LANES, is_complete(t))) { __nanosleep(100); }
     for (; t.rows > 0 && unit < UNITS; unit += AT_ONCE) { finish_units<AT_ONCE>(p, t, unit); }
 }
 
 /* A little of what the scheduler can do between tasks, without waiting; t is its own. false: no tile is left. */
-static __device__ __forceinline__ bool finish_some(const bwd_params &p, query_tile &t, int32_t &unit)
+static __device__ __forceinline__ bool finish_some(const bwd_params &p, dq_tile &t, int32_t &unit)
 {
     if (unit == UNITS) {
-        query_tile next;
+        dq_tile next;
         if (!take_tile(p, &next)) { return false; }
         __syncwarp();
         if (thread_index() % 32 == 0) { t = next; }
@@ -140,41 +143,17 @@ static __device__ __forceinline__ bool finish_some(const bwd_params &p, query_ti
     return true;
 }
 
-/* ---- kernel behind the main one ---- */
-
-static __global__ void __launch_bounds__(FINISH_THREADS) finish_kernel(const __grid_constant__ bwd_params p, uint32_t tiles_a_head)
-{
-    const fgqa_problem &problem = p.common.problem;
-    const uint32_t number = blockIdx.x * (FINISH_THREADS / 32) + threadIdx.x / 32, pair = number / tiles_a_head;
-    const int32_t h = (int32_t)(pair % (uint32_t)problem.hq);
-    int32_t b = (int32_t)(pair / (uint32_t)problem.hq), n = (int32_t)(number % tiles_a_head), rows;
-    if (b >= (problem.varlen ? 1 : problem.b)) { return; }
-    if (problem.varlen) { b = bwd_packed_sequence(problem, BLOCK_Q, n); }
-    const fgqa_sequence sequence = fgqa_device_sequence(problem, b, &rows);
-    if (problem.varlen) { n -= (int32_t)sequence.q_row / BLOCK_Q + b; }
-    if (n < 0) { return; }
-    const query_tile t = query_tile_of(p, sequence, b, h, n);
-    for (int unit = 0; t.rows > 0 && unit < UNITS; unit += 4) { finish_units<4>(p, t, unit); }
-}
-
 /* finish.tiles, .. of the main kernel's parameters. Under a causal mask a run of key tiles completes those query tiles which no later one
  * meets; a chain's second half completes the others on its way up. */
 static decltype(bwd_params::finish) finish_order(const bwd_params &p, const fgqa_problem *problem, const fgqa_bwd_order &order, int32_t multiprocessors)
 {
     const uint32_t tiles = (uint32_t)p.w.head_tiles, pairs = (uint32_t)(problem->b * problem->hk), in_work = (uint32_t)max(max(order.run, order.chain), multiprocessors / order.band);
     decltype(bwd_params::finish) f = {0, 1, tiles, tiles};
-    if (!p.ordered || problem->varlen || pairs == 0 || tiles == 0) { return f; }
+    if (problem->varlen) { f.tiles = problem->b > 0 ? (uint32_t)problem->hq * tiles : 0; }
+    if (problem->varlen || pairs == 0 || tiles == 0) { return f; }
     f.tiles = pairs * (uint32_t)problem->g * tiles;
     f.band = min(max(1u, p.band / (uint32_t)p.w.splits), pairs);
     if (fgqa_bwd_causal(problem) || p.by_head) { f.span = min(tiles, (order.chain > 0 ? (uint32_t)order.chain : in_work) * (BLOCK_K / BLOCK_Q)); }
     if (order.chain > 0) { f.low = (tiles + 1) / 2; }
     return f;
-}
-
-static int finish(const bwd_params &p, int32_t, int32_t, cudaStream_t stream)
-{
-    const fgqa_problem &problem = p.common.problem;
-    const uint32_t tiles_a_head = (uint32_t)p.w.head_tiles, tiles = (uint32_t)problem.hq * tiles_a_head * (problem.varlen ? 1u : (uint32_t)problem.b);
-    if (tiles == 0 || problem.b == 0 || p.finish.tiles > 0) { return cudaSuccess; }
-    return launch_kernel(finish_kernel, (tiles + FINISH_THREADS / 32 - 1) / (FINISH_THREADS / 32), FINISH_THREADS, 0, stream, p, tiles_a_head);
 }

@@ -50,13 +50,10 @@ template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shar
             tma_store_commit();
             tma_store_wait_read();
             mbarrier_arrive(smem_address(&sm.dq_empty[r.stage]));
-            if (p.ordered) {
-                bulk_wait();
-                fence_proxy_async_global();
-                red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
-            }
+            bulk_wait();
+            fence_proxy_async_global();
+            red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
         }
-        bulk_wait();
     }
 }
 

@@ -32,7 +32,7 @@ struct shared {
     fgqa_range rows[2 * 64];                                     /* that see each key of each consumer */
     task tasks[2];
 #if FGQA_D != 256
-    query_tile finishing;                                        /* the scheduler's */
+    dq_tile finishing;                                        /* the scheduler's */
 #endif
     int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
     uint32_t poisoned_keys[BLOCK_K / 32], any_poisoned;
@@ -127,7 +127,7 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
     const int lane = (int)thread_index() % 32;
     const uint32_t key_tiles = (uint32_t)p.w.control->key_tiles;
 #if FGQA_D != 256
-    bool finishing = p.finish.tiles > 0;
+    bool finishing = p.finish.tiles > 0 && !problem.varlen;
     int32_t unit = UNITS;                                        /* of sm.finishing: what is done */
 #endif
     for (uint32_t count = 0;; count++) {
