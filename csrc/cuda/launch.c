@@ -167,6 +167,7 @@ static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, c
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
     }
+    if (p->dv % 8 != 0) { return "stores results whose head dim is a multiple of 8"; }
     return fgqa_hopper_tiles(p, k->row.block_q) > INT32_MAX / 2 ? "too many tiles" : NULL;
 }
 

@@ -9,24 +9,26 @@
  *
  *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q; tiles that see nothing are done there
  *                warp 1   producer:  TMA loads of K, V; of pages, a lane knows where one lies
- *                warp 2   writer:    TMA stores of O, frees the Q buffer
+ *                warp 2   collector: lists the tiles that have to be done again, frees their places
  *                warp 3   masker:    which keys each row of a tile sees
- *   warpgroups 1, ..      consumers: 64 rows each; O, S, P in registers
+ *   warpgroups 1, ..      consumers: 64 rows each; O, S, P in registers, from which O is stored
  *
- * Shared memory: rings of Q (its buffer also stages O), K and V; 128-byte-swizzled TMA layout, cut in chunks of 64 columns:
+ * Shared memory: rings of Q, K and V; 128-byte-swizzled TMA layout, cut in chunks of 64 columns:
  * q[stage][warpgroup][chunk][64 rows][64], k and v[stage][chunk][BLOCK_K rows][64].
  *
  * mbarrier        arrivals (count)                             waited for by             meaning
- * tile_full[t]    scheduler (1)                                producer, writer, masker  tiles[t] is there
+ * tile_full[t]    scheduler (1)                                producer, masker          tiles[t] is there
  * q_full[s]       scheduler + Q bytes, masker (2)              consumers                 Q, tiles[t], rows, blocks are there
- * o_full[s]       each consumer warp                           writer                    O is staged over Q, or stored, or no tile
- * q_empty[s]      writer (1)                                   scheduler, masker         O left, the buffer is free
+ * q_empty[s]      each consumer warp                           scheduler, masker         all products with Q are done
+ * o_full[t]       each consumer warp                           collector                 O is stored, or no tile
+ * tile_empty[t]   collector (1)                                scheduler                 the place is free
  * k_full, v_full  producer + bytes (1)                         consumers                 block is there
  * k_empty, ..     one thread of each consumer warpgroup        producer                  block was used by all
  * named TURN + n  warpgroup n - 1 arrives, n syncs (256)       consumers                 one feeds the tensor core while the
  *                                                                                        others do exponentials
- * There is one place t more than Q buffers s: tile n is announced when tile n - 1 - Q_STAGES, in whose place it comes, is
- * done, but before the Q buffer it needs is free. So its keys, its masks and what a claim costs do not wait for O to leave.
+ * Q's buffer is free before O of its tile is there, so there are two places t more than Q buffers s: tile n is announced when O of
+ * tile n - T_STAGES, in whose place it comes, is stored, but before the Q buffer it needs is free. So its keys, its masks and what a
+ * claim costs are not waited for.
  */
 #include "../common/cache_slot.cuh"
 #include "../common/launch.cuh"
@@ -58,13 +60,13 @@ static_assert(WG_COUNT * WG_ROWS == BLOCK_Q && THREADS == 128 * (1 + WG_COUNT), 
 static_assert(D % 16 == 0 && DV % 16 == 0 && BLOCK_K % 16 == 0, "kernels.def: the tensor core takes steps of 16");
 
 /* What is left of an SM's memory goes to a second Q buffer first, which lets tiles overlap, then to a third V buffer. */
-static constexpr int SM_BYTES = 227 * 1024, SMALL_BYTES = 640 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
+static constexpr int SM_BYTES = 227 * 1024, SMALL_BYTES = 768 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
 static constexpr int K_BYTES = K_CHUNKS * BLOCK_K * CHUNK * 2, V_BYTES = V_CHUNKS * BLOCK_K * CHUNK * 2;
 static constexpr int LEAST = Q_BYTES + STAGES * (K_BYTES + V_BYTES) + SMALL_BYTES;
 static constexpr int Q_STAGES = LEAST + Q_BYTES <= SM_BYTES ? 2 : 1;
 static constexpr int V_STAGES = LEAST + (Q_STAGES - 1) * Q_BYTES + V_BYTES <= SM_BYTES ? STAGES + 1 : STAGES;
 
-static constexpr int T_STAGES = Q_STAGES + 1;                    /* of tiles[] */
+static constexpr int T_STAGES = Q_STAGES + 2;                    /* of tiles[] */
 static constexpr int LEFT = SM_BYTES - LEAST - (Q_STAGES - 1) * Q_BYTES - (V_STAGES - STAGES) * V_BYTES;
 static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES : Q_STAGES;      /* of rows[] */
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
@@ -76,7 +78,7 @@ static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 enum { TURN = 1 };                                               /* named barriers TURN, TURN + 1, ..: 0 is __syncthreads */
 
 struct fwd_params {
-    CUtensorMap q_map, k_map, v_map, out_map;                    /* dims (d, head, row, batch or page); box 64 columns x heads x rows */
+    CUtensorMap q_map, k_map, v_map;                             /* dims (d, head, row, batch or page); box 64 columns x heads x rows */
     fgqa_params common;
     fgqa_split split;
     tile_list list;
@@ -95,9 +97,9 @@ struct shared {
     fgqa_range rows[R_STAGES][BLOCK_Q];                          /* keys seen */
     wg_blocks blocks[R_STAGES][WG_COUNT];
     tile tiles[T_STAGES];
-    int32_t poisoned[Q_STAGES];                                  /* some element of O is not finite: the tile is done again */
+    int32_t poisoned[T_STAGES];                                  /* some element of O is not finite: the tile is done again */
     tile_place again;                                            /* the last such tile, which names the one before; batch -1: none */
-    uint64_t tile_full[T_STAGES], q_full[Q_STAGES], o_full[Q_STAGES], q_empty[Q_STAGES];
+    uint64_t tile_full[T_STAGES], o_full[T_STAGES], tile_empty[T_STAGES], q_full[Q_STAGES], q_empty[Q_STAGES];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES];
 };
 static_assert(sizeof(shared) <= SM_BYTES, "kernels.def: the tiles do not fit into shared memory");
@@ -182,6 +184,7 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
     for (bool more = true; more; rq.advance(), rt.advance()) {
         const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
         tile &t = sm.tiles[rt.stage];
+        mbarrier_wait(smem_address(&sm.tile_empty[rt.stage]), rt.parity ^ 1);
         for (bool seen = false; !seen;) {
             more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
             if (leader) {
@@ -298,36 +301,20 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
     }
 }
 
-/* ---- writer: a thread ---- */
+/* ---- collector: a thread ---- */
 
-/* Whether O of the tile leaves by TMA, which cuts off rows past the tensor's end, but not those of the next packed sequence. */
-static __device__ __forceinline__ bool leaves_by_tma(const fwd_params &p, const tile &t)
+static __device__ __forceinline__ void collect(const fwd_params &p, shared &sm, ring<T_STAGES> &rt)
 {
-    return p.list.splits == 1 && (!p.common.problem.varlen || t.valid == BLOCK_Q);
-}
-
-static __device__ __forceinline__ void write_o(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
-{
-    for (bool more = true; more; rq.advance(), rt.advance()) {
-        mbarrier_wait(smem_address(&sm.tile_full[rt.stage]), rt.parity);
+    for (bool more = true; more; rt.advance()) {
+        mbarrier_wait(smem_address(&sm.o_full[rt.stage]), rt.parity);
         const tile &t = sm.tiles[rt.stage];
         more = t.block_end != 0;
-        mbarrier_wait(smem_address(&sm.o_full[rq.stage]), rq.parity);
-        if (more && sm.poisoned[rq.stage]) {
-            sm.poisoned[rq.stage] = 0;
+        if (more && sm.poisoned[rt.stage]) {
+            sm.poisoned[rt.stage] = 0;
             *place_in_o(p, t) = sm.again;
             sm.again = {t.batch, t.head, t.row0, t.part};
-        } else if (more && leaves_by_tma(p, t)) {
-            for (int wg = 0; wg < WG_COUNT; wg++) {
-                for (int c = 0; c < V_CHUNKS; c++) {
-                    tma_store_4d(&p.out_map, smem_address(sm.q[rq.stage][wg][c]), c * CHUNK, t.head,
-                                 t.q_row + (t.row0 + wg * WG_ROWS >> p.list.pack), p.common.problem.varlen ? 0 : t.batch);
-                }
-            }
-            tma_store_commit();
-            tma_store_wait_read();
         }
-        mbarrier_arrive(smem_address(&sm.q_empty[rq.stage]));
+        mbarrier_arrive(smem_address(&sm.tile_empty[rt.stage]));
     }
 }
 
@@ -392,7 +379,6 @@ static __device__ __forceinline__ bool all_done(const shared &sm)
 {
     __syncwarp();
     barrier_sync(0, THREADS);
-    fence_proxy_async_global();                                  /* before TMA overwrites the list */
     return sm.again.batch < 0;
 }
 
@@ -409,13 +395,15 @@ template <bool CAPPED> static __device__ __forceinline__ void run_block(const fw
         prefetch_tensormap(&p.q_map);
         prefetch_tensormap(&p.k_map);
         prefetch_tensormap(&p.v_map);
-        prefetch_tensormap(&p.out_map);
         for (int s = 0; s < Q_STAGES; s++) {
             mbarrier_init(smem_address(&sm.q_full[s]), 2);
-            mbarrier_init(smem_address(&sm.o_full[s]), 4 * WG_COUNT);
-            mbarrier_init(smem_address(&sm.q_empty[s]), 1);
+            mbarrier_init(smem_address(&sm.q_empty[s]), 4 * WG_COUNT);
         }
-        for (int s = 0; s < T_STAGES; s++) { mbarrier_init(smem_address(&sm.tile_full[s]), 1); }
+        for (int s = 0; s < T_STAGES; s++) {
+            mbarrier_init(smem_address(&sm.tile_full[s]), 1);
+            mbarrier_init(smem_address(&sm.o_full[s]), 4 * WG_COUNT);
+            mbarrier_init(smem_address(&sm.tile_empty[s]), 1);
+        }
         for (int s = 0; s < STAGES; s++) {
             mbarrier_init(smem_address(&sm.k_full[s]), 1);
             mbarrier_init(smem_address(&sm.k_empty[s]), WG_COUNT);
@@ -424,7 +412,7 @@ template <bool CAPPED> static __device__ __forceinline__ void run_block(const fw
             mbarrier_init(smem_address(&sm.v_full[s]), 1);
             mbarrier_init(smem_address(&sm.v_empty[s]), WG_COUNT);
         }
-        for (int s = 0; s < Q_STAGES; s++) { sm.poisoned[s] = 0; }
+        for (int s = 0; s < T_STAGES; s++) { sm.poisoned[s] = 0; }
         sm.again.batch = -1;
         fence_mbarrier_init();
     }
@@ -446,9 +434,9 @@ template <bool CAPPED> static __device__ __forceinline__ void run_block(const fw
             if (all_done(sm)) { return; }
             produce(p, sm, rt, rk, rv);
         } else if (warp == 2) {
-            if (lane == 0) { write_o(p, sm, rq, rt); }
+            if (lane == 0) { collect(p, sm, rt); }
             if (all_done(sm)) { return; }
-            if (lane == 0) { write_o(p, sm, rq, rt); }
+            if (lane == 0) { collect(p, sm, rt); }
         } else {
             describe_rows(p, sm, rq, rt);
             if (all_done(sm)) { return; }
@@ -487,7 +475,6 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.k_map, problem, FGQA_ARG_k, key); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
-    if (error == cudaSuccess) { error = fgqa_tensor_map(&p.out_map, problem, FGQA_ARG_out, query); }
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     p.slot = fgqa_stream_slot(stream);

@@ -4,45 +4,32 @@
 /* A consumer's first row; its second is 8 further on. */
 static __device__ __forceinline__ int32_t row_in_tile(uint32_t thread) { return (int32_t)((thread / 32 - 4) * 16 + thread % 32 / 4); }
 
-/* O as 16-bit pairs -> shared memory (chunks of 64 rows x 128 bytes, swizzled). Nonzero if an element is not finite. */
-static __device__ __forceinline__ uint32_t stage_o(uint32_t o_smem, const float (&o)[DV / 2], const float (&factor)[2])
-{
-    const uint32_t thread = thread_index(), lane = thread % 32, warp = thread / 32 % 4;
-    /* x4 = rows +0/+8 of two neighbouring 8-column groups; lane gives row lane % 8 of matrix lane / 8 */
-    const uint32_t row_addr = o_smem + (16 * warp + 8 * (lane / 8 % 2) + lane % 8) * 128;
-    uint32_t poison[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int n = 0; n < DV / 8; n += 2) {
-        const uint32_t piece = (n + lane / 16) % 8;              /* 16-byte piece of the row, stored at piece ^ row % 8 */
-        const float *a = o + 4 * n;
-        const uint32_t pairs[4] = {pack2(a[0] * factor[0], a[1] * factor[0], T()), pack2(a[2] * factor[1], a[3] * factor[1], T()),
-                                   pack2(a[4] * factor[0], a[5] * factor[0], T()), pack2(a[6] * factor[1], a[7] * factor[1], T())};
-        stmatrix_x4(row_addr + n / 8 * (WG_ROWS * 128) + ((piece ^ lane % 8) * 16), pairs[0], pairs[1], pairs[2], pairs[3]);
-#pragma unroll
-        for (int r = 0; r < 4; r++) { poison[r] = poison_test(pairs[r], poison[r], T()); }
-    }
-    return (poison[0] | poison[1] | poison[2] | poison[3]) & 0x7FFF7FFFu;
-}
-
 /* Query head of a packed row. */
 static __device__ __forceinline__ int32_t head_of(const fwd_params &p, const tile &t, int32_t packed) { return t.head + (packed & (1 << p.list.pack) - 1); }
 
-/* Rows of this warp -> global memory, those that exist. */
-static __device__ __forceinline__ void store_staged_rows(const fwd_params &p, const tile &t, uint32_t o_smem)
+/* Of a row of O a lane stores 8 bytes every 32, after a swap of pairs with its neighbour: the first element of its own. A sector of
+ * memory is written at once; 16 bytes take twice the shuffles and are as fast, 4 bytes half the speed of the stores. */
+static __device__ __forceinline__ int32_t first_column() { return (int32_t)(thread_index() % 2 * 8 + thread_index() % 4 / 2 * 4); }
+
+/* O as 16-bit elements -> global memory. Of a lane's two rows, from its first column on: address, number of columns there are.
+ * Nonzero if an element is not finite. */
+static __device__ __forceinline__ uint32_t store_o(char *const (&to)[2], const int32_t (&columns)[2], const float (&o)[DV / 2], const float (&factor)[2])
 {
-    const uint32_t thread = thread_index(), lane = thread % 32, warp = thread / 32 % 4, wg = thread / 128 - 1;
-    constexpr int PIECES = DV / 8;
-    for (uint32_t n = lane; n < 16 * PIECES; n += 32) {
-        const uint32_t row = 16 * warp + n / PIECES, piece = n % PIECES;
-        if ((int32_t)(wg * WG_ROWS + row) < t.valid && (int32_t)(8 * piece) < p.common.problem.dv) {
-            uint4 x;
-            asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-                         : "r"(o_smem + piece / 8 * (WG_ROWS * 128) + row * 128 + (piece % 8 ^ row % 8) * 16) : "memory");
-            const int32_t packed = t.row0 + (int32_t)(wg * WG_ROWS + row);
-            *(uint4 *)(fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, head_of(p, t, packed), t.q_row + (packed >> p.list.pack))
-                       + 16 * piece) = x;
+    const bool odd = thread_index() % 2;
+    uint32_t poison[4] = {0, 0, 0, 0};
+#pragma unroll
+    for (int n = 0; n < DV / 8; n += 2) {                        /* groups of 8 columns: pairs 2 n of even lanes, 2 n + 1 of odd ones */
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float *const a = o + 4 * n + 2 * r;
+            const uint32_t x[2] = {pack2(a[0] * factor[r], a[1] * factor[r], T()), pack2(a[4] * factor[r], a[5] * factor[r], T())};
+            const uint32_t other = __shfl_xor_sync(ALL_LANES, odd ? x[0] : x[1], 1);
+#pragma unroll
+            for (int i = 0; i < 2; i++) { poison[2 * r + i] = poison_test(x[i], poison[2 * r + i], T()); }
+            if (8 * n < columns[r]) { *(uint2 *)(to[r] + 16 * n) = odd ? make_uint2(other, x[1]) : make_uint2(x[0], other); }
         }
     }
+    return (poison[0] | poison[1] | poison[2] | poison[3]) & 0x7FFF7FFFu;
 }
 
 /* What this warp's rows see of inf and NaN in V, on top of an O without. */
@@ -112,16 +99,15 @@ static __device__ __forceinline__ void end_rows(row_ends &e, const float (&m)[2]
     }
 }
 
-/* O / l -> shared memory or, a part of a packed sequence or of the keys, global memory; LSE -> global memory. */
+/* O / l and LSE, or what a part of the keys gives -> global memory. slot: of the tile; at: of its rows. */
 template <bool CAREFUL>
-static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t stage, uint32_t slot, float (&o)[DV / 2],
+static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, float (&o)[DV / 2],
                                                    const float (&m)[2], row_ends &ends, float scale_log2)
 {
     const fgqa_problem &problem = p.common.problem;
-    const uint32_t thread = thread_index(), lane = thread % 32, wg = thread / 128 - 1;
+    const uint32_t thread = thread_index(), lane = thread % 32;
     const int32_t first = row_in_tile(thread);
-    const uint32_t o_smem = smem_address(sm.q[stage][wg]);
-    const tile t = sm.tiles[slot];
+    const tile &t = sm.tiles[slot];
     const bool partial = p.list.splits > 1;
     bool again = false;
 #pragma unroll
@@ -135,31 +121,25 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
             if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
         }
     }
-    if (CAREFUL) { add_seen_poison(p, sm, R_STAGES == T_STAGES ? slot : stage, t, o); }
+    if (CAREFUL) { add_seen_poison(p, sm, at, t, o); }
     if (partial) {
         again |= store_part(p, t, o, m, ends.sum, scale_log2);
     } else {
-        again |= stage_o(o_smem, o, ends.factor) != 0;
-    }
-    again = __any_sync(ALL_LANES, again);
-    if (partial) {
-        __syncwarp();
-    } else if (leaves_by_tma(p, t)) {
-        fence_proxy_async();
-    } else {
-        __syncwarp();
-        store_staged_rows(p, t, o_smem);
-    }
-    if (!CAREFUL && again) { sm.poisoned[stage] = 1; }
-    __syncwarp();
-    if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[stage])); }
+        char *to[2];
+        int32_t columns[2];
 #pragma unroll
-    for (int r = 0; r < 2; r++) {                                /* after the fence, which waits for stores */
-        const int32_t local = first + 8 * r, packed = t.row0 + local;
-        if (!partial && lane % 4 == 0 && local < t.valid) {
-            store_lse(problem, t.batch, head_of(p, t, packed), t.q_row + (packed >> p.list.pack), ends.lse[r]);
+        for (int r = 0; r < 2; r++) {
+            const int32_t local = first + 8 * r, packed = t.row0 + local, head = head_of(p, t, packed);
+            const int64_t i = t.q_row + (packed >> p.list.pack);
+            columns[r] = local < t.valid ? problem.dv - first_column() : 0;
+            to[r] = fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), t.batch, head, i) + sizeof(T) * first_column();
+            if (lane % 4 == 0 && local < t.valid) { store_lse(problem, t.batch, head, i, ends.lse[r]); }
         }
+        again |= store_o(to, columns, o, ends.factor) != 0;
     }
+    if (!CAREFUL && __any_sync(ALL_LANES, again)) { sm.poisoned[slot] = 1; }
+    __syncwarp();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[slot])); }
 }
 
 struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
@@ -203,12 +183,18 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.v_empty[rv.stage])); }
         rv.advance();
     };
+    /* Each warp for itself: wait_pv() waits for the Q in use. */
+    auto release_q = [&](uint32_t stage) {
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_empty[stage])); }
+    };
     /* false: there are no more tiles */
     auto take_tile = [&] {
         mbarrier_wait(smem_address(&sm.q_full[rq.stage]), rq.parity);
         const tile &t = sm.tiles[rt.stage];
         if (t.block_end == 0) {
-            if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[rq.stage])); }
+            release_q(rq.stage);
+            if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[rt.stage])); }
             rq.advance();
             rt.advance();
             return false;
@@ -349,7 +335,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     first_block();
     for (bool more = true; more;) {
         middle_blocks();
-        const uint32_t done = rq.stage, slot = rt.stage;
+        const uint32_t slot = rt.stage, at = row_place, done = rq.stage;
+        if (!CAREFUL) { release_q(done); }
         const int accumulate = block_end - block_begin > 1;
         const float m_done[2] = {m[0], m[1]}, l_done[2] = {l[0], l[1]};
         row_ends ends;
@@ -379,7 +366,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             release_v();
             end_rows(ends, m_done, l_done, scale_log2);
         }
-        finish_rows<CAREFUL>(p, sm, done, slot, o, m_done, ends, scale_log2);
+        finish_rows<CAREFUL>(p, sm, slot, at, o, m_done, ends, scale_log2);
+        if (CAREFUL) { release_q(done); }                        /* and its rows */
         if (!CROSS) {
             more = take_tile();
             if (more) {
