@@ -21,22 +21,30 @@
 
 static constexpr int START = 8;
 
-/* Bytes under way to an SM: as many as keep the memory busy. Whatever else is loaded waits for all of them, instructions too. */
+/* Bytes under way to an SM: about as many as keep the memory busy. Whatever else is loaded waits for all of them, instructions too. */
 static constexpr int IN_FLIGHT = 64 << 10;
 static_assert(FGQA_WARPS == CONSUMERS + 2, "kernels.def: consumers, a producer and a helper");
 
 /* PLAIN: all sequences have one length, and there are no pages. That much less code lies before the first copy. */
 template <bool PLAIN, class Shared> static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, const dec_segment &first, int lane)
 {
-    constexpr int LANES = 2 * Shared::STREAMS, WINDOW = LANES * TILE_BYTES < IN_FLIGHT ? IN_FLIGHT / (LANES * TILE_BYTES) : 1;      /* copies of a lane */
+    constexpr int LANES = 2 * Shared::STREAMS, BYTES = PLAIN ? IN_FLIGHT : 2 * IN_FLIGHT;        /* pages and lengths are waited for in between */
+    constexpr int WINDOW = LANES * TILE_BYTES < BYTES ? BYTES / (LANES * TILE_BYTES) : 1;        /* copies of a lane */
     static_assert(WINDOW <= Shared::STAGES, "kernels.def: the ring holds what is under way");
     const int stream = lane / 2 % Shared::STREAMS, kv = lane % 2;
     const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, PLAIN ? CHUNK_BYTES : p.chunk_pitch, createpolicy_evict_first()};
     const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
     const uint32_t full = smem_address(&mem.full[stream][0][kv]), empty = smem_address(&mem.empty[stream][0][kv]);
-    granule_walk<Shared::STREAMS, PLAIN> walk(p, first, stream, lane < 2 * Shared::STREAMS);
-    typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type pages(p, walk, smem_address(mem.pages[lane % (2 * Shared::STREAMS)]));
     int stage = 0;
+    if (PLAIN && lane < LANES && first.valid() && first.g0 + stream < first.g1) {       /* the first copy by itself: the shortest way to it */
+        mbarrier_arrive_expect_tx(full, TILE_BYTES);
+        load_boxes(source, ring, full, (first.span.first + first.g0 + stream) * GRANULE, p.by_row_blocks(first.h), first.b);
+        stage = 1;
+    }
+    __syncwarp();
+    granule_walk<Shared::STREAMS, PLAIN> walk(p, first, stream, lane < LANES);
+    if (stage == 1) { walk.advance(p); }
+    typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type pages(p, walk, smem_address(mem.pages[lane % LANES]));
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
         const int behind = stage >= WINDOW ? stage - WINDOW : stage + Shared::STAGES - WINDOW;

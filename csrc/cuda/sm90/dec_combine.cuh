@@ -76,44 +76,52 @@ template <int N> static __device__ __forceinline__ void merge_batch(dec_partial 
     }
 }
 
-/* What the sums of row `local` of a pair are to be multiplied with. Its LSE, too, if `owner`. */
-static __device__ __forceinline__ float finish_row(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, float m, float l, bool owner)
-{
-    const fgqa_problem &problem = p.common.problem;
-    const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
-    const float sink = sink_logit(problem, b, h, i >= sq);
-    float lse;
-    if (owner && problem.view[FGQA_ARG_lse].data) {
-        softmax_finish(m * p.unit, l, sink, &lse);
-        store_lse(problem, b, h, i, lse);
-    }
-    return softmax_finish(m * p.unit, l, sink, &lse);
-}
+/* Where the result of a row goes. */
+struct row_end {
+    char *out;
+    float sink, *lse;               /* NULL: somebody else's, or not wanted */
 
-static __device__ __forceinline__ char *row_of_out(const dec_params &p, int32_t b, const pair_rows &rows, int32_t local)
+    /* What the row's sums are to be multiplied with. */
+    __device__ __forceinline__ float finish(const dec_params &p, float m, float l) const
+    {
+        float x;
+        if (lse) {
+            softmax_finish(m * p.unit, l, sink, &x);
+            *lse = x;
+        }
+        return softmax_finish(m * p.unit, l, sink, &x);
+    }
+};
+
+/* Row `local` of a pair, if it exists. owner: of its LSE. */
+static __device__ __forceinline__ row_end row_end_of(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int32_t local, bool owner)
 {
     const fgqa_problem &problem = p.common.problem;
-    return fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local));
+    row_end end = {NULL, -INFINITY, NULL};
+    if (local < rows.valid) {
+        const int32_t i = rows.rows.i(local), h = rows.kv_head * problem.g + rows.rows.h(local);
+        end.out = fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), b, h, i);
+        end.sink = sink_logit(problem, b, h, i >= sq);
+        if (owner && problem.view[FGQA_ARG_lse].data) { end.lse = (float *)fgqa_row_address(problem.view[FGQA_ARG_lse], sizeof(float), b, h, i); }
+    }
+    return end;
 }
 
 /* One item as the result. */
-static __device__ __forceinline__ void store_output(const dec_params &p, int32_t b, const pair_rows &rows, int32_t sq, int item, const dec_partial &a,
-                                                    bool rehearsal)
+static __device__ __forceinline__ void store_output(const dec_params &p, const row_end &end, int item, const dec_partial &a)
 {
     constexpr int RUN = BLOCK_Q == 8 ? 4 : FLOAT8 ? 2 : 1;      /* outputs that are neighbours */
-    const int local = item_row(item);
-    const float scale = finish_row(p, b, rows, sq, local, a.m, a.l, item_column(item, 0) == 0 && !rehearsal);
-    char *const row = row_of_out(p, b, rows, local);
+    const float scale = end.finish(p, a.m, a.l);
 #pragma unroll
     for (int e = 0; e < ITEM; e += RUN) {
         const int column = item_column(item, e);
-        if (column >= p.common.problem.dv || rehearsal) { continue; }
+        if (column >= p.common.problem.dv) { continue; }
         if constexpr (RUN == 4) {
-            *(uint2 *)(row + 2 * column) = make_uint2(pack2(a.o[e] * scale, a.o[e + 1] * scale, T()), pack2(a.o[e + 2] * scale, a.o[e + 3] * scale, T()));
+            *(uint2 *)(end.out + 2 * column) = make_uint2(pack2(a.o[e] * scale, a.o[e + 1] * scale, T()), pack2(a.o[e + 2] * scale, a.o[e + 3] * scale, T()));
         } else if constexpr (RUN == 2) {
-            *(uint32_t *)(row + 2 * column) = pack2(a.o[e] * scale, a.o[e + 1] * scale, T());
+            *(uint32_t *)(end.out + 2 * column) = pack2(a.o[e] * scale, a.o[e + 1] * scale, T());
         } else {
-            *(uint16_t *)(row + 2 * column) = (uint16_t)pack2(a.o[e] * scale, 0.0f, T());
+            *(uint16_t *)(end.out + 2 * column) = (uint16_t)pack2(a.o[e] * scale, 0.0f, T());
         }
     }
 }
@@ -143,9 +151,9 @@ static __device__ __forceinline__ void load_part(dec_partial &part, const float 
  *   many parts: a lane takes parts plane, plane + planes, ...; planes merge inside the warp, then across the `spread` warps of
  *               the group through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. Of chunks the order of
  *               the sum depends on their number alone.
- * rehearsal: one warp does it all but read and write memory. */
-static __device__ __forceinline__ void combine_items(const dec_params &p, const dec_share &share, int warp, int warps, int barrier,
-                                                     dec_partial *scratch, bool rehearsal)
+ * `wait` is called before the first record is read. rehearsal: one warp does it all but read and write memory. */
+template <class Wait> static __device__ __forceinline__ void combine_items(const dec_params &p, const dec_share &share, int warp, int warps, int barrier,
+                                                                           dec_partial *scratch, bool rehearsal, const Wait &wait)
 {
     constexpr int BATCH = 8;                    /* records in flight per lane */
     const dec_parts &parts = share.parts;
@@ -160,12 +168,16 @@ static __device__ __forceinline__ void combine_items(const dec_params &p, const 
     const int at = few ? 4 * warp + lane / 8 : warp / spread, at_once = few ? 4 * warps : warps / spread;
     const int32_t pitch = record_floats(p) * (parts.chunked ? 1 : 2);           /* from part to part, but for the first one's offset */
     float *const first = record_of(p, parts.chunked ? parts.first : 2 * (int64_t)parts.first);
+    bool waits = true;
     for (int s0 = share.first; s0 < groups; s0 += at_once * share.step) {       /* the same trips in every lane */
         const int s = s0 + at * share.step, item = 8 * s + quad, local = s < groups ? item_row(item) : rows.valid;
         const bool exists = local < rows.valid;
+        const row_end end = row_end_of(p, share.b, rows, share.sq, local, item_column(item, 0) == 0);
         const int32_t to_sums = p.layout.tile_rows * DV + 2 * local - ITEM * item;
         const float *from = first + (int64_t)plane * pitch + ITEM * item;
         dec_partial sum = empty_partial();
+        if (waits) { wait(); }
+        waits = false;
         for (int j0 = plane; j0 < count; j0 += BATCH * planes) {
             dec_partial part[BATCH];
 #pragma unroll
@@ -184,16 +196,20 @@ static __device__ __forceinline__ void combine_items(const dec_params &p, const 
             bar_sync((uint32_t)barrier, (uint32_t)warps * 32);
             writer = writer && (warp & (spread - 1)) == 0;
             sum = empty_partial();
-            for (int w = lane / 8; w < spread; w += 4) {
-                dec_partial other[1] = {empty_partial()};
-                if (!rehearsal) { other[0] = scratch[(warp / spread * spread + w) * 8 + quad]; }
-                merge_batch(sum, other, p.scale_log2);
+            dec_partial other[CONSUMERS / 4];
+#pragma unroll
+            for (int n = 0; n < CONSUMERS / 4; n++) {
+                const int w = lane / 8 + 4 * n;
+                other[n] = empty_partial();
+                if (w < spread && !rehearsal) { other[n] = scratch[(warp / spread * spread + w) * 8 + quad]; }
             }
+            merge_batch(sum, other, p.scale_log2);
             merge_planes(sum, p.scale_log2);
             if (s0 + at_once * share.step < groups) { bar_sync((uint32_t)barrier, (uint32_t)warps * 32); }        /* scratch is free again */
         }
-        if (writer) { store_output(p, share.b, rows, share.sq, item, sum, rehearsal); }
+        if (writer && !rehearsal) { store_output(p, end, item, sum); }
     }
+    if (waits) { wait(); }                      /* for the warps that have a share */
 }
 
 /* This block's share of the pair of its first (n = 0) or last (n = 1) unit; it takes part in no others. */
@@ -242,25 +258,30 @@ static __device__ __forceinline__ void combine_in_place(const dec_params &p, con
     const int warp = (int)thread_index() / 32;
     int second = 0, team = 1;
     dec_share share = {0, 0, 1, 0, 1 << 20, {9, 0, 0, 0}, 0};      /* the rehearsal's: one group, of many parts */
+    const int32_t *counter = NULL;
+    uint32_t last = 0, old = 0;
     if (!rehearsal) {
         barrier_sync(SHARES, 32 * CONSUMERS + 32);
         const bool head = schedule.share[0].step != 0, tail = schedule.share[1].step != 0;
         if (!head && !tail) { return; }
-        if (thread_index() < 2) {
+        if (thread_index() < 2 && (thread_index() ? tail : head)) {
             const dec_share &own = schedule.share[thread_index()];
-            uint32_t *counter = p.counters + own.first_block;
-            const uint32_t last = (uint32_t)own.step - 1;
-            const bool waits = (thread_index() ? tail : head) && atom_inc_acq_rel(counter, last) != last;
-            __syncwarp(3);
-            while (waits && load_acquire_s32((const int32_t *)counter) != 0) {}
+            last = (uint32_t)own.step - 1;
+            old = atom_inc_acq_rel(p.counters + own.first_block, last);
+            counter = (const int32_t *)p.counters + own.first_block;
         }
-        bar_sync(COMBINE_BARRIER, 32 * CONSUMERS);
+        __syncwarp();                           /* both have counted before either waits */
         /* two of them: half of the warps each */
         second = head && tail ? warp >= CONSUMERS / 2 : tail;
         team = head && tail ? CONSUMERS / 2 : CONSUMERS;
         share = schedule.share[second];
     }
-    combine_items(p, share, rehearsal ? 0 : warp % team, team, rehearsal ? REHEARSAL : COMBINE_BARRIER + second, scratch + second * 8 * (CONSUMERS / 2), rehearsal);
+    const auto wait = [&]() {
+        if (rehearsal) { return; }
+        while (old != last && load_acquire_s32(counter) != 0) {}
+        bar_sync(COMBINE_BARRIER, 32 * CONSUMERS);
+    };
+    combine_items(p, share, rehearsal ? 0 : warp % team, team, rehearsal ? REHEARSAL : COMBINE_BARRIER + second, scratch + second * 8 * (CONSUMERS / 2), rehearsal, wait);
     if (rehearsal) { barrier_sync(SHARES, 32 * CONSUMERS + 32); }
 }
 
@@ -271,7 +292,7 @@ static __device__ __forceinline__ void combine_chunks(const dec_params &p, const
     const int32_t units = units_of(p, segment.span.count);
     if (actor.rehearsal || !p.layout.chunk || !p.counters || record < 0 || segment.g1 < segment.span.count || segments < units - 1) { return; }
     const dec_share share = {segment.b, segment.h, sq, 0, 1, {units, (int32_t)record - (units - 1), 0, 1}, 0};
-    combine_items(p, share, actor.thread / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
+    combine_items(p, share, actor.thread / 32, CONSUMERS, COMBINE_BARRIER, scratch, false, []() {});
     actor.sync();
 }
 
@@ -298,5 +319,5 @@ FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t st
     const dec_parts parts = parts_of(p, split, at);
     if (parts.count == 1) { return; }
     const dec_share share = {b, h, dec_sequence_at(p, b).sq, (int32_t)blockIdx.x % step, step, parts, 0};
-    combine_items(p, share, (int)thread_index() / 32, CONSUMERS, COMBINE_BARRIER, scratch, false);
+    combine_items(p, share, (int)thread_index() / 32, CONSUMERS, COMBINE_BARRIER, scratch, false, []() {});
 }

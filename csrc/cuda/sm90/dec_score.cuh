@@ -1,7 +1,8 @@
-/* dec_score.cuh - softcap and ALiBi in the decode kernels. Scores of q.k keep their units without them (dec_params.unit); with them
- * they become what the formula says, in natural units, before any mask.
+/* dec_score.cuh - softcap and ALiBi in the decode kernels. Scores of q.k keep their units without them (dec_params.unit); with softcap
+ * they come in units of the cap, with ALiBi they become what the formula says, in natural units, before any mask.
  */
 #pragma once
+#include "../common/softcap.cuh"
 #include "../common/mask_tile.cuh"
 #include "dec_split.cuh"
 

@@ -71,6 +71,10 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
     constexpr int STREAMS = Shared::STREAMS, OWN_ROWS = N / STREAMS, COUNT = OWN_ROWS / 4;
     const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, at = actor.thread % 128, row0 = group * OWN_ROWS;
     typedef typename std::conditional<ITEM == 4, float4, float2>::type vector;
+    const int row = STREAMS == 2 ? actor.thread : group * N + at;
+    const bool has_row = (STREAMS == 2 ? actor.thread : at) < N;       /* of each row one thread makes the sums */
+    row_end end;
+    if (record < 0 && has_row) { end = row_end_of(p, b, rows, sq, row, true); }
     float o[COUNT][ITEM];
     share_sums(mem, actor, st, group);
 #pragma unroll
@@ -93,18 +97,17 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
     if (STREAMS == 2) {
 #pragma unroll
         for (int j = 0; j < COUNT; j++) {
-            const int row = row0 + row_of(j, lane);
-            const float m = actor.read(mem.row_max[group][row]), other = actor.read(mem.row_max[1 - group][row]), base = finite_max(fmaxf(m, other));
+            const int own = row0 + row_of(j, lane);
+            const float m = actor.read(mem.row_max[group][own]), other = actor.read(mem.row_max[1 - group][own]), base = finite_max(fmaxf(m, other));
             const float weight = ex2((m - base) * p.scale_log2), other_weight = ex2((other - base) * p.scale_log2);
             const vector x = actor.read(((const vector *)mem.of_group[1 - group].away)[j * 128 + at]);
 #pragma unroll
             for (int e = 0; e < ITEM; e++) { o[j][e] = weight * o[j][e] + other_weight * ((const float *)&x)[e]; }
         }
     }
-    const int row = STREAMS == 2 ? actor.thread : group * N + at;
     if (record >= 0) {
         float *const to = record_of(p, record);
-        if ((STREAMS == 2 ? actor.thread : at) < N) {
+        if (has_row) {
             const float2 ml = sums_of_row(p, mem, actor, row);
             if (!actor.rehearsal) { sums_of_record(p, to)[row] = ml; }
         }
@@ -118,13 +121,11 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
         actor.sync();                                   /* shared memory is free again; every record of the segment is written */
         return;
     }
-    if ((STREAMS == 2 ? actor.thread : at) < N && row < rows.valid) {
+    if (has_row && row < rows.valid) {
         const float2 ml = sums_of_row(p, mem, actor, row);
-        const float scale = finish_row(p, b, rows, sq, row, ml.x, ml.y, !actor.rehearsal);
-        char *const to = row_of_out(p, b, rows, row);
         if (!actor.rehearsal) {
-            mem.row_scale[row] = scale;
-            mem.row_out[row] = to;
+            mem.row_scale[row] = end.finish(p, ml.x, ml.y);
+            mem.row_out[row] = end.out;
         }
     }
     actor.sync();

@@ -238,6 +238,7 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
     actor.sync();
     for (int item = actor.thread; item < rows.valid * ITEMS_OF_ROW; item += 32 * CONSUMERS) {
         const int local = item_row(item), column = item_column(item, 0);
+        const row_end end = record < 0 ? row_end_of(p, b, rows, sq, local, column == 0) : row_end();
         dec_partial sum = empty_partial();
         float2 ml[CONSUMERS];
 #pragma unroll
@@ -257,7 +258,7 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
             sum.o[3] += weight * o.w;
         }
         if (record < 0) {
-            store_output(p, b, rows, sq, item, sum, actor.rehearsal);
+            if (!actor.rehearsal) { store_output(p, end, item, sum); }
         } else if (!actor.rehearsal) {
             float *const to = record_of(p, record);
             *(float4 *)(to + ITEM * item) = make_float4(sum.o[0], sum.o[1], sum.o[2], sum.o[3]);
@@ -342,7 +343,9 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
 #pragma unroll
                 for (int e = 0; e < 4; e++) { s[e] *= unit[e & 1]; }
             }
-            if (p.chain) {
+            if (p.cap_ratio != 0.0f) {
+                cap_scores(s, p.cap_ratio);
+            } else if (p.chain) {
 #pragma unroll
                 for (int e = 0; e < 4; e++) { s[e] = chain_score(p, chain[e & 1], mask.first + lane / 4 + 8 * (e / 2), s[e]); }
             }

@@ -130,8 +130,8 @@ template <int ROWS> struct q_pieces {
     template <class Shared> __device__ __forceinline__ void begin_place(Shared &mem, const dec_params &p, int32_t b, const pair_rows &rows) const
     {
         if (!KEPT) {
-#pragma unroll 1
-            for (int n = 0; n < COUNT; n++) {
+#pragma unroll 4
+            for (int n = 0; n < COUNT; n++) {   /* some at once: an address is a chain of multiplications */
                 const uint4 *x = from(p, b, rows, n);
                 cp_async_16(smem_address(to(mem, n)), x ? (const void *)x : p.common.problem.view[FGQA_ARG_q].data, x ? 16 : 0);
             }
@@ -274,7 +274,18 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
         for (int r = 0; r < N / 2; r++) { s[r] *= mem.unit[row0 + row_of(r / 4 * 2 + r % 2, lane)]; }
     }
 
-    if (p.chain) {
+    if (p.cap_ratio != 0.0f) {
+#pragma unroll
+        for (int n = 0; n < N / 2; n += 8) {
+            float some[8];
+#pragma unroll
+            for (int r = 0; r < 8; r++) { some[r] = s[n + r]; }
+            cap_scores(some, p.cap_ratio);
+#pragma unroll
+            for (int r = 0; r < 8; r++) { s[n + r] = some[r]; }
+            if (N > 32) { asm volatile("" ::: "memory"); }      /* some at a time: registers are few */
+        }
+    } else if (p.chain) {
 #pragma unroll
         for (int j = 0; j < N / 4; j++) {
             const chain_row row = mem.chain[row0 + row_of(j, lane)];
