@@ -28,9 +28,9 @@ static_assert(FGQA_WARPS == CONSUMERS + 2, "kernels.def: consumers, a producer a
 /* PLAIN: all sequences have one length, and there are no pages. That much less code lies before the first copy. */
 template <bool PLAIN, class Shared> static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, const dec_segment &first, int lane)
 {
-    constexpr int LANES = 2 * Shared::STREAMS, BYTES = PLAIN ? IN_FLIGHT : 2 * IN_FLIGHT;        /* pages and lengths are waited for in between */
-    constexpr int WINDOW = LANES * TILE_BYTES < BYTES ? BYTES / (LANES * TILE_BYTES) : 1;        /* copies of a lane */
-    static_assert(WINDOW <= Shared::STAGES, "kernels.def: the ring holds what is under way");
+    constexpr int LANES = 2 * Shared::STREAMS, COPIES = LANES * TILE_BYTES < IN_FLIGHT ? IN_FLIGHT / (LANES * TILE_BYTES) : 1;      /* of a lane */
+    static_assert(2 * COPIES <= Shared::STAGES, "kernels.def: the ring holds what is under way");
+    const int window = !PLAIN && p.table ? 2 * COPIES : COPIES;         /* pages are waited for in between */
     const int stream = lane / 2 % Shared::STREAMS, kv = lane % 2;
     const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, PLAIN ? CHUNK_BYTES : p.chunk_pitch, createpolicy_evict_first()};
     const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
@@ -47,8 +47,8 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
     typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type pages(p, walk, smem_address(mem.pages[lane % LANES]));
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
-        const int behind = stage >= WINDOW ? stage - WINDOW : stage + Shared::STAGES - WINDOW;
-        if (walk.valid() && mbarrier_test(full + 16 * behind, parity ^ (stage >= WINDOW)) && mbarrier_test(empty + 16 * stage, parity)) {
+        const int behind = stage >= window ? stage - window : stage + Shared::STAGES - window;
+        if (walk.valid() && mbarrier_test(full + 16 * behind, parity ^ (stage >= window)) && mbarrier_test(empty + 16 * stage, parity)) {
             const uint32_t bar = full + 16 * stage, tile = ring + 2 * TILE_BYTES * stage;
             const int32_t slot = walk.slot(), kv_head = p.by_row_blocks(walk.segment.h);
             int32_t page[PIECES];

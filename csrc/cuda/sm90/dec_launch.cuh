@@ -54,9 +54,9 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->one_query = p->uniform && mask.sq == 1;
     p->keys = fgqa_kv_range(&mask, 0, mask.sq);
     const bool capped = problem->softcap != 0.0, slopes = problem->view[FGQA_ARG_alibi_slopes].data != NULL;
-    p->cap_ratio = capped && !slopes ? (float)(problem->scale / problem->softcap) : 0.0f;
-    p->chain = slopes;
-    p->unit = slopes ? 1.0f : p->cap_ratio != 0.0f ? (float)problem->softcap : p->common.scale;
+    p->cap_ratio = capped && !slopes && p->layout.tile_rows <= 32 ? (float)(problem->scale / problem->softcap) : 0.0f;
+    p->chain = slopes || (capped && p->layout.tile_rows > 32);
+    p->unit = p->chain ? 1.0f : p->cap_ratio != 0.0f ? (float)problem->softcap : p->common.scale;
     p->scale_log2 = p->unit * (float)FGQA_LOG2E;
     p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
     const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d, deep_pieces);

@@ -1,5 +1,6 @@
 /* dec_score.cuh - softcap and ALiBi in the decode kernels. Scores of q.k keep their units without them (dec_params.unit); with softcap
- * they come in units of the cap, with ALiBi they become what the formula says, in natural units, before any mask.
+ * they come in units of the cap; with ALiBi, or more rows than there are registers for it, they become what the formula says, in natural
+ * units, before any mask.
  */
 #pragma once
 #include "../common/softcap.cuh"

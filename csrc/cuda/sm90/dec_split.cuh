@@ -58,8 +58,8 @@ struct dec_params {
     int32_t one_query;              /* uniform, and one query: all rows see these slots */
     fgqa_range keys;
     float unit, scale_log2;         /* of scores: in natural units, and as a power of two */
-    float cap_ratio;                /* softcap and no ALiBi: of q.k, to scores in units of the cap; else 0 */
-    int32_t chain;                  /* ALiBi: scores are in natural units, by the whole score chain (dec_score.cuh) */
+    float cap_ratio;                /* softcap alone, up to 32 rows: of q.k, to scores in units of the cap; else 0 */
+    int32_t chain;                  /* or scores are in natural units, by the whole score chain (dec_score.cuh) */
     uint32_t *counters;             /* one a block, zero between launches; NULL: a second kernel merges */
     CUtensorMap k_map, v_map;
     fgqa_params common;

@@ -274,17 +274,8 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
         for (int r = 0; r < N / 2; r++) { s[r] *= mem.unit[row0 + row_of(r / 4 * 2 + r % 2, lane)]; }
     }
 
-    if (p.cap_ratio != 0.0f) {
-#pragma unroll
-        for (int n = 0; n < N / 2; n += 8) {
-            float some[8];
-#pragma unroll
-            for (int r = 0; r < 8; r++) { some[r] = s[n + r]; }
-            cap_scores(some, p.cap_ratio);
-#pragma unroll
-            for (int r = 0; r < 8; r++) { s[n + r] = some[r]; }
-            if (N > 32) { asm volatile("" ::: "memory"); }      /* some at a time: registers are few */
-        }
+    if (N <= 32 && p.cap_ratio != 0.0f) {
+        cap_scores(s, p.cap_ratio);
     } else if (p.chain) {
 #pragma unroll
         for (int j = 0; j < N / 4; j++) {
