@@ -5,11 +5,17 @@
  *
  * K and V are operands as they lie in memory; K^T is packed once a block of keys, Q and dO twice a block of rows: lanes as
  * columns for the scores, lanes as terms for dK and dV. All sums are float32.
+ *
+ * Panels of what has lanes as terms lie a tile more apart than they are large: the same tile of each panel, read one after another,
+ * would else fall into the same sets of the first-level cache.
  */
 #ifndef FGQA_AMX_BWD_H
 #define FGQA_AMX_BWD_H
 #include "amx_panel.h"
 #include "bwd_shared.h"
+
+#define WEIGHT_PANEL (KEYS * PANEL + AMX_TILE)   /* numbers between panels of P^T and dS^T */
+SIMD ptrdiff_t term_panel(int32_t cols) { return PANEL * (ptrdiff_t)AMX_PAD(cols) + AMX_TILE; }   /* and of Q and dO */
 
 static bwd_shape shape_of(const fgqa_problem *p)
 {
@@ -22,10 +28,11 @@ typedef struct {
     bwd_panel *panels;                         /* [panels]; q_t and dout_t only where a panel is `exact` */
     bwd_tiles tiles;
     bf16 *q_t, *dout_t;                        /* B, lanes as columns: [panel][step][nv] */
-    bf16 *q, *dout;                            /* B, lanes as terms: [panel][tile of columns]; rows with a NaN or an infinity 0 */
-    bf16 *weight, *ds;                         /* A, lanes as terms: P^T and dS^T of the block, [panel][KEYS][PANEL] */
+    bf16 *q, *dout;                            /* B, lanes as terms: [term_panel][tile of columns]; rows with a NaN or an infinity 0 */
+    bf16 *weight, *ds;                         /* A, lanes as terms: P^T and dS^T of the block, [WEIGHT_PANEL][KEYS][PANEL] */
     bf16 *ds_t;                                /* B, keys as terms: dS^T of the panel at hand, [KEYS/AMX_DEPTH][nv] */
-    bf16 *k, *v, *k_t, *k_t_clean;             /* rows of the block of keys; A, keys as terms */
+    bf16 *k, *v, *k_clean;                     /* rows of the block of keys, where they are copied; without bad ones */
+    bf16 *k_t, *k_t_clean;                     /* A, keys as terms */
     bf16 *rows;                                /* PANEL rows of anything */
     real *k_copy;                              /* KEYS rows, for `exact` panels */
     real *tail;                                /* [AMX_SIDE][row_reals] */
@@ -43,13 +50,14 @@ static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const
     s.tiles = bwd_tiles_carve(arena, p);
     s.q_t = fgqa_arena_take(arena, lanes * d, sizeof(bf16));
     s.dout_t = fgqa_arena_take(arena, lanes * dv, sizeof(bf16));
-    s.q = fgqa_arena_take(arena, lanes * d, sizeof(bf16));
-    s.dout = fgqa_arena_take(arena, lanes * dv, sizeof(bf16));
-    s.weight = fgqa_arena_take(arena, lanes * KEYS, sizeof(bf16));
-    s.ds = fgqa_arena_take(arena, lanes * KEYS, sizeof(bf16));
+    s.q = fgqa_arena_take(arena, (size_t)shape->panels * (size_t)term_panel(p->d), sizeof(bf16));
+    s.dout = fgqa_arena_take(arena, (size_t)shape->panels * (size_t)term_panel(p->dv), sizeof(bf16));
+    s.weight = fgqa_arena_take(arena, (size_t)shape->panels * WEIGHT_PANEL, sizeof(bf16));
+    s.ds = fgqa_arena_take(arena, (size_t)shape->panels * WEIGHT_PANEL, sizeof(bf16));
     s.ds_t = fgqa_arena_take(arena, PANEL * KEYS, sizeof(bf16));
     s.k = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
     s.v = fgqa_arena_take(arena, AMX_BLOCK_ROWS * dv, sizeof(bf16));
+    s.k_clean = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
     s.k_t = fgqa_arena_take(arena, KEYS * d, sizeof(bf16));
     s.k_t_clean = fgqa_arena_take(arena, KEYS * d, sizeof(bf16));
     s.rows = fgqa_arena_take(arena, PANEL * (d > dv ? d : dv), sizeof(bf16));
@@ -95,7 +103,7 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
         amx_load_panel(s->rows, 0, t, &bp->panel, q, p->d, t->q_sign < 0);
         amx_pack_panel(s->q_t + panels * q_panel, s->rows, &bp->panel, p->d);
         zero_bad_lanes(s->rows, p->d, &bp->panel, panels * PANEL, NULL);
-        amx_pack_pairs(s->q + panels * q_panel, s->rows, AMX_PAD(p->d), amx_tiles(p->d));
+        amx_pack_pairs(s->q + panels * term_panel(p->d), s->rows, AMX_PAD(p->d), amx_tiles(p->d));
         amx_load_panel(s->rows, 0, t, &bp->panel, dout, p->dv, 0);
         amx_pack_panel(s->dout_t + panels * dout_panel, s->rows, &bp->panel, p->dv);
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
@@ -103,7 +111,7 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
             bp->delta[lane] = row_delta(job, t, r + lane, s->dq, s->row);
         }
         zero_bad_lanes(s->rows, p->dv, &bp->panel, panels * PANEL, bad);
-        amx_pack_pairs(s->dout + panels * dout_panel, s->rows, AMX_PAD(p->dv), amx_tiles(p->dv));
+        amx_pack_pairs(s->dout + panels * term_panel(p->dv), s->rows, AMX_PAD(p->dv), amx_tiles(p->dv));
     }
     return panels;
 }
@@ -143,15 +151,47 @@ SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv,
     }
 }
 
-/* The block of keys at hand: K^T without its bad rows is made when the first tile needs it. */
-typedef struct { int32_t j0, j1, searched; tile_bad_rows bad; } key_block;
+/* The block of keys at hand, rows of K and V; K^T without its bad rows is made when the first tile needs it. */
+typedef struct {
+    int32_t j0, j1, searched;
+    const bf16 *k, *v;
+    ptrdiff_t ldk, ldv;
+    tile_bad_rows bad;
+} key_block;
+
+/* Rows of a view: where they lie in memory if all that is read is there, rows behind the block's end among it, else copied. */
+static const bf16 *block_rows(bf16 *copy, ptrdiff_t *ld, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+{
+    if (view->stride_d == 1 && cols % AMX_DEPTH == 0 && view->stride_s % 1024 && t->seq.mask.sk - j0 >= AMX_BLOCK_ROWS) {
+        *ld = (ptrdiff_t)view->stride_s;
+        return view_at(view, t->b, t->kv_head, t->seq.k_row + j0);
+    }
+    amx_load_keys(copy, 0, t, view, j0, j1, cols);
+    *ld = AMX_PAD(cols);
+    return copy;
+}
+
+/* Whether K has bad rows; then there is k_t_clean. */
+static int block_bad_keys(const bwd_scratch *s, const tile_sequence *t, key_block *block)
+{
+    const int32_t d = t->p->d, rows = block->j1 - block->j0;
+    int32_t bad = block->searched ? block->bad.count : 0;
+    for (int32_t j = 0; j < rows && !block->searched; j++) { bad |= !amx_row_is_finite(block->k + j * block->ldk, AMX_PAD(d)); }
+    if (bad && !block->searched) {
+        amx_load_keys(s->k_clean, 0, t, &t->p->view[FGQA_ARG_k], block->j0, block->j1, d);
+        amx_zero_bad_rows(&block->bad, s->k_clean, 0, d);
+        amx_pack_keys(s->k_t_clean, AMX_PAIR(KEYS), s->k_clean, AMX_PAD(d), d);
+    }
+    block->searched = 1;
+    return bad;
+}
 
 /* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
 static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
     const fgqa_problem *p = t->p;
     const bwd_panel *const bp = &s->panels[n];
-    const int32_t w = bp->panel.w, nv = bp->panel.nv, ld = AMX_PAD(p->d), ldv = AMX_PAD(p->dv);
+    const int32_t w = bp->panel.w, nv = bp->panel.nv, ld = AMX_PAD(p->d), ldo = AMX_PAD(p->dv);
     const int32_t first = j0 - block->j0, before = first % AMX_DEPTH, from = first - before, all = AMX_PAD(before + j1 - j0);
     const fgqa_range nothing = {0, 0}, written = {from, from + all};
     const bwd_tiles tiles = s->tiles;
@@ -167,21 +207,21 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     } else {
         kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles.add, tiles.rows, &add);
         if (kind == TILE_UNSEEN) { return nothing; }
-        const amx_operand k = {s->k + (ptrdiff_t)first * ld, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ld, AMX_DEPTH * (ptrdiff_t)ld, ld, 0, 0};
+        const amx_operand k = {block->k + first * block->ldk, AMX_DEPTH, AMX_SIDE * block->ldk, AMX_DEPTH * block->ldk, block->ldk, 0, 0};
         const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
         amx_product(0, amx_tiles(j1 - j0), nv, ld / AMX_DEPTH, &k, &q, seen, w);
         scale = tile_scores_end(seen, t, &bp->panel, j0, j1, kind, add, tanh);
     }
     for (int32_t i = 0; i < before * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
     for (int32_t i = (before + j1 - j0) * w; i < all * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
-    const amx_operand v = {s->v + (ptrdiff_t)first * ldv, AMX_DEPTH, AMX_SIDE * (ptrdiff_t)ldv, AMX_DEPTH * (ptrdiff_t)ldv, ldv, 0, 0};
-    const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldv, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
-    amx_product(0, amx_tiles(j1 - j0), nv, ldv / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
+    const amx_operand v = {block->v + first * block->ldv, AMX_DEPTH, AMX_SIDE * block->ldv, AMX_DEPTH * block->ldv, block->ldv, 0, 0};
+    const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldo, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
+    amx_product(0, amx_tiles(j1 - j0), nv, ldo / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
 
     const int partial = kind == TILE_PARTIAL || all != j1 - j0;
     const bwd_flags plain = {0, 0, 0, 0}, flags = {partial, p->softcap > 0, p->dropout_threshold != 0, bp->exact};
     const real keep_scale = (real)fgqa_dropout_scale(p->dropout_threshold);
-    bf16 *const weight = s->weight + ((ptrdiff_t)n * KEYS + from) * PANEL, *const ds = s->ds + ((ptrdiff_t)n * KEYS + from) * PANEL;
+    bf16 *const weight = s->weight + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL, *const ds = s->ds + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL;
     if (flags.dropped) { tile_dropout(tiles.keep + before * w, t, &bp->panel, j0, j1); }
     if (nv == 1) {
         amx_weights(bp, &tiles, 1, all, scale, keep_scale, flags, weight, ds, s->ds_t);
@@ -190,28 +230,21 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     } else {
         amx_weights(bp, &tiles, 2, all, scale, 1, plain, weight, ds, s->ds_t);
     }
-    if (partial && !block->searched) {
-        if (amx_zero_bad_rows(&block->bad, s->k, 0, p->d)) {
-            amx_pack_keys(s->k_t_clean, AMX_PAIR(KEYS), s->k, ld, p->d);
-            amx_load_keys(s->k, 0, t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d);
-        }
-        block->searched = 1;
-    }
-    const amx_operand k_t = {(partial && block->bad.count ? s->k_t_clean : s->k_t) + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, 0, 0};
+    const amx_operand k_t = {(partial && block_bad_keys(s, t, block) ? s->k_t_clean : s->k_t) + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, 0, 0};
     const amx_operand ds_t = {s->ds_t, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
     amx_product(1, amx_tiles(p->d), nv, all / AMX_DEPTH, &k_t, &ds_t, s->dq_t + n * PANEL * (ptrdiff_t)AMX_SIDE * amx_tiles(p->d), w);
     return written;
 }
 
-/* c[key][col] += sum over the lanes of panels [first, last): a is [panel][KEYS][PANEL] from the first key on, b [panel][tile of columns].
+/* c[key][col] += sum over the lanes of panels [first, last): a is [WEIGHT_PANEL][KEYS][PANEL] from the first key on, b [term_panel][tile of columns].
  * Only n keys of c are touched. */
 static void amx_accumulate(int32_t n, int32_t panels, const bf16 *a, const bf16 *b, int32_t cols, real *c, int32_t ldc, real *tail)
 {
-    const amx_operand rows = {a, KEYS * PANEL, AMX_TILE, 2 * AMX_TILE, PANEL, 0, 0}, lanes = {b, PANEL * (ptrdiff_t)AMX_PAD(cols), AMX_TILE, 0, 0, 0, 0};
+    const amx_operand rows = {a, WEIGHT_PANEL, AMX_TILE, 2 * AMX_TILE, PANEL, 0, 0}, lanes = {b, term_panel(cols), AMX_TILE, 0, 0, 0, 0};
     const int32_t whole = n / AMX_SIDE, rest = n % AMX_SIDE;
     amx_product(1, whole, amx_tiles(cols), panels, &rows, &lanes, c, ldc);
     if (!rest) { return; }
-    const amx_operand last = {a + whole * AMX_TILE, KEYS * PANEL, AMX_TILE, 0, PANEL, 0, 0};
+    const amx_operand last = {a + whole * AMX_TILE, WEIGHT_PANEL, AMX_TILE, 0, PANEL, 0, 0};
     amx_product(0, 1, amx_tiles(cols), panels, &last, &lanes, tail, ldc);
     for (int32_t i = 0; i < rest * ldc; i += VL) {
         real *const to = c + (ptrdiff_t)whole * AMX_SIDE * ldc + i;
@@ -233,36 +266,35 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
     const tile_extent e = extent_of(s->panels, panels, j0, j1);
     if (e.first >= e.last) { return; }
     key_block block = {.j0 = j0, .j1 = j1};
-    amx_load_keys(s->k, 0, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
-    amx_load_keys(s->v, 0, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
-    amx_pack_keys(s->k_t, AMX_PAIR(KEYS), s->k, AMX_PAD(p->d), p->d);
+    block.k = block_rows(s->k, &block.ldk, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
+    block.v = block_rows(s->v, &block.ldv, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
+    amx_pack_keys(s->k_t, AMX_PAIR(KEYS), block.k, block.ldk, p->d);
     const int32_t begin = (e.j0 - j0) / AMX_SIDE * AMX_SIDE, end = ROUND_UP(e.j1 - j0, AMX_SIDE);
     for (int32_t n = e.first; n < e.last; n++) {
         const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);
         fgqa_range written = {begin, begin};
         if (r.begin < r.end) { written = block_panel(s, t, n, &block, r.begin, r.end); }
-        bf16 *const tiles[2] = {s->weight + (ptrdiff_t)n * KEYS * PANEL, s->ds + (ptrdiff_t)n * KEYS * PANEL};
+        bf16 *const tiles[2] = {s->weight + (ptrdiff_t)n * WEIGHT_PANEL, s->ds + (ptrdiff_t)n * WEIGHT_PANEL};
         for (int i = 0; i < 2; i++) {
             zero_keys(tiles[i], begin, written.begin < end ? written.begin : end);
             zero_keys(tiles[i], written.end > begin ? written.end : begin, end);
         }
     }
-    const ptrdiff_t q_panel = PANEL * (ptrdiff_t)AMX_PAD(p->d), dout_panel = PANEL * (ptrdiff_t)AMX_PAD(p->dv);
     for (int32_t j = j0 + begin, next; j < j0 + end; j = next) {
         tile_extent step;
         next = step_end(s->panels, panels, j, j0 + end, &step);
         if (step.first >= step.last) { continue; }
-        const ptrdiff_t at = ((ptrdiff_t)step.first * KEYS + j - j0) * PANEL;
+        const ptrdiff_t at = (ptrdiff_t)step.first * WEIGHT_PANEL + (j - j0) * PANEL;
         const int32_t keys = (next < t->seq.mask.sk ? next : t->seq.mask.sk) - j, count = step.last - step.first;
-        amx_accumulate(keys, count, s->weight + at, s->dout + step.first * dout_panel, p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
-        amx_accumulate(keys, count, s->ds + at, s->q + step.first * q_panel, p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
+        amx_accumulate(keys, count, s->weight + at, s->dout + step.first * term_panel(p->dv), p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
+        amx_accumulate(keys, count, s->ds + at, s->q + step.first * term_panel(p->d), p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
     }
     for (int32_t n = 0; n < bad->count; n++) {
         const int32_t lane = bad->lane[n];
         real weight[KEYS];
         if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
         for (int32_t j = e.j0; j < e.j1; j++) {
-            weight[j - e.j0] = float_from_bf16(s->weight[((ptrdiff_t)(lane / PANEL) * KEYS + j - j0) * PANEL + lane % PANEL]);
+            weight[j - e.j0] = float_from_bf16(s->weight[(ptrdiff_t)(lane / PANEL) * WEIGHT_PANEL + (j - j0) * PANEL + lane % PANEL]);
         }
         add_bad_lane(t, s->panels[0].panel.r0 + lane, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
     }
