@@ -35,7 +35,7 @@ void fgqa_call_end(fgqa_call *call)
         if (call->allocated >> arg & 1) { fgqa_result_drop(&call->result[arg]); }
     }
     fgqa_call_drop_scratch(call);
-    fgqa_block_drop(call->block);
+    fgqa_workspace_return(call->block);
     fgqa_place_end(&call->place);
 }
 
@@ -211,7 +211,7 @@ int fgqa_call_allocate(fgqa_call *call)
         return fgqa_call_scratch(call, call->plan.workspace_bytes, &call->workspace);
     }
     if (call->plan.workspace_bytes > 0) {
-        call->workspace = call->block = fgqa_block_new(call->plan.workspace_bytes);
+        call->workspace = call->block = fgqa_workspace_take(call->plan.workspace_bytes);
         if (call->workspace == NULL) {
             PyErr_Format(PyExc_MemoryError, "a workspace of %zu bytes does not fit into memory", call->plan.workspace_bytes);
             return -1;

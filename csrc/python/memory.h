@@ -10,4 +10,8 @@ void *fgqa_block_new(size_t bytes);
 void fgqa_block_share(void *block);
 void fgqa_block_drop(void *block);   /* NULL is allowed */
 
+/* A block of at least so many bytes for one call, and its end; NULL is allowed there. */
+void *fgqa_workspace_take(size_t bytes);
+void fgqa_workspace_return(void *block);
+
 #endif
