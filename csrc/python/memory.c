@@ -16,7 +16,13 @@
 
 #define KEPT_MOST ((size_t)64 << 20)
 
-typedef struct { atomic_size_t references; size_t bytes; } fgqa_header;
+typedef struct {
+    atomic_size_t references;
+    size_t bytes;
+    void *memory;                /* what malloc gave: less aligned, but in half the time of aligned_alloc */
+} fgqa_header;
+
+_Static_assert(sizeof(fgqa_header) <= FGQA_ALIGNMENT, "the header fits in front of the data");
 
 static _Atomic(void *) kept;
 
@@ -40,13 +46,15 @@ static void ask_huge_pages(void *memory, size_t bytes)
 void *fgqa_block_new(size_t bytes)
 {
     if (bytes > SIZE_MAX / 2) { return NULL; }
-    const size_t whole = (bytes + 2 * FGQA_ALIGNMENT - 1) / FGQA_ALIGNMENT * FGQA_ALIGNMENT;
-    char *memory = aligned_alloc(FGQA_ALIGNMENT, whole);
+    const size_t whole = bytes + 2 * FGQA_ALIGNMENT;
+    char *memory = malloc(whole);
     if (memory == NULL) { return NULL; }
     ask_huge_pages(memory, whole);
-    atomic_init(&((fgqa_header *)memory)->references, 1);
-    ((fgqa_header *)memory)->bytes = bytes;
-    return memory + FGQA_ALIGNMENT;
+    char *block = memory + 2 * FGQA_ALIGNMENT - (uintptr_t)memory % FGQA_ALIGNMENT;
+    header_of(block)->memory = memory;
+    header_of(block)->bytes = bytes;
+    atomic_init(&header_of(block)->references, 1);
+    return block;
 }
 
 void fgqa_block_share(void *block) { atomic_fetch_add_explicit(&header_of(block)->references, 1, memory_order_relaxed); }
@@ -54,7 +62,7 @@ void fgqa_block_share(void *block) { atomic_fetch_add_explicit(&header_of(block)
 void fgqa_block_drop(void *block)
 {
     if (block != NULL && atomic_fetch_sub_explicit(&header_of(block)->references, 1, memory_order_acq_rel) == 1) {
-        free(header_of(block));
+        free(header_of(block)->memory);
     }
 }
 
