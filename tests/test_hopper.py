@@ -248,7 +248,6 @@ def test_what_of_caches_it_does_not_read():
         (caches[0], {}, "pages of a multiple of 16 slots"),
         (caches[1], {"left_pad": lens - 200}, "left padding of paged caches"),
         (caches[1].to(torch.float8_e4m3fn), {}, "another dtype than q"),
-        (caches[1], {"alibi_slopes": torch.ones(8, device="cuda")}, "alibi_slopes"),
     ):
         plan = flashgqa.explain_with_kvcache(q, k_cache, k_cache, **call, **more)
         assert plan["kernel"].endswith("cache") and reason in dict(plan["refused"])[name]

@@ -72,12 +72,15 @@ static const cuda_kernel rows[] = {
 };
 #undef FGQA_KERNEL
 
-/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap. */
-static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode)
+/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, not both. */
+static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi)
 {
     if (p->view[FGQA_ARG_mask].data) { return "mask"; }
     if (p->view[FGQA_ARG_bias].data) { return "bias"; }
-    if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode) { return "alibi_slopes"; }
+    if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode) {
+        if (!has_alibi) { return "alibi_slopes"; }
+        if (p->softcap != 0.0) { return "alibi_slopes with softcap"; }
+    }
     if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
     if (p->softcap != 0.0 && !is_decode) {                  /* scores are computed in units of the cap */
         const float in_caps = (float)p->scale * (float)(1.0 / p->softcap);
@@ -189,7 +192,7 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int tiles_serve = !refuse_options(p, HOPPER, 0) && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
+    const int tiles_serve = !refuse_options(p, HOPPER, 0, p->d <= 128 && p->dv <= 128) && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     if (tiles_serve && (int64_t)p->sq * p->g > STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
         && (int64_t)MOST_PARTS * p->b * p->hk >= device.multiprocessors) {
@@ -235,7 +238,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (k->row.float8 && p->view[FGQA_ARG_k].dtype != FGQA_F8E4M3) { return "for float8 KV caches only"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
-        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0);
+        const int has_alibi = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD && FGQA_HAS_ALIBI(k->row.d);
+        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi);
         if (option) {
             return fgqa_reason(why, "has no %s", option);
         }

@@ -48,6 +48,7 @@
 #ifndef FGQA_NO_CODE
 
 #include "careful.cuh"
+#include "fwd_score.cuh"
 #include "fwd_tiles.cuh"
 #include "warpgroup.cuh"
 #include <type_traits>
@@ -75,6 +76,7 @@ static constexpr int HANDOFF = BLOCK_K / 16 * 3 / 4;             /* k16 steps of
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : 160;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
+enum chain { PLAIN, CAPPED, ALIBI };                             /* of scores, besides the scale and the mask: a kernel of its own each */
 enum { TURN = 1 };                                               /* named barriers TURN, TURN + 1, ..: 0 is __syncthreads */
 
 struct fwd_params {
@@ -84,6 +86,7 @@ struct fwd_params {
     tile_list list;
     int32_t box_rows;                                            /* of K and V: what one copy brings, of one page */
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
+    float inv_scale;
     int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
 };
 
@@ -384,7 +387,7 @@ static __device__ __forceinline__ bool all_done(const shared &sm)
 
 #include "fwd_consumer.cuh"
 
-template <bool CAPPED> static __device__ __forceinline__ void run_block(const fwd_params &p)
+template <chain CHAIN> static __device__ __forceinline__ void run_block(const fwd_params &p)
 {
     extern __shared__ __align__(1024) char memory[];
     shared &sm = *(shared *)memory;
@@ -445,14 +448,17 @@ template <bool CAPPED> static __device__ __forceinline__ void run_block(const fw
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consumer_rings rings;
-        consume<false, CAPPED>(p, sm, warp, rings);
+        consume<false, CHAIN>(p, sm, warp, rings);
         if (all_done(sm)) { return; }
-        consume<true, CAPPED>(p, sm, warp, rings);
+        consume<true, CHAIN>(p, sm, warp, rings);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<false>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<PLAIN>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
+#if FGQA_HAS_ALIBI(FGQA_D)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _alibi)(const __grid_constant__ fwd_params p) { run_block<ALIBI>(p); }
+#endif
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
@@ -460,12 +466,17 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, capped_state;
+    static launch_state states[3];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
-    const bool capped = problem->softcap > 0.0;
-    const auto kernel = capped ? FGQA_SUFFIX(FGQA_ROW, _capped) : FGQA_SUFFIX(FGQA_ROW, _kernel);
+    const chain of_scores = problem->softcap > 0.0 ? CAPPED : problem->view[FGQA_ARG_alibi_slopes].data ? ALIBI : PLAIN;
+#if FGQA_HAS_ALIBI(FGQA_D)
+    const auto uncapped = of_scores == ALIBI ? FGQA_SUFFIX(FGQA_ROW, _alibi) : FGQA_SUFFIX(FGQA_ROW, _kernel);
+#else
+    const auto uncapped = FGQA_SUFFIX(FGQA_ROW, _kernel);
+#endif
+    const auto kernel = of_scores == CAPPED ? FGQA_SUFFIX(FGQA_ROW, _capped) : uncapped;
     int multiprocessors = 1;
-    int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, capped ? &capped_state : &plain_state);
+    int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);
     if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
     fwd_params p;
     const int paged = problem->cache.table && problem->cache.page_size < problem->cache.capacity;
@@ -477,6 +488,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
+    p.inv_scale = (float)(1.0 / problem->scale);
     p.slot = fgqa_stream_slot(stream);
     fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &p.split);
     p.list.units = (uint32_t)(problem->hq >> p.list.pack);

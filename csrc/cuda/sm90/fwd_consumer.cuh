@@ -142,17 +142,30 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[slot])); }
 }
 
+/* ALiBi of the thread's rows: add_any_alibi() takes slopes as they are given, add_alibi() in units of the scale. */
+template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const fwd_params &p, const tile &t, int32_t first_row, alibi_rows &alibi)
+{
+    const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t packed = t.row0 + first_row + 8 * r;
+        const float slope = load_float(slopes.data, t.batch * slopes.stride_b + head_of(p, t, packed) * slopes.stride_h, slopes.dtype);
+        alibi.slope[r] = CAREFUL ? slope : moderate_slope(slope * p.inv_scale);
+    }
+    alibi.diagonal = (t.row0 + first_row >> p.list.pack) + t.diag - 2 * (int32_t)(thread_index() % 4);
+}
+
 struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
- * CAPPED: with softcap. S and m are in units of the cap then. */
-template <bool CAREFUL, bool CAPPED>
+ * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED. */
+template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = PINGPONG && !CAREFUL;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const float scale_log2 = (CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
+    const float scale_log2 = (CHAIN == CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
     ring<Q_STAGES> &rq = rings.q;
     ring<T_STAGES> &rt = rings.t;
     ring<STAGES> &rk = rings.k;
@@ -161,6 +174,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     int begin[2], end[2];                                        /* keys that own rows see, less own column */
     uint32_t row_place;                                          /* of rows[] and blocks[] */
     fgqa_range full;                                             /* blocks that need no mask */
+    alibi_rows alibi;
     float o[DV / 2] = {}, m[2] = {}, l[2] = {}, alpha[2];
     uint32_t pr[BLOCK_K / 4];
 
@@ -214,9 +228,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             begin[r] = seen.begin - 2 * (int32_t)(lane % 4);
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
+        if (CHAIN == ALIBI) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
     };
-    auto cap = [&](float (&s)[BLOCK_K / 2]) {
-        if (CAPPED) { cap_scores(s, p.common.scale * p.common.inv_softcap); }
+    auto score = [&](float (&s)[BLOCK_K / 2], int j) {
+        if (CHAIN == CAPPED) { cap_scores(s, p.common.scale * p.common.inv_softcap); }
+        if (CHAIN == ALIBI && CAREFUL) { add_any_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K, p.inv_scale); }
+        if (CHAIN == ALIBI && !CAREFUL) { add_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K); }
     };
     auto mask = [&](float (&s)[BLOCK_K / 2], int j) {
         const int last[2] = {end[0] - j * BLOCK_K, end[1] - j * BLOCK_K};
@@ -296,7 +313,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
-        cap(s);
+        score(s, block_end - 1);
         if (CAREFUL || block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
         float base[2];
         row_max<0, true, true>(s, m, alpha, base, scale_log2);
@@ -316,7 +333,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_wait<1>();
         wgmma_pin(s);
         release_k();
-        cap(s);
+        score(s, j);
         if (decltype(masked)::value) { mask(s, j); }
         softmax_under_pv(s, masked, std::false_type{}, j > block_begin, [] {});
     };
@@ -354,7 +371,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_wait<1>();
             wgmma_pin(s);
             release_k();
-            cap(s);
+            score(s, block_end - 1);
             if (block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
             softmax_under_pv(s, std::true_type{}, std::true_type{}, false, [&] { end_rows(ends, m_done, l_done, scale_log2); });
             skip_blocks(false, true);

@@ -3,6 +3,9 @@
 #define FGQA_FWD_PACK_H
 #include "../any/fwd_split.h"
 
+/* Forward rows for Hopper of which head dims have a kernel with ALiBi: each costs as much of a build as the plain one. */
+#define FGQA_HAS_ALIBI(d) ((d) == 64 || (d) == 128)
+
 /* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
 enum { FGQA_MOST_PACKED = 64 };
 
