@@ -190,16 +190,6 @@ static __device__ __forceinline__ bwd_turn bwd_turn_of(int32_t chain, int32_t ti
     }
     return turn;
 }
-
-/* The same seen from a key tile: query tiles to whose dQ it adds. */
-static __device__ __forceinline__ fgqa_range bwd_query_tiles(const fgqa_mask &mask, int32_t block_q, int32_t j0, int32_t j1)
-{
-    const fgqa_range rows = fgqa_q_range(&mask, j0, j1);
-    fgqa_range r = {rows.begin / block_q, (int32_t)(((int64_t)rows.end + block_q - 1) / block_q)};
-    if (rows.begin >= mask.sq) { r.end = r.begin; }
-    while (r.end > r.begin && fgqa_kv_begin(&mask, (r.end - 1) * block_q) >= j1) { r.end--; }
-    return r;
-}
 #endif
 
 #ifdef __cplusplus

@@ -24,13 +24,6 @@ PTX_FN void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, uint
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
-/* Shared `src` -> box at (c0, c1, c2, c3); elements out of range are not written. */
-PTX_FN void tma_store_4d(const CUtensorMap *map, uint32_t src, int c0, int c1, int c2, int c3)
-{
-    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"((uint64_t)map),
-                 "r"(src), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
-}
-
 PTX_FN void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /* Waits until the committed stores have read their shared memory. */
 PTX_FN void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
