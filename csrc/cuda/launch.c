@@ -192,8 +192,8 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int tiles_serve = !refuse_options(p, HOPPER, 0, p->d <= 128 && p->dv <= 128) && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
-        && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
+    const int tiles_serve = !refuse_options(p, HOPPER, 0, FGQA_HAS_ALIBI(k->row.d)) && !k->row.float8
+        && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     if (tiles_serve && (int64_t)p->sq * p->g > STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
         && (int64_t)MOST_PARTS * p->b * p->hk >= device.multiprocessors) {
         return fgqa_reason(why, "%d query rows: tiles hold them, and their keys in few parts", p->sq);
