@@ -36,7 +36,7 @@ DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f3
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
-ALIBI_MOST_D = 128                              # as is ALiBi's up to this head dim
+ALIBI_HEAD_DIMS = 64, 128                       # of rows that have one for ALiBi, too
 # query rows, of which a KV head has twice as many
 FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50), "decodewidef8": (20, 50)}
 
@@ -82,7 +82,7 @@ def run_forward(q, k, v, options, slopes, variant, arch, where):
     elif arch == "sm90":                        # without a mask; and a tile of which few rows see an inf in V: done twice
         results += flashgqa.attention(q, k, v, return_lse=True, **where)
         results += flashgqa.attention(q, k, v, **CAPPED, return_lse=True, **where)
-        if q.shape[-1] <= ALIBI_MOST_D:
+        if q.shape[-1] in ALIBI_HEAD_DIMS:
             results += flashgqa.attention(q, k, v, causal=True, alibi_slopes=slopes, return_lse=True, **where)
         poisoned = v + 0
         poisoned[..., SK - 1, :] = float("inf")
