@@ -29,8 +29,8 @@ KNOWN = (
            r"Read .*\b(consume<|finish_rows<|add_seen_poison\(|find_rows\(|produce\(|describe_rows\()"),
           "The scheduler's lane 0 writes tiles[t] and arrives at tile_full and q_full itself, for which the others wait. "
           "Before the next write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at "
-          "o_full, the collector waits for it and arrives at tile_empty, for which the scheduler waits; lanes of the masker and of "
-          "the producer meet at __syncwarp behind theirs, before lane 0 arrives at q_full and before the copies leave for "
+          "o_full, the collector waits for it and arrives at tile_empty, for which the scheduler waits; lanes of the masker and "
+          "of the producer meet at __syncwarp behind theirs, before lane 0 arrives at q_full and before the copies leave for "
           "which those consumers wait. The same limit of the tool."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bcollect\("),
           "Lanes of a consumer warp set poisoned[s], all to 1, meet at __syncwarp, lane 0 arrives at o_full; the collector "
