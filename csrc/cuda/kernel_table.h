@@ -10,7 +10,7 @@ typedef struct {
     fgqa_dtype dtype;
     int32_t d, dv;                      /* largest head dims it serves */
     int32_t block_q, block_k, stages, warps;
-    int32_t general;                    /* 1: every option of the contract; 0: interval masks, sink and lengths, of arch 90 softcap, too (refuse_options() in launch.c) */
+    int32_t general;                    /* 1: every option of the contract; 0: what refuse_options() of launch.c lets through */
     int32_t most_rows;                  /* packed query rows of a KV head that share a block of a decode row; 0: not one */
     int32_t cached;                     /* FGQA_CACHE_..: whether it reads KV caches */
     int32_t float8;                     /* 1: those of float8 elements, and nothing else */
