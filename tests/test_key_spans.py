@@ -124,7 +124,11 @@ def test_packed_sequences_share_keys(dtype, rng, backend):
     for begin, end in zip(ends[:-1], ends[1:], strict=True):
         part = np.array([0, end - begin], np.int32)
         alone = backend.attention(q[begin:end], k[begin:end], v[begin:end], cu_seqlens_q=part, cu_seqlens_kv=part, causal=True)
-        assert same_bits(whole[begin:end], alone) or backend.device != "cpu"
+        if backend.device == "cpu":
+            assert same_bits(whole[begin:end], alone)
+        else:                                   # how keys are shared out there depends on the batch
+            close = whole[begin:end].astype(np.float64), alone.astype(np.float64)
+            np.testing.assert_allclose(*close, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize("dtype", [BF16, np.float32], ids=str)

@@ -71,7 +71,7 @@ struct bwd_params {
     fgqa_bwd_workspace w;
     float scale_log2;                                            /* of scores, with a soft cap in units of it */
     uint32_t sections, band, run;                                /* find_task() */
-    int32_t by_head, ordered, foreign_rows;                               /* tiles may reach into padding or the next sequence */
+    int32_t by_head, ordered, foreign_rows;                      /* tiles may reach into padding or the next sequence */
     struct { uint32_t tiles, band, span, low; } finish;          /* numbered_tile() */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
     float in_caps;                                               /* scale / softcap */
