@@ -31,7 +31,8 @@ def inputs(b, hk, g, sq, sk, d=128, dv=None, dtype=torch.bfloat16, lens=None):
     return q, k, v
 
 
-def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=None, softcap=None, alibi_slopes=None):
+def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=None, softcap=None, alibi_slopes=None,
+            scale=None):
     """out and LSE, computed in `dtype`; softcap and ALiBi at least in float32."""
     (b, hq, sq, d), (hk, sk) = q.shape, k.shape[1:3]
     lens = torch.full((b,), sk, device="cuda") if lens is None else lens
@@ -42,7 +43,7 @@ def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=N
     seen = seen[:, None, None]
     some = seen.any(3)[:, 0, 0][:, None, :, None]
     k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in (k, v))
-    x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5
+    x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * (scale or d**-0.5)
     return attend(x, v, seen, (diag[..., None] - j).abs(), dtype, sink, softcap, alibi_slopes)
 
 
@@ -50,7 +51,7 @@ def check(q, k, v, expected_kernel, **options):
     """Twice the error of the plain formula in the same dtype and two units, as everywhere; the same bits twice."""
     lens, sink = options.get("kv_lens"), options.get("sink")
     plain = {"lens": lens, "sink": sink, "causal": options.get("causal", False), "window": options.get("window", (None, None)),
-             "softcap": options.get("softcap"), "alibi_slopes": options.get("alibi_slopes")}
+             "softcap": options.get("softcap"), "alibi_slopes": options.get("alibi_slopes"), "scale": options.get("scale")}
     out, lse = flashgqa.attention(q, k, v, return_lse=True, **options)
     again = flashgqa.attention(q, k, v, **options, out=torch.full_like(out, math.nan))
     exact, exact_lse = formula(q, k, v, torch.float64, **plain)
@@ -110,6 +111,17 @@ def test_softcap_and_alibi(sq, g, d, dtype):
               sink=torch.linspace(-2, 2, 2 * g, device="cuda"), batch_invariant=lens is not None)
         if lens is not None:                                        # a slope for each head of each sequence
             check(q, k, v, kernel, kv_lens=lens, alibi_slopes=slopes * torch.arange(1, 5, device="cuda")[:, None])
+
+
+@pytest.mark.parametrize("rows", [4, 16, 32, 64])
+@pytest.mark.parametrize(("softcap", "scale", "factor"), [
+    (3e38, 0.1, 1), (1e38, 1e-5, 150), (1e-30, 1e15, 1), (1e-38, 2e-38, 1), (1.3e-38, 1.3e-38, 1),
+    (None, 1.3e-38, 1), (None, 3e38, 0)])
+def test_caps_and_scales_at_the_ends_of_float32(rows, softcap, scale, factor):
+    """Where the ratio, twice the cap or the power of two leave float32, scores are counted in natural units. Some q.k are 0."""
+    q, k, v = inputs(2, 1, rows, 1, 700)
+    k[:, :, 1::5] = 0
+    check(q * factor, k * factor, v, "decode" if rows == 4 else "decodewide", softcap=softcap, scale=scale)
 
 
 def test_softcap_of_scores_that_are_not_finite():

@@ -4,6 +4,7 @@
 #include "tensor_map.h"
 #include "any/bwd_plan.h"
 #include "any/fwd_split.h"
+#include "any/score_units.h"
 #include "any/weights.h"
 #include "sm90/dec_work.h"
 #include "sm90/fwd_pack.h"
@@ -82,10 +83,7 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
         if (p->softcap != 0.0) { return "alibi_slopes with softcap"; }
     }
     if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
-    if (p->softcap != 0.0 && !is_decode) {                  /* scores are computed in units of the cap */
-        const float in_caps = (float)p->scale * (float)(1.0 / p->softcap);
-        if (!(in_caps >= FLT_MIN && in_caps <= FLT_MAX && p->softcap <= FLT_MAX / 2)) { return "softcap whose ratio to the scale, or double, leaves float32"; }
-    }
+    if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
     if (p->dropout_threshold != 0) { return "dropout"; }
     if (!(p->scale >= FLT_MIN && p->scale <= FLT_MAX)) { return "a scale that is not positive"; }
     return NULL;

@@ -1,6 +1,7 @@
 /* dec_launch.cuh - host side of the decode kernels: copies, constants, launches. */
 #pragma once
 #include "../any/dec_counters.h"
+#include "../any/score_units.h"
 #include "../common/launch.cuh"
 #include "../tensor_map.h"
 #include "dec_combine.cuh"
@@ -22,6 +23,9 @@ static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p
     *boxes = deep ? 1 : chunks;
     return fgqa_cache_map(map, p, arg, pieces ? PIECE : GRANULE, deep ? chunks : 1);
 }
+
+/* Whether kernels can count scores in it: as a power of two it is a float32 number, and so are LAZY of them. */
+static bool is_unit(double unit) { return unit * FGQA_LOG2E <= FLT_MAX && LAZY <= FLT_MAX * (unit * FGQA_LOG2E); }
 
 /* deep_pieces: of a tile in pieces, the chunks of one follow each other. */
 static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec, bool deep_pieces)
@@ -54,8 +58,8 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->one_query = p->uniform && mask.sq == 1;
     p->keys = fgqa_kv_range(&mask, 0, mask.sq);
     const bool capped = problem->softcap != 0.0, slopes = problem->view[FGQA_ARG_alibi_slopes].data != NULL;
-    p->cap_ratio = capped && !slopes && p->layout.tile_rows <= 32 ? (float)(problem->scale / problem->softcap) : 0.0f;
-    p->chain = slopes || (capped && p->layout.tile_rows > 32);
+    p->cap_ratio = !slopes && p->layout.tile_rows <= 32 && is_unit(problem->softcap) ? fgqa_in_caps(problem) : 0.0f;
+    p->chain = slopes || (capped ? p->cap_ratio == 0.0f : !is_unit(problem->scale));
     p->unit = p->chain ? 1.0f : p->cap_ratio != 0.0f ? (float)problem->softcap : p->common.scale;
     p->scale_log2 = p->unit * (float)FGQA_LOG2E;
     p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);

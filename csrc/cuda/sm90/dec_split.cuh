@@ -7,6 +7,8 @@
 /* A tile: GRANULE keys in chunks of 128 bytes a row, one or two a column. */
 static constexpr int CHUNK_BYTES = GRANULE * 128, TILE_BYTES = D / (FLOAT8 ? 128 : 64) * CHUNK_BYTES;
 
+static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
+
 /* Pages that do not hold whole granules: these come in pieces. Keys of a piece: */
 static constexpr int32_t PIECE = 16, PIECES = GRANULE / PIECE;
 static __host__ __device__ __forceinline__ bool has_pieces(const fgqa_cache &cache)
@@ -58,7 +60,7 @@ struct dec_params {
     int32_t one_query;              /* uniform, and one query: all rows see these slots */
     fgqa_range keys;
     float unit, scale_log2;         /* of scores: in natural units, and as a power of two */
-    float cap_ratio;                /* softcap alone, up to 32 rows: of q.k, to scores in units of the cap; else 0 */
+    float cap_ratio;                /* of q.k, to scores in units of the cap; 0: they are not (dec_score.cuh) */
     int32_t chain;                  /* or scores are in natural units, by the whole score chain (dec_score.cuh) */
     uint32_t *counters;             /* one a block, zero between launches; NULL: a second kernel merges */
     CUtensorMap k_map, v_map;

@@ -48,7 +48,6 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 
 static constexpr int CONSUMER_THREADS = 32 * CONSUMERS, CHUNKS = D / 64;
 static constexpr int MERGE = 1, VOTE = 4, READY = 6, TEAM = 10;
-static constexpr float LAZY = 8.0f;     /* o and l are rescaled only when a score exceeds m by that, in powers of two */
 static_assert(GRANULE == 64 && BLOCK_Q == 128, "kernels.def: granules of 64 keys, 128 rows");
 
 typedef std::conditional<FLOAT8, f16, T>::type product;
