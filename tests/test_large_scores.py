@@ -37,3 +37,25 @@ def test_large_scores(dtype, q_size, k_size, shape, below, isa):
         gradient = reference.attention_backward(*exact)
         assert_within("dv", got.dv, gradient.dv, (x.dv for x in naive_backward(dout, q, k, v)), q.dtype, 3)
     assert np.isfinite(got.dq).all() and np.isfinite(got.dk).all()   # nearly equal numbers subtracted, times q or k
+
+
+@pytest.mark.parametrize("isa", cpu_isas())
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("order", ["rising", "falling", "one key", "some rows"])
+def test_scores_that_grow_along_the_keys(order, dtype, isa):
+    """Running maxima that are found late: by factors of 2^20 and more from one 32 keys to the next, at one key, in a few rows."""
+    rng = np.random.default_rng(1)
+    hq, hk, sq, sk, d = 4, 2, 33, 700, 64
+    q, v = (rng.standard_normal((1, h, s, d)) for h, s in ((hq, sq), (hk, sk)))
+    k = 0.1 * rng.standard_normal((1, hk, sk, d))
+    steps = {"rising": np.arange(sk) // 32, "falling": -(np.arange(sk) // 32), "one key": 9.0 * (np.arange(sk) == 430)}
+    q[..., 0] = 40.0
+    if order == "some rows":
+        q[:, :, ::5, 0] *= -1
+    k[..., 0] = 3.0 * steps.get(order, steps["rising"])
+    q, k, v = (x.astype(DTYPES[dtype]) for x in (q, k, v))
+    out, lse = flashgqa.attention(q, k, v, return_lse=True, kernel=f"fwd_{isa}")
+    expected = reference.attention(*(x.astype(np.float64) for x in (q, k, v)), return_lse=True)
+    naive = naive_forward(q, k, v)
+    assert_within("out", out, expected[0], (x for x, _ in naive), q.dtype, 2)
+    assert_within("lse", lse, expected[1], (x for _, x in naive), accumulator(q.dtype), 2)

@@ -15,90 +15,7 @@
  */
 #ifndef FGQA_AMX_H
 #define FGQA_AMX_H
-#include "amx_tile.h"
-#include "simd.h"
-
-#define AMX_DEPTH 32                 /* terms of a step */
-#define AMX_SIDE 16                  /* rows and columns of a tile of C */
-#define AMX_TILE 512                 /* bfloat16 numbers in a tile of A or B */
-#define AMX_PAD(n) (((n) + AMX_DEPTH - 1) / AMX_DEPTH * AMX_DEPTH)
-
-typedef uint16_t bf16;
-
-/* ---- vector work beside the products ----
- *
- * Tiles and vectors are units of their own, but few instructions are in flight at a time: their streams must alternate within
- * some hundred instructions. A product therefore takes along, after every step, a share of the weights of another tile.
- */
-
-/* 2^x as v_exp2() gives it, in a task, where subnormal results are flushed. */
-SIMD vreal amx_exp2(vreal x)
-{
-    const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    return (vreal)_mm512_scalef_ps((__m512)exp2_polynomial((vreal)f), (__m512)x);
-}
-
-/* The same to 8.6e-5 (minimax, p(0) = 1): for what is rounded to bfloat16 and not added up. */
-SIMD vreal amx_exp2_short(vreal x)
-{
-    const vreal f = (vreal)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    const vreal p = ((v_set1(0.07706724107265472f) * f + v_set1(0.22764497995376587f)) * f + v_set1(0.6951166391372681f)) * f + v_set1(1);
-    return (vreal)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-
-/* Two vectors as bfloat16 numbers a0 b0 a1 b1 ... */
-SIMD __m512i amx_narrow_pairs(vreal a, vreal b)
-{
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    return _mm512_permutexvar_epi16(order, amx_narrow((__m512)a, (__m512)b));
-}
-
-/* Such pairs at `to` and, unless `low` is 0, what they leave of the numbers `low` behind. */
-SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
-{
-    const __m512i pairs = amx_narrow_pairs(a, b);
-    _mm512_store_si512(to, pairs);
-    if (low) {
-        const vreal a_high = (vreal)_mm512_slli_epi32(pairs, 16), b_high = (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
-        _mm512_store_si512(to + low, amx_narrow_pairs(a - a_high, b - b_high));
-    }
-}
-
-/* Weights of keys [key][nv*VL], two keys at a time: p = 2^(s*scale - shift) as B of a product, sum += p. */
-typedef struct {
-    real *s;                     /* scores of the next key */
-    bf16 *p;
-    int32_t key, end, share;     /* the next key, the end of those at s, keys of a share */
-    real scale;
-    vreal shift[2], sum[2];
-} amx_beside;
-
-/* Weights of the next two keys, as reals in place of the scores, too, if `keep`. */
-SIMD void amx_weights_pair(const int nv, const int keep, const ptrdiff_t low, amx_beside *w)
-{
-    const int32_t j = w->key;
-    UNROLL(2)
-    for (int v = 0; v < nv; v++) {
-        real *const at = w->s + v * VL;
-        const vreal x = v_load(at) * v_set1(w->scale) - w->shift[v], y = v_load(at + nv * VL) * v_set1(w->scale) - w->shift[v];
-        const vreal even = amx_exp2(x), odd = amx_exp2(y);
-        w->sum[v] += even + odd;
-        if (keep) {
-            v_store(at, even);
-            v_store(at + nv * VL, odd);
-        }
-        amx_store_pairs(w->p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, low, even, odd);
-    }
-    w->s += 2 * nv * VL;
-    w->key = j + 2;
-}
-
-/* The next share, of two vectors a key. */
-SIMD void amx_weights_share(const ptrdiff_t low, amx_beside *w)
-{
-    const int32_t end = w->key + w->share < w->end ? w->key + w->share : w->end;
-    while (w->key < end) { amx_weights_pair(2, 0, low, w); }
-}
+#include "amx_weights.h"
 
 /* ---- the product ---- */
 
@@ -106,9 +23,9 @@ SIMD void amx_weights_share(const ptrdiff_t low, amx_beside *w)
  * of A the next two `pair`.
  * The low parts lie `low` behind the high ones; 0: there are none, of either operand. `low_low` of A: multiply these, too. */
 typedef struct { const bf16 *data; ptrdiff_t step, tile, pair, ld, low; int low_low; } amx_operand;
-typedef struct { float *data; ptrdiff_t ld; } amx_result;
 
-/* mt x nt tiles of C, both 1 or 2 and constant; `beside` (or NULL) and `low` as in amx_weights_share(). */
+/* mt x nt tiles of C, both 1 or 2 and constant; after every step a share of the weights `beside` (or NULL; amx_weights.h).
+ * A is the longer operand, of which the first-level cache keeps nothing until it is needed again: it leaves that to B. */
 SIMD void amx_block(const int mt, const int nt, const int add, int steps, const amx_operand *a, const bf16 *a0, const amx_operand *b, const bf16 *b0,
                     float *c, ptrdiff_t ldc, amx_beside *beside, const ptrdiff_t low)
 {
@@ -128,7 +45,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
     for (int part = a->low_low ? 3 : a->low ? 2 : 0; part >= 0; part--) {
         const bf16 *a1 = a0 + (part & 2 ? a->low : 0), *b1 = b0 + (part & 1 ? b->low : 0);
         for (int k = 0; k < steps; k++) {
-            amx_load(4, a1, a_row);
+            amx_load_stream(4, a1, a_row);
             amx_load(6, b1, b_row);
             amx_dot(0, 4, 6);
             if (nt > 1) {
@@ -136,7 +53,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
                 amx_dot(1, 4, 7);
             }
             if (mt > 1) {
-                amx_load(5, a1 + a->tile, a_row);
+                amx_load_stream(5, a1 + a->tile, a_row);
                 amx_dot(2, 5, 6);
                 if (nt > 1) { amx_dot(3, 5, 7); }
             }
@@ -151,7 +68,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
     if (mt > 1 && nt > 1) { amx_store(3, c1 + AMX_SIDE, row); }
 }
 
-/* m x n tiles of C. Columns outside: the rows of A are the longer operand and stay in the first-level cache. */
+/* m x n tiles of C. Columns outside. */
 SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc,
                              amx_beside *beside, const ptrdiff_t low)
 {

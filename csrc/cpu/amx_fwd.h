@@ -6,120 +6,37 @@
  *
  * K and V^T are packed once for all panels of the task, AMX_SPAN keys at a time, as whole tiles in the order of use. Two phases
  * of a panel and these keys, each of which leaves its operands in the first-level cache: first scores of AMX_DEPTH keys after
- * those of others, beside the weights of those; then values of all of them. Scores and values in turn, product by product, need
- * more than that cache holds and take a third longer.
+ * those of others, beside weights; then values of all of them, beside the first weights of the next panel (amx_weights.h). Scores
+ * and values in turn, product by product, need more than that cache holds and take a third longer.
  *
  * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): K, Q, V and P; float16 without
  * loss, and its scores are those of float32 arithmetic, as their LSE is float32. What is infinite or NaN must not meet the other
  * operand's low part, whose sign is its own: scores of such rows of K and Q are computed apart, and such rows of V are added
  * apart even where all lanes see them.
- *
- * m follows the largest score of AMX_DEPTH keys after others, and only when that has grown by more than AMX_LAZY: weights up to
- * 2^AMX_LAZY lose nothing in bfloat16, and O is rarely rescaled. Weights that are bfloat16 already are then rounded
- * once more; they are those of keys with much smaller ones.
  */
 #ifndef FGQA_AMX_FWD_H
 #define FGQA_AMX_FWD_H
 #include "amx_keys.h"
 
-#define AMX_LAZY ((real)8)
 #define SMALLEST_SCALE 0x1p-126f
 #define BLOCK_KEYS AMX_SPAN      /* of fwd.c's loop */
 
 /* ---- weights ---- */
 
-/* Weights of keys 0 .. keys-1 times a factor each lane; `s` (NULL: not kept): as reals, too. */
-static void amx_weights_rescale(int32_t nv, ptrdiff_t low, bf16 *p, real *s, int32_t keys, const real *factor)
-{
-    for (int32_t j = 0; j < keys; j++) {
-        for (int32_t v = 0; v < nv; v++) {
-            const vreal f = v_load(factor + v * VL);
-            real *const real_at = s + (j * nv + v) * VL;
-            if (s) { v_store(real_at, v_load(real_at) * f); }
-            if (j % 2) { continue; }
-            bf16 *const at = p + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE;
-            vreal even = v_zero(), odd = v_zero();
-            for (ptrdiff_t part = low; part >= 0; part -= low ? low : 1) {
-                const __m512i pairs = _mm512_load_si512(at + part);
-                even += (vreal)_mm512_slli_epi32(pairs, 16);
-                odd += (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
-            }
-            amx_store_pairs(at, low, even * f, odd * f);
-        }
-    }
-}
-
-/* Weights begin, of any number of keys: factor is what m takes from what was before them. */
-SIMD void amx_weights_begin(const int nv, amx_beside *w, real *factor)
-{
-    UNROLL(2)
-    for (int v = 0; v < nv; v++) {
-        w->sum[v] = v_zero();
-        v_store(factor + v * VL, v_set1(1));
-    }
-}
-
-/* The next AMX_DEPTH keys: m with them, and with it factor and the weights there are. Returns whether it has grown. */
-SIMD int amx_weights_top(const int nv, const int keep, const ptrdiff_t low, amx_beside *w, real scale, real *m, real *factor)
-{
-    vreal top[NV];
-    int grown = 0;
-    UNROLL(2)
-    for (int v = 0; v < nv; v++) { top[v] = v_set1(-REAL_INF); }
-    for (int32_t j = 0; j < AMX_DEPTH; j++) {
-        UNROLL(2)
-        for (int v = 0; v < nv; v++) { top[v] = v_max(v_load(w->s + (j * nv + v) * VL), top[v]); }
-    }
-    UNROLL(2)
-    for (int v = 0; v < nv; v++) {
-        top[v] *= v_set1(scale);
-        grown |= m_any(m_lt(v_load(m + v * VL) + v_set1(AMX_LAZY), top[v]));
-    }
-    if (__builtin_expect(grown, 0)) {
-        _Alignas(64) real step[PANEL];
-        UNROLL(2)
-        for (int v = 0; v < nv; v++) {
-            const vreal old = v_load(m + v * VL);
-            const vmask grows = m_lt(old + v_set1(AMX_LAZY), top[v]);
-            const vreal f = v_select(grows, v_exp2(old - top[v]), v_set1(1));
-            w->sum[v] *= f;
-            v_store(m + v * VL, v_select(grows, top[v], old));
-            v_store(factor + v * VL, v_load(factor + v * VL) * f);
-            v_store(step + v * VL, f);
-        }
-        if (w->key) { amx_weights_rescale(nv, low, w->p, keep ? w->s - w->key * nv * VL : NULL, w->key, step); }
-    }
-    UNROLL(2)
-    for (int v = 0; v < nv; v++) {
-        top[v] = v_load(m + v * VL);
-        w->shift[v] = v_select(m_eq(top[v], v_set1(-REAL_INF)), v_zero(), top[v]);   /* nothing seen yet: 2^(-inf - 0) = 0 */
-    }
-    w->scale = scale;
-    tile_scale_huge(nv, w->s, AMX_DEPTH, &w->scale, top);
-    w->end = w->key + AMX_DEPTH;
-    return grown;
-}
-
-/* l = l*factor + sum p. */
-SIMD void amx_weights_end(const int nv, const amx_beside *w, real *l, const real *factor)
-{
-    UNROLL(2)
-    for (int v = 0; v < nv; v++) { v_store(l + v * VL, v_load(l + v * VL) * v_load(factor + v * VL) + w->sum[v]); }
-}
-
 /* p = 2^(s*scale - m) of n keys, a multiple of AMX_DEPTH, with m as it is after them; l = l*factor + sum p. Returns whether
  * some factor is not 1. `keep`: s becomes p as well. */
 SIMD int amx_softmax_strip(const int nv, const int keep, const ptrdiff_t low, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
 {
-    amx_beside w = {.s = s, .p = p};
-    int grown = 0;
-    amx_weights_begin(nv, &w, factor);
+    amx_beside w = {.s = s, .p = p, .m = m, .factor = factor, .score_scale = scale};
+    amx_weights_begin(nv, &w);
     while (w.key < n) {
-        grown |= amx_weights_top(nv, keep, low, &w, scale, m, factor);
-        while (w.key < w.end) { amx_weights_pair(nv, keep, low, &w); }
+        amx_strip_top(nv, keep, low, &w);
+        amx_strip_keys(nv, keep, low, &w, AMX_DEPTH);
+        UNROLL(2)
+        for (int v = 0; v < nv; v++) { w.sum[v] += w.strip[v]; }
     }
-    amx_weights_end(nv, &w, l, factor);
-    return grown;
+    amx_weights_end(nv, &w, l);
+    return w.grown;
 }
 
 static int amx_softmax(int nv, int keep, ptrdiff_t low, real *s, int32_t n, real scale, real *m, real *l, real *factor, bf16 *p)
@@ -150,7 +67,7 @@ typedef struct {
     real *o, *m, *l;
 } amx_rows;
 
-/* Scratch of tiles: s has AMX_DEPTH keys more than KEYS, a ring twice AMX_DEPTH. */
+/* Scratch of tiles: s has AMX_DEPTH keys more than KEYS; factor is of two panels. */
 typedef struct { real *s, *ring, *factor, *add, *rows; ireal *keep; } amx_scratch;
 
 /* Number c of a packed row. */
@@ -227,7 +144,8 @@ SIMD void amx_scores(const amx_rows *to, const tile_sequence *t, const amx_keys 
 }
 
 /* O = O*factor + V^T P of n keys from number `first` of the block on, multiples of AMX_DEPTH. */
-static void amx_values(const amx_rows *to, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, int32_t first, int32_t n, const real *factor, int grown)
+SIMD void amx_values(const amx_rows *to, const tile_sequence *t, const amx_keys *keys, const bf16 *v_t, const bf16 *p, int32_t first, int32_t n,
+                     const real *factor, int grown, amx_beside *beside, const ptrdiff_t low)
 {
     const ptrdiff_t nv = to->panel->nv, w = nv * VL;
     const int add = !*to->o_empty;
@@ -235,11 +153,11 @@ static void amx_values(const amx_rows *to, const tile_sequence *t, const amx_key
         for (ptrdiff_t v = 0; v < w; v += VL) { v_store(to->o + c * w + v, v_load(to->o + c * w + v) * v_load(factor + v)); }
     }
     const amx_operand values = {v_t + AMX_PAIR(first), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(AMX_SPAN), AMX_DEPTH, keys->v_t_low, 0};
-    const amx_operand weights = {keys->p, nv * AMX_TILE, AMX_TILE, 0, 0, keys->p_low, 0};
+    const amx_operand weights = {p, nv * AMX_TILE, AMX_TILE, 0, 0, keys->p_low, 0};
     if (add) {
-        amx_product(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w);
+        amx_product_beside(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, beside, low);
     } else {
-        amx_product(0, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w);
+        amx_product_beside(0, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, beside, low);
     }
     *to->o_empty = 0;
 }
@@ -271,7 +189,7 @@ static void amx_tile_attend(const amx_tile *tile, const amx_scratch *scratch, co
         for (int32_t i = 0; i < n * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
         amx_pack_weights(keys->p, keys->p_low, s, all, panel->nv);
     }
-    amx_values(&tile->to, t, keys, dirty ? keys->v_t_clean : keys->v_t, from, all, scratch->factor, grown);
+    amx_values(&tile->to, t, keys, dirty ? keys->v_t_clean : keys->v_t, keys->p, from, all, scratch->factor, grown, NULL, 0);
     for (int32_t i = 0; dirty && i < keys->bad.count; i++) {
         const int32_t j = keys->origin + keys->bad.row[i];
         if (j < j0 || j >= j1) { continue; }
@@ -306,41 +224,82 @@ static int amx_store_panel(const tile_sequence *t, const tile_panel *panel, cons
 
 /* ---- plain tiles one after another ---- */
 
-/* A run of a panel's plain tiles: n keys from the block `keys` on. Its first scores may be in the ring before it begins. */
+/* A run of a panel's plain tiles: n keys, KEYS or more, from the block `keys` on. */
 typedef struct { amx_rows to; const amx_keys *keys; int32_t n; } amx_run;
-typedef struct { amx_run at; int has_at; } amx_line;
 
-/* The run at hand; the first scores of `next` (or NULL) beside its last weights. */
-SIMD void amx_run_attend(const ptrdiff_t low, const amx_run *at, const amx_run *next, const amx_scratch *scratch, const tile_sequence *t)
+/* Between runs: scores of AMX_AHEAD + 1 strips of the one at hand are in the ring from `slot` on, weights of AMX_AHEAD are made. */
+typedef struct { amx_run at; amx_beside weights; int32_t slot; int has_at, side; } amx_line;
+
+/* Products of a strip's scores, and of a run's values, one after the other. */
+SIMD int32_t amx_score_steps(const fgqa_problem *p, ptrdiff_t low) { return AMX_PAD(p->d) / AMX_DEPTH * (low ? p->dtype == FGQA_F16 ? 4 : 3 : 1); }
+SIMD int32_t amx_value_steps(const fgqa_problem *p, ptrdiff_t low, int32_t n) { return (amx_tiles(p->dv) + 1) / 2 * (n / AMX_DEPTH) * (low ? 3 : 1); }
+
+SIMD void amx_run_score(const amx_run *of, int32_t strip, const tile_sequence *t, real *s, amx_beside *beside, const ptrdiff_t low)
 {
-    const int parts = low ? t->p->dtype == FGQA_F16 ? 4 : 3 : 1, products = AMX_PAD(t->p->d) / AMX_DEPTH * parts;
-    amx_beside w = {.p = at->keys->p};
-    int grown = 0;
-    amx_weights_begin(NV, &w, scratch->factor);
-    for (int32_t j = 0; j < at->n; j += AMX_DEPTH) {
-        real *const ring[2] = {scratch->ring + j / AMX_DEPTH % 2 * AMX_DEPTH * PANEL, scratch->ring + (j / AMX_DEPTH + 1) % 2 * AMX_DEPTH * PANEL};
-        const amx_run *const of = j + AMX_DEPTH < at->n ? at : next;
-        w.s = ring[0];
-        grown |= amx_weights_top(NV, 0, low, &w, t->score_scale, at->to.m, scratch->factor);
-        w.share = (AMX_DEPTH / 2 + products - 1) / products * 2;
-        if (of) { amx_scores(&of->to, t, of->keys, of == at ? j + AMX_DEPTH : 0, AMX_DEPTH, ring[1], &w, low); }
-        w.share = AMX_DEPTH;
-        amx_weights_share(low, &w);
+    amx_scores(&of->to, t, of->keys, strip * AMX_DEPTH, AMX_DEPTH, s, beside, low);
+}
+
+/* The weights of a run begin; of two in turn each has its own p and factor. */
+SIMD amx_beside amx_run_weights(const amx_run *of, int side, int32_t slot, const amx_scratch *scratch, const tile_sequence *t)
+{
+    amx_beside w = {.p = of->keys->p + side * (of->keys->p_low ? 2 : 1) * AMX_SPAN * PANEL, .m = of->to.m, .factor = scratch->factor + side * PANEL,
+                    .ring = scratch->ring, .slot = slot, .end = AMX_AHEAD * AMX_DEPTH, .score_scale = t->score_scale};
+    amx_weights_begin(NV, &w);
+    return w;
+}
+
+/* The run at hand, and the beginning of `next` (or NULL) beside it. */
+SIMD void amx_run_attend(const ptrdiff_t low, amx_line *line, const amx_run *next, const amx_scratch *scratch, const tile_sequence *t)
+{
+    const amx_run *const at = &line->at;
+    const int32_t strips = at->n / AMX_DEPTH, all = strips + (next ? AMX_AHEAD + 1 : 0);
+    amx_beside w = line->weights;
+    amx_weights_share_among(&w, at->n, (all - AMX_AHEAD - 1) * amx_score_steps(t->p, low));
+    for (int32_t j = AMX_AHEAD + 1; j < all; j++) {
+        w.end = (j < strips ? j : strips) * AMX_DEPTH;
+        amx_run_score(j < strips ? at : next, j < strips ? j : j - strips, t, scratch->ring + (line->slot + j) % AMX_RING * AMX_STRIP, &w, low);
     }
-    amx_weights_end(NV, &w, at->to.l, scratch->factor);
-    amx_values(&at->to, t, at->keys, at->keys->v_t, 0, at->n, scratch->factor, grown);
+    amx_weights_until(low, &w, at->n);
+    amx_weights_end(NV, &w, at->to.l);
+
+    line->slot = (line->slot + strips) % AMX_RING;
+    line->side ^= 1;
+    if (next) {
+        line->weights = amx_run_weights(next, line->side, line->slot, scratch, t);
+        amx_beside beside = line->weights;
+        amx_weights_share_among(&beside, beside.end, amx_value_steps(t->p, low, at->n));
+        amx_values(&at->to, t, at->keys, at->keys->v_t, w.p, 0, at->n, w.factor, w.grown, &beside, low);
+        amx_weights_until(low, &beside, beside.end);
+        line->weights = beside;
+    } else {
+        amx_values(&at->to, t, at->keys, at->keys->v_t, w.p, 0, at->n, w.factor, w.grown, NULL, 0);
+    }
+}
+
+SIMD void amx_line_begin(const ptrdiff_t low, amx_line *line, const amx_run *first, const amx_scratch *scratch, const tile_sequence *t)
+{
+    line->slot = line->side = 0;
+    for (int32_t j = 0; j <= AMX_AHEAD; j++) { amx_run_score(first, j, t, scratch->ring + j * AMX_STRIP, NULL, 0); }
+    line->weights = amx_run_weights(first, 0, 0, scratch, t);
+    amx_weights_until(low, &line->weights, line->weights.end);
 }
 
 /* `next`: or NULL for the end of the line. */
 static void amx_line_step(amx_line *line, const amx_run *next, const amx_scratch *scratch, const tile_sequence *t)
 {
+    const amx_keys *const keys = line->has_at ? line->at.keys : next ? next->keys : NULL;
+    const int split = keys && keys->p_low;
     if (!line->has_at && next) {
-        amx_scores(&next->to, t, next->keys, 0, AMX_DEPTH, scratch->ring, NULL, 0);
-    } else if (line->has_at) {
-        if (line->at.keys->p_low) {
-            amx_run_attend(AMX_SPAN * PANEL, &line->at, next, scratch, t);
+        if (split) {
+            amx_line_begin(AMX_SPAN * PANEL, line, next, scratch, t);
         } else {
-            amx_run_attend(0, &line->at, next, scratch, t);
+            amx_line_begin(0, line, next, scratch, t);
+        }
+    } else if (line->has_at) {
+        if (split) {
+            amx_run_attend(AMX_SPAN * PANEL, line, next, scratch, t);
+        } else {
+            amx_run_attend(0, line, next, scratch, t);
         }
     }
     line->has_at = next != NULL;

@@ -24,7 +24,7 @@ typedef struct {
     bf16 *k;                  /* A: [two tiles of keys][step][2] */
     bf16 *rows, *v;           /* rows of K, until they are packed, and of V */
     bf16 *v_t, *v_t_clean;    /* A: [two tiles of columns][AMX_SPAN/AMX_DEPTH][2]; without the rows that hold a NaN or an infinity */
-    bf16 *p;                  /* B: [AMX_SPAN/AMX_DEPTH][nv], of the panel at hand */
+    bf16 *p;                  /* B: [AMX_SPAN/AMX_DEPTH][nv], of the panel at hand; twice */
     ptrdiff_t k_low, rows_low, v_low, v_t_low, p_low;   /* from the high parts of each */
     tile_bad_rows bad_keys;   /* of K, where there are two parts, counted from origin */
     tile_bad_rows bad;        /* of V */
@@ -39,7 +39,7 @@ static void amx_keys_carve(amx_keys *keys, fgqa_arena *arena, const fgqa_problem
     all.rows = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * d, sizeof(bf16));
     all.v_t = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
     all.v_t_clean = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
-    all.p = fgqa_arena_take(arena, parts * AMX_SPAN * PANEL, sizeof(bf16));
+    all.p = fgqa_arena_take(arena, 2 * parts * AMX_SPAN * PANEL, sizeof(bf16));
     all.k_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)d);
     all.rows_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)d);
     all.v_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)dv);

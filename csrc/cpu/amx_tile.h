@@ -16,6 +16,13 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#define AMX_DEPTH 32                 /* terms of a step */
+#define AMX_SIDE 16                  /* rows and columns of a tile of C */
+#define AMX_TILE 512                 /* bfloat16 numbers in a tile of A or B */
+#define AMX_PAD(n) (((n) + AMX_DEPTH - 1) / AMX_DEPTH * AMX_DEPTH)
+
+typedef uint16_t bf16;
+
 typedef struct {
     uint8_t palette, start_row, reserved[14];
     uint16_t row_bytes[16];
@@ -25,6 +32,9 @@ typedef struct {
 #ifndef FGQA_AMX_EMULATED
 #define amx_load(tile, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((intptr_t)(stride)) : "memory")
+/* For what is read once in a while: leaves the first-level cache to others. */
+#define amx_load_stream(tile, from, stride) \
+    __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((intptr_t)(stride)) : "memory")
 #define amx_store(tile, to, stride) \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((intptr_t)(stride)) : "memory")
 #define amx_zero(tile) __asm__ volatile("tilezero %%tmm" #tile : : : "memory")

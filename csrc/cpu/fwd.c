@@ -73,12 +73,12 @@ typedef struct {
     real *m, *l;              /* [panel][PANEL]: running maximum (base 2) and sum */
     real *s, *add;            /* tiles */
     ireal *keep;
-    real *factor;             /* [PANEL]: 2^(m_old - m) */
+    real *factor;             /* [2][PANEL]: 2^(m_old - m); the second for what is made beside (amx_fwd.h) */
     real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
     const real **k_list, **v_list;
 #if FGQA_AMX
-    real *ring;               /* scores of two steps (amx_fwd.h) */
+    real *ring;               /* scores of some strips (amx_weights.h) */
     int *q_special, *o_empty; /* [panel]: q has two parts and is not finite; o has not been written */
     const amx_shared *shared; /* or NULL: keys are packed by this task */
     amx_keys keys[AMX_BLOCKS];
@@ -92,7 +92,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     const int has_add = p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data;
     const size_t widest = d > dv ? d : dv;
     scratch->s = fgqa_arena_take(&arena, SCORE_KEYS * PANEL, sizeof(real));
-    scratch->factor = fgqa_arena_take(&arena, PANEL, sizeof(real));
+    scratch->factor = fgqa_arena_take(&arena, 2 * PANEL, sizeof(real));
     scratch->panel = fgqa_arena_take(&arena, panels, sizeof(tile_panel));
     scratch->m = fgqa_arena_take(&arena, lanes, sizeof(real));
     scratch->l = fgqa_arena_take(&arena, lanes, sizeof(real));
@@ -107,7 +107,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
 #if FGQA_AMX
-    scratch->ring = fgqa_arena_take(&arena, 2 * AMX_DEPTH * PANEL, sizeof(real));
+    scratch->ring = fgqa_arena_take(&arena, AMX_RING * AMX_STRIP, sizeof(real));
     scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
     scratch->o_empty = fgqa_arena_take(&arena, panels, sizeof(int));
     amx_keys_carve(scratch->keys, &arena, p);

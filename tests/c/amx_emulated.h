@@ -12,6 +12,7 @@
 #include <string.h>
 
 #define amx_load(tile, from, stride) amx_emulated_load(tile, from, stride)
+#define amx_load_stream(tile, from, stride) amx_emulated_load(tile, from, stride)
 #define amx_store(tile, to, stride) amx_emulated_store(tile, to, stride)
 #define amx_zero(tile) memset(amx_emulated[tile], 0, sizeof amx_emulated[tile])
 #define amx_dot(c, a, b) amx_emulated_dot(c, a, b)
