@@ -42,6 +42,8 @@ class Narrow(reference.Arithmetic):
     lse may end one unit in the last place off, as they may for anybody who computes them by another formula (base 2, fused
     multiply-adds): without that, a row that sees one key would have a weight of exactly 1 and no error at all. Odd orders
     leave weights unrounded: out, once rounded, and delta = dout.out then differ from the others in all bits that rounding made.
+    Even ones round the weights of each row in a unit of their own, as whoever rounds exp(x - max) and divides by the sum
+    later: still rounded once, each to half an ulp of itself, but the errors of a row cancel in other places.
     """
 
     def __init__(self, dtype, order):
@@ -53,7 +55,10 @@ class Narrow(reference.Arithmetic):
     def store(self, x):
         if self.order and self.order % 2 == 1:
             return x
-        return x.astype(self.dtype).astype(self.accumulator)
+        if not self.order or self.dtype == self.accumulator:
+            return x.astype(self.dtype).astype(self.accumulator)
+        unit = self.rng.uniform(1, 2, (x.shape[0], 1)).astype(self.accumulator)
+        return (x * unit).astype(self.dtype).astype(self.accumulator) / unit
 
     def save(self, x):
         if not self.order:
@@ -86,19 +91,21 @@ class Naive:
     """Results of the naive computation in several orders of summation, each computed when first asked for.
 
     Rounding is luck: where few numbers decide, one order may be ten times better than the next. The naive error is the
-    largest among these; most comparisons are settled by the first.
+    largest among these; most comparisons are settled by the first. `computes`: one computation, or several that differ in
+    which inputs they round, if those were not numbers of the dtype.
     """
 
     ORDERS = (None, *range(24))
 
-    def __init__(self, compute, dtype):
-        self.compute, self.dtype, self.results = compute, dtype, []
+    def __init__(self, computes, dtype):
+        self.runs = [(compute, order) for order in self.ORDERS for compute in computes]
+        self.dtype, self.results = dtype, []
 
     def __iter__(self):
-        for n, order in enumerate(self.ORDERS):
+        for n, (compute, order) in enumerate(self.runs):
             if n == len(self.results):
                 with np.errstate(all="ignore"):
-                    self.results.append(self.compute(Narrow(self.dtype, order)))
+                    self.results.append(compute(Narrow(self.dtype, order)))
             yield self.results[n]
 
 
@@ -169,17 +176,22 @@ def _narrow_weights(arithmetic, q, k, rows, options):
 
 def naive_weights(q, k, rows, **options):
     """Naive weights of rows, or sums by key for rows=None, in the accumulator's dtype."""
-    return Naive(lambda arithmetic: _narrow_weights(arithmetic, q, k, rows, options), q.dtype)
+    return Naive([lambda arithmetic: _narrow_weights(arithmetic, q, k, rows, options)], q.dtype)
 
 
-def naive_forward(q, k, v, **options):
-    """Naive (out, lse)."""
-    return Naive(lambda arithmetic: _narrow_forward(arithmetic, q, k, v, options), q.dtype)
+def naive_forward(q, k, v, *, unrounded=None, **options):
+    """Naive (out, lse). unrounded: (k, v) of which those given are roundings, if a computation need not round them.
+
+    A float8 cache's numbers are of the dtype, times their scale they are not: whoever scales scores and results instead has
+    the error of q alone, which that of k in the other computation may happen to cancel.
+    """
+    inputs = [(k, v)] if unrounded is None else [(k, v), unrounded]
+    return Naive([lambda arithmetic, kv=kv: _narrow_forward(arithmetic, q, *kv, options) for kv in inputs], q.dtype)
 
 
 def naive_backward(dout, q, k, v, dlse=None, saved=None, **options):
     """Naive Gradients, from the naive out and lse, or from `saved`, those of an attention over more keys than these."""
-    return Naive(lambda arithmetic: _narrow_backward(arithmetic, dout, q, k, v, dlse, saved, options), q.dtype)
+    return Naive([lambda arithmetic: _narrow_backward(arithmetic, dout, q, k, v, dlse, saved, options)], q.dtype)
 
 
 # ---- the error rule ----
