@@ -306,8 +306,10 @@ static void amx_line_step(amx_line *line, const amx_run *next, const amx_scratch
     if (next) { line->at = *next; }
 }
 
-/* Rows of a panel attend to keys [j0, j1) of the blocks in `keys`; their results are complete after amx_line_step(NULL). */
-static void amx_attend(amx_line *line, const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1, int32_t span_end)
+/* Rows of a panel attend to keys [j0, j1) of the blocks in `keys`, or to those before the first tile that is not plain; their
+ * results are complete after amx_line_step(NULL). Returns the first key that is left. */
+static int32_t amx_attend(amx_line *line, const amx_scratch *scratch, const tile_sequence *t, const amx_rows *to, amx_keys *keys, int32_t j0, int32_t j1,
+                          int32_t span_end, int plain_only)
 {
     amx_run run = {*to, NULL, 0};
     const int32_t origin = j0 / AMX_SPAN * AMX_SPAN;
@@ -321,12 +323,14 @@ static void amx_attend(amx_line *line, const amx_scratch *scratch, const tile_se
             continue;
         }
         if (run.keys) { amx_line_step(line, &run, scratch, t); }
+        if (plain_only) { return j0 > block ? j0 : block; }
         amx_line_step(line, NULL, scratch, t);
         run.keys = NULL;
         run.n = 0;
         amx_tile_attend(&tile, scratch, t);
     }
     if (run.keys) { amx_line_step(line, &run, scratch, t); }
+    return j1;
 }
 
 #endif

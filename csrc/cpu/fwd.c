@@ -80,6 +80,7 @@ typedef struct {
 #if FGQA_AMX
     real *ring;               /* scores of some strips (amx_weights.h) */
     int *q_special, *o_empty; /* [panel]: q has two parts and is not finite; o has not been written */
+    int32_t *reached;         /* [panel]: the first key of the block that it has not attended to */
     const amx_shared *shared; /* or NULL: keys are packed by this task */
     amx_keys keys[AMX_BLOCKS];
 #endif
@@ -110,6 +111,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->ring = fgqa_arena_take(&arena, AMX_RING * AMX_STRIP, sizeof(real));
     scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
     scratch->o_empty = fgqa_arena_take(&arena, panels, sizeof(int));
+    scratch->reached = fgqa_arena_take(&arena, panels, sizeof(int32_t));
     amx_keys_carve(scratch->keys, &arena, p);
 #endif
     return arena.used;
@@ -333,31 +335,50 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
     }
 }
 
+/* The keys of a block that panel n sees. */
+SIMD fgqa_range panel_block(const fwd_scratch *scratch, int32_t n, const key_block *block)
+{
+    const fgqa_range keys = scratch->panel[n].keys;
+    const fgqa_range range = {keys.begin > block->j0 ? keys.begin : block->j0, keys.end < block->j1 ? keys.end : block->j1};
+    return range;
+}
+
+#if FGQA_AMX
+/* Panels attend on tiles. All begin with their plain tiles, one after the other; then those with others, which a mask's edge
+ * leaves behind, go on. Where masks or biases are read, the second part alone: whether a tile is plain is not known before. */
+static void attend_on_tiles(fwd_scratch *scratch, const tile_sequence *t, int32_t panels, const key_block *block)
+{
+    const amx_scratch tiles = {scratch->s, scratch->ring, scratch->factor, scratch->add, scratch->rows, scratch->keep};
+    const fgqa_problem *const p = t->p;
+    const int read = p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data;
+    amx_line line = {.has_at = 0};
+    for (int plain = !read; plain >= 0; plain--) {
+        for (int32_t n = 0; n < panels; n++) {
+            const fgqa_range range = panel_block(scratch, n, block);
+            const int32_t begin = plain || read || range.begin >= range.end ? range.begin : scratch->reached[n];
+            if (begin >= range.end) { continue; }
+            const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(p, PANEL * (ptrdiff_t)AMX_PAD(p->d)), scratch->q_special[n],
+                                   &scratch->o_empty[n], scratch->o + (size_t)n * PANEL * (size_t)columns(p->dv), scratch->m + n * PANEL, scratch->l + n * PANEL};
+            scratch->reached[n] = amx_attend(&line, &tiles, t, &rows, scratch->keys, begin, range.end, block->j1, plain);
+        }
+        amx_line_step(&line, NULL, &tiles, t);
+    }
+}
+#endif
+
 /* All panels attend to the keys of a block that they see. */
 static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t panels, key_block *block)
 {
 #if FGQA_AMX
-    const amx_scratch tiles = {scratch->s, scratch->ring, scratch->factor, scratch->add, scratch->rows, scratch->keep};
-    amx_line line = {.has_at = 0};
+    if (!scratch->panel->few) {
+        attend_on_tiles(scratch, t, panels, block);
+        return;
+    }
 #endif
     for (int32_t n = 0; n < panels; n++) {
-        const fgqa_range keys = scratch->panel[n].keys;
-        const int32_t begin = keys.begin > block->j0 ? keys.begin : block->j0, end = keys.end < block->j1 ? keys.end : block->j1;
-        if (begin >= end) { continue; }
-#if FGQA_AMX
-        if (!scratch->panel[n].few) {
-            const amx_rows rows = {&scratch->panel[n], packed_q(scratch, t, n), amx_low_of(t->p, PANEL * (ptrdiff_t)AMX_PAD(t->p->d)), scratch->q_special[n],
-                                   &scratch->o_empty[n], scratch->o + (size_t)n * PANEL * (size_t)columns(t->p->dv), scratch->m + n * PANEL,
-                                   scratch->l + n * PANEL};
-            amx_attend(&line, &tiles, t, &rows, scratch->keys, begin, end, block->j1);
-            continue;
-        }
-#endif
-        attend(scratch, t, n, block, begin, end);
+        const fgqa_range range = panel_block(scratch, n, block);
+        if (range.begin < range.end) { attend(scratch, t, n, block, range.begin, range.end); }
     }
-#if FGQA_AMX
-    amx_line_step(&line, NULL, &tiles, t);
-#endif
 }
 
 static void clear_o(const fwd_scratch *scratch, int32_t n, int32_t dv)
