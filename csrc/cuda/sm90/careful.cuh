@@ -4,7 +4,7 @@
  * same operations in the same order, after its non-finite elements have been taken out of V in shared memory (clean_v): rows
  * that do not see them get the bits they would have got with any finite value there. What the other rows see comes on top
  * (overlay_poison), by a walk over V in global memory with mma.sync. Rare, so nothing is spent on speed. A tile whose scores are
- * too large for the short form of the exponent is done again, too (row_exp).
+ * too large for the short form of the exponent is done again, too (is_enormous()).
  */
 #pragma once
 #include "../common/cache_slot.cuh"

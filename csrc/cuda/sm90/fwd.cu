@@ -71,7 +71,7 @@ static constexpr int T_STAGES = Q_STAGES + 2;                    /* of tiles[] *
 static constexpr int LEFT = SM_BYTES - LEAST - (Q_STAGES - 1) * Q_BYTES - (V_STAGES - STAGES) * V_BYTES;
 static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES : Q_STAGES;      /* of rows[] */
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
-static constexpr bool PINGPONG = D <= 128;                       /* warpgroups take turns at the tensor core */
+static constexpr bool PINGPONG = D < 128;                        /* warpgroups take turns at the tensor core; of long products they need none */
 static constexpr int HANDOFF = BLOCK_K / 16 * 3 / 4;             /* k16 steps of P V after which the turn passes on */
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : 160;
@@ -90,7 +90,8 @@ struct fwd_params {
     int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
 };
 
-/* Of a tile's blocks: those that all rows of a warpgroup see whole; one past the last that it walks, which is at least one. */
+/* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
+ * last that it walks, which is at least one. */
 struct wg_blocks { fgqa_range full; int32_t end; };
 
 struct shared {
@@ -369,6 +370,8 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
             }
             /* The last P V of the tile before comes behind the K that are skipped; meanwhile STAGES - 1 more V find room. */
             if (CROSS_TILE) { own.end = max(own.end, t.block_end - STAGES); }
+            /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
+            if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
             sm.blocks[at][lane] = own;
         }
         if (R_STAGES == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */

@@ -61,9 +61,11 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     overlay_poison<T, DV>(o, rows, lane);
 }
 
+/* What ends two rows: base, -inf without a key; sum over their lanes; what O is multiplied with; LSE. */
+struct row_ends { float base[2], sum[2], factor[2], lse[2]; };
+
 /* What a part of the keys gives (any/fwd_split.h) -> global memory. True: an element is not finite. */
-static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const float (&m)[2],
-                                                  const float (&sum)[2], float scale_log2)
+static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends)
 {
     const int32_t lane = (int32_t)(thread_index() % 32), dv = p.common.problem.dv;
     float poison = 0.0f;                                         /* becomes NaN */
@@ -73,36 +75,34 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
         const int64_t row = row_of_part(p, t, head_of(p, t, packed), packed >> p.list.pack);
         const int32_t columns = local < t.valid ? dv - 2 * (lane % 4) : 0;
         float *const to = p.split.o + row * dv + 2 * (lane % 4);
-        const float factor = sum[r] == 0.0f ? 0.0f : 1.0f / sum[r];
+        const float factor = ends.sum[r] == 0.0f ? 0.0f : 1.0f / ends.sum[r];
 #pragma unroll
         for (int n = 0; n < DV / 8; n++) {
             const float2 x = {o[4 * n + 2 * r] * factor, o[4 * n + 2 * r + 1] * factor};
             poison = fmaf(x.x, 0.0f, fmaf(x.y, 0.0f, poison));
             if (8 * n < columns) { *(float2 *)(to + 8 * n) = x; }
         }
-        if (lane % 4 == 0 && columns > 0) { ((float2 *)p.split.lse)[row] = make_float2(m[r] * scale_log2 * (float)FGQA_LN2, log2f(sum[r])); }
+        if (lane % 4 == 0 && columns > 0) { ((float2 *)p.split.lse)[row] = make_float2(ends.base[r] * (float)FGQA_LN2, log2f(ends.sum[r])); }
     }
     return poison != 0.0f;
 }
 
-/* What ends two rows: sum over their lanes, what O is multiplied with, LSE. That is softmax_finish() without a sink, and without a
- * branch, so that in the step across tiles it fills gaps between exponentials. What is computed again carefully has the same bits. */
-struct row_ends { float sum[2], factor[2], lse[2]; };
-
-static __device__ __forceinline__ void end_rows(row_ends &e, const float (&m)[2], const float (&l)[2], float scale_log2)
+/* softmax_finish() without a sink, and without a branch, so that in the step across tiles it fills gaps between exponentials. What is
+ * computed again carefully has the same bits. */
+static __device__ __forceinline__ void end_rows(row_ends &e, const softmax_rows &rows)
 {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        e.sum[r] = row_reduce_sum(l[r]);
+        e.base[r] = rows.m[r] == -INFINITY ? -INFINITY : rows.base[r];
+        e.sum[r] = row_reduce_sum(rows.l[r]);
         e.factor[r] = e.sum[r] == 0.0f ? 0.0f : __fdividef(1.0f, e.sum[r]);
-        e.lse[r] = e.sum[r] == 0.0f ? -INFINITY : fmaf(__log2f(e.sum[r]), (float)FGQA_LN2, m[r] * scale_log2 * (float)FGQA_LN2);
+        e.lse[r] = e.sum[r] == 0.0f ? -INFINITY : fmaf(__log2f(e.sum[r]), (float)FGQA_LN2, rows.base[r] * (float)FGQA_LN2);
     }
 }
 
 /* O / l and LSE, or what a part of the keys gives -> global memory. slot: of the tile; at: of its rows. */
 template <bool CAREFUL>
-static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, float (&o)[DV / 2],
-                                                   const float (&m)[2], row_ends &ends, float scale_log2)
+static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, float (&o)[DV / 2], row_ends &ends)
 {
     const fgqa_problem &problem = p.common.problem;
     const uint32_t thread = thread_index(), lane = thread % 32;
@@ -111,19 +111,21 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const bool partial = p.list.splits > 1;
     bool again = false;
 #pragma unroll
-    for (int r = 0; r < 2; r++) { again |= ends.sum[r] < 0.5f && m[r] > -INFINITY; }      /* the largest weight, about 1, is lost: its score is enormous */
+    for (int r = 0; r < 2; r++) {                                /* the largest weight, about 1, is lost or has overflowed */
+        again |= !(ends.sum[r] >= 0.5f && ends.sum[r] < INFINITY) && ends.base[r] > -INFINITY;
+    }
     if (problem.view[FGQA_ARG_sink].data && !partial) {
 #pragma unroll 1
         for (int r = 0; r < 2; r++) {
             const int32_t packed = t.row0 + first + 8 * r;
             const float sink = sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
-            float lse, factor = softmax_finish(r ? m[1] : m[0], r ? ends.sum[1] : ends.sum[0], scale_log2, sink, &lse);
+            float lse, factor = softmax_finish(r ? ends.base[1] : ends.base[0], r ? ends.sum[1] : ends.sum[0], 1.0f, sink, &lse);
             if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
         }
     }
     if (CAREFUL) { add_seen_poison(p, sm, at, t, o); }
     if (partial) {
-        again |= store_part(p, t, o, m, ends.sum, scale_log2);
+        again |= store_part(p, t, o, ends);
     } else {
         char *to[2];
         int32_t columns[2];
@@ -175,9 +177,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     uint32_t row_place;                                          /* of rows[] and blocks[] */
     fgqa_range full;                                             /* blocks that need no mask */
     alibi_rows alibi;
-    float o[DV / 2] = {}, m[2] = {}, l[2] = {}, alpha[2];
+    softmax_rows rows = {};
+    float o[DV / 2] = {};
     uint32_t pr[BLOCK_K / 4];
 
+    uint32_t k_at = desc_low(smem_address(sm.k[rk.stage]), 0);
+    uint32_t v_at = desc_low(smem_address(sm.v[rv.stage]), BLOCK_K * 128);
     auto wait_k = [&] { mbarrier_wait(smem_address(&sm.k_full[rk.stage]), rk.parity); };
     auto wait_v = [&] {
         mbarrier_wait(smem_address(&sm.v_full[rv.stage]), rv.parity);
@@ -191,11 +196,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         keep_together();
         if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.k_empty[rk.stage])); }
         rk.advance();
+        k_at = desc_low(smem_address(sm.k[rk.stage]), 0);
     };
     auto release_v = [&] {
         keep_together();
         if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.v_empty[rv.stage])); }
         rv.advance();
+        v_at = desc_low(smem_address(sm.v[rv.stage]), BLOCK_K * 128);
     };
     /* Each warp for itself: wait_pv() waits for the Q in use. */
     auto release_q = [&](uint32_t stage) {
@@ -245,11 +252,11 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     auto qk = [&](float (&s)[BLOCK_K / 2]) {
         wgmma_fence();
-        qk_wgmma<D, BLOCK_K>(s, smem_address(sm.q[rq.stage][wg]), smem_address(sm.k[rk.stage]));
+        qk_wgmma<D, BLOCK_K>(s, wgmma_desc_sw128(smem_address(sm.q[rq.stage][wg]), 0, 1024), desc_of(k_at));
         wgmma_commit();
     };
     auto pv = [&](int accumulate, int turn) {
-        pv_wgmma<DV, BLOCK_K, HANDOFF>(o, pr, smem_address(sm.v[rv.stage]), accumulate, turn);
+        pv_wgmma<DV, BLOCK_K, HANDOFF>(o, pr, desc_of(v_at), accumulate, turn);
         wgmma_commit();
     };
     const int next_turn = TURNS ? TURN + (wg + 1 == WG_COUNT ? 0 : wg + 1) : -1;
@@ -263,23 +270,58 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : &sm.q_full[rq.stage]), next_k ? rk.parity : rq.parity);
         release_v();
     };
-    /* S -> P in place, O *= alpha. The chain from the end of Q K^T to the next one decides the speed: exponentials (8 cycles
-     * each) must start early and never pause. So P V ends after the first maximum (it is done by then), and the second
-     * maximum, rescaling and packing share a basic block with the exponentials: ptxas fills the gaps with them. */
-    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k, auto beside) {
-        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value;
-        float base[2];
-        row_max<0, MASKED, FIRST>(s, m, alpha, base, scale_log2);
-        wait_pv(next_k);
-        beside();
-        row_exp<0, FIRST, CAREFUL>(s, m, l, alpha, base, scale_log2);
-        row_max<1, MASKED, FIRST>(s, m, alpha, base, scale_log2);
-        row_exp<1, FIRST, CAREFUL>(s, m, l, alpha, base, scale_log2);
-        pack_weights<T>(pr, s);
-        if (!FIRST) {
-            rescale_rows(o, alpha);
-            wait_v();
+    auto first_base = [&](const float (&s)[BLOCK_K / 2]) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) { set_base(rows, r, row_top(s, r), scale_log2); }
+    };
+    /* Rows that had no key so far take their base from this block. */
+    auto late_base = [&](const float (&s)[BLOCK_K / 2]) {
+        if (__any_sync(ALL_LANES, rows.m[0] == -INFINITY || rows.m[1] == -INFINITY)) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const float top = row_top(s, r);
+                if (rows.m[r] == -INFINITY) { set_base(rows, r, top, scale_log2); }
+            }
         }
+    };
+    /* The base follows scores whose weights would be NaN without care, and enormous ones; and all that grow with ALiBi, where each
+     * block of keys in front of the diagonal has larger ones than the block before it. */
+    auto rising_base = [&](const float (&s)[BLOCK_K / 2]) {
+        float alpha[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const float top = row_top(s, r), m = rows.m[r], base = rows.base[r];
+            const bool none = m == -INFINITY, enormous = !none && is_enormous(m, scale_log2);
+            alpha[r] = 1.0f;
+            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= (CHAIN == ALIBI ? 8.0f : ALMOST_OVERFLOW))) {
+                set_base(rows, r, top, scale_log2);
+                if (!none) { alpha[r] = ex2(enormous ? (m - top) * scale_log2 : base - rows.base[r]); }
+                rows.l[r] *= alpha[r];
+            }
+        }
+        scale_rows(o, alpha);
+    };
+    /* S -> P. The chain from the end of Q K^T to the next one decides the speed, and in it the number of instructions: the tensor core's
+     * accumulators take half of what registers can deliver. So nothing is asked of a block's scores (softmax_rows) and exponentials
+     * begin at once, under P V; only their sums tell whether base has to go up. */
+    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
+        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI);
+        float sum[2];
+        if (FIRST) {
+            first_base(s);
+        } else if (RISING) {
+            wait_pv(next_k);
+            rising_base(s);
+        } else if (MASKED) {
+            late_base(s);
+        }
+        exponentials<CAREFUL>(s, rows, sum, scale_log2);
+        if (!RISING) { wait_pv(next_k); }
+        if (!FIRST && __any_sync(ALL_LANES, sum[0] > MODERATE || sum[1] > MODERATE)) { moderate_weights(s, o, rows, sum); }
+#pragma unroll
+        for (int r = 0; r < 2; r++) { rows.l[r] = FIRST ? sum[r] : rows.l[r] + sum[r]; }
+        pack_weights<T>(pr, s);
+        if (!FIRST) { wait_v(); }
     };
     auto wait_operands = [&] {                                   /* of the next step, or of the last P V */
         wait_v();
@@ -315,11 +357,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_k();
         score(s, block_end - 1);
         if (CAREFUL || block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
-        float base[2];
-        row_max<0, true, true>(s, m, alpha, base, scale_log2);
-        row_exp<0, true, CAREFUL>(s, m, l, alpha, base, scale_log2);
-        row_max<1, true, true>(s, m, alpha, base, scale_log2);
-        row_exp<1, true, CAREFUL>(s, m, l, alpha, base, scale_log2);
+        first_base(s);
+        exponentials<CAREFUL>(s, rows, rows.l, scale_log2);
         pack_weights<T>(pr, s);
         wait_operands();
     };
@@ -335,7 +374,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_k();
         score(s, j);
         if (decltype(masked)::value) { mask(s, j); }
-        softmax_under_pv(s, masked, std::false_type{}, j > block_begin, [] {});
+        softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
     };
     auto middle_blocks = [&] {
         int j = block_end - 2;
@@ -355,7 +394,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         const uint32_t slot = rt.stage, at = row_place, done = rq.stage;
         if (!CAREFUL) { release_q(done); }
         const int accumulate = block_end - block_begin > 1;
-        const float m_done[2] = {m[0], m[1]}, l_done[2] = {l[0], l[1]};
+        const softmax_rows done_rows = rows;
         row_ends ends;
         rq.advance();
         rt.advance();
@@ -373,7 +412,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             release_k();
             score(s, block_end - 1);
             if (block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
-            softmax_under_pv(s, std::true_type{}, std::true_type{}, false, [&] { end_rows(ends, m_done, l_done, scale_log2); });
+            end_rows(ends, done_rows);
+            softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
             skip_blocks(false, true);
         } else {
             wgmma_fence();
@@ -381,9 +421,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_wait<0>();
             wgmma_pin(o);
             release_v();
-            end_rows(ends, m_done, l_done, scale_log2);
+            end_rows(ends, done_rows);
         }
-        finish_rows<CAREFUL>(p, sm, slot, at, o, m_done, ends, scale_log2);
+        finish_rows<CAREFUL>(p, sm, slot, at, o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
         if (!CROSS) {
             more = take_tile();

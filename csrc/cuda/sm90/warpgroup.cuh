@@ -16,10 +16,14 @@ static constexpr int WG_ROWS = 64, CHUNK = 64;
  * then, and ends the kernel. PTX ISA, "barrier". */
 PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-/* S[64 x BLOCK_K] = Q[64 x D] K^T */
-template <int D, int BLOCK_K> static __device__ __forceinline__ void qk_wgmma(float (&s)[BLOCK_K / 2], uint32_t q, uint32_t k)
+/* The low half of the descriptors of a block of K or V: what a ring's stage changes. Carried from step to step it is there when the turn
+ * comes, and the first product is not waited for. */
+PTX_FN uint32_t desc_low(uint32_t address, uint32_t lbo) { return (uint32_t)wgmma_desc_sw128(address, lbo, 1024); }
+PTX_FN uint64_t desc_of(uint32_t low) { return wgmma_desc_sw128(0, 0, 1024) | low; }
+
+/* S[64 x BLOCK_K] = Q[64 x D] K^T. Descriptors. */
+template <int D, int BLOCK_K> static __device__ __forceinline__ void qk_wgmma(float (&s)[BLOCK_K / 2], uint64_t dq, uint64_t dk)
 {
-    const uint64_t dq = wgmma_desc_sw128(q, 0, 1024), dk = wgmma_desc_sw128(k, 0, 1024);
 #pragma unroll
     for (int i = 0; i < D / 16; i++) {
         const int c = i / 4, within = 32 * (i % 4);              /* bytes of 16 columns inside a chunk */
@@ -30,9 +34,8 @@ template <int D, int BLOCK_K> static __device__ __forceinline__ void qk_wgmma(fl
 /* O[64 x DV] (+)= P[64 x BLOCK_K] V. Arrives on named barrier `turn` (-1: none) before k16 step HANDOFF: early enough that
  * the next warpgroup's first wgmma is queued when the last one here ends. */
 template <int DV, int BLOCK_K, int HANDOFF>
-static __device__ __forceinline__ void pv_wgmma(float (&o)[DV / 2], const uint32_t (&pr)[BLOCK_K / 4], uint32_t v, int accumulate, int turn)
+static __device__ __forceinline__ void pv_wgmma(float (&o)[DV / 2], const uint32_t (&pr)[BLOCK_K / 4], uint64_t dv, int accumulate, int turn)
 {
-    const uint64_t dv = wgmma_desc_sw128(v, BLOCK_K * 128, 1024);
 #pragma unroll
     for (int i = 0; i < BLOCK_K / 16; i++) {
         if (i == HANDOFF && turn >= 0) { bar_arrive(turn, 256); }
@@ -59,39 +62,78 @@ template <int N> static __device__ __forceinline__ void hide_before(float (&s)[N
     }
 }
 
-/* Running state of a lane's two rows R = 0, 1: m, row maximum (unscaled, same in the 4 lanes of a row); l, row sum (this
- * lane's columns only). A row without any key so far has m = -inf.
- * row_max: m; alpha, the factor for everything summed so far; base = scale_log2 * m. */
-template <int R, bool MASKED, bool FIRST, int N>
-static __device__ __forceinline__ void row_max(const float (&s)[N], float (&m)[2], float (&alpha)[2], float (&base)[2], float scale_log2)
+/* Running state of a lane's two rows r = 0, 1, as the sums so far have it: weights are 2^(scale_log2 s - base). base is that of the
+ * largest score of the row's first block and stays while weights are moderate: then there is no maximum to look for and nothing to
+ * multiply O with. m: the score that base comes from, -inf as long as the row has no key, base being 0 then. l: row sum, this lane's
+ * columns only. All but l are the same in the 4 lanes of a row. */
+struct softmax_rows { float m[2], base[2], l[2]; };
+
+/* The largest of a row's scores. */
+template <int N> static __device__ __forceinline__ float row_top(const float (&s)[N], int r)
 {
-    float even = s[2 * R], odd = s[2 * R + 1];
+    float even = s[2 * r], odd = s[2 * r + 1];
 #pragma unroll
-    for (int i = 4; i < N; i += 4) { even = fmaxf(even, s[i + 2 * R]); odd = fmaxf(odd, s[i + 2 * R + 1]); }
-    float top = fmaxf(even, odd);
-    if (!FIRST) { top = fmaxf(top, m[R]); }
-    top = row_reduce_max(top);
-    const float finite = MASKED ? finite_max(top) : top;
-    alpha[R] = FIRST ? 0.0f : ex2((m[R] - finite) * scale_log2);
-    base[R] = finite * scale_log2;
-    m[R] = top;
+    for (int i = 4; i < N; i += 4) { even = fmaxf(even, s[i + 2 * r]); odd = fmaxf(odd, s[i + 2 * r + 1]); }
+    return row_reduce_max(fmaxf(even, odd));
 }
 
-/* row_exp: S <- exp2(scale_log2 * (S - m)), l. In one instruction a score, which rounds the exponent of the largest one and is
- * useless where that is enormous; there the careful pass computes it exactly. */
-template <int R, bool FIRST, bool CAREFUL, int N>
-static __device__ __forceinline__ void row_exp(float (&s)[N], const float (&m)[2], float (&l)[2], const float (&alpha)[2], const float (&base)[2],
-                                               float scale_log2)
+static __device__ __forceinline__ void set_base(softmax_rows &rows, int r, float top, float scale_log2)
 {
-    const bool exact = CAREFUL && !(fabsf(base[R]) < 0x1p27f);
-    const float top = CAREFUL ? finite_max(m[R]) : 0.0f;
-    float even = 0.0f, odd = 0.0f;
+    rows.m[r] = top;
+    rows.base[r] = finite_max(top) * scale_log2;
+}
+
+/* A score m of which one instruction would round the exponents uselessly: the careful pass computes them exactly, and there such rows
+ * keep to their largest score so far. */
+static __device__ __forceinline__ bool is_enormous(float m, float scale_log2) { return !(fabsf(finite_max(m) * scale_log2) < 0x1p27f); }
+
+/* S <- 2^(scale_log2 S - base); sum: of this lane's columns. */
+template <bool CAREFUL, int N>
+static __device__ __forceinline__ void exponentials(float (&s)[N], const softmax_rows &rows, float (&sum)[2], float scale_log2)
+{
 #pragma unroll
-    for (int i = 2 * R; i < N; i += 4) {
-        even += s[i] = ex2(exact ? (s[i] - top) * scale_log2 : fmaf(s[i], scale_log2, -base[R]));
-        odd += s[i + 1] = ex2(exact ? (s[i + 1] - top) * scale_log2 : fmaf(s[i + 1], scale_log2, -base[R]));
+    for (int r = 0; r < 2; r++) {
+        const bool exact = CAREFUL && is_enormous(rows.m[r], scale_log2);
+        const float top = CAREFUL ? finite_max(rows.m[r]) : 0.0f;
+        float odd = 0.0f;
+#pragma unroll
+        for (int i = 2 * r; i < N; i += 4) {
+            s[i] = ex2(exact ? (s[i] - top) * scale_log2 : fmaf(s[i], scale_log2, -rows.base[r]));
+            s[i + 1] = ex2(exact ? (s[i + 1] - top) * scale_log2 : fmaf(s[i + 1], scale_log2, -rows.base[r]));
+            sum[r] = i == 2 * r ? s[i] : sum[r] + s[i];
+            odd = i == 2 * r ? s[i + 1] : odd + s[i + 1];
+        }
+        sum[r] += odd;
     }
-    l[R] = FIRST ? even + odd : fmaf(l[R], alpha[R], even + odd);
+}
+
+template <int N> static __device__ __forceinline__ void scale_rows(float (&x)[N], const float (&factor)[2])
+{
+#pragma unroll
+    for (int i = 0; i < N; i++) { x[i] *= factor[i / 2 % 2]; }
+}
+
+/* Sums of a block above this: some weight is not moderate. float16 has room up to 65,504. */
+static constexpr float MODERATE = 256.0f;
+static constexpr float ALMOST_OVERFLOW = 120.0f;                 /* of an exponent */
+
+/* Rows whose weights are not: the base becomes that of the largest score of this block. Each row for itself: the bits of others do not
+ * change. Weights next to overflow become NaN, and with them O; the careful pass sees to it that there are none. */
+template <int N, int M>
+static __device__ __forceinline__ void moderate_weights(float (&s)[N], float (&o)[M], softmax_rows &rows, float (&sum)[2])
+{
+    float factor[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const float top = row_top(s, r);
+        const bool moderate = !(row_reduce_max(sum[r]) > MODERATE);
+        factor[r] = moderate ? 1.0f : top < 2.0f * 0x1p120f ? __fdividef(1.0f, top) : NAN;
+        rows.base[r] += moderate ? 0.0f : __log2f(top);
+        rows.l[r] *= factor[r];
+        sum[r] *= factor[r];
+    }
+    scale_rows(s, factor);
+    scale_rows(o, factor);
 }
 
 /* The accumulator layout of S is the A-operand layout of P: pairs of neighbours, in order. */
@@ -99,12 +141,6 @@ template <typename T, int N> static __device__ __forceinline__ void pack_weights
 {
 #pragma unroll
     for (int i = 0; i < N / 2; i++) { pr[i] = pack2(s[2 * i], s[2 * i + 1], T()); }
-}
-
-template <int N> static __device__ __forceinline__ void rescale_rows(float (&o)[N], const float (&alpha)[2])
-{
-#pragma unroll
-    for (int i = 0; i < N; i++) { o[i] *= alpha[(i / 2) % 2]; }
 }
 
 /* Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. PTX ISA, "stmatrix". */
