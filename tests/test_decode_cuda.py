@@ -113,6 +113,30 @@ def test_softcap_and_alibi(sq, g, d, dtype):
             check(q, k, v, kernel, kv_lens=lens, alibi_slopes=slopes * torch.arange(1, 5, device="cuda")[:, None])
 
 
+@pytest.mark.parametrize("dtype", UNIT, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize(("sq", "g"), [(1, 17), (1, 32), (2, 16), (3, 7), (4, 8)])
+def test_two_blocks_that_share_a_sequence(sq, g, d, dtype):
+    """Half as many KV heads as multiprocessors: two blocks have half of one's keys each and exchange sums, also where a row sees
+    nothing of one half."""
+    b = torch.cuda.get_device_properties(0).multi_processor_count // 2
+    kernel = f"d{d}_dv{d}_decodewide"
+    for sk in (512, 2000, 4096):
+        q, k, v = inputs(b, 1, g, sq, sk, d, dtype=dtype)
+        k[::3, :, : sk // 2] *= 4
+        v[::5, :, sk // 2 + 70:] = 0
+        check(q, k, v, kernel, causal=True)
+        check(q, k, v, kernel, causal=True, window=(sk // 3, None), sink=torch.linspace(-2, 2, g, device="cuda"))
+        check(2 * q, k, v, kernel, softcap=3.0)
+    paged = flashgqa.attention_with_kvcache(q, *(x.view(b * sk // 64, 1, 64, d) for x in (k, v)), cache_lens=sk, causal=True,
+                                            page_table=torch.arange(b * sk // 64, device="cuda", dtype=torch.int32).view(b, -1))
+    torch.testing.assert_close(paged, flashgqa.attention(q, k, v, causal=True), rtol=0, atol=4 * UNIT[dtype])
+    v[0, 0, 5, 3], v[1, 0, sk - 5, 4] = math.inf, math.nan
+    out = flashgqa.attention(q, k, v, causal=True)
+    assert (out[0, :, :, 3] == math.inf).all() and out[1, :, sq - 1, 4].isnan().all()
+    assert out[2:].isfinite().all() and out[0, :, :, 4:].isfinite().all()
+
+
 @pytest.mark.parametrize("rows", [4, 16, 32, 64])
 @pytest.mark.parametrize(("softcap", "scale", "factor"), [
     (3e38, 0.1, 1), (1e38, 1e-5, 150), (1e-30, 1e15, 1), (1e-38, 2e-38, 1), (1.3e-38, 1.3e-38, 1),

@@ -32,7 +32,8 @@ template <bool PLAIN, class Shared> static __device__ __forceinline__ void produ
     static_assert(2 * COPIES <= Shared::STAGES, "kernels.def: the ring holds what is under way");
     const int window = !PLAIN && p.table ? 2 * COPIES : COPIES;         /* pages are waited for in between */
     const int stream = lane / 2 % Shared::STREAMS, kv = lane % 2;
-    const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, PLAIN ? CHUNK_BYTES : p.chunk_pitch, createpolicy_evict_first()};
+    const tile_source source = {kv ? &p.v_map : &p.k_map, kv ? p.v_boxes : p.k_boxes, PLAIN ? CHUNK_BYTES : p.chunk_pitch,
+                                p.whole_pairs ? createpolicy_evict_normal() : createpolicy_evict_first()};      /* records stay in L2 */
     const uint32_t ring = smem_address(mem.ring[stream][0][kv]);
     const uint32_t full = smem_address(&mem.full[stream][0][kv]), empty = smem_address(&mem.empty[stream][0][kv]);
     int stage = 0;

@@ -11,6 +11,7 @@
  *                 have, and does its share of the items. All blocks are resident: the launch is cooperative. The last one to
  *                 count leaves 0 behind. Who has two such pairs counts on both before it waits for one.
  *     at once     the block that has all chunks of a pair, with batch_invariant.
+ *     in pairs    two blocks of a cluster that have half of a pair each, without records (dec_wide_end.cuh).
  *     afterwards  a second kernel, where there is no counter.
  */
 #pragma once

@@ -27,8 +27,8 @@ static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p
 /* Whether kernels can count scores in it: as a power of two it is a float32 number, and so are LAZY of them. */
 static bool is_unit(double unit) { return unit * FGQA_LOG2E <= FLT_MAX && LAZY <= FLT_MAX * (unit * FGQA_LOG2E); }
 
-/* deep_pieces: of a tile in pieces, the chunks of one follow each other. */
-static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec, bool deep_pieces)
+/* deep_pieces: of a tile in pieces, the chunks of one follow each other. joins_halves: the kernel can, of 17 to 32 rows. */
+static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec, bool deep_pieces, bool joins_halves)
 {
     p->common = fgqa_params_make(problem);
     fgqa_dec_layout_make(problem, BLOCK_Q, GRANULE, DV, (int32_t)plan->tasks, workspace, &p->layout);
@@ -45,6 +45,9 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->by_row_blocks = fast_div_make(p->layout.row_blocks);
     p->by_page_size = fast_div_make(problem->cache.page_size);
     p->split = split_of(*p, p->uniform ? (int32_t)pairs * p->units : 1, true);
+    const bool even = p->uniform && p->layout.chunk == 0 && p->split.longer == 0;
+    p->halves = even && joins_halves && p->layout.tile_rows == 32 && 2 * p->split.share == p->units;
+    p->whole_pairs = even && p->split.share % p->units == 0;
     p->table = problem->cache.table;
     p->plain = p->uniform && !p->table;
     p->page_size = problem->cache.page_size;
@@ -67,33 +70,46 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv, deep_pieces);
 }
 
-static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, bool cooperative, void *stream)
+/* COOPERATIVE: all blocks are resident. CLUSTERS: two at a time, and only those with work. */
+enum dec_blocks { ANY, COOPERATIVE, CLUSTERS };
+
+static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, dec_blocks how, void *stream)
 {
     cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
+    if (how == CLUSTERS) {
+        attribute.id = cudaLaunchAttributeClusterDimension;
+        attribute.val.clusterDim.x = 2;
+        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+    } else {
+        attribute.id = cudaLaunchAttributeCooperative;
+        attribute.val.cooperative = 1;
+    }
     cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((uint32_t)p->layout.blocks);
+    config.gridDim = dim3((uint32_t)(how == CLUSTERS ? p->split.blocks : p->layout.blocks));
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = (size_t)shared_bytes;
     config.stream = (cudaStream_t)stream;
     config.attrs = &attribute;
-    config.numAttrs = cooperative ? 1 : 0;
+    config.numAttrs = how == ANY ? 0 : 1;
     void *arguments[] = {(void *)p};
     return cudaLaunchKernelExC(&config, kernel, arguments);
 }
 
-/* The kernel, and the one that merges where blocks do not. */
+/* The kernel, and the one that merges where blocks do not. Clusters join halves themselves. */
 static cudaError_t launch_decode(const void *kernel, dec_params *p, int32_t shared_bytes, void *stream)
 {
     cudaError_t error = cudaErrorCooperativeLaunchTooLarge;
+    if (p->halves) {
+        p->counters = NULL;
+        return launch_blocks(kernel, p, shared_bytes, CLUSTERS, stream);
+    }
     if (p->counters) {
-        error = launch_blocks(kernel, p, shared_bytes, true, stream);
+        error = launch_blocks(kernel, p, shared_bytes, COOPERATIVE, stream);
         if (error == cudaErrorCooperativeLaunchTooLarge) { cudaGetLastError(); }      /* part of the device: a green context */
     }
     if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
     p->counters = NULL;
-    error = launch_blocks(kernel, p, shared_bytes, false, stream);
+    error = launch_blocks(kernel, p, shared_bytes, ANY, stream);
     if (error != cudaSuccess || p->layout.records == 0) { return error; }
     const int64_t pairs = (int64_t)p->common.problem.b * p->layout.heads, groups = p->layout.tile_rows * ITEMS_OF_ROW / 8, wanted = 2 * p->layout.blocks / pairs;
     const int32_t step = (int32_t)(wanted < 1 ? 1 : wanted > groups ? groups : wanted);

@@ -11,10 +11,32 @@ PTX_FN void tma_load_5d(uint32_t dst, const CUtensorMap *map, uint32_t bar, uint
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
+PTX_FN uint64_t createpolicy_evict_normal() { uint64_t p; asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p)); return p; }
+
 /* 4 bytes of shared memory at `dst` from global `src`; groups as of cp_async_16(). */
 PTX_FN void cp_async_4(uint32_t dst, const void *src)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
+}
+
+/* Both blocks of a cluster: threads that have ended count as arrived. What came before an arrival is seen after the wait. */
+PTX_FN void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+PTX_FN void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+
+/* The same place in the shared memory of block `rank` of the cluster. */
+PTX_FN uint32_t map_to_rank(uint32_t address, uint32_t rank)
+{
+    uint32_t mapped;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
+    return mapped;
+}
+PTX_FN void store_cluster(uint32_t address, float4 x)
+{
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+}
+PTX_FN void store_cluster(uint32_t address, float2 x)
+{
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
 
 /* Named barriers that warps reach at different places in the code. */

@@ -48,6 +48,8 @@ struct dec_params {
     fgqa_dec_span span;
     fast_div by_units, by_heads, by_row_blocks;
     int32_t units;                  /* of a pair, where they are equal */
+    int32_t halves;                 /* uniform, each block has half of a pair and its cluster the whole: no records (dec_wide_end.cuh) */
+    int32_t whole_pairs;            /* uniform, and each block has whole ones: no records, either */
     int32_t uniform;                /* all sequences have the span and the split above */
     fgqa_dec_layout layout;
     fast_div by_page_size;

@@ -64,7 +64,63 @@ template <class Shared> static __device__ __forceinline__ float2 sums_of_row(con
     return make_float2(m, l);
 }
 
-/* Consumers. A whole pair goes to the result, a part to its record. */
+/* The end of two blocks that have half of a pair's keys each: rank r gets the sums of rows 8 r to 8 r + 7 of either group from the other
+ * block, in the place of its Q and chain, and makes the result of them. o: the group's rows over the own keys. Records took 3 us. */
+template <class Shared, int COUNT> static __device__ __forceinline__ void join_halves(const dec_params &p, Shared &mem, const dec_actor &actor, const row_end &end,
+                                                                                      const float (&o)[COUNT][ITEM], const pair_rows &rows, int group)
+{
+    constexpr int KEPT = COUNT / 2;
+    typedef typename std::conditional<ITEM == 4, float4, float2>::type vector;
+    static_assert(sizeof(mem.q) >= sizeof(vector) * 2 * KEPT * 128 && COUNT == 4, "two sets of 8 rows a group, and room for one");
+    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, at = actor.thread % 128, row = actor.thread, row0 = group * 4 * COUNT;
+    const uint32_t rank = blockIdx.x % 2;
+    const bool has_row = row < Shared::ROWS, owns_row = (uint32_t)row / 8 % 2 == rank;
+    float2 ml = make_float2(0.0f, 0.0f);
+    if (has_row) { ml = sums_of_row(p, mem, actor, row); }
+    if (!actor.rehearsal) {
+        cluster_wait();                         /* the other is past its tiles: the place of its Q and chain is free */
+        const uint32_t to = map_to_rank(smem_address(mem.q), 1 - rank);
+#pragma unroll
+        for (int n = 0; n < KEPT; n++) {
+            vector x;
+#pragma unroll
+            for (int e = 0; e < ITEM; e++) { ((float *)&x)[e] = rank ? o[n][e] : o[n + KEPT][e]; }
+            store_cluster(to + ((group * KEPT + n) * 128 + at) * (uint32_t)sizeof(vector), x);
+        }
+        if (has_row && !owns_row) { store_cluster(map_to_rank(smem_address(&mem.chain[row]), 1 - rank), ml); }
+        cluster_arrive();
+        cluster_wait();
+    }
+    if (has_row && owns_row) {
+        const float2 other = actor.read(*(const float2 *)&mem.chain[row]);
+        const float m = fmaxf(ml.x, other.x), own = ex2((ml.x - finite_max(m)) * p.scale_log2), others = ex2((other.x - finite_max(m)) * p.scale_log2);
+        if (!actor.rehearsal) {
+            const float scale = row < rows.valid ? end.finish(p, m, ml.y * own + other.y * others) : 0.0f;
+            mem.row_scale[row] = scale * own;
+            mem.unit[row] = scale * others;
+            mem.row_out[row] = end.out;
+        }
+    }
+    actor.sync();
+    float kept[KEPT][ITEM];
+#pragma unroll
+    for (int n = 0; n < KEPT; n++) {
+        const int own_row = row0 + 8 * (int)rank + row_of(n, lane);
+        const float scale = actor.read(mem.row_scale[own_row]), others = actor.read(mem.unit[own_row]);
+        const vector x = actor.read(((const vector *)mem.q)[(group * KEPT + n) * 128 + at]);
+#pragma unroll
+        for (int e = 0; e < ITEM; e++) { kept[n][e] = scale * (rank ? o[n + KEPT][e] : o[n][e]) + others * ((const float *)&x)[e]; }
+    }
+    const int local = row0 + 8 * (int)rank + lane / 4;
+#pragma unroll
+    for (int e = 0; e < ITEM; e++) {            /* two rows of a column; turned */
+        const uint32_t pair = movmatrix_trans(pack2(kept[0][e], kept[1][e], T()));
+        const int column = 64 * (e / 2) + 16 * warp + 8 * (e % 2) + 2 * (lane % 4);
+        if (local < rows.valid && column < p.common.problem.dv && !actor.rehearsal) { *(uint32_t *)(mem.row_out[local] + column * (int)sizeof(T)) = pair; }
+    }
+}
+
+/* Consumers. A whole pair goes to the result, a part to its record, or half of it to where the other half is. */
 template <class Shared, int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, Shared &mem, const dec_actor &actor, const state<N> &st, int32_t b,
                                                                                      const pair_rows &rows, int32_t sq, int group, int64_t record)
 {
@@ -74,7 +130,9 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
     const int row = STREAMS == 2 ? actor.thread : group * N + at;
     const bool has_row = (STREAMS == 2 ? actor.thread : at) < N;       /* of each row one thread makes the sums */
     row_end end;
-    if (record < 0 && has_row) { end = row_end_of(p, b, rows, sq, row, true); }
+    const bool halves = N == 32 && STREAMS == 2 && !FLOAT8 && p.halves;
+    if (halves && !actor.rehearsal) { cluster_arrive(); }
+    if ((record < 0 || halves) && has_row) { end = row_end_of(p, b, rows, sq, row, true); }
     float o[COUNT][ITEM];
     share_sums(mem, actor, st, group);
 #pragma unroll
@@ -103,6 +161,12 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
             const vector x = actor.read(((const vector *)mem.of_group[1 - group].away)[j * 128 + at]);
 #pragma unroll
             for (int e = 0; e < ITEM; e++) { o[j][e] = weight * o[j][e] + other_weight * ((const float *)&x)[e]; }
+        }
+    }
+    if constexpr (N == 32 && STREAMS == 2 && !FLOAT8) {
+        if (halves) {
+            join_halves(p, mem, actor, end, o, rows, group);
+            return;
         }
     }
     if (record >= 0) {

@@ -399,7 +399,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const void *kernel = (const void *)FGQA_SUFFIX(FGQA_ROW, _kernel);
     dec_params p;
     int error = allow_shared_memory(kernel, sizeof(shared), problem->device.index, &state);
-    if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec, shared::DEEP_PIECES); }
+    if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec, shared::DEEP_PIECES, false); }
     return error != cudaSuccess ? error : launch_decode(kernel, &p, sizeof(shared), exec->stream);
 }
 

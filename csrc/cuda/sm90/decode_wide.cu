@@ -18,6 +18,7 @@
  *   named VOTE + group         the warpgroup                             "a score exceeds m"; and the P before is not read any more
  *   named READY + group        the warpgroup                             P and cleared V are visible; warp_part is complete
  *   named TEAM + stream        the stream's warpgroups                   where both clear one tile of V
+ *   cluster, twice             consumers of two blocks                   both are past their tiles; halves of their sums are exchanged
  *
  * A tile is D / 64 chunks of 64 columns, of 64 rows of 128 bytes, with the swizzle of TMA. Variant decodewidef8: one chunk of 128
  * columns of float8, and A comes from registers (dec_wide_float8.cuh).
@@ -465,7 +466,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void)
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
     dec_params p;
-    const int error = make_params(&p, plan, problem, workspace, exec, false);
+    const int error = make_params(&p, plan, problem, workspace, exec, false, !FLOAT8);
     if (error != cudaSuccess) { return error; }
     if (p.layout.rows <= 16) { return run<wide_shared<16, 2>>(&p, problem->device.index, exec->stream); }
     if (p.layout.rows <= 32) { return run<wide_shared<32, 2>>(&p, problem->device.index, exec->stream); }
