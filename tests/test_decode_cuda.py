@@ -121,7 +121,7 @@ def test_two_blocks_that_share_a_sequence(sq, g, d, dtype):
     nothing of one half."""
     b = torch.cuda.get_device_properties(0).multi_processor_count // 2
     kernel = f"d{d}_dv{d}_decodewide"
-    for sk in (512, 2000, 4096):
+    for sk in (512, 1000, 1024):
         q, k, v = inputs(b, 1, g, sq, sk, d, dtype=dtype)
         k[::3, :, : sk // 2] *= 4
         v[::5, :, sk // 2 + 70:] = 0
@@ -131,10 +131,11 @@ def test_two_blocks_that_share_a_sequence(sq, g, d, dtype):
     paged = flashgqa.attention_with_kvcache(q, *(x.view(b * sk // 64, 1, 64, d) for x in (k, v)), cache_lens=sk, causal=True,
                                             page_table=torch.arange(b * sk // 64, device="cuda", dtype=torch.int32).view(b, -1))
     torch.testing.assert_close(paged, flashgqa.attention(q, k, v, causal=True), rtol=0, atol=4 * UNIT[dtype])
-    v[0, 0, 5, 3], v[1, 0, sk - 5, 4] = math.inf, math.nan
+    v[1, 0, 5, 3], v[2, 0, sk - 5, 4] = math.inf, math.nan
     out = flashgqa.attention(q, k, v, causal=True)
-    assert (out[0, :, :, 3] == math.inf).all() and out[1, :, sq - 1, 4].isnan().all()
-    assert out[2:].isfinite().all() and out[0, :, :, 4:].isfinite().all()
+    assert (out[1, :, :, 3] == math.inf).all() and out[2, :, :, 4].isnan().all()
+    out[1, :, :, 3] = out[2, :, :, 4] = 0
+    assert out.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", [4, 16, 32, 64])
