@@ -33,8 +33,8 @@ static __device__ __forceinline__ void store_element(char *row, int64_t index, d
 {
     switch (dtype) {
     case FGQA_F8E4M3: ((uint8_t *)row)[index] = __nv_cvt_double_to_fp8(x, __NV_SATFINITE, __NV_E4M3); break;
-    case FGQA_F16: ((f16 *)row)[index] = __double2half(x); break;
-    case FGQA_BF16: ((bf16 *)row)[index] = __double2bfloat16(x); break;
+    case FGQA_F16: ((__half *)row)[index] = __double2half(x); break;
+    case FGQA_BF16: ((__nv_bfloat16 *)row)[index] = __double2bfloat16(x); break;
     default: ((f32 *)row)[index] = (float)x; break;
     }
 }

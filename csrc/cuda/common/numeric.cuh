@@ -5,13 +5,12 @@
 #pragma once
 #include "../../core/tensor.h"
 #include "ptx_mma.cuh"
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <math.h>
 #include <stdint.h>
 
-typedef __half f16;
-typedef __nv_bfloat16 bf16;
+/* Storage of 16-bit elements. CUDA's own types come with headers that take longer to compile than most kernels' host code. */
+struct alignas(2) f16 { uint16_t bits; };
+struct alignas(2) bf16 { uint16_t bits; };
 typedef float f32;
 
 /* 2^x, relative error 2^-22; denormal results are 0. */
@@ -23,12 +22,16 @@ PTX_FN float lg2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f
 PTX_FN uint32_t pack2(float lo, float hi, bf16) { uint32_t r; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
 PTX_FN uint32_t pack2(float lo, float hi, f16) { uint32_t r; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(hi), "f"(lo)); return r; }
 
-static __device__ __forceinline__ float to_float(f16 x) { return __half2float(x); }
-static __device__ __forceinline__ float to_float(bf16 x) { return __bfloat162float(x); }
-static __device__ __forceinline__ float to_float(f32 x) { return x; }
-static __device__ __forceinline__ void from_float(f16 *y, float x) { *y = __float2half_rn(x); }
-static __device__ __forceinline__ void from_float(bf16 *y, float x) { *y = __float2bfloat16_rn(x); }
-static __device__ __forceinline__ void from_float(f32 *y, float x) { *y = x; }
+PTX_FN float to_float(f16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+PTX_FN float to_float(bf16 x) { return __uint_as_float((uint32_t)x.bits << 16); }
+PTX_FN float to_float(f32 x) { return x; }
+PTX_FN void from_float(f16 *y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y->bits) : "f"(x)); }
+PTX_FN void from_float(bf16 *y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y->bits) : "f"(x)); }
+PTX_FN void from_float(f32 *y, float x) { *y = x; }
+
+/* A pair as two floats, the low half first. */
+PTX_FN float2 unpack2(uint32_t x, bf16) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u)); }
+PTX_FN float2 unpack2(uint32_t x, f16) { return make_float2(to_float(f16{(uint16_t)x}), to_float(f16{(uint16_t)(x >> 16)})); }
 
 /* x = big + small up to 2^-24 |x|, both exact in tf32: three tf32 products make a float32 product. Inf and NaN are all in
  * `whole`, which is big otherwise. */

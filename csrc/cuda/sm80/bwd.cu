@@ -130,9 +130,6 @@ static __device__ __forceinline__ void store_packed(uint32_t tile, const uint32_
     }
 }
 
-static __device__ __forceinline__ float2 unpack2(uint32_t x, bf16) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u)); }
-static __device__ __forceinline__ float2 unpack2(uint32_t x, f16) { return __half22float2(*(const __half2 *)&x); }
-
 typedef gemm_operand<T, Q_BYTES, ALONG, true> q_along;
 typedef gemm_operand<T, Q_BYTES, ALONG, false> k_along;
 typedef gemm_operand<T, V_BYTES, ALONG, true> dout_along;

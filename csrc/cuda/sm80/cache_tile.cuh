@@ -99,8 +99,7 @@ static __device__ __forceinline__ void widen_pairs(uint32_t (&pair)[2], uint32_t
 #pragma unroll
     for (int n = 0; n < 2; n++) {
         const uint32_t high = __byte_perm(x, 0, n ? 0x3424 : 0x1404), bits = (high & 0x80008000u) | (high >> 1 & 0x3F803F80u);
-        const __half2 wide = __hmul2(*(const __half2 *)&bits, __half2half2(__ushort_as_half(0x5C00)));      /* 2^8 */
-        pair[n] = *(const uint32_t *)&wide;
+        asm("mul.f16x2 %0, %1, %2;" : "=r"(pair[n]) : "r"(bits), "r"(0x5C005C00u));                 /* 2^8 */
     }
 }
 
@@ -109,8 +108,7 @@ static __device__ __forceinline__ void widen_pairs(uint32_t (&pair)[2], uint32_t
 #pragma unroll
     for (int n = 0; n < 2; n++) {
         const uint32_t high = __byte_perm(x, 0, n ? 0x3424 : 0x1404), bits = (high & 0x80008000u) | (high >> 4 & 0x07F007F0u);
-        const __nv_bfloat162 wide = __hmul2(*(const __nv_bfloat162 *)&bits, __bfloat162bfloat162(__ushort_as_bfloat16(0x7B80)));      /* 2^120 */
-        pair[n] = *(const uint32_t *)&wide;
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair[n]) : "r"(bits), "r"(0x7B807B80u), "r"(0x80008000u));    /* 2^120, - 0 */
     }
 }
 

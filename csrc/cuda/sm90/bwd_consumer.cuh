@@ -220,9 +220,6 @@ static __device__ __forceinline__ void write_part(const bwd_params &p, const tas
 
 /* ---- the consumer ---- */
 
-static __device__ __forceinline__ float2 unpack2(uint32_t x, bf16) { return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xFFFF0000u)); }
-static __device__ __forceinline__ float2 unpack2(uint32_t x, f16) { return __half22float2(*(const __half2 *)&x); }
-
 /* Element 2 (n % 2) + e of the four that a lane has of rows 16 (n / 2) .. in bwd_stats_slot() order. */
 static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int e)
 {

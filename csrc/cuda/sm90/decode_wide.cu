@@ -219,7 +219,7 @@ template <class Shared, int N> static __device__ __forceinline__ void take_poiso
                 uint16_t bits;
                 asm volatile("ld.shared.u16 %0, [%1];" : "=h"(bits) : "r"(v_tile + chunk * CHUNK_BYTES + key * 128 + 16 * ((column / 8) ^ (key % 8)) + 2 * (column % 8)) : "memory");
                 if ((bits & EXPONENT) != EXPONENT) { continue; }
-                const float value = __is_same(T, bf16) ? __uint_as_float((uint32_t)bits << 16) : __half2float(__ushort_as_half(bits));
+                const float value = __is_same(T, bf16) ? __uint_as_float((uint32_t)bits << 16) : to_float(f16{bits});
 #pragma unroll
                 for (int j = 0; j < N / 4; j++) {
                     const fgqa_range row = mem.rows[row0 + row_of(j, lane)];
