@@ -27,7 +27,7 @@ _tracing = torch._C._get_tracing_state
 def as_autocast(*tensors):
     """The tensors as torch's autocast would hand them to scaled_dot_product_attention: wide floats become narrow."""
     kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     narrow = (torch.float16, torch.bfloat16, torch.float32)
@@ -80,7 +80,7 @@ def _differentiate(tensors, dout, dlse, want_dbias, options):
     """Gradients of q, k, v, bias and sink; tensors: q, k, v, out, lse."""
     if dout is None:
         dout = torch.zeros_like(tensors[3])
-    if _is_recording() or _dispatch_modes() or _transforms() or _is_compiling():
+    if _is_recording() or _dispatch_modes() or _transforms() or _is_compiling() or dout.is_meta:
         operands = _torch_ops.operator_options(options)
         dq, dk, dv, dbias, dsink = _torch_ops.differentiable_backward(dout, *tensors, dlse, want_dbias, *operands)
         return dq, dk, dv, dbias if want_dbias else None, None if options[SINK_AT] is None else dsink

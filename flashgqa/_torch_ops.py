@@ -61,11 +61,16 @@ def operator_options(options):
 
 @untraced
 def c_forward(q, k, v, return_lse, options):
-    """_C.forward, options in its order; torch's own error where memory does not suffice."""
+    """_C.forward, options in its order; torch's own error where memory does not suffice. Meta tensors give shapes."""
     try:
         return _C.forward(q, k, v, return_lse, None, *options)
     except MemoryError as error:
         raise torch.OutOfMemoryError(str(error)) from error
+    except BufferError:
+        if not q.is_meta:
+            raise
+        results = forward(q, k, v, *operator_options(options))
+        return results if return_lse else results[0]
 
 
 @untraced

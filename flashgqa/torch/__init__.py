@@ -8,7 +8,7 @@ layers `FlashGQA` and `FlashMHA`, and `mean_pool_kv_heads`. In modules of their 
 Importing flashgqa alone never imports torch.
 """
 
-from .. import _torch_flash_impl  # noqa: F401 - registers itself with torch
+from .. import _torch_flash_impl, _torch_flops  # noqa: F401 - register themselves with torch
 from .._torch_attention import attention, merge
 from .._torch_flash_attn import (
     flash_attn_func,
