@@ -85,6 +85,18 @@ def test_long_causal_passes_and_their_groups(d, group):
             assert_alike(gradients(*x, causal=True, **extra), expected)
 
 
+@pytest.mark.parametrize("d", [64, 128])
+def test_long_causal_passes_of_few_tasks_are_split_in_four(d):
+    """More key tiles than a chain has: the parts of a large group; in whole, and in any order."""
+    x = inputs(1, 16, 1, 8330, 8330, d, dtype=torch.bfloat16)
+    assert flashgqa.explain(*x, backward=True, causal=True)["splits"] == 4
+    expected = gradients(*x, arch=80, causal=True)
+    got = gradients(*x, causal=True)
+    assert_alike(got, expected)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(*x, causal=True), got, strict=True))
+    assert_alike(gradients(*x, causal=True, deterministic=False), expected)
+
+
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("d", DIMS)
 def test_windows_are_walked_head_by_head(d, group):

@@ -4,7 +4,9 @@
 #include "../kernel_table.h"
 #include "bwd_workspace.h"
 
-enum { FGQA_BWD_MAX_SPLITS = 4 };
+enum { FGQA_BWD_MAX_SPLITS = 4, FGQA_BWD_LONG = 64 };           /* FGQA_BWD_LONG: key tiles */
+
+static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }
 
 static inline int32_t fgqa_bwd_stats_kind(const fgqa_cuda_row *row)
 {
@@ -16,14 +18,17 @@ static inline int fgqa_bwd_fills(int64_t tasks, int64_t multiprocessors) { retur
 
 /* A task is a key tile of a KV head. Too few for the multiprocessors (MQA, short batches): the query rows of each are shared
  * out to up to four blocks, whose dK and dV are float32 parts added in order. Tasks of equal length need four rounds to come
- * out even, unless they just fill fewer, those of a masked problem, longest first, two. With batch_invariant nothing is split. */
+ * out even, unless they just fill fewer, those of a masked problem, longest first, two; but so do the long ones of a causal one with
+ * too many key tiles for a chain, the first of which would last as long as all of a multiprocessor's work (only of large groups, where
+ * the parts are at most half of the sums of dQ). With batch_invariant nothing is split. */
 static inline void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p, fgqa_plan *plan, int32_t multiprocessors)
 {
     const int64_t tasks = (int64_t)p->b * p->hk * (((int64_t)p->sk + row->block_k - 1) / row->block_k);
     const int64_t steps = (((int64_t)p->sq + row->block_q - 1) / row->block_q) * p->g;
     const int masked = p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0;
     const int equal = row->arch == 90 && !masked && !p->varlen && !p->q_lens && !p->kv_lens;      /* other kernels have several blocks a multiprocessor */
-    const int64_t enough = (int64_t)multiprocessors * (masked ? 2 : 4) * 7 / 8;
+    const int long_walks = row->arch == 90 && row->d <= 128 && fgqa_bwd_causal(p) && p->g >= 4 * FGQA_BWD_MAX_SPLITS && p->sk / row->block_k > FGQA_BWD_LONG && !p->varlen;
+    const int64_t enough = (int64_t)multiprocessors * (masked && !long_walks ? 2 : 4) * 7 / 8;
     fgqa_bwd_workspace w;
     plan->splits = 1;
     while (!p->batch_invariant && plan->splits < FGQA_BWD_MAX_SPLITS && tasks * plan->splits < enough && steps >= 8 * plan->splits
@@ -33,8 +38,6 @@ static inline void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p
     plan->tasks = p->b > 0 && p->hq > 0 && (p->sq > 0 || p->sk > 0) ? (tasks > 0 ? tasks * plan->splits : 1) : 0;
     plan->workspace_bytes = fgqa_bwd_workspace_take(p, row->block_q, row->block_k, row->d, row->dv, plan->splits, fgqa_bwd_stats_kind(row), NULL, &w);
 }
-
-static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }
 
 /* Length of the chains of the folded order (bwd_key_tile_at()), or 0 where key tiles are taken one after the other. There, blocks
  * of a causal pass that take neighbours are two query tiles of all heads apart, and what one has read has left the L2 cache before
@@ -51,7 +54,7 @@ static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int
     const int few_blocks = !p->batch_invariant && 5 * pairs < 3 * rounds * multiprocessors;
     if (!fgqa_bwd_causal(p) || few_blocks || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1) { return 0; }
     if (p->g < 2 * splits) { return p->d > 64 && p->g == 1 && half == 4 ? 4 : 0; }
-    if (p->d > 64 && ((p->deterministic && tiles > 64) || (splits == 1 && tiles <= 16))) { return 0; }
+    if (p->d > 64 && ((p->deterministic && tiles > FGQA_BWD_LONG) || (splits == 1 && tiles <= 16))) { return 0; }
     if (p->d <= 64 && p->deterministic && p->g < 8 * splits && tiles > 16) { return 0; }
     int64_t chain = 64;
     if (p->deterministic && !p->batch_invariant) {
@@ -81,7 +84,7 @@ static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t bl
         const int64_t cached = ((int64_t)32 << 20) * splits / ((int64_t)p->sq * p->g * 512 + 1), eighth = multiprocessors / 8 + 1, most = (4 * multiprocessors + tiles - 1) / tiles;
         band = cached > eighth ? cached : eighth;
         if (band > most) { band = most; }
-        if (fgqa_bwd_causal(p) && p->g == 1 && band < 16) { band = 16; }
+        if (fgqa_bwd_causal(p) && (p->g == 1 || tiles > FGQA_BWD_LONG) && band < 16) { band = tiles > FGQA_BWD_LONG ? 32 : 16; }
         order.run = 1;
     }
     if (fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d)) {
