@@ -164,7 +164,7 @@ struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
-    constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = PINGPONG && !CAREFUL;
+    constexpr bool CROSS = CROSS_TILE && !CAREFUL;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
     const float scale_log2 = (CHAIN == CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
@@ -186,11 +186,11 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     auto wait_k = [&] { mbarrier_wait(smem_address(&sm.k_full[rk.stage]), rk.parity); };
     auto wait_v = [&] {
         mbarrier_wait(smem_address(&sm.v_full[rv.stage]), rv.parity);
-        if (CAREFUL) { clean_v<T>(smem_address(sm.v[rv.stage]), sizeof(sm.v[0]), TURN + WG_COUNT + wg); }
+        if (CAREFUL) { clean_v<T>(smem_address(sm.v[rv.stage]), sizeof(sm.v[0]), TOGETHER + wg); }
     };
     /* One thread speaks for its warpgroup, whose warps a wgmma keeps together; in the careful pass some fall far behind. */
     auto keep_together = [&] {
-        if (CAREFUL) { bar_sync(TURN + WG_COUNT + wg, 128); }
+        if (CAREFUL) { bar_sync(TOGETHER + wg, 128); }
     };
     auto release_k = [&] {
         keep_together();
@@ -255,11 +255,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         qk_wgmma<D, BLOCK_K>(s, wgmma_desc_sw128(smem_address(sm.q[rq.stage][wg]), 0, 1024), desc_of(k_at));
         wgmma_commit();
     };
-    auto pv = [&](int accumulate, int turn) {
-        pv_wgmma<DV, BLOCK_K, HANDOFF>(o, pr, desc_of(v_at), accumulate, turn);
+    auto pv = [&](int accumulate) {
+        pv_wgmma<DV, BLOCK_K>(o, pr, desc_of(v_at), accumulate);
         wgmma_commit();
     };
-    const int next_turn = TURNS ? TURN + (wg + 1 == WG_COUNT ? 0 : wg + 1) : -1;
 
     /* Ends the P V in flight; waits for the next K of the tile, if any. The branch of the mbarrier wait is needed even
      * without one (the Q in use returns at once): ptxas moves arithmetic across a wgmma_wait, but not across a branch. Not the
@@ -333,10 +332,6 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 #pragma unroll 1
         for (int n = skipped; n > 0; n--) {
             if (k) {
-                if constexpr (TURNS) {
-                    bar_sync(TURN + wg, 256);
-                    bar_arrive(next_turn, 256);
-                }
                 if (warp % 4 == 0) { wait_k(); }
                 release_k();
             }
@@ -366,9 +361,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     auto step = [&](int j, auto masked) {
         float s[BLOCK_K / 2];
         const int accumulate = j < block_end - 2;
-        if (TURNS) { bar_sync(TURN + wg, 256); }
         qk(s);
-        pv(accumulate, next_turn);
+        pv(accumulate);
         wgmma_wait<1>();
         wgmma_pin(s);
         release_k();
@@ -385,7 +379,6 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             for (; !CAREFUL && j >= block_begin && j < full.end && j >= full.begin; j--) { step(j, std::false_type{}); }
         }
     };
-    if (TURNS && wg == WG_COUNT - 1) { bar_arrive(TURN, 256); }
     if (!take_tile()) { return; }
     skip_blocks(true, true);
     first_block();
@@ -403,9 +396,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             float s[BLOCK_K / 2];
             skip_blocks(true, false);
             wait_k();
-            if (TURNS) { bar_sync(TURN + wg, 256); }
             qk(s);
-            pv(accumulate, next_turn);
+            pv(accumulate);
             take_rows();
             wgmma_wait<1>();
             wgmma_pin(s);
@@ -417,7 +409,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             skip_blocks(false, true);
         } else {
             wgmma_fence();
-            pv(accumulate, -1);
+            pv(accumulate);
             wgmma_wait<0>();
             wgmma_pin(o);
             release_v();

@@ -16,8 +16,8 @@ static constexpr int WG_ROWS = 64, CHUNK = 64;
  * then, and ends the kernel. PTX ISA, "barrier". */
 PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-/* The low half of the descriptors of a block of K or V: what a ring's stage changes. Carried from step to step it is there when the turn
- * comes, and the first product is not waited for. */
+/* The low half of the descriptors of a block of K or V: what a ring's stage changes. Carried from step to step it is there when the
+ * first product can begin. */
 PTX_FN uint32_t desc_low(uint32_t address, uint32_t lbo) { return (uint32_t)wgmma_desc_sw128(address, lbo, 1024); }
 PTX_FN uint64_t desc_of(uint32_t low) { return wgmma_desc_sw128(0, 0, 1024) | low; }
 
@@ -31,17 +31,12 @@ template <int D, int BLOCK_K> static __device__ __forceinline__ void qk_wgmma(fl
     }
 }
 
-/* O[64 x DV] (+)= P[64 x BLOCK_K] V. Arrives on named barrier `turn` (-1: none) before k16 step HANDOFF: early enough that
- * the next warpgroup's first wgmma is queued when the last one here ends. */
-template <int DV, int BLOCK_K, int HANDOFF>
-static __device__ __forceinline__ void pv_wgmma(float (&o)[DV / 2], const uint32_t (&pr)[BLOCK_K / 4], uint64_t dv, int accumulate, int turn)
+/* O[64 x DV] (+)= P[64 x BLOCK_K] V */
+template <int DV, int BLOCK_K>
+static __device__ __forceinline__ void pv_wgmma(float (&o)[DV / 2], const uint32_t (&pr)[BLOCK_K / 4], uint64_t dv, int accumulate)
 {
 #pragma unroll
-    for (int i = 0; i < BLOCK_K / 16; i++) {
-        if (i == HANDOFF && turn >= 0) { bar_arrive(turn, 256); }
-        wgmma_rs_bt(o, pr + 4 * i, dv + i * 2048 / 16, i > 0 || accumulate);
-    }
-    if (HANDOFF >= BLOCK_K / 16 && turn >= 0) { bar_arrive(turn, 256); }
+    for (int i = 0; i < BLOCK_K / 16; i++) { wgmma_rs_bt(o, pr + 4 * i, dv + i * 2048 / 16, i > 0 || accumulate); }
 }
 
 /* Scores outside [begin[r], end[r]), counted from this lane's first column of the tile, become -inf. The compares have
