@@ -73,6 +73,18 @@ def test_plan_takes_it_and_says_why_not(dtype):
     assert "strides above 0" in dict(flashgqa.explain(q, shared, v)["refused"])[row_for(dtype, 128, 128)]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_of_odd_widths_are_refused(dtype):
+    """16 bytes at a time would be stored behind the last row."""
+    q, k, v = inputs(2, 4, 2, 300, 300, 64, 24, dtype=dtype)
+    v, row = v[..., :20], row_for(dtype, 64, 20)
+    refused = dict(flashgqa.explain(q, k, v)["refused"])
+    assert "multiples of 8" in refused[row]
+    with pytest.raises(NotImplementedError, match="multiples of 8"):
+        flashgqa.attention(q, k, v, kernel=row)
+    assert flashgqa.explain(q, k, v[..., :16])["kernel"] == row
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("name", ROWS)
 def test_all_pairs_of_lengths(name, mask):
