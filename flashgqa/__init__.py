@@ -2,6 +2,10 @@
 
 from importlib.util import find_spec
 
+import numpy
+
+if int(numpy.__version__.partition(".")[0]) < 2:
+    raise ImportError(f"flashgqa needs NumPy 2.0 or newer, this is {numpy.__version__}: pip install 'numpy>=2.0'")
 if find_spec(f"{__name__}._C") is None:
     raise ImportError(
         f"{__path__[0]} is flashgqa's source folder and holds no compiled module; build it there with 'pip install -e .', "

@@ -13,6 +13,7 @@ import numpy
 from . import _C
 from ._C import Tensor, __version__, get_num_threads, set_num_threads
 from ._keywords import in_c
+from ._memory import element_bytes
 
 __all__ = [
     "Config",
@@ -383,9 +384,13 @@ cu_seqlens_kv, max_q, max_kv, layout, stream, check, device, kernel
         raise ValueError(f'reduce is {reduce!r}: it must be "keys"')
     if isinstance(rows, (list, tuple, range)):
         try:
-            rows = numpy.array([index(row) for row in rows], dtype=numpy.int64)
+            whole = [index(row) for row in rows if not isinstance(row, bool)]
+            if len(whole) < len(rows):
+                raise TypeError
+            rows = numpy.array(whole, dtype=numpy.int64)
         except (TypeError, OverflowError):
-            raise TypeError(f"rows is {rows!r}: it must be a sequence of integers, or an int64 array") from None
+            fix = "it must be a sequence of integers, or an int64 array; of a mask those are numpy.flatnonzero(mask)"
+            raise TypeError(f"rows is {rows!r}: {fix}") from None
     return _C.weights(
         q, k, rows,
         causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens,
@@ -471,11 +476,6 @@ check, device, kernel
     ))  # fmt: skip
 
 
-_TOKEN_BYTES = {
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3": 1, "float8_e4m3fn": 1,
-}  # fmt: skip
-
-
 def kv_cache_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens=1, batch=1):
     """Bytes of a KV cache: 2 * num_layers * num_kv_heads * head_dim * element size * tokens * batch.
 
@@ -502,14 +502,7 @@ def kv_cache_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens=1, batch=1)
     >>> flashgqa.kv_cache_bytes(32, 1, 128, "float16")
     16384
     """
-    if isinstance(dtype, int) and not isinstance(dtype, bool):
-        size = dtype
-    elif isinstance(dtype, str) and dtype in _TOKEN_BYTES:
-        size = _TOKEN_BYTES[dtype]
-    elif str(dtype).startswith("torch."):
-        size = dtype.itemsize
-    else:
-        size = numpy.dtype(dtype).itemsize
+    size = element_bytes(dtype)
     counts = dict(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=size, tokens=tokens, batch=batch)
     total = 2
     for name, count in counts.items():

@@ -388,6 +388,12 @@ def test_kv_cache_bytes():
     for bad in (1.5, True, None):
         with pytest.raises(TypeError, match="num_layers is"):
             flashgqa.kv_cache_bytes(bad, 1, 1, "float16")
+        with pytest.raises(TypeError, match="dtype is .*a dtype, its name"):
+            flashgqa.kv_cache_bytes(1, 1, 1, bad)
+    with pytest.raises(TypeError, match="dtype is 'half precision'"):
+        flashgqa.kv_cache_bytes(1, 1, 1, "half precision")
+    with pytest.raises(ValueError, match="dtype is -2"):
+        flashgqa.kv_cache_bytes(1, 1, 1, -2)
     with pytest.raises(ValueError, match="tokens is -1"):
         flashgqa.kv_cache_bytes(1, 1, 1, "float16", tokens=-1)
 

@@ -303,7 +303,8 @@ TOOLS = [
     pytest.param(lambda: flashgqa.dropout_mask(1, 2, 3, 4, 0.5, None), V, "seed is None", id="dropout-mask-seed"),
     pytest.param(lambda: flashgqa.dropout_mask(1, 2, 3, 4, 0.5, -1), V, r"seed is -1.*0 to 2\*\*64 - 1",
         id="dropout-mask-seed-negative"),
-    pytest.param(lambda: flashgqa.set_num_threads(0), V, "n is 0.*1 or more, or None", id="threads-0"),
+    pytest.param(lambda: flashgqa.set_num_threads(0), V, "n is 0.*1 to 1024, or None", id="threads-0"),
+    pytest.param(lambda: flashgqa.set_num_threads(1025), V, "n is 1025.*1 to 1024, or None", id="threads-1025"),
     pytest.param(lambda: flashgqa.set_num_threads(1.5), T, r"n is 1\.5.*integer", id="threads-float"),
     pytest.param(lambda: flashgqa.kv_cache_bytes(-1, 8, 128, "float16"), V, "num_layers is -1.*0 or more", id="kv-cache-layers"),
     pytest.param(lambda: flashgqa.kv_cache_bytes(1, 8.0, 128, "float16"), T, r"num_kv_heads is 8\.0.*integer",
@@ -312,6 +313,8 @@ TOOLS = [
         id="weights-neither"),
     pytest.param(lambda: flashgqa.attention_weights(f32(HQ, SQ, D), f32(HK, SK, D), reduce="rows"), V,
         "reduce is 'rows'.*\"keys\"", id="weights-reduce"),
+    pytest.param(lambda: flashgqa.attention_weights(f32(HQ, SQ, D), f32(HK, SK, D), rows=[True, False]), T,
+        r"rows is \[True, False\].*sequence of integers.*flatnonzero", id="weights-rows-mask"),
     pytest.param(lambda: flashgqa.explain(f32(HQ, SQ, D), f32(4, SK, D), f32(4, SK, D)), V,
         "k has 4 heads but q has 6.*repeat or drop heads", id="explain-heads"),
 ]

@@ -293,6 +293,18 @@ def test_jax_tracers_are_refused(transform):
         call()
 
 
+def test_jax_without_64_bit_integers_says_what_to_give():
+    """Indices and seeds are int64, which JAX has with jax_enable_x64 alone; Python's integers do as well."""
+    q, k, v = jax_inputs()
+    fix = r"must be int64.*or give Python's integers \(JAX has int64 with jax_enable_x64 alone\)"
+    with pytest.raises(TypeError, match="rows has dtype int32: it " + fix):
+        flashgqa.attention_weights(q, k, rows=jnp.array([0, 1]))
+    with pytest.raises(TypeError, match="seed has dtype int32: it " + fix):
+        flashgqa.attention(q, k, v, dropout_p=0.5, seed=jnp.array([1, 2]))
+    assert isinstance(flashgqa.attention_weights(q, k, rows=[0, 1]), jax.Array)
+    assert isinstance(flashgqa.attention(q, k, v, dropout_p=0.5, seed=1), jax.Array)
+
+
 def test_jax_deleted_array():
     q = jnp.array(Q)
     q.delete()

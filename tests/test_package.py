@@ -42,6 +42,11 @@ def test_source_folder_says_that_it_is_not_built(tmp_path):
     assert ran.returncode == 1 and "pip install -e ." in ran.stderr.splitlines()[-1]
 
 
+def test_an_older_numpy_is_named():
+    ran = run_python("-c", "import numpy; numpy.__version__ = '1.26.4'; import flashgqa", check=False)
+    assert ran.returncode == 1 and "flashgqa needs NumPy 2.0 or newer, this is 1.26.4" in ran.stderr.splitlines()[-1]
+
+
 @pytest.mark.timing
 def test_import_is_quick():
     """Less than 60 ms over NumPy's own; the best of several, for the machine may have other work."""

@@ -33,7 +33,6 @@
 #include <immintrin.h>
 #endif
 
-#define MAX_THREADS 1024
 #define SPIN_NS 20000           /* about a futex wake-up: spinning longer than sleeping would cost gains nothing */
 #define POLL_NS 50000000        /* Ctrl-C must be seen within 200 ms; taking the GIL more often disturbs other threads */
 
@@ -59,7 +58,7 @@ typedef struct {
     job_state *job;             /* NULL: closed. Under mutex */
     int32_t seats;              /* pool threads 1 .. seats may join the job. Under mutex */
     int32_t started;            /* pool threads alive: 1 .. started. Owner of the pool only */
-    scratch_block scratch[MAX_THREADS];
+    scratch_block scratch[FGQA_MAX_THREADS];
 } pool_state;
 
 static pool_state *pool;
@@ -390,7 +389,7 @@ static int affinity_count(void)
 }
 
 #if defined(__linux__)
-/* CPUs' worth of time a cgroup directory grants, rounded up; MAX_THREADS if it sets no limit or is not there. */
+/* CPUs' worth of time a cgroup directory grants, rounded up; FGQA_MAX_THREADS if it sets no limit or is not there. */
 static int quota_of_directory(const char *directory, int version)
 {
     char path[4400], text[64];
@@ -400,24 +399,24 @@ static int quota_of_directory(const char *directory, int version)
         snprintf(path, sizeof path, "%s/%s", directory, files[n]);
         FILE *const file = fopen(path, "r");
         if (!file) {
-            return MAX_THREADS;
+            return FGQA_MAX_THREADS;
         }
         const int read = fgets(text, sizeof text, file) != NULL;
         fclose(file);
         if (!read) {
-            return MAX_THREADS;
+            return FGQA_MAX_THREADS;
         }
         if (version == 2) {                            /* "max 100000" or "150000 100000" */
-            if (sscanf(text, "%lld %lld", &quota, &period) != 2) { return MAX_THREADS; }
+            if (sscanf(text, "%lld %lld", &quota, &period) != 2) { return FGQA_MAX_THREADS; }
         } else if (sscanf(text, "%lld", n == 0 ? &quota : &period) != 1) {
-            return MAX_THREADS;
+            return FGQA_MAX_THREADS;
         }
     }
     if (quota <= 0 || period <= 0) {
-        return MAX_THREADS;
+        return FGQA_MAX_THREADS;
     }
     const long long cpus = (quota + period - 1) / period;
-    return cpus > MAX_THREADS ? MAX_THREADS : (int)cpus;
+    return cpus > FGQA_MAX_THREADS ? FGQA_MAX_THREADS : (int)cpus;
 }
 
 /* The lowest quota from a cgroup up to the root; a limit set on an ancestor binds too. */
@@ -425,7 +424,7 @@ static int quota_of_hierarchy(const char *mount, const char *group, int version)
 {
     char directory[4200];
     snprintf(directory, sizeof directory, "%s%s", mount, group);
-    int lowest = MAX_THREADS;
+    int lowest = FGQA_MAX_THREADS;
     for (;;) {
         const int quota = quota_of_directory(directory, version);
         if (quota < lowest) { lowest = quota; }
@@ -441,9 +440,9 @@ static int cgroup_quota(void)
 {
     FILE *const file = fopen("/proc/self/cgroup", "r");
     if (!file) {
-        return MAX_THREADS;
+        return FGQA_MAX_THREADS;
     }
-    int lowest = MAX_THREADS;
+    int lowest = FGQA_MAX_THREADS;
     char line[4096];
     while (fgets(line, sizeof line, file)) {           /* "0::/group" (v2) or "4:cpu,cpuacct:/group" (v1) */
         line[strcspn(line, "\n")] = '\0';
@@ -454,7 +453,7 @@ static int cgroup_quota(void)
         }
         *group = '\0';
         const char *const path = strcmp(group + 1, "/") == 0 ? "" : group + 1;
-        int quota = MAX_THREADS;
+        int quota = FGQA_MAX_THREADS;
         if (controllers[1] == '\0') {
             quota = quota_of_hierarchy("/sys/fs/cgroup", path, 2);
         } else if (strcmp(controllers + 1, "cpu") == 0 || strncmp(controllers + 1, "cpu,", 4) == 0 ||
@@ -467,17 +466,17 @@ static int cgroup_quota(void)
     return lowest;
 }
 #else
-static int cgroup_quota(void) { return MAX_THREADS; }
+static int cgroup_quota(void) { return FGQA_MAX_THREADS; }
 #endif
 
-/* 1 .. MAX_THREADS, or 0 if the text is no such number. `list`: "8,2" is read as 8, as OpenMP means it. */
+/* 1 .. FGQA_MAX_THREADS, or 0 if the text is no such number. `list`: "8,2" is read as 8, as OpenMP means it. */
 static int parse_threads(const char *text, int list)
 {
     char *end;
     errno = 0;
     const long n = strtol(text, &end, 10);
     const int complete = end != text && (*end == '\0' || (list && *end == ','));
-    return complete && errno == 0 && n >= 1 && n <= MAX_THREADS ? (int)n : 0;
+    return complete && errno == 0 && n >= 1 && n <= FGQA_MAX_THREADS ? (int)n : 0;
 }
 
 static int threads_environment, threads_quota;
@@ -494,7 +493,7 @@ fgqa_status fgqa_threads_init(void)
     const char *const text = getenv("FLASHGQA_NUM_THREADS");
     if (text && *text && !parse_threads(text, 0)) {
         return fgqa_fail(FGQA_ERROR_VALUE, "FLASHGQA_NUM_THREADS is \"%.40s\"; it must be an integer from 1 to %d", text,
-                         MAX_THREADS);
+                         FGQA_MAX_THREADS);
     }
     return FGQA_OK;
 }
@@ -514,4 +513,4 @@ int32_t fgqa_get_num_threads(void)
     return cpus < threads_quota ? cpus : threads_quota;
 }
 
-void fgqa_set_num_threads(int32_t n) { atomic_store(&threads_set, n < 1 ? 0 : n > MAX_THREADS ? MAX_THREADS : n); }
+void fgqa_set_num_threads(int32_t n) { atomic_store(&threads_set, n); }

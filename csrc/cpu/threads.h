@@ -29,10 +29,13 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
  * exec->interrupted, at most every 50 ms. Kernels call it about once per 0.1-10 ms of work. */
 int fgqa_poll(const fgqa_worker *worker);
 
-/* FGQA_ERROR_VALUE if FLASHGQA_NUM_THREADS is not an integer from 1 to 1024: called once at import, by fgqa_cpu_init(). */
+#define FGQA_MAX_THREADS 1024
+
+/* FGQA_ERROR_VALUE if FLASHGQA_NUM_THREADS is not an integer from 1 to that: called once at import, by fgqa_cpu_init(). */
 fgqa_status fgqa_threads_init(void);
 
-/* FLASHGQA_NUM_THREADS, else OMP_NUM_THREADS, else the lower of CPU affinity and cgroup quota. set: n >= 1 overrides, 0 restores the default. */
+/* FLASHGQA_NUM_THREADS, else OMP_NUM_THREADS, else the lower of CPU affinity and cgroup quota. set: 1 to FGQA_MAX_THREADS
+ * overrides, 0 restores the default. */
 int32_t fgqa_get_num_threads(void);
 void fgqa_set_num_threads(int32_t n);
 

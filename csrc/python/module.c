@@ -34,7 +34,7 @@ static PyMethodDef methods[] = {
     {"stream_address", fgqa_py_stream_address, METH_O, "stream_address(stream, /) -> int: of what stream= may be"},
     {"build_info", fgqa_py_build_info, METH_NOARGS, "build_info() -> dict"},
     {"set_num_threads", fgqa_py_set_num_threads, METH_O, 
-     "set_num_threads(n, /)\n--\n\nMost threads that a call may use, the calling one included: 1 or more, or None for the default "
+     "set_num_threads(n, /)\n--\n\nMost threads that a call may use, the calling one included: 1 to 1024, or None for the default "
      "(FLASHGQA_NUM_THREADS, else OMP_NUM_THREADS, else the processors this process may use). Results do not depend on it."},
     {"get_num_threads", fgqa_py_get_num_threads, METH_NOARGS, 
      "get_num_threads()\n--\n\nMost threads that a call may use; see set_num_threads."},

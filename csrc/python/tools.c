@@ -403,8 +403,8 @@ PyObject *fgqa_py_set_num_threads(PyObject *module, PyObject *n)
     int64_t threads = 0;
     (void)module;
     if (n != Py_None && fgqa_read_int(n, "n", &threads) < 0) { return NULL; }
-    if (n != Py_None && (threads < 1 || threads > INT32_MAX)) {
-        PyErr_Format(PyExc_ValueError, "n is %R: it must be 1 or more, or None for the default", n);
+    if (n != Py_None && (threads < 1 || threads > FGQA_MAX_THREADS)) {
+        PyErr_Format(PyExc_ValueError, "n is %R: it must be 1 to %d, or None for the default", n, FGQA_MAX_THREADS);
         return NULL;
     }
     fgqa_set_num_threads((int32_t)threads);
