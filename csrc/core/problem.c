@@ -113,8 +113,9 @@ static fgqa_status check_arrays(const fgqa_request *r)
 fgqa_status fgqa_check_vector(const fgqa_tensor *t, const char *name, fgqa_dtype dtype, int64_t length, const char *form, const char *fix)
 {
     if (t->dtype != dtype) {
-        return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: it must be %s; convert it to %s", name, fgqa_dtype_name(t->dtype),
-                         fgqa_dtype_name(dtype), fgqa_dtype_name(dtype));
+        return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: it must be %s; convert it to %s%s", name, fgqa_dtype_name(t->dtype),
+                         fgqa_dtype_name(dtype), fgqa_dtype_name(dtype),
+                         dtype == FGQA_I64 ? ", or give Python's integers (JAX has int64 with jax_enable_x64 alone)" : "");
     }
     if (t->ndim != 1) {
         return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must have 1 dimension, %s; %s", name, fgqa_shape_text(t).s, form, fix);

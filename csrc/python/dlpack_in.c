@@ -50,9 +50,8 @@ static int refuse_dtype(const fgqa_slot *slot, DLDataType type)
 {
     PyObject *text = dtype_text(type);
     if (text != NULL) {
-        const int narrow = type.code == kDLInt && strcmp(slot->example, "int64") == 0;
-        PyErr_Format(PyExc_TypeError, "%s has dtype %U: it must be %s; convert it to %s%s", slot->name, text, slot->dtypes, slot->example,
-                     narrow ? ", or give Python's integers (JAX has int64 with jax_enable_x64 alone)" : "");
+        PyErr_Format(PyExc_TypeError, "%s has dtype %U: it must be %s; convert it to %s", slot->name, text, slot->dtypes,
+                     slot->example);
         Py_DECREF(text);
     }
     return -1;
