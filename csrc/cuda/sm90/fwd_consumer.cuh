@@ -269,9 +269,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : &sm.q_full[rq.stage]), next_k ? rk.parity : rq.parity);
         release_v();
     };
-    auto first_base = [&](const float (&s)[BLOCK_K / 2]) {
+    /* Row by row: one's maximum passes between lanes under the other's exponentials. */
+    auto first_weights = [&](float (&s)[BLOCK_K / 2], float (&sum)[2]) {
 #pragma unroll
-        for (int r = 0; r < 2; r++) { set_base(rows, r, row_top(s, r), scale_log2); }
+        for (int r = 0; r < 2; r++) {
+            set_base(rows, r, row_top(s, r), scale_log2);
+            sum[r] = exponentials<CAREFUL>(s, rows, r, scale_log2);
+        }
     };
     /* Rows that had no key so far take their base from this block. */
     auto late_base = [&](const float (&s)[BLOCK_K / 2]) {
@@ -284,13 +288,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
     };
     /* The base follows scores whose weights would be NaN without care, and enormous ones; and all that grow with ALiBi, where each
-     * block of keys in front of the diagonal has larger ones than the block before it. */
-    auto rising_base = [&](const float (&s)[BLOCK_K / 2]) {
-        float alpha[2];
+     * block of keys in front of the diagonal has larger ones than the block before it. alpha: what O is to be multiplied with. */
+    auto rising_base = [&](const float (&s)[BLOCK_K / 2], float (&alpha)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float top = row_top(s, r), m = rows.m[r], base = rows.base[r];
-            const bool none = m == -INFINITY, enormous = !none && is_enormous(m, scale_log2);
+            const bool none = m == -INFINITY, enormous = CAREFUL && !none && is_enormous(m, scale_log2);
             alpha[r] = 1.0f;
             if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= (CHAIN == ALIBI ? 8.0f : ALMOST_OVERFLOW))) {
                 set_base(rows, r, top, scale_log2);
@@ -298,24 +301,26 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
                 rows.l[r] *= alpha[r];
             }
         }
-        scale_rows(o, alpha);
     };
     /* S -> P. The chain from the end of Q K^T to the next one decides the speed, and in it the number of instructions: the tensor core's
      * accumulators take half of what registers can deliver. So nothing is asked of a block's scores (softmax_rows) and exponentials
      * begin at once, under P V; only their sums tell whether base has to go up. */
     auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
         constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI);
-        float sum[2];
+        float sum[2], alpha[2];
         if (FIRST) {
-            first_base(s);
-        } else if (RISING) {
-            wait_pv(next_k);
-            rising_base(s);
-        } else if (MASKED) {
-            late_base(s);
+            first_weights(s, sum);
+        } else {
+            if (RISING) {
+                rising_base(s, alpha);
+            } else if (MASKED) {
+                late_base(s);
+            }
+#pragma unroll
+            for (int r = 0; r < 2; r++) { sum[r] = exponentials<CAREFUL>(s, rows, r, scale_log2); }
         }
-        exponentials<CAREFUL>(s, rows, sum, scale_log2);
-        if (!RISING) { wait_pv(next_k); }
+        wait_pv(next_k);
+        if (RISING && __any_sync(ALL_LANES, alpha[0] != 1.0f || alpha[1] != 1.0f)) { scale_rows(o, alpha); }
         if (!FIRST && __any_sync(ALL_LANES, sum[0] > MODERATE || sum[1] > MODERATE)) { moderate_weights(s, o, rows, sum); }
 #pragma unroll
         for (int r = 0; r < 2; r++) { rows.l[r] = FIRST ? sum[r] : rows.l[r] + sum[r]; }
@@ -352,8 +357,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_k();
         score(s, block_end - 1);
         if (CAREFUL || block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
-        first_base(s);
-        exponentials<CAREFUL>(s, rows, rows.l, scale_log2);
+        first_weights(s, rows.l);
         pack_weights<T>(pr, s);
         wait_operands();
     };

@@ -82,24 +82,21 @@ static __device__ __forceinline__ void set_base(softmax_rows &rows, int r, float
  * keep to their largest score so far. */
 static __device__ __forceinline__ bool is_enormous(float m, float scale_log2) { return !(fabsf(finite_max(m) * scale_log2) < 0x1p27f); }
 
-/* S <- 2^(scale_log2 S - base); sum: of this lane's columns. */
+/* S <- 2^(scale_log2 S - base) in row r. Their sum over this lane's columns. */
 template <bool CAREFUL, int N>
-static __device__ __forceinline__ void exponentials(float (&s)[N], const softmax_rows &rows, float (&sum)[2], float scale_log2)
+static __device__ __forceinline__ float exponentials(float (&s)[N], const softmax_rows &rows, int r, float scale_log2)
 {
+    const bool exact = CAREFUL && is_enormous(rows.m[r], scale_log2);
+    const float top = CAREFUL ? finite_max(rows.m[r]) : 0.0f;
+    float even = 0.0f, odd = 0.0f;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const bool exact = CAREFUL && is_enormous(rows.m[r], scale_log2);
-        const float top = CAREFUL ? finite_max(rows.m[r]) : 0.0f;
-        float odd = 0.0f;
-#pragma unroll
-        for (int i = 2 * r; i < N; i += 4) {
-            s[i] = ex2(exact ? (s[i] - top) * scale_log2 : fmaf(s[i], scale_log2, -rows.base[r]));
-            s[i + 1] = ex2(exact ? (s[i + 1] - top) * scale_log2 : fmaf(s[i + 1], scale_log2, -rows.base[r]));
-            sum[r] = i == 2 * r ? s[i] : sum[r] + s[i];
-            odd = i == 2 * r ? s[i + 1] : odd + s[i + 1];
-        }
-        sum[r] += odd;
+    for (int i = 2 * r; i < N; i += 4) {
+        s[i] = ex2(exact ? (s[i] - top) * scale_log2 : fmaf(s[i], scale_log2, -rows.base[r]));
+        s[i + 1] = ex2(exact ? (s[i + 1] - top) * scale_log2 : fmaf(s[i + 1], scale_log2, -rows.base[r]));
+        even = i == 2 * r ? s[i] : even + s[i];
+        odd = i == 2 * r ? s[i + 1] : odd + s[i + 1];
     }
+    return even + odd;
 }
 
 template <int N> static __device__ __forceinline__ void scale_rows(float (&x)[N], const float (&factor)[2])
