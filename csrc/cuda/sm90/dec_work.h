@@ -5,9 +5,9 @@
  * head, row block, slot), are dealt out in equal runs to as many blocks of threads as there are SMs; what one block has of a
  * pair is a segment. With batch_invariant the unit is a chunk of granules instead, which is a segment of its own.
  *
- * A segment that is not a whole pair leaves a record: o of all rows of a tile, not normalised and relative to m, in the order in which
- * the kernel's threads have them (items, dec_combine.cuh), then of each row m, the reference maximum in units of q.k, and l, the sum
- * of 2^(c (s - m)) with c = scale log2(e).
+ * A segment that is not a whole pair leaves a record, unless two blocks of a cluster have half of one each (dec_wide_end.cuh): o of
+ * all rows of a tile, not normalised and relative to m, in the order in which the kernel's threads have them (items, dec_combine.cuh),
+ * then of each row m, the reference maximum in units of q.k, and l, the sum of 2^(c (s - m)) with c = scale log2(e).
  */
 #ifndef FGQA_DEC_WORK_H
 #define FGQA_DEC_WORK_H
