@@ -28,6 +28,11 @@ def bounds(window):
     return None if left is None or left < 0 else left, None if right is None or right < 0 else right
 
 
+def whole(n):
+    """A length that may be a tensor of one element, as torch's own operators take it: of a GPU, this waits for it."""
+    return n.item() if isinstance(n, torch.Tensor) else n
+
+
 def attention_matrix(q, k, run):
     """The weights [b, hq, sq, sk] of attention of q to k [b, s, h, d]: run(v) is what it makes of values v, [b, sq, hq, dv], and
     of unit vectors it makes columns of its weights. Differentiable where run is.
@@ -81,7 +86,7 @@ def attention(
         As in `flashgqa.attention`. Inside of torch.autocast they are cast to its dtype.
     causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
 cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, check
-        As in `flashgqa.attention`; arrays are torch tensors.
+        As in `flashgqa.attention`; arrays are torch tensors, and max_q and max_kv may be: of a GPU, the call waits for them.
     dropout_p : float
         Probability with which a weight is dropped. There is no training flag: pass 0 for evaluation.
     seed : int or int64 tensor [seed, offset], optional
@@ -105,6 +110,8 @@ cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, ch
     given = not (
         mask is bias is alibi_slopes is sink is q_lens is kv_lens is cu_seqlens_q is cu_seqlens_kv is None and dropout_p == 0
     )
+    if cu_seqlens_q is not None:
+        max_q, max_kv = whole(max_q), whole(max_kv)
     if dropout_p == 0:
         seed = None
     elif seed is None:

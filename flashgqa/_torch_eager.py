@@ -9,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 
 from . import _torch_ops
-from ._torch_ops import c_backward, c_forward, untraced
+from ._torch_ops import c_backward, c_forward, refuse_nested, untraced
 
 # Tensors among the options in the order of _C: mask, bias, alibi_slopes, sink, q_lens, kv_lens, both cu_seqlens, seed.
 TENSORS_AT = (6, 7, 8, 9, 10, 11, 12, 13, 17)
@@ -40,6 +40,7 @@ def check_tensors(required, optional=()):
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor; flashgqa.attention takes other arrays")
+        refuse_nested(name, x)
     if not _is_compiling() and forward_ad._current_level >= 0:
         for name, x in tensors.items():
             if forward_ad.unpack_dual(x).tangent is not None:

@@ -5,7 +5,7 @@ Here the log-sum-exp of a row that sees no key is -inf (there it is inf), and S_
 
 import torch
 
-from ._torch_attention import bounds, draw_seed
+from ._torch_attention import bounds, draw_seed, whole
 from ._torch_eager import attend
 from ._torch_kvcache import gathered_pages, packed_again, padded_rows, with_kvcache
 from ._torch_packing import unbound
@@ -114,8 +114,8 @@ def flash_attn_varlen_func(
         Or pages [pages, page_size, hk, d], of any page size, with block_table.
     cu_seqlens_q, cu_seqlens_k : torch.Tensor, int32 [b + 1]
         Sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1]; causal and windows count in each by itself.
-    max_seqlen_q, max_seqlen_k : int
-        At least the longest length.
+    max_seqlen_q, max_seqlen_k : int, or int tensor of one element
+        At least the longest length. The call waits for a tensor on a GPU.
     block_table : torch.Tensor, int32 [b, columns], optional
         The pages of each sequence in their order: read where they are without gradients and dropout, copied together otherwise,
         with gradients.
@@ -133,6 +133,7 @@ def flash_attn_varlen_func(
         As in `flash_attn_func`. On the CPU also for a max_seqlen that is too small, but for max_seqlen_k where pages are read in
         place (lengths come from cu_seqlens_k there), and for offsets that decrease.
     """
+    max_seqlen_q, max_seqlen_k = whole(max_seqlen_q), whole(max_seqlen_k)
     if block_table is not None:
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if not recorded and dropout_p == 0:

@@ -59,6 +59,14 @@ def operator_options(options):
 # ---- computing ----
 
 
+def refuse_nested(name, x):
+    if x.is_nested:
+        raise NotImplementedError(
+            f"{name} is a nested tensor: join the sequences, values() of a jagged one as [total, heads, head dim], "
+            "and give their offsets().int() as cu_seqlens_q and cu_seqlens_kv"
+        )
+
+
 @untraced
 def c_forward(q, k, v, return_lse, options):
     """_C.forward, options in its order; torch's own error where memory does not suffice. Meta tensors give shapes."""
@@ -67,6 +75,8 @@ def c_forward(q, k, v, return_lse, options):
     except MemoryError as error:
         raise torch.OutOfMemoryError(str(error)) from error
     except BufferError:
+        for name, x in zip("qkv", (q, k, v), strict=True):
+            refuse_nested(name, x)
         if not q.is_meta:
             raise
         results = forward(q, k, v, *operator_options(options))
@@ -124,15 +134,25 @@ def _backward_shapes(dout, q, k, v, out, lse, dlse, want_dbias, mask, bias, alib
 # ---- vmap ----
 
 
+def _unmapped(x, dim):
+    return x.shape if dim is None else x.movedim(dim, -1).shape[:-1]
+
+
 def _each(operator, n, in_dims, args):
     """One call for each entry of the mapped axis: any option may differ between them."""
+    if n == 0:  # shapes alone
+        shapes = [
+            x.new_empty(_unmapped(x, dim), device="meta") if isinstance(x, torch.Tensor) else x
+            for x, dim in zip(args, in_dims, strict=True)
+        ]
+        return tuple(torch.empty(0, *x.shape, dtype=x.dtype, device=args[0].device) for x in operator(*shapes))
     calls = [
         operator(*(x if dim is None else x.select(dim, i) for x, dim in zip(args, in_dims, strict=True))) for i in range(n)
     ]
     return tuple(torch.stack(results) for results in zip(*calls, strict=True))
 
 
-def _joined(operator, n, in_dims, args):
+def _joined(operator, n, batch, in_dims, args):
     """The mapped axis as part of the batch: one call."""
 
     def join(x, dim):
@@ -140,13 +160,16 @@ def _joined(operator, n, in_dims, args):
         return x.flatten(0, 1)
 
     results = operator(*(join(x, dim) if isinstance(x, torch.Tensor) else x for x, dim in zip(args, in_dims, strict=True)))
-    return tuple(x.unflatten(0, (n, -1)) if x.dim() > 1 else x.expand(n, *x.shape) for x in results)
+    return tuple(x.unflatten(0, (n, batch)) if x.dim() > 1 else x.expand(n, *x.shape) for x in results)
 
 
 def _map(operator, q_at, options_at, info, in_dims, args):
     n, q, options = info.batch_size, args[q_at], args[options_at : options_at + _N_TENSORS]
-    plain = all(x is None for x in options) and q.dim() - (in_dims[q_at] is not None) == 4 and q.numel() > 0
-    results = (_joined if plain else _each)(operator, n, in_dims, args)
+    shape = _unmapped(q, in_dims[q_at])
+    if len(shape) == 4 and all(x is None for x in options):
+        results = _joined(operator, n, shape[0], in_dims, args)
+    else:
+        results = _each(operator, n, in_dims, args)
     return results, (0,) * len(results)
 
 
@@ -198,6 +221,10 @@ def _refuse_second_derivative(ctx, *_):
     )
 
 
+def _refuse_forward_mode(ctx, *_):
+    raise NotImplementedError("flashgqa: attention has no forward-mode derivative; use backward()")
+
+
 torch.library.register_autograd("flashgqa::forward", _differentiate, setup_context=_keep, lib=_library)
 torch.library.register_autograd("flashgqa::backward", _refuse_second_derivative, lib=_library)
 
@@ -216,6 +243,7 @@ class _ForwardInTransforms(torch.autograd.Function):
 
     setup_context = staticmethod(_keep)
     backward = staticmethod(_differentiate)
+    jvp = staticmethod(_refuse_forward_mode)
     vmap = staticmethod(_map_forward)
 
 
@@ -226,6 +254,7 @@ class _BackwardInTransforms(torch.autograd.Function):
 
     setup_context = staticmethod(_keep_nothing)
     backward = staticmethod(_refuse_second_derivative)
+    jvp = staticmethod(_refuse_second_derivative)
     vmap = staticmethod(_map_backward)
 
 

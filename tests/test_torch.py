@@ -1,6 +1,7 @@
 """flashgqa.torch: attention as a torch operator, with gradients, under torch's transformations."""
 
 import inspect
+import warnings
 
 import numpy
 import pytest
@@ -161,6 +162,8 @@ def test_second_derivative_is_an_error():
         gradient.sum().backward()
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.func.jacrev(torch.func.grad(lambda q: fg.attention(q, k.detach(), v.detach()).sum()))(q.detach())
+    with pytest.raises(NotImplementedError, match="flashgqa: "):
+        torch.func.hessian(lambda q: fg.attention(q, k.detach(), v.detach()).sum())(q.detach())
 
 
 def test_forward_mode_is_an_error():
@@ -402,6 +405,39 @@ def test_func_grad_and_vmap():
     assert torch.equal(torch.autograd.grad(out[:, 1].sum(), k)[0], torch.autograd.grad(fg.attention(q, k + 1, v).sum(), k)[0])
     jacobian = torch.func.jacrev(lambda q: fg.attention(q, plain[1], plain[2]).sum((0, 1)))(plain[0])
     assert torch.allclose(jacobian.sum((0, 1)), torch.autograd.grad(fg.attention(q, k, v).sum(), q)[0], rtol=0, atol=1e-13)
+
+
+def test_vmap_of_nothing():
+    """A mapped axis of no entries, or entries without rows: empty results, with all options, and empty gradients."""
+    q, k, v = inputs(grad=False)
+    mask, bias = torch.ones(0, 5, 7, dtype=torch.bool), torch.zeros(5, 7, dtype=q.dtype)
+    none, shape = q.new_empty(0, *q.shape), (0, *q.shape[:3], v.shape[3])
+    assert torch.vmap(lambda q: fg.attention(q, k, v))(none).shape == shape
+    assert torch.vmap(lambda mask: fg.attention(q, k, v, mask=mask, bias=bias))(mask).shape == shape
+    out, lse = torch.vmap(lambda q, mask: fg.attention(q, k, v, mask=mask, return_lse=True), in_dims=(1, 0))(
+        none.transpose(0, 1), mask
+    )
+    assert out.shape == shape and out.dtype == q.dtype and lse.shape == shape[:-1]
+    gradient = torch.func.grad(lambda q, bias: fg.attention(q, k, v, bias=bias).sum(), argnums=(0, 1))
+    dq, dbias = torch.vmap(gradient, in_dims=(0, None))(none, bias)
+    assert dq.shape == none.shape and dbias.shape == (0, *bias.shape)
+    rowless = q[None, :, :, :0].expand(3, -1, -1, -1, -1)
+    assert torch.vmap(torch.func.grad(lambda q: fg.attention(q, k, v).sum()))(rowless).shape == rowless.shape
+
+
+def test_nested_tensors_are_refused_with_what_to_give():
+    parts = [torch.randn(n, 4, 8) for n in (3, 5)]
+    jagged = torch.nested.nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls them a prototype
+        strided = torch.nested.nested_tensor(parts).transpose(1, 2)
+    for x, function in ((jagged, fg.attention), (jagged, fg.scaled_dot_product_attention), (strided, fg.attention)):
+        with pytest.raises(NotImplementedError, match="q is a nested tensor: join the sequences.* cu_seqlens_q"):
+            function(x, x, x)
+    joined, offsets = jagged.transpose(1, 2).values(), jagged.offsets().int()
+    out = fg.attention(joined, joined, joined, cu_seqlens_q=offsets, cu_seqlens_kv=offsets)
+    expected = torch.nn.functional.scaled_dot_product_attention(*[jagged] * 3).transpose(1, 2).values()
+    torch.testing.assert_close(out, expected)
 
 
 def test_vmap_drops_as_asked():

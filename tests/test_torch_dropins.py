@@ -375,6 +375,28 @@ def test_flash_attn_varlen():
     assert torch.equal(joined, fg.flash_attn_varlen_func(*qkv.unbind(1), cu_q, cu_q, 6, 6, causal=True))
 
 
+def test_longest_lengths_may_be_tensors():
+    """flash_attn's functions are operators of torch, whose integers may be tensors of one element, such as diff().max()."""
+    from flashgqa.torch import fa3
+
+    cu = torch.tensor([0, 3, 3, 9], dtype=torch.int32)
+    q, k, v = randn(9, 4, 8), randn(9, 2, 8), randn(9, 2, 8)
+    longest = cu.diff().max()
+    expected = fg.flash_attn_varlen_func(q, k, v, cu, cu, 6, 6, causal=True)
+    assert torch.equal(fg.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True), expected)
+    assert torch.equal(fa3.flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True), expected)
+    got = fg.attention(q, k, v, causal=True, cu_seqlens_q=cu, cu_seqlens_kv=cu, max_q=longest, max_kv=longest)
+    assert torch.equal(got, expected)
+    pages = torch.arange(3, dtype=torch.int32).reshape(3, 1)
+    pool = torch.zeros(3, 8, 2, 8, dtype=q.dtype)
+    for n in range(3):
+        pool[n, : cu[n + 1] - cu[n]] = k[cu[n] : cu[n + 1]].detach()
+    paged = (fg.flash_attn_varlen_func(q.detach(), pool, pool, cu, cu, m, m, block_table=pages) for m in (6, longest))
+    assert_equal(*((x,) for x in paged))
+    with pytest.raises(TypeError, match="max_q is 6.0: it must be an integer"):
+        fg.flash_attn_varlen_func(q, k, v, cu, cu, longest.float(), longest)
+
+
 def test_flash_attn_rows_without_keys_and_dropout():
     q, k, v = randn(1, 5, 2, 8), randn(1, 3, 2, 8), randn(1, 3, 2, 8)
     out, lse, _ = fg.flash_attn_func(q, k, v, causal=True, return_attn_probs=True)
