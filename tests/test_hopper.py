@@ -102,20 +102,6 @@ def test_all_pairs_of_lengths(name, mask):
     compare(*padded, q_lens=queries, kv_lens=keys, **MASKS[mask])
 
 
-@pytest.mark.parametrize("mask", ["full", "causal", "left"])
-@pytest.mark.parametrize("growth", [3, 12, 60, 130, 250])
-@pytest.mark.parametrize("name", ROWS)
-def test_scores_that_grow(name, growth, mask):
-    """Blocks of keys are walked from the last to the first: here scores grow by up to `growth` in each 64 keys, from one row to
-    the next by more, and rows beside them have scores that do not."""
-    dtype = next(t for t, text in DTYPES.items() if f"_{text}_" in name)
-    d, dv = (int(name.split(f"_{letter}")[1].split("_")[0]) for letter in ("d", "dv"))
-    q, k, v = inputs(1, 2, 1, 300, 700, d, dv, dtype)
-    q[..., 0] = torch.linspace(0, 1, 300, device="cuda") * (torch.arange(300, device="cuda") % 3 != 0)
-    k[..., 0] = (torch.arange(699, -1, -1, device="cuda") / 64).floor() * growth * d**0.5
-    compare(q, k, v, **MASKS[mask])
-
-
 @pytest.mark.parametrize("d, dv", [(8, 8), (16, 40), (72, 120), (104, 64), (136, 8), (160, 136), (200, 256), (16, 248)])
 def test_smaller_head_dims(d, dv):
     compare(*inputs(2, 4, 2, 300, 333, d, dv), causal=True)

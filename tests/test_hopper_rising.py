@@ -14,18 +14,20 @@ from flashgqa import reference
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
 QUERIES, KEYS = 200, 700
 # Powers of two a block of 128 keys. 3: no maximum but the first; 12: a new one every other block; 300: weights leave float32.
-RISES = [3, 12, 40, 300]
-KINDS = {"causal": {"causal": True}, "dense": {}, "window": {"window": (511, 0)}}
+RISES = [3, 12, 40, 300, 720]
+KINDS = {"causal": {"causal": True}, "dense": {}, "window": {"window": (511, 0)}, "left": {"window": (50, None)}}
 
 
 def rising(name, bits, rows=slice(1, None, 2)):
-    """q, k, v; scores of the rows named grow."""
+    """q, k, v; scores of the rows named grow: in head 0 with every key, in head 1 with every 64 keys and more from row to row."""
     dtype, d, dv = extents(name)
     rng = np.random.default_rng(bits)
     q, k, v = (rng.standard_normal((1, h, s, width)) for h, s, width in ((2, QUERIES, d), (1, KEYS, d), (1, KEYS, dv)))
-    q[..., 0] = 0
-    q[:, :, rows, 0] = 16
-    k[..., 0] = bits * np.log(2) / 128 * np.arange(KEYS, 0, -1) * np.sqrt(d) / 16
+    q[..., :2] = 0
+    q[:, 0, rows, 0] = 16
+    q[:, 1, rows, 1] = np.linspace(0, 16, QUERIES)[rows]
+    for column, step in enumerate((1, 64)):
+        k[..., column] = bits * np.log(2) / 128 * np.sqrt(d) / 16 * step * (np.arange(KEYS, 0, -1) // step)
     return [x.astype(DTYPES[dtype]) for x in (q, k, v)]
 
 

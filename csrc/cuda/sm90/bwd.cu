@@ -35,6 +35,7 @@
  * named OWN + n         128                                         consumer n
  */
 #include "../any/bwd_plan.h"
+#include "../any/score_units.h"
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_bulk.cuh"
@@ -166,7 +167,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
-    p.in_caps = p.common.scale * p.common.inv_softcap;
+    p.in_caps = fgqa_in_caps(problem);
     /* Free, float32 sums of dQ are cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
     p.ordered = p.w.dq == NULL || problem->deterministic || (problem->sk <= FEW_KEYS && !problem->varlen);
     p.foreign_rows = problem->varlen || problem->q_lens;

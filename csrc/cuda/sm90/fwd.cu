@@ -36,6 +36,7 @@
 #include "../common/softmax.cuh"
 #include "../common/split.cuh"
 #include "../any/fwd_combine.h"
+#include "../any/score_units.h"
 #include "../kernel_table.h"
 #include "../stream_slot.h"
 #include "../tensor_map.h"
@@ -84,6 +85,7 @@ struct fwd_params {
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
     float inv_scale;
     int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
+    float in_caps;                                               /* scale / softcap */
 };
 
 /* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
@@ -488,6 +490,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     p.inv_scale = (float)(1.0 / problem->scale);
+    p.in_caps = fgqa_in_caps(problem);
     p.slot = fgqa_stream_slot(stream);
     fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &p.split);
     p.list.units = (uint32_t)(problem->hq >> p.list.pack);

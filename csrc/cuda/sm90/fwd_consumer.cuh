@@ -238,7 +238,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (CHAIN == ALIBI) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
     };
     auto score = [&](float (&s)[BLOCK_K / 2], int j) {
-        if (CHAIN == CAPPED) { cap_scores(s, p.common.scale * p.common.inv_softcap); }
+        if (CHAIN == CAPPED) { cap_scores(s, p.in_caps); }
         if (CHAIN == ALIBI && CAREFUL) { add_any_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K, p.inv_scale); }
         if (CHAIN == ALIBI && !CAREFUL) { add_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K); }
     };
