@@ -18,8 +18,9 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block_runs(number):
     block = BLOCKS[number]
-    if "import torch" in block:
-        pytest.importorskip("torch")
+    for library in ("torch", "transformers"):
+        if re.search(rf"^(import|from) {library}\b", block, re.M):
+            pytest.importorskip(library)
     ran = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr
     promised = re.findall(r"^print\(.*\)\s+# (.+)$", block, re.M)
