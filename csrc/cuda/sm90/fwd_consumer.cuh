@@ -157,6 +157,11 @@ template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const
     alibi.diagonal = (t.row0 + first_row >> p.list.pack) + t.diag - 2 * (int32_t)(thread_index() % 4);
 }
 
+/* With ALiBi the base follows scores whose weights would be 2^ALIBI_RISE or more. With 3 a lane's weights of a row in a block never add up
+ * to more than MODERATE, and nobody asks for that; at head dim 64 a base that goes up more often costs more. */
+static constexpr int ALIBI_RISE = DV > 64 ? 3 : 8;
+static constexpr bool ALIBI_MODERATE = BLOCK_K / 4 * (1 << ALIBI_RISE) <= (int)MODERATE;
+
 struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
@@ -295,7 +300,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             const float top = row_top(s, r), m = rows.m[r], base = rows.base[r];
             const bool none = m == -INFINITY, enormous = CAREFUL && !none && is_enormous(m, scale_log2);
             alpha[r] = 1.0f;
-            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= (CHAIN == ALIBI ? 8.0f : ALMOST_OVERFLOW))) {
+            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= (CHAIN == ALIBI ? (float)ALIBI_RISE : ALMOST_OVERFLOW))) {
                 set_base(rows, r, top, scale_log2);
                 if (!none) { alpha[r] = ex2(enormous ? (m - top) * scale_log2 : base - rows.base[r]); }
                 rows.l[r] *= alpha[r];
@@ -321,7 +326,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
         wait_pv(next_k);
         if (RISING && __any_sync(ALL_LANES, alpha[0] != 1.0f || alpha[1] != 1.0f)) { scale_rows(o, alpha); }
-        if (!FIRST && __any_sync(ALL_LANES, sum[0] > MODERATE || sum[1] > MODERATE)) { moderate_weights(s, o, rows, sum); }
+        if (!FIRST && !(CHAIN == ALIBI && ALIBI_MODERATE) && __any_sync(ALL_LANES, sum[0] > MODERATE || sum[1] > MODERATE)) {
+            moderate_weights(s, o, rows, sum);
+        }
 #pragma unroll
         for (int r = 0; r < 2; r++) { rows.l[r] = FIRST ? sum[r] : rows.l[r] + sum[r]; }
         pack_weights<T>(pr, s);
