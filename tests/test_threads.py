@@ -194,8 +194,12 @@ print(min(waits))
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize(
     "call",
-    ["flashgqa.attention(q, k, k)", "flashgqa.attention_backward(q, q, k, k, q, q[..., 0])"],
-    ids=["forward", "backward"],
+    [
+        "flashgqa.attention(q, k, k)",
+        "flashgqa.attention_backward(q, q, k, k, q, q[..., 0])",
+        "flashgqa.attention_weights(q, k, reduce='keys')",
+    ],
+    ids=["forward", "backward", "weights"],
 )
 def test_interrupt_within_200_ms(call, count):
     assert float(run(INTERRUPTED.replace("CALL", call), FLASHGQA_NUM_THREADS=str(count))) < 0.2
