@@ -1,12 +1,12 @@
 """Exact attention (MHA, MQA, GQA) on NumPy arrays and DLPack tensors: forward and backward, on CPUs and NVIDIA GPUs."""
 
-from importlib.util import find_spec
+from importlib.util import find_spec as _find_spec
 
-import numpy
+import numpy as _numpy
 
-if int(numpy.__version__.partition(".")[0]) < 2:
-    raise ImportError(f"flashgqa needs NumPy 2.0 or newer, this is {numpy.__version__}: pip install 'numpy>=2.0'")
-if find_spec(f"{__name__}._C") is None:
+if int(_numpy.__version__.partition(".")[0]) < 2:
+    raise ImportError(f"flashgqa needs NumPy 2.0 or newer, this is {_numpy.__version__}: pip install 'numpy>=2.0'")
+if _find_spec(f"{__name__}._C") is None:
     raise ImportError(
         f"{__path__[0]} is flashgqa's source folder and holds no compiled module; build it there with 'pip install -e .', "
         "or leave the checkout to import the installed package"

@@ -506,10 +506,16 @@ class KVCache:
 
     def _attend(self, q, k_new, v_new, new_lens, table, options):
         pool = self._pool
-        return attention_with_kvcache(
-            q, pool.k, pool.v, k_new, v_new, cache_lens=pool.beside(self._lens), new_lens=pool.beside(new_lens),
-            page_table=self._near(table), layout=self.layout, **self._scales, **options,
-        )  # fmt: skip
+        try:
+            return attention_with_kvcache(
+                q, pool.k, pool.v, k_new, v_new, cache_lens=pool.beside(self._lens), new_lens=pool.beside(new_lens),
+                page_table=self._near(table), layout=self.layout, **self._scales, **options,
+            )  # fmt: skip
+        except ValueError:
+            if len(q.shape) == 4 and q.shape[0] != len(self):
+                text = f"q has batch size {q.shape[0]} but the cache has {len(self)} sequences: give each of them rows"
+                raise ValueError(text) from None
+            raise
 
     def _near(self, table):
         """The table where the pool is. On a GPU it stays there from call to call while neither it nor the stream changes."""

@@ -277,6 +277,7 @@ case("weights", "row-beyond", V, r"rows\[1\] is 5 but q has 5 rows", "0 to 4", r
 case("weights", "row-negative", V, r"rows\[0\] is -1 but q has 5 rows", "0 to 4", "negative ones do not count from the end",
      rows=np.array([-1]))
 case("weights", "rows-float", T, "rows has dtype float64", "int64", "convert", rows=np.array([0.0]))
+case("weights", "rows-bool", T, "rows has dtype bool", "int64, numbers and no mask", "flatnonzero", rows=np.array([True, False]))
 case("weights", "rows-rank", V, r"rows has shape \(1, 2\)", r"1 dimension, \[rows\]", "indices of query rows",
      rows=np.array([[0, 1]]))
 case("weights", "heads", V, "k has 4 heads but q has 6", "multiple", "repeat or drop heads", k=f32(B, 4, SK, D))

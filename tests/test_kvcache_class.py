@@ -301,6 +301,7 @@ def test_what_cannot_be_done():
         (TypeError, "got an unexpected keyword argument 'casual'", lambda: cache.attention(k, casual=True)),
         (TypeError, "k_new is list: it must be a NumPy array", lambda: cache.attention(k, k.tolist(), v)),
         (TypeError, "k_new is NoneType", lambda: cache.append(None, v)),
+        (ValueError, "q has batch size 1 but the cache has 2 sequences", lambda: cache.attention(k[:1])),
         (ValueError, r"k_new has shape .* it must be \[2, 2, 'new', 4\]", lambda: cache.append(k[0], v[0])),
         (ValueError, r"k_new has shape .* it must be \[2, 2, 4, 4\]", lambda: cache.append(k[:, :1], v[:, :1])),
     ):

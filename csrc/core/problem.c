@@ -112,6 +112,10 @@ static fgqa_status check_arrays(const fgqa_request *r)
 
 fgqa_status fgqa_check_vector(const fgqa_tensor *t, const char *name, fgqa_dtype dtype, int64_t length, const char *form, const char *fix)
 {
+    if (t->dtype == FGQA_BOOL) {
+        return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype bool: it must be %s, numbers and no mask; numpy.flatnonzero(mask) are those of a mask",
+                         name, fgqa_dtype_name(dtype));
+    }
     if (t->dtype != dtype) {
         return fgqa_fail(FGQA_ERROR_TYPE, "%s has dtype %s: it must be %s; convert it to %s%s", name, fgqa_dtype_name(t->dtype),
                          fgqa_dtype_name(dtype), fgqa_dtype_name(dtype),
