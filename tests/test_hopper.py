@@ -13,6 +13,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ROWS = [row["name"] for row in flashgqa.kernels()
         if row["name"].startswith("fwd_sm90") and row["name"].endswith("plain") and row["available"]]
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
+UNITS = {"out": 3, "lse": 32, "dq": 4, "dk": 4, "dv": 4}         # units_apart(): measured 1.4, 14, 2.1, 1.9, 1
 MASKS = {
     "full": {}, "causal": {"causal": True}, "top-left": {"causal": True, "align": "top-left"}, "window": {"window": (37, 21)},
     "chunk": {"chunk": 48, "causal": True}, "left": {"window": (50, None)},
@@ -30,17 +31,29 @@ def row_for(dtype, d, dv, arch=90, which="fwd"):
     raise AssertionError(f"no row for {dtype} {d} {dv}")
 
 
-def assert_close(got, expected, dtype):
-    """Up to an ulp of values from 4 to 8."""
-    for a, b, tolerance in zip(got, expected, ({torch.bfloat16: 2**-5, torch.float16: 2**-8}[dtype], 1e-3), strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=tolerance, equal_nan=True)
+def units_apart(got, expected):
+    """The largest difference between two kernels' results, in units of the dtype's epsilon times the largest element of the row;
+    of rows that are small beside the rest, differences of large numbers, times 1/64 of the largest element of all. A NaN or inf
+    that one of them lacks is infinitely far.
+    """
+    a, b = got.double(), expected.double()
+    sizes = b.abs().where(b.isfinite(), 0).amax(-1, keepdim=True)
+    units = (a - b).abs() / sizes.clamp(min=sizes.max() / 64) / torch.finfo(got.dtype).eps
+    return units.where((a != b) & ~(a.isnan() & b.isnan()), 0).nan_to_num(torch.inf).max().item()
+
+
+def assert_alike(got, expected, names=("out", "lse")):
+    """Both are within the error rule, against float64; they differ by how weights and their gradients round."""
+    for name, a, b in zip(names, got, expected, strict=True):
+        apart = units_apart(a, b)
+        assert apart <= UNITS[name], f"{name}: {apart} units"
 
 
 def compare(q, k, v, **options):
     """With the kernel that runs on every card, which its own tests hold against float64."""
     widths = (q.dtype, q.shape[-1], v.shape[-1])
     got, expected = (flashgqa.attention(q, k, v, return_lse=True, kernel=row_for(*widths, arch), **options) for arch in (90, 80))
-    assert_close(got, expected, q.dtype)
+    assert_alike(got, expected)
     return got
 
 
@@ -181,7 +194,7 @@ def test_tiles_that_see_nothing(name, shape):
             out = torch.full((6, hq, sq, dv), float("nan"), device="cuda", dtype=dtype)
             _, lse = flashgqa.attention(q, k, v, out=out, kernel=name, **options)
             other = row_for(dtype, d, dv, 80) if "softcap" not in options else f"fwd_sm80_{DTYPES[dtype]}_d256_dv256_general"
-            assert_close((out, lse), flashgqa.attention(q, k, v, kernel=other, **options), dtype)
+            assert_alike((out, lse), flashgqa.attention(q, k, v, kernel=other, **options))
             assert not out[padding].any() and lse[padding].isneginf().all() and not out[3].any()
             nothing = torch.full((hq,), -torch.inf, device="cuda") if sink is None else sink.float()
             assert torch.equal(lse[3], nothing[:, None].expand(hq, sq))
@@ -245,7 +258,7 @@ def test_kv_caches(d, dv, cache):
         wide = 128 if max(d, dv) <= 128 else 256
         general = f"fwd_sm80_bf16_d{wide}_dv{wide}_cache"
         expected = flashgqa.attention_with_kvcache(q, *copies, k_new, v_new, return_lse=True, kernel=general, **more)
-        assert_close(got, expected, dtype)
+        assert_alike(got, expected)
         assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(caches, copies, strict=True))
 
 
