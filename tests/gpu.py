@@ -66,6 +66,28 @@ def _write_back(out, t):
         out[...] = get(t)
 
 
+# Of 16-bit results units_apart() is 1.4 (out), 14 (lse, with ALiBi), 2.1, 1.9 and 1 at most in tests/test_hopper*.py.
+UNITS = {"out": 3, "lse": 32, "dq": 4, "dk": 4, "dv": 4, "dbias": 4, "dsink": 4}
+
+
+def units_apart(got, expected, dtype=None):
+    """The largest difference of two tensors, in units of the epsilon of dtype (default: the first one's) times the largest
+    element of the row; of rows that are small beside the rest, differences of large numbers, times 1/64 of the largest of all.
+    A NaN or inf that one of them lacks is infinitely far.
+    """
+    a, b = got.double(), expected.to(got.device).double()
+    sizes = b.abs().where(b.isfinite(), 0).amax(-1, keepdim=True)
+    units = (a - b).abs() / sizes.clamp(min=sizes.max() / 64) / torch.finfo(dtype or got.dtype).eps
+    return units.where((a != b) & ~(a.isnan() & b.isnan()), 0).nan_to_num(torch.inf).max().item()
+
+
+def assert_alike(got, expected, names=("out", "lse"), factor=1, dtype=None):
+    """Results that differ by how weights and their gradients round, row by row: `factor` times what two kernels may."""
+    for name, a, b in zip(names, got, expected, strict=True):
+        apart = units_apart(a, b, dtype)
+        assert apart <= factor * UNITS[name], f"{name}: {apart} units"
+
+
 class CudaBackend:
     """variant None: the plan chooses; "general": the smallest kernel of that variant that fits."""
 

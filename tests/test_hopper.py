@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+from gpu import assert_alike
 from test_cuda import qkv
 
 import flashgqa
@@ -13,7 +14,6 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ROWS = [row["name"] for row in flashgqa.kernels()
         if row["name"].startswith("fwd_sm90") and row["name"].endswith("plain") and row["available"]]
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
-UNITS = {"out": 3, "lse": 32, "dq": 4, "dk": 4, "dv": 4}         # units_apart(): measured 1.4, 14, 2.1, 1.9, 1
 MASKS = {
     "full": {}, "causal": {"causal": True}, "top-left": {"causal": True, "align": "top-left"}, "window": {"window": (37, 21)},
     "chunk": {"chunk": 48, "causal": True}, "left": {"window": (50, None)},
@@ -29,24 +29,6 @@ def row_for(dtype, d, dv, arch=90, which="fwd"):
             if int(widths[0]) >= d and int(widths[1].removeprefix("dv")) >= dv:
                 return row["name"]
     raise AssertionError(f"no row for {dtype} {d} {dv}")
-
-
-def units_apart(got, expected):
-    """The largest difference between two kernels' results, in units of the dtype's epsilon times the largest element of the row;
-    of rows that are small beside the rest, differences of large numbers, times 1/64 of the largest element of all. A NaN or inf
-    that one of them lacks is infinitely far.
-    """
-    a, b = got.double(), expected.double()
-    sizes = b.abs().where(b.isfinite(), 0).amax(-1, keepdim=True)
-    units = (a - b).abs() / sizes.clamp(min=sizes.max() / 64) / torch.finfo(got.dtype).eps
-    return units.where((a != b) & ~(a.isnan() & b.isnan()), 0).nan_to_num(torch.inf).max().item()
-
-
-def assert_alike(got, expected, names=("out", "lse")):
-    """Both are within the error rule, against float64; they differ by how weights and their gradients round."""
-    for name, a, b in zip(names, got, expected, strict=True):
-        apart = units_apart(a, b)
-        assert apart <= UNITS[name], f"{name}: {apart} units"
 
 
 def compare(q, k, v, **options):

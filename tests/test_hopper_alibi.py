@@ -6,7 +6,8 @@ import itertools
 import pytest
 import torch
 from cases import Case
-from test_hopper import DTYPES, MASKS, ROWS, assert_alike, inputs, random, row_for
+from gpu import assert_alike
+from test_hopper import DTYPES, MASKS, ROWS, inputs, random, row_for
 from test_hopper_softcap import check_forward_row, extents, general
 
 import flashgqa

@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 import torch
-from test_hopper import DTYPES, MASKS, assert_alike, inputs, random, row_for
+from gpu import assert_alike
+from test_hopper import DTYPES, MASKS, inputs, random, row_for
 
 import flashgqa
 from flashgqa._bounds import BACKWARD_FACTOR, EPSILON

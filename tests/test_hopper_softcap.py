@@ -9,8 +9,8 @@ import pytest
 import torch
 from cases import Case, built, gradients
 from checking import accumulator, assert_within
-from gpu import CudaBackend
-from test_hopper import DTYPES, MASKS, assert_alike, inputs, random, row_for
+from gpu import CudaBackend, assert_alike
+from test_hopper import DTYPES, MASKS, inputs, random, row_for
 from test_hopper import ROWS as FORWARD_ROWS
 from test_hopper_backward import ROWS as BACKWARD_ROWS
 
