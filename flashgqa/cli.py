@@ -25,6 +25,13 @@ def _positive(text):
     return value
 
 
+def _seconds(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
+    return value
+
+
 def _heads(text):
     """(hq, hk) of "32/8"."""
     hq, _, hk = text.partition("/")
@@ -101,7 +108,7 @@ def _parser():
     sub.add_argument("--heads", type=_heads, default=(32, 8), metavar="HQ/HK", help="query heads / KV heads (default 32/8)")
     sub.add_argument("--dim", type=_positive, default=128, help="head dim (default 128)")
     sub.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default float32")
-    sub.add_argument("--seconds", type=float, default=1.0, help="a row (default 1)")
+    sub.add_argument("--seconds", type=_seconds, default=1.0, help="a row (default 1)")
     sub.add_argument("--plot", metavar="FILE", help="bar chart as png, svg or pdf; needs matplotlib")
     sub.add_argument("--threads", type=_positive, help="default: all cores that this process may use")
 
