@@ -78,12 +78,13 @@ def test_module_is_abi3_and_exports_its_init_only():
 
 def test_no_run_time_path_of_the_build():
     """The module must not look for libraries in folders of the machine that built it, nor need any but libc's."""
-    if shutil.which("readelf"):
-        needed = subprocess.run(["readelf", "-d", flashgqa._C.__file__], capture_output=True, text=True, check=True).stdout
-        libraries = set(re.findall(r"NEEDED.*\[(.+?)\]", needed))
-        allowed = {"libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64", "ld-linux-aarch64", "libasan", "libubsan"}
-        assert {name.split(".")[0] for name in libraries} <= allowed
-        assert "PATH)" not in needed      # RPATH, RUNPATH
+    if not shutil.which("readelf"):
+        pytest.skip("needs readelf")
+    needed = subprocess.run(["readelf", "-d", flashgqa._C.__file__], capture_output=True, text=True, check=True).stdout
+    libraries = set(re.findall(r"NEEDED.*\[(.+?)\]", needed))
+    allowed = {"libc", "libm", "libpthread", "libdl", "librt", "ld-linux-x86-64", "ld-linux-aarch64", "libasan", "libubsan"}
+    assert libraries and {name.split(".")[0] for name in libraries} <= allowed
+    assert "PATH)" not in needed      # RPATH, RUNPATH
 
 
 def test_cuda_asked_for_but_impossible_is_an_error(tmp_path):
