@@ -337,10 +337,11 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
         const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
         const uint32_t at = place_of_rows(rq, rt);
         fgqa_range seen[BLOCK_Q / 32];                           /* of rows that have no place yet */
+        const int32_t last_row = t.row0 + t.valid - 1;           /* of others nobody asks for O */
         more = t.block_end != 0;
 #pragma unroll 1
         for (int n = 0; n < BLOCK_Q / 32; n++) {                 /* one copy of the code: at a launch it comes from memory */
-            const int32_t i = t.row0 + lane + 32 * n >> p.list.pack;
+            const int32_t i = min(t.row0 + lane + 32 * n, last_row) >> p.list.pack;
             fgqa_range x = {0, 0};
             if (more && i < mask.sq) { x.begin = fgqa_kv_begin(&mask, i); x.end = fgqa_kv_end(&mask, i); }
             if (R_STAGES == T_STAGES) { sm.rows[at][lane + 32 * n] = x; }

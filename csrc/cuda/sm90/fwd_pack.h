@@ -10,7 +10,7 @@
 enum { FGQA_MOST_PACKED = 64 };
 
 /* log2 of the query heads of a group that share a tile of block_q packed rows: row r is row r >> pack of head r % 2^pack. 0 where
- * the rows of one head fill their tiles nearly as well. Of packed sequences lengths are not known here, and on average the last tile of
+ * the rows of one head fill their tiles as well. Of packed sequences lengths are not known here, and on average the last tile of
  * each is half empty: 32 tokens of four heads are less than 128 of one. */
 static inline int32_t fgqa_hopper_pack(const fgqa_problem *p, int32_t block_q)
 {
@@ -18,7 +18,7 @@ static inline int32_t fgqa_hopper_pack(const fgqa_problem *p, int32_t block_q)
     int32_t pack = 0;
     while (p->g % (2 << pack) == 0 && 2 << pack <= FGQA_MOST_PACKED) { pack++; }
     const int64_t usual = fgqa_usual_rows(p), alone = (usual + block_q - 1) / block_q << pack, shared = ((usual << pack) + block_q - 1) / block_q;
-    return (4 * alone < 5 * shared && !p->varlen) || rows << pack > INT32_MAX / 2 ? 0 : pack;
+    return (alone <= shared && !p->varlen) || rows << pack > INT32_MAX / 2 ? 0 : pack;
 }
 
 /* Of packed sequences, at most so many. */

@@ -13,6 +13,7 @@
 #pragma once
 #include "../common/params.cuh"
 #include "../common/split.cuh"
+#include "warpgroup.cuh"
 
 struct tile_list {
     uint32_t row_blocks, pairs, section, items;   /* padded only; pairs = b * units, items = row_blocks * pairs * splits */
@@ -33,6 +34,18 @@ struct tile {
 
 /* Which rows of which unit: what the list itself says of a tile. */
 struct tile_place { int32_t batch, head, row0, part; };
+
+/* How many rows the first tile of a unit has less than others: in tiles of three warpgroups those of warpgroups that find no rows, which
+ * would walk all keys under a causal mask if the last tile lacked them. Whole warpgroups, so that diagonals stay where blocks end. */
+template <int BLOCK_Q> static __device__ __forceinline__ uint32_t less_at_first(uint32_t rows, uint32_t blocks)
+{
+    return BLOCK_Q > 2 * WG_ROWS ? (blocks * BLOCK_Q - rows) / WG_ROWS * WG_ROWS : 0;
+}
+
+template <int BLOCK_Q> static __device__ __forceinline__ int32_t first_row_of(uint32_t n, uint32_t rows, uint32_t blocks)
+{
+    return max((int32_t)(n * BLOCK_Q - less_at_first<BLOCK_Q>(rows, blocks)), 0);
+}
 
 /* Where a block stands in a packed list: sequences before `base`, of 32 at a time, have `before` row blocks. */
 struct packed_cursor { int32_t base; uint32_t before; };
@@ -59,7 +72,8 @@ static __device__ bool find_packed(const fgqa_problem &p, const tile_list &list,
             const int from = __ffs(found) - 1;
             place->batch = at->base + from;
             place->head = (int32_t)(tile % list.units) << list.pack;
-            place->row0 = (int32_t)(at->before + __shfl_sync(0xFFFFFFFFu, until, from) - 1 - wanted) * BLOCK_Q;
+            const uint32_t n = at->before + __shfl_sync(0xFFFFFFFFu, until, from) - 1 - wanted;
+            place->row0 = first_row_of<BLOCK_Q>(n, __shfl_sync(0xFFFFFFFFu, rows, from), __shfl_sync(0xFFFFFFFFu, blocks, from));
             return true;
         }
         at->before += __shfl_sync(0xFFFFFFFFu, until, 31);
@@ -68,13 +82,14 @@ static __device__ bool find_packed(const fgqa_problem &p, const tile_list &list,
     return false;
 }
 
-template <int BLOCK_Q> static __device__ __forceinline__ void find_padded(const tile_list &list, uint32_t tile, tile_place *place)
+template <int BLOCK_Q>
+static __device__ __forceinline__ void find_padded(const fgqa_problem &p, const tile_list &list, uint32_t tile, tile_place *place)
 {
     const uint32_t section = min(tile / (list.section * list.row_blocks), list.last);
     const uint32_t rest = tile - section * list.section * list.row_blocks;
     const uint32_t width = section == list.last ? list.pairs - section * list.section : list.section;
     const uint32_t pair = section * list.section + rest % width;
-    place->row0 = (int32_t)(list.row_blocks - 1 - rest / width) * BLOCK_Q;
+    place->row0 = first_row_of<BLOCK_Q>(list.row_blocks - 1 - rest / width, (uint32_t)p.sq << list.pack, list.row_blocks);
     place->head = (int32_t)(pair % list.units) << list.pack;
     place->batch = (int32_t)(pair / list.units);
 }
@@ -95,8 +110,9 @@ static __device__ __forceinline__ void describe_tile(const fgqa_problem &p, cons
     t->sq = mask.sq;
     t->sk = mask.sk;
     t->diag = mask.diag;
-    t->valid = min(BLOCK_Q, (rows << list.pack) - place.row0);
-    const int32_t i0 = place.row0 >> list.pack, i1 = min((place.row0 + BLOCK_Q - 1 >> list.pack) + 1, mask.sq);
+    const int32_t all = rows << list.pack, first = place.row0 > 0 ? 0 : (int32_t)less_at_first<BLOCK_Q>(all, (all + BLOCK_Q - 1) / BLOCK_Q);
+    t->valid = min(BLOCK_Q - first, all - place.row0);
+    const int32_t i0 = place.row0 >> list.pack, i1 = min(place.row0 + t->valid >> list.pack, mask.sq);
     if (i0 < mask.sq) { keys = fgqa_kv_range(&mask, i0, i1); }
     fgqa_range blocks = {keys.begin / BLOCK_K, (keys.end + BLOCK_K - 1) / BLOCK_K};
     if (keys.begin == keys.end) { blocks.end = blocks.begin; }
@@ -124,7 +140,7 @@ template <int BLOCK_Q> struct tile_walk {
             items *= list.splits;
         } else {
             some = item < items;
-            if (some) { find_padded<BLOCK_Q>(list, tile, place); }
+            if (some) { find_padded<BLOCK_Q>(p, list, tile, place); }
         }
         if (!some && counter && round > 0 && item == items + gridDim.x - 1) { *counter = 0; }      /* the last claim of the launch */
         return some;
