@@ -24,6 +24,7 @@
  * tile_empty[t]   collector (1)                                scheduler                 the place is free
  * k_full, v_full  producer + bytes (1)                         consumers                 block is there
  * k_empty, ..     one thread of each consumer warpgroup        producer                  block was used by all
+ * named TURN + n  warpgroup n - 1 arrives, n syncs (256)       consumers                 Q K^T of the one before is done
  * Q's buffer is free before O of its tile is there, so there are two places t more than Q buffers s: tile n is announced when O of
  * tile n - T_STAGES, in whose place it comes, is stored, but before the Q buffer it needs is free. So its keys, its masks and what a
  * claim costs are not waited for.
@@ -70,11 +71,12 @@ static constexpr int T_STAGES = Q_STAGES + 2;                    /* of tiles[] *
 static constexpr int LEFT = SM_BYTES - LEAST - (Q_STAGES - 1) * Q_BYTES - (V_STAGES - STAGES) * V_BYTES;
 static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES : Q_STAGES;      /* of rows[] */
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
+static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products: three warpgroups get into each other's way, two do not */
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : 160;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 enum chain { PLAIN, CAPPED, ALIBI };                             /* of scores, besides the scale and the mask: a kernel of its own each */
-enum { TOGETHER = 1 };                                           /* named barrier TOGETHER + n of warpgroup n; 0 is __syncthreads */
+enum { TURN = 1, TOGETHER = TURN + WG_COUNT };                   /* named barriers TURN + n, TOGETHER + n of warpgroup n; 0 is __syncthreads */
 
 struct fwd_params {
     CUtensorMap q_map, k_map, v_map;                             /* dims (d, head, row, batch or page); box 64 columns x heads x rows */

@@ -169,7 +169,7 @@ struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
-    constexpr bool CROSS = CROSS_TILE && !CAREFUL;
+    constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
     const float scale_log2 = (CHAIN == CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
@@ -254,6 +254,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             const int first[2] = {begin[0] - j * BLOCK_K, begin[1] - j * BLOCK_K};
             hide_before(s, first);
         }
+    };
+    auto await_turn = [&] {
+        if (TURNS) { bar_sync(TURN + wg, 256); }
+    };
+    auto pass_turn = [&] {
+        if (TURNS) { bar_arrive(TURN + (wg + 1 == WG_COUNT ? 0 : wg + 1), 256); }
     };
     auto qk = [&](float (&s)[BLOCK_K / 2]) {
         wgmma_fence();
@@ -344,6 +350,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 #pragma unroll 1
         for (int n = skipped; n > 0; n--) {
             if (k) {
+                await_turn();
+                pass_turn();
                 if (warp % 4 == 0) { wait_k(); }
                 release_k();
             }
@@ -372,9 +380,11 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     auto step = [&](int j, auto masked) {
         float s[BLOCK_K / 2];
         const int accumulate = j < block_end - 2;
+        await_turn();
         qk(s);
         pv(accumulate);
         wgmma_wait<1>();
+        pass_turn();
         wgmma_pin(s);
         release_k();
         score(s, j);
@@ -390,6 +400,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             for (; !CAREFUL && j >= block_begin && j < full.end && j >= full.begin; j--) { step(j, std::false_type{}); }
         }
     };
+    if (wg == WG_COUNT - 1) { pass_turn(); }
     if (!take_tile()) { return; }
     skip_blocks(true, true);
     first_block();
@@ -407,10 +418,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             float s[BLOCK_K / 2];
             skip_blocks(true, false);
             wait_k();
+            await_turn();
             qk(s);
             pv(accumulate);
             take_rows();
             wgmma_wait<1>();
+            pass_turn();
             wgmma_pin(s);
             release_k();
             score(s, block_end - 1);
