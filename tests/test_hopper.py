@@ -148,7 +148,7 @@ def test_streams_share_no_counter_and_graphs_need_none():
 @pytest.mark.parametrize("g", [1, 2, 3, 4, 12, 64, 71])
 @pytest.mark.parametrize("d", [64, 128])
 def test_heads_share_tiles(d, g, dtype):
-    """Of padded and of packed sequences, whose short tiles leave by other ways; of d 64 the first tile is short, by whole warpgroups."""
+    """Of padded and of packed sequences, whose short tiles leave by other ways. Of d 64 the first tile may be short."""
     lengths = (1, 5, 33, 130, 150) if g > 12 else (1, 5, 33, 130, 150, 193, 257, 389, 448)
     for sq, (mask, options) in itertools.product(lengths, MASKS.items()):
         sk = 200 if mask == "full" else sq + 70
