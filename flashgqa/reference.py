@@ -468,9 +468,17 @@ def rotate(x, cos, sin, positions, interleaved=False):
 
 def _stored(x, scale, dtype):
     """x as a cache of this dtype keeps it."""
-    if not str(dtype).startswith("float8"):
-        return x.astype(dtype)
-    return np.clip(x / _real(scale)[..., None, None], -448, 448).astype(dtype)
+    if str(dtype).startswith("float8"):
+        x = np.clip(x / _real(scale)[..., None, None], -448, 448)
+    return x.astype(dtype) if dtype.itemsize > 2 else _for_one_rounding(x).astype(dtype)
+
+
+def _for_one_rounding(x):
+    """x as float32 whose last bit is set where it leaves something out: ml_dtypes narrows by way of float32, and rounds that."""
+    near = x.astype(np.float32)
+    size, near_size = np.abs(x), np.abs(near).astype(x.dtype)
+    bits = near.view(np.uint32) - (size < near_size).astype(np.uint32)
+    return (bits | (size != near_size) & (x == x)).view(np.float32)
 
 
 def cached_sequences(

@@ -288,6 +288,32 @@ def test_float8_rounds_to_nearest_and_saturates(rng):
         assert out.item() == value.astype(np.float32).item() or (np.isnan(out).all() and n % 128 == 127)
 
 
+@pytest.mark.parametrize("by", [flashgqa, flashgqa.reference], ids=["cpu", "oracle"])
+def test_new_keys_are_rounded_once(by):
+    """By way of float32 each of these would become a tie, and that be rounded to the even side."""
+    import ml_dtypes
+
+    def appended(x, dtype, **options):
+        new = np.array(x, options.pop("of"))[None, None, None]
+        caches = [np.zeros((1, 1, 1, new.shape[-1]), dtype) for _ in range(2)]
+        q = np.ones((1, 1, 1, new.shape[-1]), np.float32 if new.dtype == np.float32 else dtype)
+        by.attention_with_kvcache(q, *caches, new, new, cache_lens=np.array([0], np.int32), **options)
+        return caches[0].astype(np.float64).ravel()
+
+    scale = np.array([2.6895964], np.float32)
+    x = np.array([-0.3256933, 0.3256933, np.nan, 1e6, -1e6, 0], np.float32)
+    kept = appended(x, ml_dtypes.float8_e4m3fn, of=np.float32, k_scale=scale, v_scale=scale)
+    np.testing.assert_array_equal(kept, [-0.1171875, 0.1171875, np.nan, 448, -448, 0])
+    for dtype, bits in ((np.float16, 11), (ml_dtypes.bfloat16, 8)):
+        step = 2.0 ** (1 - bits)      # of numbers above 1
+        for sign in (1, -1):
+            # A little more than the middle of the first two, a little less than that of the next.
+            for middle, rest, wanted in ((1 + step / 2, 2.0**-30, 1 + step), (1 + 3 * step / 2, -(2.0**-30), 1 + step)):
+                cos, sin = np.array([[middle]]), np.array([[-rest]])
+                kept = appended([sign, sign], dtype, of=dtype, rotary=(cos, sin))
+                assert kept[0] == sign * wanted, (dtype, sign, middle, rest)
+
+
 # ---- arrays of others, and the documentation ----
 
 

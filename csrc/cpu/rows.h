@@ -1,6 +1,6 @@
 /* rows.h - rows of any dtype and stride to and from reals.
  *
- * Nothing outside the n elements of a row is touched. Narrowing rounds to nearest even.
+ * Nothing outside the n elements of a row is touched. Narrowing rounds to nearest even, once.
  */
 #ifndef FGQA_ROWS_H
 #define FGQA_ROWS_H
@@ -57,6 +57,23 @@ SIMD uint8_t f8_from_float(float x)
     return (uint8_t)(sign | (magnitude >= 0x43E80000u ? special : magnitude < 0x3C800000u ? subnormal : normal));
 }
 
+/* A real as the float from which it is narrowed further. Of a double whatever the float leaves out sets the last bit, so that the
+ * second rounding is that of the double: a tie is a tie only if it was one. */
+SIMD float row_float(real x)
+{
+    const float near = (float)x;
+#if FGQA_REAL_F64
+    const double size = __builtin_fabs(x), near_size = __builtin_fabs((double)near);
+    if (size < near_size) { return float_from_bits((float_bits(near) - 1u) | 1u); }
+    if (size > near_size) { return float_from_bits(float_bits(near) | 1u); }
+#endif
+    return near;
+}
+
+SIMD uint16_t bf16_from_real(real x) { return bf16_from_float(row_float(x)); }
+SIMD uint16_t f16_from_real(real x) { return f16_from_float(row_float(x)); }
+SIMD uint8_t f8_from_real(real x) { return f8_from_float(row_float(x)); }
+
 /* to[n] = from[0], from[stride], ... as reals. */
 FGQA_SHARED void row_load(real *restrict to, const void *from, fgqa_dtype dtype, int64_t stride, int32_t n)
 {
@@ -109,8 +126,8 @@ FGQA_SHARED void row_store(void *to, fgqa_dtype dtype, int64_t stride, const rea
     switch (dtype) {
     case FGQA_F64: ROW_STORE(double, ); break;
     case FGQA_F32: ROW_STORE(float, ); break;
-    case FGQA_BF16: ROW_STORE(uint16_t, bf16_from_float); break;
-    case FGQA_F8E4M3: ROW_STORE(uint8_t, f8_from_float); break;
+    case FGQA_BF16: ROW_STORE(uint16_t, bf16_from_real); break;
+    case FGQA_F8E4M3: ROW_STORE(uint8_t, f8_from_real); break;
     case FGQA_F16: {
         int32_t done = 0;
 #if defined(__F16C__) && !FGQA_REAL_F64
@@ -124,7 +141,7 @@ FGQA_SHARED void row_store(void *to, fgqa_dtype dtype, int64_t stride, const rea
         to = (uint16_t *)to + (int64_t)done * stride;
         from += done;
         n -= done;
-        ROW_STORE(uint16_t, f16_from_float);
+        ROW_STORE(uint16_t, f16_from_real);
         break;
     }
     default: break;
