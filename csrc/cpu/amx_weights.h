@@ -20,14 +20,26 @@
 #define AMX_RING (AMX_AHEAD + 2)
 #define AMX_STRIP (AMX_DEPTH * PANEL)   /* scores of a strip */
 
-/* 2^x as v_exp2() gives it, in a task, where subnormal results are flushed. */
+/* 2^(n/32) */
+static const _Alignas(64) float amx_power[32] = {
+    1.0f, 1.02189715f, 1.04427378f, 1.0671404f, 1.09050773f, 1.11438674f, 1.13878863f, 1.16372486f,
+    1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f, 1.35425555f, 1.38390988f,
+    1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f, 1.57598085f, 1.61049033f, 1.64575548f,
+    1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f,
+};
+
+/* 2^x to 1.8e-7, in a task, where subnormal results are flushed: a table and a polynomial of degree 2 on [0, 1/32) (minimax, p(0) = 1,
+ * 6.6e-8). Beside tiles it is float operations that count: a degree of 5 without a table takes one more. */
 SIMD vreal amx_exp2(vreal x)
 {
-    const __m512 f = _mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-    return (vreal)_mm512_scalef_ps((__m512)exp2_polynomial((vreal)f), (__m512)x);
+    const vreal r = (vreal)_mm512_reduce_ps((__m512)x, 5 << 4 | _MM_FROUND_TO_NEG_INF);    /* x - floor(32*x)/32 */
+    const __m512 n = _mm512_add_round_ps((__m512)x, _mm512_set1_ps(0x1.8p18f), _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);   /* low bits: floor(32*x) */
+    const vreal power = (vreal)_mm512_permutex2var_ps(_mm512_load_ps(amx_power), (__m512i)n, _mm512_load_ps(amx_power + VL));
+    const vreal p = (v_set1(0.2426526924f) * r + v_set1(0.6931237316f)) * (power * r) + power;
+    return (vreal)_mm512_scalef_ps((__m512)p, (__m512)x);     /* scalef takes floor(x) itself */
 }
 
-/* The same to 8.6e-5 (minimax, p(0) = 1): for what is rounded to bfloat16 and not added up. */
+/* 2^x to 8.6e-5 (minimax, p(0) = 1): for what is rounded to bfloat16 and not added up. */
 SIMD vreal amx_exp2_short(vreal x)
 {
     const vreal f = (vreal)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
@@ -42,14 +54,23 @@ SIMD __m512i amx_narrow_pairs(vreal a, vreal b)
     return _mm512_permutexvar_epi16(order, amx_narrow((__m512)a, (__m512)b));
 }
 
+/* The same for weights, ties up instead of to even, in four operations that any vector unit has; the conversion above and its order
+ * take three cycles of both. A NaN may become a number here, but then the sum of its lane's weights is NaN. */
+SIMD __m512i amx_round_pairs(vreal a, vreal b)
+{
+    const __m512i half = _mm512_set1_epi32(0x8000), high_words = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);
+    const __m512i even = _mm512_shuffle_epi8(_mm512_add_epi32((__m512i)a, half), high_words);
+    return _mm512_mask_blend_epi16(0x55555555, _mm512_add_epi32((__m512i)b, half), even);
+}
+
 /* Such pairs at `to` and, unless `low` is 0, what they leave of the numbers `low` behind. */
 SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
 {
-    const __m512i pairs = amx_narrow_pairs(a, b);
+    const __m512i pairs = amx_round_pairs(a, b);
     _mm512_store_si512(to, pairs);
     if (low) {
         const vreal a_high = (vreal)_mm512_slli_epi32(pairs, 16), b_high = (vreal)_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000));
-        _mm512_store_si512(to + low, amx_narrow_pairs(a - a_high, b - b_high));
+        _mm512_store_si512(to + low, amx_round_pairs(a - a_high, b - b_high));
     }
 }
 
