@@ -212,14 +212,36 @@ def test_batch_invariant_rows_do_not_depend_on_the_batch():
 
 
 def test_batch_invariant_rows_of_many_chunks():
-    """The order in which 20 or 10 of them are added up depends neither on how many sequences there are nor on who adds: blocks
-    that share a sequence, or the one that has all of it."""
-    for g, (b, sk) in itertools.product((4, 32), ((64, 20000), (140, 9500))):
+    """The order in which 20, 10 or 3 of them are added up depends neither on how many sequences there are nor on who adds: blocks
+    that share a sequence, or the one that has all of it, few in its registers."""
+    for g, (b, sk) in itertools.product((4, 16, 32), ((64, 20000), (140, 9500), (140, 2500), (128, 2048))):
         q, k, v = inputs(b, 1, g, 1, sk)
         together = flashgqa.attention(q, k, v, batch_invariant=True)
         for n in (1, 3, 16):
             few = flashgqa.attention(q[:n], k[:n], v[:n], batch_invariant=True)
             assert torch.equal(few, together[:n])
+
+
+@pytest.mark.parametrize("g", [4, 16, 32])
+def test_chunks_of_whole_sequences(g):
+    """More sequences than blocks: of some, chunks are added up where they were made; lengths differ, one has none."""
+    lens = int32([2100 - 7 * n for n in range(135)] + [0])
+    q, k, v = inputs(136, 1, g, 1, 2100, lens=lens)
+    sink = torch.linspace(-2, 2, g, device="cuda")
+    check(q, k, v, "decode" if g <= 8 else "decodewide", kv_lens=lens, batch_invariant=True, sink=sink)
+
+
+@pytest.mark.parametrize(("sq", "g"), [(1, 4), (2, 4), (1, 32)])
+def test_blocks_with_several_sequences(sq, g):
+    """Lengths on the device, of equally many granules: a block has sequences far from each other, with their own lengths."""
+    for b, hk in ((64, 8), (250, 1), (256, 1), (33, 8)):
+        lens = int32([300 - n % 40 for n in range(b)])
+        q, k, v = inputs(b, hk, g, sq, 300, lens=lens)
+        for window in ((None, None), (100, 0)):
+            check(q, k, v, "decode" if sq * g <= 8 else "decodewide", kv_lens=lens, causal=True, window=window)
+    full = torch.full_like(lens, 300)
+    q, k, v = inputs(b, hk, g, sq, 300)
+    assert torch.equal(flashgqa.attention(q, k, v, kv_lens=full, causal=True), flashgqa.attention(q, k, v, causal=True))
 
 
 def test_one_graph_serves_all_lengths():

@@ -10,7 +10,8 @@
  *     in place    the blocks themselves. Each counts itself on the pair's counter when its record is written, waits until all
  *                 have, and does its share of the items. All blocks are resident: the launch is cooperative. The last one to
  *                 count leaves 0 behind. Who has two such pairs counts on both before it waits for one.
- *     at once     the block that has all chunks of a pair, with batch_invariant.
+ *     at once     the block that has all chunks of a pair, with batch_invariant; in registers, without records, where they are few
+ *                 and the kernel can (p.folds).
  *     in pairs    two blocks of a cluster that have half of a pair each, without records (dec_wide_end.cuh).
  *     afterwards  a second kernel, where there is no counter.
  */
@@ -55,6 +56,15 @@ static __device__ __forceinline__ void merge_planes(dec_partial &a, float scale_
         for (int e = 0; e < ITEM; e++) { a.o[e] += __shfl_xor_sync(0xFFFFFFFFu, a.o[e], d); }
     }
 }
+
+/* sum += a part, in one rounding order wherever it is done: chunks of a pair may be added up in registers or from records. */
+static __device__ __forceinline__ float2 fold_weights(float &m, float part_m, float scale_log2)
+{
+    const float own = m;
+    m = fmaxf(m, part_m);
+    return make_float2(ex2((own - finite_max(m)) * scale_log2), ex2((part_m - finite_max(m)) * scale_log2));
+}
+static __device__ __forceinline__ float fold(float sum, float part, float2 weights) { return __fmaf_rn(part, weights.y, __fmul_rn(sum, weights.x)); }
 
 /* sum += N partials at once; m = -inf where there is none. */
 template <int N> static __device__ __forceinline__ void merge_batch(dec_partial &sum, const dec_partial (&part)[N], float scale_log2)
@@ -148,7 +158,7 @@ static __device__ __forceinline__ void load_part(dec_partial &part, const float 
 }
 
 /* By `warps` warps (a power of two) of which this is number `warp`. A lane has an item of a group of eight, item lane % 8.
- *   few parts:  a lane takes all of them; a warp has 4 groups in hand.
+ *   few parts:  a lane takes all of them, FEW_PARTS records in flight; a warp has 4 groups in hand.
  *   many parts: a lane takes parts plane, plane + planes, ...; planes merge inside the warp, then across the `spread` warps of
  *               the group through `scratch` ([warps][8] in shared memory) and the named barrier `barrier`. Of chunks the order of
  *               the sum depends on their number alone.
@@ -156,13 +166,12 @@ static __device__ __forceinline__ void load_part(dec_partial &part, const float 
 template <class Wait> static __device__ __forceinline__ void combine_items(const dec_params &p, const dec_share &share, int warp, int warps, int barrier,
                                                                            dec_partial *scratch, bool rehearsal, const Wait &wait)
 {
-    constexpr int BATCH = 8;                    /* records in flight per lane */
     const dec_parts &parts = share.parts;
     const pair_rows rows = pair_rows_of(p, share.h);
     const int lane = (int)thread_index() % 32, quad = lane % 8, groups = (BLOCK_Q > 8 ? (rows.valid + 7) / 8 * 8 : rows.valid) * ITEMS_OF_ROW / 8;
     const int mine = max((groups - share.first + share.step - 1) / share.step, 1);
     const int32_t count = parts.count;
-    const bool few = count <= BATCH;
+    const bool few = count <= FEW_PARTS;
     int spread = 1;
     while (!few && 2 * spread * (parts.chunked ? 1 : mine) <= (parts.chunked ? CONSUMERS / 2 : warps) && 4 * spread < count) { spread *= 2; }
     const int planes = few ? 1 : 4 * spread, plane = few ? 0 : lane / 8 + 4 * (warp & (spread - 1));
@@ -179,16 +188,27 @@ template <class Wait> static __device__ __forceinline__ void combine_items(const
         dec_partial sum = empty_partial();
         if (waits) { wait(); }
         waits = false;
-        for (int j0 = plane; j0 < count; j0 += BATCH * planes) {
-            dec_partial part[BATCH];
+        for (int j0 = plane; j0 < count; j0 += FEW_PARTS * planes) {
+            dec_partial part[FEW_PARTS];
 #pragma unroll
-            for (int n = 0; n < BATCH; n++) {
+            for (int n = 0; n < FEW_PARTS; n++) {
                 const float *own = from + (n == 0 && j0 == 0 ? parts.offset * record_floats(p) : 0);
                 part[n] = empty_partial();
                 load_part(part[n], own, own + to_sums, exists && j0 + n * planes < count && !rehearsal);
                 from += planes * pitch;
             }
-            merge_batch(sum, part, p.scale_log2);
+            if (few && parts.chunked) {
+#pragma unroll
+                for (int n = 0; n < FEW_PARTS; n++) {
+                    if (n >= count) { continue; }
+                    const float2 weights = fold_weights(sum.m, part[n].m, p.scale_log2);
+                    sum.l = fold(sum.l, part[n].l, weights);
+#pragma unroll
+                    for (int e = 0; e < ITEM; e++) { sum.o[e] = fold(sum.o[e], part[n].o[e], weights); }
+                }
+            } else {
+                merge_batch(sum, part, p.scale_log2);
+            }
         }
         if (!few) { merge_planes(sum, p.scale_log2); }
         bool writer = exists && (few || lane < 8);
@@ -312,8 +332,8 @@ FGQA_SUFFIX(FGQA_ROW, _combine)(const __grid_constant__ dec_params p, int32_t st
         const length_scan scan(p, (int)thread_index() % 32);
         at = scan.pair(b, h);
         if (!p.layout.chunk) {
-            bool equal;
-            const int32_t units = scan.total(&equal);
+            bool equal, same;
+            const int32_t units = scan.total(&equal, &same);
             split = split_of(p, units, equal);
         }
     }

@@ -47,8 +47,15 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->split = split_of(*p, p->uniform ? (int32_t)pairs * p->units : 1, true);
     const bool even = p->uniform && p->layout.chunk == 0 && p->split.longer == 0;
     p->halves = even && joins_halves && p->layout.tile_rows == 32 && 2 * p->split.share == p->units;
-    p->whole_pairs = even && p->split.share % p->units == 0;
-    p->table = problem->cache.table;
+    p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
+    p->folds = BLOCK_Q > 8 && p->counters && p->layout.chunk && p->layout.tile_rows <= FOLD_ROWS && pairs >= p->blocks_aligned;      /* blocks may have whole pairs */
+    p->whole_pairs = p->uniform && leaves_no_records(*p, p->split, p->units);
+    const int ends = problem->align == FGQA_ALIGN_BOTTOM_RIGHT && problem->right >= 0;       /* the last row sees the last key */
+    p->lengths = {problem->q_lens, problem->kv_lens, problem->b, problem->sq, problem->sk, problem->left, problem->right, problem->chunk, problem->align,
+                  problem->left == FGQA_UNBOUNDED && problem->chunk <= 0 && (problem->right == FGQA_UNBOUNDED || ends),
+                  cache.page_size, cache.slots, cache.new_max, cache.capacity, cache.lens, cache.left_pad, cache.new_lens};
+    p->table = cache.table;
+    p->table_stride = cache.table_stride;
     p->plain = p->uniform && !p->table;
     p->page_size = problem->cache.page_size;
     p->pieces = has_pieces(problem->cache);
@@ -65,7 +72,6 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->chain = slopes || (capped ? p->cap_ratio == 0.0f : !is_unit(problem->scale));
     p->unit = p->chain ? 1.0f : p->cap_ratio != 0.0f ? (float)problem->softcap : p->common.scale;
     p->scale_log2 = p->unit * (float)FGQA_LOG2E;
-    p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
     const int error = make_tile_map(&p->k_map, &p->k_boxes, problem, FGQA_ARG_k, problem->d, deep_pieces);
     return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv, deep_pieces);
 }
@@ -109,6 +115,7 @@ static cudaError_t launch_decode(const void *kernel, dec_params *p, int32_t shar
     }
     if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
     p->counters = NULL;
+    p->folds = 0;
     error = launch_blocks(kernel, p, shared_bytes, ANY, stream);
     if (error != cudaSuccess || p->layout.records == 0) { return error; }
     const int64_t pairs = (int64_t)p->common.problem.b * p->layout.heads, groups = p->layout.tile_rows * ITEMS_OF_ROW / 8, wanted = 2 * p->layout.blocks / pairs;

@@ -59,12 +59,11 @@ template <int STREAMS> struct page_queue {
     }
     __device__ __forceinline__ void fetch(const dec_params &p)
     {
-        const fgqa_cache &cache = p.common.problem.cache;
         if (ahead.valid()) {
-            const int32_t last = p.by_page_size(cache.capacity - 1);
+            const int32_t last = p.by_page_size(p.lengths.capacity - 1);
 #pragma unroll
             for (int n = 0; n < PIECES; n++) {
-                cp_async_4(queue + 4 * (PIECES * at + n), p.table + ahead.segment.b * cache.table_stride
+                cp_async_4(queue + 4 * (PIECES * at + n), p.table + ahead.segment.b * p.table_stride
                                                                   + min(p.by_page_size(ahead.slot() + n * PIECE), last));
             }
             ahead.advance(p);

@@ -38,8 +38,20 @@ struct work_split {
     }
 };
 
+static constexpr int FEW_PARTS = 8, FOLD_ROWS = 32;     /* so many chunks of so many rows may be added up in registers (dec_combine.cuh) */
+
 /* What a block needs to know of a sequence. Keys are slots: key j is slot first_slot + j. */
 struct dec_sequence { int32_t first_slot, sk, sq; fgqa_dec_span span; };
+
+/* Fields of the problem that tell how long sequences are. Side by side: each line of the constant cache is a miss of its own. */
+struct dec_lengths {
+    const int32_t *q_lens, *kv_lens;
+    int32_t b, sq, sk, left, right, chunk;
+    fgqa_align align;
+    int32_t whole;                  /* some row sees the first key, some the last one: spans of slots are all that there are */
+    int32_t page_size, slots, new_max, capacity;
+    const int32_t *lens, *left_pad, *new_lens;
+};
 
 /* What the first copy waits for comes first: each line of the constant cache is a miss of its own. */
 struct dec_params {
@@ -49,14 +61,17 @@ struct dec_params {
     fast_div by_units, by_heads, by_row_blocks;
     int32_t units;                  /* of a pair, where they are equal */
     int32_t halves;                 /* uniform, each block has half of a pair and its cluster the whole: no records (dec_wide_end.cuh) */
-    int32_t whole_pairs;            /* uniform, and each block has whole ones: no records, either */
+    int32_t whole_pairs;            /* each block has whole ones: no records, either; false where that is not known before the launch */
+    int32_t folds;                  /* chunks of a pair that one block has are added up in registers, if they are few */
     int32_t uniform;                /* all sequences have the span and the split above */
     fgqa_dec_layout layout;
     fast_div by_page_size;
     const int32_t *table;
+    int64_t table_stride;
     int32_t page_size, pieces;      /* whether copies are of pieces */
     int32_t chunk_pitch, piece_pitch;   /* of a tile: bytes from one chunk, from one 16 keys to the next */
     int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
+    dec_lengths lengths;
     int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
     dec_sequence sequence;          /* each of them, where they are uniform */
     int32_t one_query;              /* uniform, and one query: all rows see these slots */
@@ -75,9 +90,29 @@ static __device__ __noinline__ fgqa_dec_span span_of(fgqa_mask mask, int32_t fir
 
 static __device__ __forceinline__ dec_sequence dec_sequence_at(const dec_params &p, int32_t b)
 {
+    const dec_lengths &l = p.lengths;
+    fgqa_problem problem;           /* in registers: what is looked at here */
+    problem.cu_seqlens_q = NULL;
+    problem.q_lens = l.q_lens;
+    problem.kv_lens = l.kv_lens;
+    problem.sq = l.sq;
+    problem.sk = l.sk;
+    problem.left = l.left;
+    problem.right = l.right;
+    problem.chunk = l.chunk;
+    problem.align = l.align;
+    problem.cache.page_size = l.page_size;
+    problem.cache.slots = l.slots;
+    problem.cache.new_max = l.new_max;
+    problem.cache.capacity = l.capacity;
+    problem.cache.lens = l.lens;
+    problem.cache.left_pad = l.left_pad;
+    problem.cache.new_lens = l.new_lens;
     int32_t rows;
-    const fgqa_sequence s = fgqa_device_sequence(p.common.problem, b, &rows);
-    const dec_sequence sequence = {(int32_t)s.k_row, s.mask.sk, s.mask.sq, span_of(s.mask, (int32_t)s.k_row)};
+    const fgqa_sequence s = fgqa_device_sequence(problem, b, &rows);
+    const int32_t first = (int32_t)s.k_row;
+    dec_sequence sequence = {first, s.mask.sk, s.mask.sq, {first / GRANULE, (first + s.mask.sk - 1) / GRANULE + 1 - first / GRANULE}};
+    if (!l.whole || s.mask.sq <= 0 || s.mask.sk <= 0) { sequence.span = span_of(s.mask, first); }
     return sequence;
 }
 
@@ -98,6 +133,12 @@ static __host__ __device__ __forceinline__ work_split split_of(const dec_params 
     split.share = units / split.blocks;
     split.longer = units - split.blocks * split.share;
     return split;
+}
+
+/* Of pairs of equal units: whether each block has whole ones, and makes their results without records. */
+static __host__ __device__ __forceinline__ bool leaves_no_records(const dec_params &p, const work_split &split, int32_t units)
+{
+    return (p.layout.chunk == 0 || units == 1 || (p.folds && units <= FEW_PARTS)) && split.longer == 0 && split.share % units == 0;
 }
 
 static __device__ __forceinline__ dec_place place_of_pair(const dec_params &p, int32_t pair)
@@ -131,27 +172,33 @@ struct length_scan {
     {
         if (b0 == 0 && kept) { return first; }
         fgqa_dec_span s = {0, 0};
-        if (b0 + lane < p.common.problem.b) { s = dec_sequence_at(p, b0 + lane).span; }
+        if (b0 + lane < p.lengths.b) { s = dec_sequence_at(p, b0 + lane).span; }
         return s;
     }
-    /* Units in all, and whether all sequences have equally many granules. */
-    __device__ __forceinline__ int32_t total(bool *equal) const
+    /* Units in all, whether all sequences have equally many granules, and whether these are the same ones. */
+    __device__ __forceinline__ int32_t total(bool *equal, bool *same) const
     {
-        int32_t sum = 0, least = INT32_MAX, most = 0;
-        for (int32_t b0 = 0; b0 < p.common.problem.b; b0 += 32) {
-            const int32_t count = span(b0).count;
+        int32_t sum = 0, least = INT32_MAX, most = 0, begin = __shfl_sync(0xFFFFFFFFu, first.first, 0);
+        bool differs = false;
+        for (int32_t b0 = 0; b0 < p.lengths.b; b0 += 32) {
+            const fgqa_dec_span own = span(b0);
+            const int32_t count = own.count;
             sum += units_of(p, count);
-            if (count > 0) { least = min(least, count); }
+            if (count > 0) {
+                least = min(least, count);
+                differs |= own.first != begin;
+            }
             most = max(most, count);
         }
         *equal = __reduce_min_sync(0xFFFFFFFFu, least) == __reduce_max_sync(0xFFFFFFFFu, most);
+        *same = *equal && !__any_sync(0xFFFFFFFFu, differs);
         return __reduce_add_sync(0xFFFFFFFFu, sum) * p.layout.heads;
     }
     __device__ __forceinline__ dec_place locate(int32_t unit) const
     {
         dec_place at = {0, 0, 1, 0, {0, 1}};
         int32_t before = 0;
-        for (int32_t b0 = 0; b0 < p.common.problem.b; b0 += 32) {
+        for (int32_t b0 = 0; b0 < p.lengths.b; b0 += 32) {
             const fgqa_dec_span own = span(b0);
             const int32_t units = units_of(p, own.count), after = before + warp_scan(units * p.layout.heads, lane);
             const uint32_t past = __ballot_sync(0xFFFFFFFFu, after > unit);
@@ -186,6 +233,42 @@ struct length_scan {
     }
 };
 
+/* How work is dealt out, with lengths on the device. Where blocks have several whole pairs each, of equal spans, block k has the pairs k,
+ * k + blocks, ...: heads of a sequence are read at the same time by neighbours, which finds more of small pages in open rows of memory
+ * than one block can that reads head by head. The next pair is then of the same head, b_step sequences further; 0: pairs follow each other. */
+struct dec_cut {
+    work_split split;
+    int32_t b_step;
+    bool whole_pairs;               /* several a block */
+    int32_t begin, end;             /* units of this block; none if it has no work */
+    bool same;
+    int32_t of_pair;                /* units, where all have the same span */
+    dec_place head;
+
+    __device__ __forceinline__ dec_cut(const dec_params &p, const length_scan &scan)
+    {
+        bool equal;
+        const int32_t block = (int32_t)blockIdx.x, units = scan.total(&equal, &same);
+        of_pair = units_of(p, __shfl_sync(0xFFFFFFFFu, scan.first.count, 0));
+        split = split_of(p, units, equal);
+        whole_pairs = equal && split.share > of_pair && leaves_no_records(p, split, of_pair);
+        const int32_t step = p.by_heads(split.blocks);
+        b_step = whole_pairs && same && step * p.layout.heads == split.blocks ? step : 0;
+        begin = split.begin(block);
+        end = block < split.blocks ? split.begin(block + 1) : begin;
+        head = place(p, scan, b_step ? min(block, split.blocks - 1) * of_pair : begin);
+        if (b_step) { head.pair_unit = begin; }
+    }
+    __device__ __forceinline__ dec_place place(const dec_params &p, const length_scan &scan, int32_t unit) const
+    {
+        if (!same) { return scan.locate(unit); }
+        const int32_t pair = unit / of_pair, b = min(p.by_heads(pair), p.lengths.b - 1);       /* behind the last unit: of a block without work */
+        const dec_place at = {b, pair - b * p.layout.heads, of_pair, pair * of_pair,
+                              {__shfl_sync(0xFFFFFFFFu, scan.first.first, 0), __shfl_sync(0xFFFFFFFFu, scan.first.count, 0)}};
+        return at;
+    }
+};
+
 /* The parts of a pair that is split: part n has left record(n). */
 struct dec_parts {
     int32_t count, first, offset;
@@ -204,31 +287,31 @@ enum { CACHED_SEQUENCES = 16 };
 struct dec_schedule {
     work_split split;
     int32_t begin, end;             /* units */
-    dec_place head, tail;           /* of the first and of the last of them */
+    dec_place head, tail;           /* of the first and of the last of them, if pairs follow each other */
+    int32_t b_step;
     dec_share share[2];             /* of the merge of their pairs; made a little later */
     dec_sequence cached[CACHED_SEQUENCES];      /* sequence head.b and the next ones */
 };
 
 static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_schedule &schedule, int lane)
 {
-    work_split split;
+    work_split split = p.split;
     dec_place head, tail;
-    int32_t begin, end;
+    int32_t begin, end, b_step = 0;
     if (p.uniform) {
-        split = p.split;
         begin = split.begin((int32_t)blockIdx.x);
         end = split.begin((int32_t)blockIdx.x + 1);
         head = place_of_pair(p, p.by_units(begin));
         tail = place_of_pair(p, p.by_units(max(begin, end - 1)));
     } else {
         const length_scan scan(p, lane);
-        bool equal;
-        const int32_t units = scan.total(&equal);
-        split = split_of(p, units, equal);
-        begin = split.begin((int32_t)blockIdx.x);
-        end = split.begin((int32_t)blockIdx.x + 1);
-        head = scan.locate(begin);
-        tail = scan.locate(max(begin, end - 1));
+        const dec_cut cut(p, scan);
+        split = cut.split;
+        begin = cut.begin;
+        end = cut.end;
+        head = tail = cut.head;
+        b_step = cut.b_step;
+        if (b_step == 0) { tail = cut.place(p, scan, max(begin, end - 1)); }
     }
     if ((int32_t)blockIdx.x >= split.blocks) { end = begin; }
     if (lane == 0) {
@@ -237,8 +320,12 @@ static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_sc
         schedule.end = end;
         schedule.head = head;
         schedule.tail = tail;
+        schedule.b_step = b_step;
     }
-    if (!p.uniform && lane < CACHED_SEQUENCES && head.b + lane <= tail.b) { schedule.cached[lane] = dec_sequence_at(p, head.b + lane); }
+    if (!p.uniform && lane < CACHED_SEQUENCES) {
+        const int32_t b = head.b + lane * max(b_step, 1);
+        if (b_step ? b < p.lengths.b : b <= tail.b) { schedule.cached[lane] = dec_sequence_at(p, b); }
+    }
     __syncwarp();
 }
 
@@ -251,7 +338,8 @@ static __device__ __forceinline__ int32_t begin_of_block(const dec_params &p, co
 static __device__ __forceinline__ dec_sequence sequence_of(const dec_params &p, const dec_schedule &schedule, int32_t b)
 {
     if (p.uniform) { return p.sequence; }
-    return b - schedule.head.b < CACHED_SEQUENCES ? schedule.cached[b - schedule.head.b] : dec_sequence_at(p, b);
+    const int32_t n = schedule.b_step ? (b - schedule.head.b) / schedule.b_step : b - schedule.head.b;
+    return n < CACHED_SEQUENCES ? schedule.cached[n] : dec_sequence_at(p, b);
 }
 
 /* A walk over the segments of a block. */
@@ -260,6 +348,7 @@ struct dec_segment {
     fgqa_dec_span span;             /* of the pair */
     int32_t g0, g1;                 /* granules of the span, [g0, g1) */
     int32_t left;                   /* units after this segment; -1: there is no segment any more */
+    int32_t b_step;                 /* of dec_cut */
 
     __device__ __forceinline__ bool valid() const { return left >= 0; }
     __device__ __forceinline__ void clip(const dec_params &p)
@@ -278,7 +367,9 @@ struct dec_segment {
         g0 = g1;
         if (g0 == span.count && left > 0) {
             g0 = 0;
-            if (++h == p.layout.heads) {
+            if (!uniform && b_step) {
+                b += b_step;
+            } else if (++h == p.layout.heads) {
                 h = 0;
                 b++;
                 if (!uniform && !p.uniform) { span = (schedule ? sequence_of(p, *schedule, b) : dec_sequence_at(p, b)).span; }
@@ -287,35 +378,38 @@ struct dec_segment {
         clip(p);
     }
     __device__ __forceinline__ bool whole() const { return g0 == 0 && g1 == span.count; }
+    /* Of a pair's first chunk: whether the block has all of them, more than one and few. */
+    __device__ __forceinline__ bool folds(const dec_params &p) const
+    {
+        const int32_t units = units_of(p, span.count);
+        return p.folds && !whole() && units <= FEW_PARTS && units <= left + 1;
+    }
 };
 
-static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_place &head, int32_t begin, int32_t end)
+static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_place &head, int32_t begin, int32_t end, int32_t b_step)
 {
-    dec_segment s = {head.b, head.h, head.span, (begin - head.pair_unit) * (p.layout.chunk ? p.layout.chunk : 1), 0, end - begin};
+    dec_segment s = {head.b, head.h, head.span, (begin - head.pair_unit) * (p.layout.chunk ? p.layout.chunk : 1), 0, end - begin, b_step};
     s.clip(p);
     return s;
 }
 
 static __device__ __forceinline__ dec_segment first_segment(const dec_params &p, const dec_schedule &schedule)
 {
-    return first_segment(p, schedule.head, schedule.begin, schedule.end);
+    return first_segment(p, schedule.head, schedule.begin, schedule.end, schedule.b_step);
 }
 
-/* The same without the schedule, so that the first copies need not wait for it. Whole warp. */
-template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p)
+/* The same without the schedule, so that the first copies need not wait for it. Whole warp. *whole_pairs: as that of dec_params. */
+template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p, bool *whole_pairs)
 {
-    const int32_t block = (int32_t)blockIdx.x;
-    work_split split = p.split;
     if (UNIFORM || p.uniform) {
-        const int32_t begin = split.begin(block), end = block < split.blocks ? split.begin(block + 1) : begin;
-        return first_segment(p, place_of_pair(p, p.by_units(begin)), begin, end);
+        const int32_t block = (int32_t)blockIdx.x, begin = p.split.begin(block), end = block < p.split.blocks ? p.split.begin(block + 1) : begin;
+        *whole_pairs = p.whole_pairs;
+        return first_segment(p, place_of_pair(p, p.by_units(begin)), begin, end, 0);
     }
     const length_scan scan(p, (int)thread_index() % 32);
-    bool equal;
-    const int32_t units = scan.total(&equal);
-    split = split_of(p, units, equal);
-    const int32_t begin = split.begin(block), end = block < split.blocks ? split.begin(block + 1) : begin;
-    return first_segment(p, scan.locate(begin), begin, end);
+    const dec_cut cut(p, scan);
+    *whole_pairs = cut.whole_pairs;
+    return first_segment(p, cut.head, cut.begin, cut.end, cut.b_step);
 }
 
 /* Without chunks part n is that of block first + n: its first segment, or for n = 0 maybe its last. */
@@ -342,8 +436,8 @@ static __device__ __forceinline__ pair_rows pair_rows_of(const dec_params &p, in
 
 static __device__ __forceinline__ fgqa_mask mask_of(const dec_params &p, const dec_sequence &s)
 {
-    const fgqa_problem &problem = p.common.problem;
-    const fgqa_mask mask = {s.sq, s.sk, problem.align == FGQA_ALIGN_BOTTOM_RIGHT ? s.sk - s.sq : 0, problem.left, problem.right, problem.chunk};
+    const dec_lengths &l = p.lengths;
+    const fgqa_mask mask = {s.sq, s.sk, l.align == FGQA_ALIGN_BOTTOM_RIGHT ? s.sk - s.sq : 0, l.left, l.right, l.chunk};
     return mask;
 }
 

@@ -120,11 +120,32 @@ template <class Shared, int COUNT> static __device__ __forceinline__ void join_h
     }
 }
 
+/* Of a segment: not a chunk that is added up in registers, or one of those: not the last, the last. */
+enum chunk_end { WHOLE, GOES_ON, LAST };
+
+/* The sum of a pair's chunks so far: of each thread its outputs and, of the row it makes the sums of, m and l. */
+template <int COUNT> struct chunk_sum {
+    float m[COUNT], o[COUNT][ITEM];
+    float2 ml;
+    __device__ __forceinline__ void clear()
+    {
+        ml = make_float2(-INFINITY, 0.0f);
+#pragma unroll
+        for (int j = 0; j < COUNT; j++) {
+            m[j] = -INFINITY;
+#pragma unroll
+            for (int e = 0; e < ITEM; e++) { o[j][e] = 0.0f; }
+        }
+    }
+};
+
 /* Consumers. A whole pair goes to the result, a part to its record, or half of it to where the other half is. */
 template <class Shared, int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, Shared &mem, const dec_actor &actor, const state<N> &st, int32_t b,
-                                                                                     const pair_rows &rows, int32_t sq, int group, int64_t record)
+                                                                                     const pair_rows &rows, int32_t sq, int group, int64_t record, chunk_end chunk,
+                                                                                     chunk_sum<N / Shared::STREAMS / 4> &sum)
 {
     constexpr int STREAMS = Shared::STREAMS, OWN_ROWS = N / STREAMS, COUNT = OWN_ROWS / 4;
+    constexpr bool FOLDS = Shared::FOLDS;
     const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, at = actor.thread % 128, row0 = group * OWN_ROWS;
     typedef typename std::conditional<ITEM == 4, float4, float2>::type vector;
     const int row = STREAMS == 2 ? actor.thread : group * N + at;
@@ -161,6 +182,21 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
             const vector x = actor.read(((const vector *)mem.of_group[1 - group].away)[j * 128 + at]);
 #pragma unroll
             for (int e = 0; e < ITEM; e++) { o[j][e] = weight * o[j][e] + other_weight * ((const float *)&x)[e]; }
+            if (FOLDS && chunk != WHOLE) {
+                const float2 weights = fold_weights(sum.m[j], fmaxf(m, other), p.scale_log2);
+#pragma unroll
+                for (int e = 0; e < ITEM; e++) { o[j][e] = sum.o[j][e] = fold(sum.o[j][e], o[j][e], weights); }
+            }
+        }
+    }
+    if (FOLDS && chunk != WHOLE) {
+        if (has_row) {
+            const float2 ml = sums_of_row(p, mem, actor, row), weights = fold_weights(sum.ml.x, ml.x, p.scale_log2);
+            sum.ml.y = fold(sum.ml.y, ml.y, weights);
+        }
+        if (chunk == GOES_ON) {
+            actor.sync();                               /* shared memory is free again */
+            return;
         }
     }
     if constexpr (N == 32 && STREAMS == 2 && !FLOAT8) {
@@ -186,7 +222,7 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
         return;
     }
     if (has_row && row < rows.valid) {
-        const float2 ml = sums_of_row(p, mem, actor, row);
+        const float2 ml = FOLDS && chunk != WHOLE ? sum.ml : sums_of_row(p, mem, actor, row);
         if (!actor.rehearsal) {
             mem.row_scale[row] = end.finish(p, ml.x, ml.y);
             mem.row_out[row] = end.out;

@@ -53,8 +53,10 @@ static_assert(GRANULE == 64 && BLOCK_Q == 128, "kernels.def: granules of 64 keys
 
 typedef std::conditional<FLOAT8, f16, T>::type product;
 
-template <int N_, int STREAMS_> struct wide_shared {
+/* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. */
+template <int N_, int STREAMS_, bool FOLDS_ = false> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
+    static constexpr bool FOLDS = FOLDS_;
     static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
@@ -384,6 +386,8 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
     rows_next = rows;
     int stage = 0;
     uint32_t parity = 0;
+    bool folds = false;
+    chunk_sum<N / STREAMS / 4> sum;
     for (int segments = 0; segment.valid(); segments++) {
         scales = scales_next;
         if (segments > 0) { q.begin_place(mem, p, segment.b, rows); }
@@ -421,12 +425,20 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
                 parity ^= 1;
             }
         }
-        const int64_t record = segment.whole() ? -1 : p.layout.chunk ? (int64_t)begin_of_block(p, mem.schedule) + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
+        chunk_end chunk = WHOLE;
+        if (Shared::FOLDS && p.folds) {
+            if (segment.g0 == 0) {
+                folds = segment.folds(p);
+                sum.clear();
+            }
+            if (folds) { chunk = segment.g1 == segment.span.count || actor.rehearsal ? LAST : GOES_ON; }
+        }
+        const int64_t record = segment.whole() || chunk == LAST ? -1 : p.layout.chunk ? (int64_t)begin_of_block(p, mem.schedule) + segments : 2 * (int64_t)blockIdx.x + (segments > 0);
         if (FLOAT8) {
 #pragma unroll
             for (int n = 0; n < CHUNKS * N / 2; n++) { st.o[n / (N / 2)][n % (N / 2)] *= scales.v; }
         }
-        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record);
+        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record, chunk, sum);
         combine_chunks(p, actor, segment, sequence.sq, record, segments, (dec_partial *)mem.of_group);
         if (actor.rehearsal) { return true; }
         segment = next;
@@ -468,6 +480,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     dec_params p;
     const int error = make_params(&p, plan, problem, workspace, exec, false, !FLOAT8);
     if (error != cudaSuccess) { return error; }
+    if (p.folds) { return p.layout.rows <= 16 ? run<wide_shared<16, 2, true>>(&p, problem->device.index, exec->stream) : run<wide_shared<32, 2, true>>(&p, problem->device.index, exec->stream); }
     if (p.layout.rows <= 16) { return run<wide_shared<16, 2>>(&p, problem->device.index, exec->stream); }
     if (p.layout.rows <= 32) { return run<wide_shared<32, 2>>(&p, problem->device.index, exec->stream); }
     if (p.layout.rows <= 64) { return run<wide_shared<64, 2>>(&p, problem->device.index, exec->stream); }
