@@ -24,10 +24,13 @@
  * The low parts lie `low` behind the high ones; 0: there are none, of either operand. `low_low` of A: multiply these, too. */
 typedef struct { const bf16 *data; ptrdiff_t step, tile, pair, ld, low; int low_low; } amx_operand;
 
-/* mt x nt tiles of C, both 1 or 2 and constant; after every step a share of the weights `beside` (or NULL; amx_weights.h).
+/* What vectors do beside a product, after each of its steps; a constant, which is inlined. */
+typedef void amx_share(void *work);
+
+/* mt x nt tiles of C, both 1 or 2 and constant; after every step `share` (or NULL) of `work`.
  * A is the longer operand, of which the first-level cache keeps nothing until it is needed again: it leaves that to B. */
 SIMD void amx_block(const int mt, const int nt, const int add, int steps, const amx_operand *a, const bf16 *a0, const amx_operand *b, const bf16 *b0,
-                    float *c, ptrdiff_t ldc, amx_beside *beside, const ptrdiff_t low)
+                    float *c, ptrdiff_t ldc, amx_share *const share, void *work)
 {
     const ptrdiff_t row = ldc * (ptrdiff_t)sizeof(float), a_row = a->ld * (ptrdiff_t)sizeof(bf16), b_row = 64;
     float *const c1 = c + AMX_SIDE * ldc;
@@ -59,7 +62,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
             }
             a1 += a->step;
             b1 += b->step;
-            if (beside) { amx_weights_share(low, beside); }
+            if (share) { share(work); }
         }
     }
     amx_store(0, c, row);
@@ -70,7 +73,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
 
 /* m x n tiles of C. Columns outside. */
 SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc,
-                             amx_beside *beside, const ptrdiff_t low)
+                             amx_share *const share, void *work)
 {
     for (int j = 0; j < n; j += 2) {
         const bf16 *const b0 = b->data + j * b->tile;
@@ -78,13 +81,13 @@ SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_o
             const bf16 *const a0 = a->data + i / 2 * a->pair;
             float *const to = c + i * AMX_SIDE * ldc + j * AMX_SIDE;
             if (i + 1 < m && j + 1 < n) {
-                amx_block(2, 2, add, steps, a, a0, b, b0, to, ldc, beside, low);
+                amx_block(2, 2, add, steps, a, a0, b, b0, to, ldc, share, work);
             } else if (i + 1 < m) {
-                amx_block(2, 1, add, steps, a, a0, b, b0, to, ldc, beside, low);
+                amx_block(2, 1, add, steps, a, a0, b, b0, to, ldc, share, work);
             } else if (j + 1 < n) {
-                amx_block(1, 2, add, steps, a, a0, b, b0, to, ldc, beside, low);
+                amx_block(1, 2, add, steps, a, a0, b, b0, to, ldc, share, work);
             } else {
-                amx_block(1, 1, add, steps, a, a0, b, b0, to, ldc, beside, low);
+                amx_block(1, 1, add, steps, a, a0, b, b0, to, ldc, share, work);
             }
         }
     }
@@ -92,7 +95,7 @@ SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_o
 
 SIMD void amx_product(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc)
 {
-    amx_product_beside(add, m, n, steps, a, b, c, ldc, NULL, 0);
+    amx_product_beside(add, m, n, steps, a, b, c, ldc, NULL, NULL);
 }
 
 /* ---- packing ---- */

@@ -116,9 +116,9 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
     return panels;
 }
 
-/* P^T and dS^T of n keys, a multiple of AMX_DEPTH, from the scores and dP^T in `tiles`: as A (weight, ds) and ds as B (ds_t). */
-SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv, int32_t n, real scale, real keep_scale, const bwd_flags flags,
-                      bf16 *weight, bf16 *ds, bf16 *ds_t)
+/* P^T and dS^T of keys [begin, end), even numbers, from the scores and dP^T in `tiles`: as A (weight, ds) and ds as B (ds_t). */
+SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv, int32_t begin, int32_t end, real scale, real keep_scale,
+                      const bwd_flags flags, bf16 *weight, bf16 *ds, bf16 *ds_t)
 {
     vreal lse[NV], log_sum[NV], delta[NV];
     UNROLL(2)
@@ -127,7 +127,7 @@ SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv,
         log_sum[v] = v_load(bp->lse.log_sum + v * VL);
         delta[v] = v_load(bp->delta + v * VL);
     }
-    for (int32_t j = 0; j < n; j += 2) {
+    for (int32_t j = begin; j < end; j += 2) {
         vreal even[2], odd[2], ds_even[2], ds_odd[2];
         UNROLL(2)
         for (int v = 0; v < 2; v++) {
@@ -149,6 +149,53 @@ SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv,
         _mm512_store_si512(ds + j * PANEL, amx_narrow((__m512)ds_even[0], (__m512)ds_even[1]));
         _mm512_store_si512(ds + (j + 1) * PANEL, amx_narrow((__m512)ds_odd[0], (__m512)ds_odd[1]));
     }
+}
+
+/* That of a panel whose lanes see the whole block, beside its products: of the strips of AMX_DEPTH keys that are there, up to `end`,
+ * `rate` pairs of keys a step. */
+typedef struct {
+    const bwd_panel *bp;
+    const bwd_tiles *tiles;
+    real scale;
+    bf16 *weight, *ds, *ds_t;
+    int32_t key, end, rate;
+} amx_bwd_beside;
+
+SIMD void amx_bwd_until(amx_bwd_beside *w, int32_t end)
+{
+    const bwd_flags plain = {0, 0, 0, 0};
+    amx_weights(w->bp, w->tiles, 2, w->key, end, w->scale, 1, plain, w->weight, w->ds, w->ds_t);
+    w->key = end;
+}
+
+SIMD void amx_bwd_share(void *work)
+{
+    amx_bwd_beside *const w = work;
+    const int32_t due = w->key + 2 * w->rate;
+    amx_bwd_until(w, due < w->end ? due : w->end);
+}
+
+/* S^T and dP^T of those, strip after strip, each beside the weights of the strip before. */
+static void amx_plain_panel(amx_bwd_beside *w, const amx_operand *k, const amx_operand *q, int32_t k_steps, const amx_operand *v, const amx_operand *dout,
+                            int32_t v_steps)
+{
+    amx_operand keys = *k, values = *v;
+    for (int32_t j = 0; j < KEYS; j += AMX_DEPTH) {
+        real *const s = w->tiles->s + j * PANEL, *const dp = w->tiles->dp + j * PANEL;
+        w->end = j;
+        w->rate = (AMX_DEPTH / 2 + k_steps + v_steps - 1) / (k_steps + v_steps);
+        if (j) {
+            amx_product_beside(0, 2, 2, k_steps, &keys, q, s, PANEL, amx_bwd_share, w);
+            amx_product_beside(0, 2, 2, v_steps, &values, dout, dp, PANEL, amx_bwd_share, w);
+            amx_bwd_until(w, j);
+        } else {
+            amx_product(0, 2, 2, k_steps, &keys, q, s, PANEL);
+            amx_product(0, 2, 2, v_steps, &values, dout, dp, PANEL);
+        }
+        keys.data += keys.pair;
+        values.data += values.pair;
+    }
+    amx_bwd_until(w, KEYS);
 }
 
 /* The block of keys at hand, rows of K and V; K^T without its bad rows is made when the first tile needs it. */
@@ -197,7 +244,7 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     const bwd_tiles tiles = s->tiles;
     real *const seen = tiles.s + before * w, *const tanh = tiles.tanh ? tiles.tanh + before * w : NULL;
     const real *add;
-    real scale;
+    real scale = 1;
     tile_kind kind;
     if (bp->exact) {
         const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
@@ -207,28 +254,35 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     } else {
         kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles.add, tiles.rows, &add);
         if (kind == TILE_UNSEEN) { return nothing; }
-        const amx_operand k = {block->k + first * block->ldk, AMX_DEPTH, AMX_SIDE * block->ldk, AMX_DEPTH * block->ldk, block->ldk, 0, 0};
-        const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
-        amx_product(0, amx_tiles(j1 - j0), nv, ld / AMX_DEPTH, &k, &q, seen, w);
-        scale = tile_scores_end(seen, t, &bp->panel, j0, j1, kind, add, tanh);
     }
-    for (int32_t i = 0; i < before * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
-    for (int32_t i = (before + j1 - j0) * w; i < all * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
+    const int partial = kind == TILE_PARTIAL || all != j1 - j0;
+    const bwd_flags flags = {partial, p->softcap > 0, p->dropout_threshold != 0, bp->exact};
+    bf16 *const weight = s->weight + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL, *const ds = s->ds + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL;
+    const amx_operand k = {block->k + first * block->ldk, AMX_DEPTH, AMX_SIDE * block->ldk, AMX_DEPTH * block->ldk, block->ldk, 0, 0};
+    const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
     const amx_operand v = {block->v + first * block->ldv, AMX_DEPTH, AMX_SIDE * block->ldv, AMX_DEPTH * block->ldv, block->ldv, 0, 0};
     const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldo, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
-    amx_product(0, amx_tiles(j1 - j0), nv, ldo / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
-
-    const int partial = kind == TILE_PARTIAL || all != j1 - j0;
-    const bwd_flags plain = {0, 0, 0, 0}, flags = {partial, p->softcap > 0, p->dropout_threshold != 0, bp->exact};
-    const real keep_scale = (real)fgqa_dropout_scale(p->dropout_threshold);
-    bf16 *const weight = s->weight + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL, *const ds = s->ds + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL;
-    if (flags.dropped) { tile_dropout(tiles.keep + before * w, t, &bp->panel, j0, j1); }
-    if (nv == 1) {
-        amx_weights(bp, &tiles, 1, all, scale, keep_scale, flags, weight, ds, s->ds_t);
-    } else if (flags.partial || flags.capped || flags.dropped || flags.exact) {
-        amx_weights(bp, &tiles, 2, all, scale, keep_scale, flags, weight, ds, s->ds_t);
+    if (nv == 2 && j1 - j0 == KEYS && !partial && !t->needs_transform && !flags.dropped && !flags.exact) {
+        amx_bwd_beside plain = {.bp = bp, .tiles = &tiles, .scale = t->score_scale, .weight = weight, .ds = ds, .ds_t = s->ds_t};
+        amx_plain_panel(&plain, &k, &q, ld / AMX_DEPTH, &v, &dout, ldo / AMX_DEPTH);
     } else {
-        amx_weights(bp, &tiles, 2, all, scale, 1, plain, weight, ds, s->ds_t);
+        if (!bp->exact) {
+            amx_product(0, amx_tiles(j1 - j0), nv, ld / AMX_DEPTH, &k, &q, seen, w);
+            scale = tile_scores_end(seen, t, &bp->panel, j0, j1, kind, add, tanh);
+        }
+        for (int32_t i = 0; i < before * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
+        for (int32_t i = (before + j1 - j0) * w; i < all * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
+        amx_product(0, amx_tiles(j1 - j0), nv, ldo / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
+        const real keep_scale = (real)fgqa_dropout_scale(p->dropout_threshold);
+        if (flags.dropped) { tile_dropout(tiles.keep + before * w, t, &bp->panel, j0, j1); }
+        if (nv == 1) {
+            amx_weights(bp, &tiles, 1, 0, all, scale, keep_scale, flags, weight, ds, s->ds_t);
+        } else if (flags.partial || flags.capped || flags.dropped || flags.exact) {
+            amx_weights(bp, &tiles, 2, 0, all, scale, keep_scale, flags, weight, ds, s->ds_t);
+        } else {
+            amx_bwd_beside whole = {.bp = bp, .tiles = &tiles, .scale = scale, .weight = weight, .ds = ds, .ds_t = s->ds_t};
+            amx_bwd_until(&whole, all);
+        }
     }
     const amx_operand k_t = {(partial && block_bad_keys(s, t, block) ? s->k_t_clean : s->k_t) + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, 0, 0};
     const amx_operand ds_t = {s->ds_t, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};

@@ -134,13 +134,18 @@ static int amx_tile_begin(amx_tile *tile, const amx_scratch *scratch, const tile
     return 1;
 }
 
+/* Weights beside a product, of one part or two. */
+SIMD void amx_share_one(void *w) { amx_weights_share(0, w); }
+SIMD void amx_share_two(void *w) { amx_weights_share(AMX_SPAN * PANEL, w); }
+SIMD amx_share *amx_share_of(const amx_beside *beside, ptrdiff_t low) { return !beside ? NULL : low ? amx_share_two : amx_share_one; }
+
 /* Scores of n keys from number `first` of the block on, a multiple of AMX_DEPTH. */
 SIMD void amx_scores(const amx_rows *to, const tile_sequence *t, const amx_keys *keys, int32_t first, int32_t n, real *s, amx_beside *beside, const ptrdiff_t low)
 {
     const ptrdiff_t ld = AMX_PAD(t->p->d), nv = to->panel->nv;
     const amx_operand k = {keys->k + first * ld, 2 * AMX_TILE, AMX_TILE, AMX_DEPTH * ld, AMX_DEPTH, keys->k_low, t->p->dtype == FGQA_F16};
     const amx_operand q = {to->q, nv * AMX_TILE, AMX_TILE, 0, 0, to->q_low, 0};
-    amx_product_beside(0, amx_tiles(n), (int)nv, (int)ld / AMX_DEPTH, &k, &q, s, nv * VL, beside, low);
+    amx_product_beside(0, amx_tiles(n), (int)nv, (int)ld / AMX_DEPTH, &k, &q, s, nv * VL, amx_share_of(beside, low), beside);
 }
 
 /* O = O*factor + V^T P of n keys from number `first` of the block on, multiples of AMX_DEPTH. */
@@ -155,9 +160,9 @@ SIMD void amx_values(const amx_rows *to, const tile_sequence *t, const amx_keys 
     const amx_operand values = {v_t + AMX_PAIR(first), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(AMX_SPAN), AMX_DEPTH, keys->v_t_low, 0};
     const amx_operand weights = {p, nv * AMX_TILE, AMX_TILE, 0, 0, keys->p_low, 0};
     if (add) {
-        amx_product_beside(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, beside, low);
+        amx_product_beside(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, amx_share_of(beside, low), beside);
     } else {
-        amx_product_beside(0, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, beside, low);
+        amx_product_beside(0, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, amx_share_of(beside, low), beside);
     }
     *to->o_empty = 0;
 }
