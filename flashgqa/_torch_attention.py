@@ -29,8 +29,12 @@ def bounds(window):
 
 
 def whole(n):
-    """A length that may be a tensor of one element, as torch's own operators take it: of a GPU, this waits for it."""
-    return n.item() if isinstance(n, torch.Tensor) else n
+    """The longest length as an int: flash_attn also takes a tensor of one element. It is a bound and no more, so where reading it
+    would mean to wait for a GPU, or to break a graph that torch.compile traces, there is none.
+    """
+    if not isinstance(n, torch.Tensor):
+        return n
+    return None if n.is_cuda or torch.compiler.is_compiling() else n.item()
 
 
 def attention_matrix(q, k, run):
@@ -86,7 +90,7 @@ def attention(
         As in `flashgqa.attention`. Inside of torch.autocast they are cast to its dtype.
     causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
 cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, check
-        As in `flashgqa.attention`; arrays are torch tensors, and max_q and max_kv may be: of a GPU, the call waits for them.
+        As in `flashgqa.attention`; arrays are torch tensors, and max_q and max_kv may be, which a GPU leaves unread.
     dropout_p : float
         Probability with which a weight is dropped. There is no training flag: pass 0 for evaluation.
     seed : int or int64 tensor [seed, offset], optional

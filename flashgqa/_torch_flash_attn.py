@@ -115,7 +115,7 @@ def flash_attn_varlen_func(
     cu_seqlens_q, cu_seqlens_k : torch.Tensor, int32 [b + 1]
         Sequence n is rows cu_seqlens[n] to cu_seqlens[n + 1]; causal and windows count in each by itself.
     max_seqlen_q, max_seqlen_k : int, or int tensor of one element
-        At least the longest length. The call waits for a tensor on a GPU.
+        At least the longest length. A tensor on a GPU is read with block_table alone, which waits for it.
     block_table : torch.Tensor, int32 [b, columns], optional
         The pages of each sequence in their order: read where they are without gradients and dropout, copied together otherwise,
         with gradients.
@@ -133,7 +133,6 @@ def flash_attn_varlen_func(
         As in `flash_attn_func`. On the CPU also for a max_seqlen that is too small, but for max_seqlen_k where pages are read in
         place (lengths come from cu_seqlens_k there), and for offsets that decrease.
     """
-    max_seqlen_q, max_seqlen_k = whole(max_seqlen_q), whole(max_seqlen_k)
     if block_table is not None:
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if not recorded and dropout_p == 0:
@@ -147,7 +146,7 @@ def flash_attn_varlen_func(
         k, v = (gathered_pages(x, block_table, cu_seqlens_k, max_seqlen_k) for x in (k, v))
     return _run(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
-        None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        None, cu_seqlens_q, cu_seqlens_k, whole(max_seqlen_q), whole(max_seqlen_k),
     )  # fmt: skip
 
 

@@ -393,6 +393,11 @@ def test_longest_lengths_may_be_tensors():
         pool[n, : cu[n + 1] - cu[n]] = k[cu[n] : cu[n + 1]].detach()
     paged = (fg.flash_attn_varlen_func(q.detach(), pool, pool, cu, cu, m, m, block_table=pages) for m in (6, longest))
     assert_equal(*((x,) for x in paged))
+    compiled = torch.compile(
+        lambda q, k, v, cu: fg.flash_attn_varlen_func(q, k, v, cu, cu, cu.diff().max(), cu.diff().max(), causal=True),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    assert torch.equal(compiled(q, k, v, cu), expected)
     with pytest.raises(TypeError, match="max_q is 6.0: it must be an integer"):
         fg.flash_attn_varlen_func(q, k, v, cu, cu, longest.float(), longest)
 
