@@ -227,23 +227,29 @@ static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int 
     return n % 2 ? e ? four.w : four.z : e ? four.y : four.x;
 }
 
+/* Has the rows of a step cleaned if they need it; whether they did. */
+static __device__ __forceinline__ bool clean_step(shared &sm, const ring2 &r, int32_t care, uint32_t &state, int thread)
+{
+    if (!(care & (CARE_PADDING | CARE_POISON))) { return false; }
+    mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
+    state |= care & CARE_POISON;
+    clean_rows(sm, r.stage, thread);
+    return true;
+}
+
 /* Waits for a query tile. Whether some row of it does not see all keys. load_lse2() comes before the wait for dO, and once more if rows
  * had to be cleaned. */
 template <bool MASKED, typename LOAD>
 static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, uint32_t &state, int thread, int32_t &row0, const LOAD &load_lse2)
 {
-    int2 about = {0, 0};
+    int4 about = {};
     mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
     if (MASKED) { about = sm.about[r.stage]; }
     load_lse2();
     mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
     if (MASKED) {
         row0 = about.x;
-        if (about.y & (CARE_PADDING | CARE_POISON)) {
-            state |= about.y & CARE_POISON;
-            clean_rows(sm, r.stage, thread);
-            load_lse2();
-        }
+        if (clean_step(sm, r, about.y, state, thread)) { load_lse2(); }
     }
     return MASKED && (about.y | state) & (PARTIAL | KEYS_POISONED);
 }

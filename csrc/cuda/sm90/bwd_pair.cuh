@@ -69,11 +69,15 @@ static __device__ __forceinline__ void store_if(bool yes, uint32_t to, float x, 
 }
 
 /* dQ, 64 x 64, without its scale, for the writer; or nothing. */
-static __device__ __forceinline__ void stage_dq(shared &sm, const ring2 &r, const float (&dq)[32], bool exists, int consumer, int lane)
+static __device__ __forceinline__ void store_dq(shared &sm, const ring2 &r, const float (&dq)[32], bool exists, int consumer)
 {
     const uint32_t staged = smem_address(sm.dq[r.stage]) + consumer * 16384 + ((int)thread_index() & 127) * 16;
 #pragma unroll
     for (int n = 0; n < 8; n++) { store_if(exists, staged + 2048 * n, dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
+}
+
+static __device__ __forceinline__ void announce_dq(shared &sm, const ring2 &r, bool exists, int lane)
+{
     fence_proxy_async();
     __syncwarp();
     if (exists && lane == 0) { mbarrier_arrive(smem_address(&sm.dq_full[r.stage])); }
@@ -116,7 +120,8 @@ static __device__ __forceinline__ void last_dq(shared &sm, int consumer, int lan
     mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
     wgmma_wait<0>();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[buffer])); }
-    stage_dq(sm, r, dq, true, consumer, lane);
+    store_dq(sm, r, dq, true, consumer);
+    announce_dq(sm, r, true, lane);
 }
 
 template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
@@ -138,10 +143,7 @@ template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_par
 #pragma unroll
         for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
 
-        for (int n = 0; n < steps; n++) {
-            step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
-            r.advance();
-        }
+        take_steps<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, steps, state, dk, dv);
         if (steps > 0) { last_dq(sm, consumer, lane, keys, r.before()); }
 
         const int32_t j0 = t.n * BLOCK_K;

@@ -1,46 +1,66 @@
 /* bwd_step128.cuh - part of bwd.cu: what a consumer does with a query tile of 64 rows, head dim 128. */
 #pragma once
 
-/* One step; follows: whether the one before was of the same task. dQ is made a step late, of the dS of both consumers, so that neither
- * waits for the other. Of a task's first step nobody wants it, but with a branch around it ptxas would serialise every wgmma.
- *     lse2 to registers; S and dP issued
- *     wait S:   P                                              under dP
+/* What a step leaves to the next one: S, made; of its tile the first row and whether some row does not see all keys; dQ of the step
+ * before, if it is not staged yet. */
+struct left_over {
+    float s[32], dq[32];
+    int32_t row0;
+    bool partial;
+};
+
+/* S of the tile of a stage. */
+static __device__ __forceinline__ void first_products(float (&s)[32], const shared &sm, const key_tile &keys, uint32_t stage)
+{
+    const uint64_t q_rows = wgmma_desc_sw128(smem_address(sm.q[stage]), 0, 1024);
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        wgmma64<0>(s, keys.k_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, q_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0);
+    }
+    wgmma_commit();
+}
+
+/* Step `count` of a task; goes_on: it is not the last. dQ is made a step late, of the dS of both consumers, so that neither waits for the
+ * other. Of a task's first step nobody wants it, but with a branch around it ptxas would serialise every wgmma. S is made a step early,
+ * so that the tensor cores have it to do while dQ is staged and the next step begins, also behind the last one, of what memory
+ * holds: a last step without it would be code of its own, under a mask with more registers than there are, without one 5% slower.
+ *     lse2 to registers; dP issued
+ *     P                                                        under dP
  *     dV issued; wait dP: dS, to shared memory                 under dV
- *     dQ of the step before, then dK issued
- *     wait dQ:  staged for the writer                          under dK
- *     wait all: with register operands in flight over the back edge ptxas would serialise every wgmma
+ *     dK, then dQ of the step before issued
+ *     wait dK:  its tiles are free; S of the next step issued, for which dS was in the way of registers
+ *     wait dQ:  staged for the writer                          under S
+ *     wait all: with accumulators or operands in flight over the back edge ptxas would serialise every wgmma
+ * Under a mask staging dQ waits for the next step (measured: 1 to 4% there, without one it costs as much).
  * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas of
- * their warp. Registers: dK 64, dV 64, S 32, dP and later dQ 32, P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
-template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
-                                                                   float (&dk)[D / 2], float (&dv)[DV / 2])
+ * their warp. That is why what is to be known about the next tile comes with this one. Registers: dK 64, dV 64, S 32, dP and later dQ 32,
+ * P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
+template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, int32_t count, bool goes_on,
+                                                                   uint32_t &state, left_over &left, float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
-    const uint64_t k_rows = keys.k_rows, v_rows = keys.v_rows, k_columns = keys.k_columns;
-    float s[32], dp[32], dq[32];
+    const uint64_t v_rows = keys.v_rows, k_columns = keys.k_columns;
+    const bool follows = count > 0, staged_late = MASKED && count > 1;
+    float (&s)[32] = left.s, (&dq)[32] = left.dq, dp[32];
     uint32_t weights[16], sloped[16], gradients[16];           /* pairs of P^T, with a soft cap P^T (1 - t^2), and dS^T: A operands of dV and dK */
     const uint32_t q_tile = smem_address(sm.q[r.stage]), dout_tile = smem_address(sm.dout[r.stage]);
 
-    int32_t row0 = 0;
     float4 lse2[4];
     const float4 *of_lane = (const float4 *)sm.lse2[r.stage] + (lane & 3);
-    const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0, [&] {
 #pragma unroll
-        for (int n = 0; n < 4; n++) { lse2[n] = of_lane[4 * n]; }
-    });
-    const uint64_t q_rows = wgmma_desc_sw128(q_tile, 0, 1024), dout_rows = wgmma_desc_sw128(dout_tile, 0, 1024);
+    for (int n = 0; n < 4; n++) { lse2[n] = of_lane[4 * n]; }
+    if (MASKED) { store_dq(sm, r, dq, staged_late, consumer); }                          /* of two steps before: the same buffer */
+    int2 following = {0, 0};
+    if (MASKED) { following = make_int2(sm.about[r.stage].z, sm.about[r.stage].w); }
+    mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
+    const uint64_t dout_rows = wgmma_desc_sw128(dout_tile, 0, 1024);
     wgmma_fence();
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-        wgmma64<0>(s, k_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, q_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0);
-    }
-    wgmma_commit();
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         wgmma64<0>(dp, v_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, dout_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0);
     }
     wgmma_commit();
 
-    wgmma_wait<1>();
     const float4 *delta_of_lane = (const float4 *)sm.delta[r.stage] + (lane & 3);
     float4 delta[4];
     if (CAPPED) {
@@ -59,7 +79,8 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
         weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
         weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
     }
-    if (MASKED && partial) { hide(weights, tile_mask(sm.rows + consumer * 64, row0)); }
+    if (MASKED) { announce_dq(sm, r, staged_late, lane); }
+    if (MASKED && left.partial) { hide(weights, tile_mask(sm.rows + consumer * 64, left.row0)); }
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, weights + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
@@ -74,27 +95,70 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
             gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
         }
     }
-    if (MASKED && partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, row0)); }
+    if (MASKED && left.partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, left.row0)); }
     mbarrier_wait(smem_address(&sm.ds_empty[r.stage]), r.parity ^ 1);
     store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
+    wgmma_commit();
     const ring2 before = r.before();
     mbarrier_wait(smem_address(&sm.ds_full[before.stage]), before.parity);
     wgmma_fence();
     query_products(dq, smem_address(sm.ds[before.stage]), k_columns);
-#pragma unroll
-    for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
-    wgmma_commit();
 
+    ring2 next = r;
+    next.advance();
+    if (goes_on) { mbarrier_wait(smem_address(&sm.q_full[next.stage]), next.parity); }
+    if (MASKED) {
+        left.row0 = following.x;
+        clean_step(sm, next, following.y, state, consumer * 128 + thread);
+        left.partial = (following.y | state) & (PARTIAL | KEYS_POISONED);
+    }
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
     wgmma_wait<1>();
-    if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[before.stage])); }
-    stage_dq(sm, before, dq, follows, consumer, lane);
-    wgmma_wait<0>();
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
+    }
+    wgmma_fence();
+    first_products(s, sm, keys, next.stage);
+    wgmma_wait<1>();
+    if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[before.stage])); }
+    if (!MASKED) {
+        store_dq(sm, before, dq, follows, consumer);
+        announce_dq(sm, before, follows, lane);
+    }
+    wgmma_wait<0>();
+}
+
+/* All steps of a task, but dQ of the last one. */
+template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
+                                                                         float (&dk)[D / 2], float (&dv)[DV / 2])
+{
+    const int lane = thread & 31;
+    left_over left = {};
+    if (steps > 0) {
+        mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
+        if (MASKED) {
+            const int4 about = sm.about[r.stage];
+            left.row0 = about.x;
+            clean_step(sm, r, about.y, state, consumer * 128 + thread);
+            left.partial = (about.y | state) & (PARTIAL | KEYS_POISONED);
+        }
+        wgmma_fence();
+        first_products(left.s, sm, keys, r.stage);
+        wgmma_wait<0>();
+    }
+    for (int32_t n = 0; n < steps; n++) {
+        step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n, n + 1 < steps, state, left, dk, dv);
+        r.advance();
+    }
+    if (MASKED) {
+        store_dq(sm, r, left.dq, steps > 1, consumer);
+        announce_dq(sm, r, steps > 1, lane);
     }
 }

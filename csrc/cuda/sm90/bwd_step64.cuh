@@ -100,7 +100,8 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
     wgmma_wait<2>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
-    stage_dq(sm, before, dq, follows, consumer, lane);
+    store_dq(sm, before, dq, follows, consumer);
+    announce_dq(sm, before, follows, lane);
     mbarrier_wait(smem_address(&sm.ds_empty[0]), before.stage);
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
     wgmma_fence();
@@ -127,5 +128,15 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
+    }
+}
+
+/* All steps of a task, but dQ of the last one. */
+template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
+                                                                         float (&dk)[D / 2], float (&dv)[DV / 2])
+{
+    for (int32_t n = 0; n < steps; n++) {
+        step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
+        r.advance();
     }
 }

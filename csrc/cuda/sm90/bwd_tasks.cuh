@@ -34,7 +34,7 @@ struct shared {
 #if FGQA_D != 256
     dq_tile finishing;                                        /* the scheduler's */
 #endif
-    int2 about[2];                                               /* of a stage: its first row, CARE_ bits */
+    int4 about[2];                                               /* of a stage: its first row, CARE_ bits; those of the next step */
     uint32_t poisoned_keys[BLOCK_K / 32], any_poisoned;
     uint64_t task_full, task_free, k_full, v_full, kv_empty;
     uint64_t q_full[2], q_empty[2], dout_full[2], dout_empty[2];
@@ -211,6 +211,15 @@ static __device__ __forceinline__ void load_rows(const CUtensorMap *map, T (&to)
     bulk_load(smem_address(stats), from, sizeof(stats), bar);
 }
 
+/* First row of a query tile, CARE_ bits. */
+static __device__ __forceinline__ int2 about_tile(const bwd_params &p, const task &t, const walk<true> &at)
+{
+    const int32_t row0 = at.tile * BLOCK_Q;
+    return make_int2(row0, (load_relaxed_s32(p.w.turn + t.q_tile + at.head * p.w.head_tiles + at.tile) & FGQA_BWD_DIRTY ? CARE_POISON : 0)
+                         | (p.foreign_rows && row0 + BLOCK_Q > t.mask.sq ? CARE_PADDING : 0)
+                         | (row0 < t.full_begin || row0 + BLOCK_Q > t.full_end ? PARTIAL : 0));
+}
+
 template <bool MASKED> static __device__ void produce(const bwd_params &p, shared &sm)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -223,20 +232,23 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
         const int batch = problem.varlen ? 0 : t.b, key = t.k_row + t.n * BLOCK_K;
         const int64_t first_tile = t.q_tile;
         walk<MASKED> at(t);
+        int2 about = {0, 0};
+        if constexpr (MASKED) {
+            if (t.steps > 0) { about = about_tile(p, t, at); }
+        }
         for (int32_t step = 0; step == 0 || step < t.steps; step++) {
             const bool exists = t.steps > 0;
             const int head = t.kv_head * problem.g + at.head, row = t.q_row + at.tile * BLOCK_Q;
             const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
             if (exists) {
-                int32_t care = 0;
-                if (MASKED) {
-                    const int32_t row0 = at.tile * BLOCK_Q;
-                    care = (load_relaxed_s32(p.w.turn + tile) & FGQA_BWD_DIRTY ? CARE_POISON : 0)
-                         | (p.foreign_rows && row0 + BLOCK_Q > t.mask.sq ? CARE_PADDING : 0)
-                         | (row0 < t.full_begin || row0 + BLOCK_Q > t.full_end ? PARTIAL : 0);
+                at.next(t, p.w.splits, problem.g);
+                int2 following = {0, 0};
+                if constexpr (MASKED) {
+                    if (step + 1 < t.steps) { following = about_tile(p, t, at); }
                 }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
-                if (MASKED) { sm.about[r.stage] = make_int2(at.tile * BLOCK_Q, care); }
+                if (MASKED) { sm.about[r.stage] = make_int4(about.x, about.y, following.x, following.y); }
+                about = following;
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }
             if (step == 0) {
@@ -248,7 +260,6 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
                 mbarrier_wait(smem_address(&sm.dout_empty[r.stage]), r.parity ^ 1);
                 load_rows(&p.dout_map, sm.dout[r.stage], sm.delta[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q + BLOCK_Q, &sm.dout_full[r.stage], keep, head, row, batch);
                 r.advance();
-                at.next(t, p.w.splits, problem.g);
             }
         }
         mbarrier_arrive(smem_address(&sm.task_free));
