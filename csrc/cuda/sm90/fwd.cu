@@ -86,7 +86,7 @@ struct fwd_params {
     int32_t box_rows;                                            /* of K and V: what one copy brings, of one page */
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
     float inv_scale;
-    int32_t claim_early, left_masked;                            /* left_masked: some row may not see key 0 */
+    int32_t claim_early;                                         /* short tiles: schedule() */
     float in_caps;                                               /* scale / softcap */
 };
 
@@ -334,7 +334,7 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
     const int lane = thread_index() % 32;
     for (bool more = true; more; rq.advance(), rt.advance()) {
         mbarrier_wait(smem_address(&sm.tile_full[rt.stage]), rt.parity);
-        const tile &t = sm.tiles[rt.stage];
+        tile &t = sm.tiles[rt.stage];
         const fgqa_problem &problem = p.common.problem;
         const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
         const uint32_t at = place_of_rows(rq, rt);
@@ -374,6 +374,12 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
             /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
             if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
             sm.blocks[at][lane] = own;
+        }
+        if (lane == WG_COUNT && more) {
+            const fgqa_view &out = problem.view[FGQA_ARG_out], &lse = problem.view[FGQA_ARG_lse];
+            const int64_t row = t.q_row + (t.row0 >> p.list.pack);
+            t.out = (t.batch * out.stride_b + t.head * out.stride_h + row * out.stride_s) * (int64_t)sizeof(T);
+            t.lse = (t.batch * lse.stride_b + t.head * lse.stride_h + row * lse.stride_s) * (int64_t)sizeof(float);
         }
         if (R_STAGES == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
         __syncwarp();
@@ -510,7 +516,6 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t joined = masked ? (3 * multiprocessors + tiles - 1) / tiles : 1;
     p.list.last = (uint32_t)(sections > joined ? sections - joined : 0);
     p.claim_early = problem->sk <= 2048;
-    p.left_masked = problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
     kernel<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
     error = cudaGetLastError();

@@ -11,6 +11,25 @@ static __device__ __forceinline__ int32_t head_of(const fwd_params &p, const til
  * memory is written at once; 16 bytes take twice the shuffles and are as fast, 4 bytes half the speed of the stores. */
 static __device__ __forceinline__ int32_t first_column() { return (int32_t)(thread_index() % 2 * 8 + thread_index() % 4 / 2 * 4); }
 
+/* Where a tile whose first row begins the tensors would go: a lane's first columns of O in its two rows; the LSE of row lane % 4, NULL
+ * without one. */
+struct row_places { char *o[2], *lse; };
+
+static __device__ __forceinline__ row_places place_rows(const fwd_params &p)
+{
+    const fgqa_view &out = p.common.problem.view[FGQA_ARG_out], &lse = p.common.problem.view[FGQA_ARG_lse];
+    uint32_t thread = thread_index();
+    row_places to = {};
+    asm volatile("" : "+r"(thread));                             /* where they are not kept nobody else keeps them, either */
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t local = row_in_tile(thread) + 8 * r, head = local & (1 << p.list.pack) - 1, row = local >> p.list.pack;
+        to.o[r] = fgqa_row_address(out, sizeof(T), 0, head, row) + sizeof(T) * first_column();
+        if (thread % 4 == r && lse.data) { to.lse = fgqa_row_address(lse, sizeof(float), 0, head, row); }
+    }
+    return to;
+}
+
 /* O as 16-bit elements -> global memory. Of a lane's two rows, from its first column on: address, number of columns there are.
  * Nonzero if an element is not finite. */
 static __device__ __forceinline__ uint32_t store_o(char *const (&to)[2], const int32_t (&columns)[2], const float (&o)[DV / 2], const float (&factor)[2])
@@ -102,7 +121,8 @@ static __device__ __forceinline__ void end_rows(row_ends &e, const softmax_rows 
 
 /* O / l and LSE, or what a part of the keys gives -> global memory. slot: of the tile; at: of its rows. */
 template <bool CAREFUL>
-static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, float (&o)[DV / 2], row_ends &ends)
+static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, const row_places &places, float (&o)[DV / 2],
+                                                   row_ends &ends)
 {
     const fgqa_problem &problem = p.common.problem;
     const uint32_t thread = thread_index(), lane = thread % 32;
@@ -127,16 +147,9 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     if (partial) {
         again |= store_part(p, t, o, ends);
     } else {
-        char *to[2];
-        int32_t columns[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int32_t local = first + 8 * r, packed = t.row0 + local, head = head_of(p, t, packed);
-            const int64_t i = t.q_row + (packed >> p.list.pack);
-            columns[r] = local < t.valid ? problem.dv - first_column() : 0;
-            to[r] = fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), t.batch, head, i) + sizeof(T) * first_column();
-            if (lane % 4 == 0 && local < t.valid) { store_lse(problem, t.batch, head, i, ends.lse[r]); }
-        }
+        char *const to[2] = {places.o[0] + t.out, places.o[1] + t.out};
+        const int32_t there = problem.dv - first_column(), columns[2] = {first < t.valid ? there : 0, first + 8 < t.valid ? there : 0};
+        if (places.lse && first + 8 * (int32_t)(lane % 4) < t.valid) { *(float *)(places.lse + t.lse) = lane % 4 ? ends.lse[1] : ends.lse[0]; }
         again |= store_o(to, columns, o, ends.factor) != 0;
     }
     if (!CAREFUL && __any_sync(ALL_LANES, again)) { sm.poisoned[slot] = 1; }
@@ -170,6 +183,7 @@ template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL;
+    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED;      /* others' main loops have no registers left */
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
     const float scale_log2 = (CHAIN == CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
@@ -182,6 +196,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     uint32_t row_place;                                          /* of rows[] and blocks[] */
     fgqa_range full;                                             /* blocks that need no mask */
     alibi_rows alibi;
+    row_places places = {};
     softmax_rows rows = {};
     float o[DV / 2] = {};
     uint32_t pr[BLOCK_K / 4];
@@ -248,12 +263,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (CHAIN == ALIBI && !CAREFUL) { add_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K); }
     };
     auto mask = [&](float (&s)[BLOCK_K / 2], int j) {
-        const int last[2] = {end[0] - j * BLOCK_K, end[1] - j * BLOCK_K};
-        hide_from(s, last);
-        if (p.left_masked) {
-            const int first[2] = {begin[0] - j * BLOCK_K, begin[1] - j * BLOCK_K};
-            hide_before(s, first);
-        }
+        uint32_t seen[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) { seen[r] = columns_before(end[r] - j * BLOCK_K) & ~columns_before(begin[r] - j * BLOCK_K); }
+        hide_others(s, seen);
     };
     auto await_turn = [&] {
         if (TURNS) { bar_sync(TURN + wg, 256); }
@@ -401,6 +414,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
     };
     if (wg == WG_COUNT - 1) { pass_turn(); }
+    if (KEEP_PLACES) { places = place_rows(p); }
     if (!take_tile()) { return; }
     skip_blocks(true, true);
     first_block();
@@ -439,7 +453,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             release_v();
             end_rows(ends, done_rows);
         }
-        finish_rows<CAREFUL>(p, sm, slot, at, o, ends);
+        finish_rows<CAREFUL>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
         if (!CROSS) {
             more = take_tile();

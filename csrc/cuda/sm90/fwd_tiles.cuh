@@ -30,6 +30,7 @@ struct tile {
     int32_t part;                       /* of the keys */
     int32_t q_row, k_row;               /* row 0 of the sequence in the tensors; of a cache, the slot of key 0 */
     int32_t sq, sk, diag;               /* of its mask */
+    int64_t out, lse;                   /* of its first row, in bytes from the tensors' beginning */
 };
 
 /* Which rows of which unit: what the list itself says of a tile. */

@@ -39,21 +39,22 @@ static __device__ __forceinline__ void pv_wgmma(float (&o)[DV / 2], const uint32
     for (int i = 0; i < BLOCK_K / 16; i++) { wgmma_rs_bt(o, pr + 4 * i, dv + i * 2048 / 16, i > 0 || accumulate); }
 }
 
-/* Scores outside [begin[r], end[r]), counted from this lane's first column of the tile, become -inf. The compares have
- * immediate operands: one instruction a score and side. */
-template <int N> static __device__ __forceinline__ void hide_from(float (&s)[N], const int (&end)[2])
+/* A lane has 2 columns of 8: bit k is its column 8 (k / 2) + k % 2. Those in front of `end`, counted from its first. */
+static __device__ __forceinline__ uint32_t columns_before(int32_t end)
 {
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (8 * (i / 4) + i % 2 >= end[(i / 2) % 2]) { s[i] = -INFINITY; }
-    }
+    const int32_t within = min(max(end, 0), 128);
+    uint32_t bits;
+    asm("bmsk.clamp.b32 %0, 0, %1;" : "=r"(bits) : "r"(within / 8 * 2 + min(within % 8, 2)));
+    return bits;
 }
 
-template <int N> static __device__ __forceinline__ void hide_before(float (&s)[N], const int (&begin)[2])
+/* Scores of other columns become -inf. Bits go to predicates several at a time: less than two instructions a score for both sides. */
+template <int N> static __device__ __forceinline__ void hide_others(float (&s)[N], const uint32_t (&seen)[2])
 {
+    static_assert(N <= 64, "a bit for each column that a lane has of a row");
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        if (8 * (i / 4) + i % 2 < begin[(i / 2) % 2]) { s[i] = -INFINITY; }
+        if (!(seen[i / 2 % 2] >> (i / 4 * 2 + i % 2) & 1)) { s[i] = -INFINITY; }
     }
 }
 
