@@ -24,6 +24,10 @@ KNOWN = (
           "its lane 0 arrives at q_empty (in the careful pass behind add_seen_poison()), for which the masker waits; where each "
           "tile has a place for its rows, at o_full; collector, tile_empty, scheduler, tile_full, masker. The tool follows an "
           "mbarrier for the thread that arrives, not for those which that thread has met before."),
+    Known("racecheck", "fwd_sm90_.*_plain", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\bfinish_rows<"),
+          "A lane of the masker writes into tiles[t] where its O and LSE go, the warp meets at __syncwarp, lane 0 arrives at "
+          "q_full, for which consumers wait. Before the next write their lanes meet at __syncwarp behind the read, lane 0 "
+          "arrives at o_full; collector, tile_empty, scheduler, tile_full, masker. The same limit of the tool."),
     Known("racecheck", "fwd_sm90_.*_plain", RACE,
           (r"Write .*\b(describe_tile|schedule)<",
            r"Read .*\b(consume<|finish_rows<|add_seen_poison\(|find_rows\(|produce\(|describe_rows\()"),
@@ -43,13 +47,12 @@ KNOWN = (
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
           (r"Write .*\bbulk_load\(", r"Read .*\b(load_stats\(|step<|consume_as<|begin_step<)"),
           "Bulk copies write lse2 and delta of a stage and complete on q_full and dout_full, for which consumers wait. "
-          "Before the next copy: all their reads lie before the named barrier BOTH or, head dim 256, before a product of all "
-          "four warps, behind which one thread of each consumer arrives at dout_empty and q_empty; the producer waits for "
-          "both. The same limit of the tool."),
-    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce<", r"Read .*\bbegin_step<"),
-          "The producer's thread writes about[s] and arrives at q_full. Before the next write: the reads lie before BOTH or, "
-          "head dim 256, before a product of all four warps, behind which one thread of each consumer arrives at q_empty, for "
-          "which the producer waits. The same limit."),
+          "Before the next copy: all their reads lie before a product of all four warps, behind which one thread of each "
+          "consumer arrives at dout_empty and q_empty; the producer waits for both. The same limit of the tool."),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce<", r"Read .*\b(begin_step|take_steps|step)<"),
+          "The producer's thread writes about[s] and arrives at q_full. Before the next write: the reads lie before a product "
+          "of all four warps, behind which one thread of each consumer arrives at q_empty, for which the producer waits. The "
+          "same limit."),
     Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bconsume_as<", r"Read .*\bconsume_as<"),
           "One consumer writes P into weights[s], each of its warps meets at __syncwarp and lane 0 arrives at weights_full[s], "
           "for which the other waits before it reads; that one's warps arrive the same way at weights_empty[s], for which the "

@@ -5,8 +5,13 @@ import torch
 from gpu import assert_alike
 
 
+def of_each_head(rows, matrix):
+    """rows [b, hk, g, n, m] @ matrix [b, hk, m, l]: once a KV head, not expanded to its group, which takes gigabytes."""
+    return (rows.flatten(2, 3) @ matrix).unflatten(2, rows.shape[2:4])
+
+
 def attend(x, v, seen, distance, dtype, sink=None, softcap=None, alibi_slopes=None):
-    """out and LSE of scores x [b, hk, g, sq, sk] over v [b, hk, 1, sk, dv], computed in `dtype`, softcap and ALiBi at least in
+    """out and LSE of scores x [b, hk, g, sq, sk] over v [b, hk, sk, dv], computed in `dtype`, softcap and ALiBi at least in
     float32. seen: which keys a row sees, distance: of key and diagonal [b, sq, sk]; a row that sees none gives 0."""
     b, hk, g, sq, sk = x.shape
     if softcap is not None or alibi_slopes is not None:
@@ -19,7 +24,7 @@ def attend(x, v, seen, distance, dtype, sink=None, softcap=None, alibi_slopes=No
     if sink is not None:
         x = torch.cat([x, sink.to(dtype).view(1, hk, g, 1, 1).expand(b, hk, g, sq, 1)], -1)
     p = x.softmax(-1).nan_to_num(nan=0.0)[..., :sk]
-    return (p.to(dtype) @ v).reshape(b, hk * g, sq, -1), x.logsumexp(-1).reshape(b, hk * g, sq)
+    return of_each_head(p.to(dtype), v).reshape(b, hk * g, sq, -1), x.logsumexp(-1).reshape(b, hk * g, sq)
 
 
 def agree(out, lse, exact, exact_lse, naive):

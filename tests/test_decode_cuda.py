@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from decode_formula import agree, attend
+from decode_formula import agree, attend, of_each_head
 from gpu import assert_alike
 
 import flashgqa
@@ -43,8 +43,8 @@ def formula(q, k, v, dtype, lens=None, causal=False, window=(None, None), sink=N
         seen &= j >= diag[..., None] - window[0]
     seen = seen[:, None, None]
     some = seen.any(3)[:, 0, 0][:, None, :, None]
-    k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in (k, v))
-    x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * (scale or d**-0.5)
+    k, v = (torch.where(some, x, 0).to(dtype) for x in (k, v))
+    x = of_each_head(q.to(dtype).view(b, hk, hq // hk, sq, d), k.transpose(-1, -2)) * (scale or d**-0.5)
     return attend(x, v, seen, (diag[..., None] - j).abs(), dtype, sink, softcap, alibi_slopes)
 
 

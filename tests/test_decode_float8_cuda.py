@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from decode_formula import agree, attend
+from decode_formula import agree, attend, of_each_head
 
 import flashgqa
 
@@ -42,9 +42,9 @@ def formula(q, k, v, dtype, cache_lens, k_scale=None, v_scale=None, causal=False
     some = seen.any(1)[:, None, :, None]
     scales = [torch.ones(b, hk, device="cuda") if x is None else x.expand(b, hk) for x in (k_scale, v_scale)]
     wide = [x.double() * s[:, :, None, None] for x, s in zip((k, v), scales, strict=True)]
-    k, v = (torch.where(some, x, 0).to(dtype)[:, :, None] for x in wide)
+    k, v = (torch.where(some, x, 0).to(dtype) for x in wide)
     seen = seen[:, None, None]
-    x = q.to(dtype).view(b, hk, hq // hk, sq, d) @ k.transpose(-1, -2) * d**-0.5
+    x = of_each_head(q.to(dtype).view(b, hk, hq // hk, sq, d), k.transpose(-1, -2)) * d**-0.5
     return attend(x, v, seen, (diag[..., None] - j).abs(), dtype, sink, softcap, alibi_slopes)
 
 

@@ -13,16 +13,18 @@ PTX_FN void bulk_load(uint32_t dst, const void *src, uint32_t bytes, uint32_t ba
                  "r"(bytes), "r"(bar) : "memory");
 }
 
-/* Shared -> global, in this thread's bulk group. */
-PTX_FN void bulk_store(void *dst, uint32_t src, uint32_t bytes)
+/* Shared -> global, in this thread's bulk group; policies of L2: ptx_tma.cuh. */
+PTX_FN void bulk_store(void *dst, uint32_t src, uint32_t bytes, uint64_t policy)
 {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group.L2::cache_hint [%0], [%1], %2, %3;" ::"l"(dst), "r"(src), "r"(bytes), "l"(policy)
+                 : "memory");
 }
 
 /* The same, added to float32. */
-PTX_FN void bulk_add_f32(float *dst, uint32_t src, uint32_t bytes)
+PTX_FN void bulk_add_f32(float *dst, uint32_t src, uint32_t bytes, uint64_t policy)
 {
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(dst), "r"(src), "r"(bytes) : "memory");
+    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.L2::cache_hint.add.f32 [%0], [%1], %2, %3;" ::"l"(dst), "r"(src), "r"(bytes),
+                 "l"(policy) : "memory");
 }
 
 /* All committed groups of this thread are done, not only read. Commit, and wait for the read: ptx_tma.cuh. */

@@ -12,8 +12,9 @@ PTX_FN void prefetch_tensormap(const CUtensorMap *map)
     asm volatile("prefetch.tensormap [%0];" ::"l"((uint64_t)map) : "memory");
 }
 
-/* L2 policies for the loads below. */
+/* L2 policies, for the loads below and those of ptx_bulk.cuh. */
 PTX_FN uint64_t createpolicy_evict_first() { uint64_t p; asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(p)); return p; }
+PTX_FN uint64_t createpolicy_evict_normal() { uint64_t p; asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p)); return p; }
 PTX_FN uint64_t createpolicy_evict_last() { uint64_t p; asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(p)); return p; }
 
 /* Box at (c0, c1, c2, c3) -> shared `dst`; its bytes count towards `bar`. Out-of-range elements are zero and count too. */

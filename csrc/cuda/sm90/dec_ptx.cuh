@@ -11,8 +11,6 @@ PTX_FN void tma_load_5d(uint32_t dst, const CUtensorMap *map, uint32_t bar, uint
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
-PTX_FN uint64_t createpolicy_evict_normal() { uint64_t p; asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(p)); return p; }
-
 /* 4 bytes of shared memory at `dst` from global `src`; groups as of cp_async_16(). */
 PTX_FN void cp_async_4(uint32_t dst, const void *src)
 {
