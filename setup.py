@@ -168,7 +168,7 @@ class Build(build_ext):
         python = include + [f"-I{numpy.get_include()}", f"-DPy_LIMITED_API={LIMITED_API}",
                             "-DNPY_TARGET_VERSION=NPY_2_0_API_VERSION", "-DNPY_NO_DEPRECATED_API=NPY_2_0_API_VERSION",
                             f'-DFGQA_VERSION="{version()}"']
-        for source in sorted([*(CSRC / "core").glob("*.c"), *(CSRC / "cpu").glob("*.c"), *(CSRC / "python").glob("*.c")]):
+        for source in sorted(path for folder in ("core", "cpu", "xla", "python") for path in (CSRC / folder).glob("*.c")):
             stem = f"{source.parent.name}_{source.stem}"
             if source.parent.name == "cpu" and source.name in PER_ISA:
                 for name, flags, bf16 in isa_rows():

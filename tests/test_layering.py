@@ -1,4 +1,4 @@
-"""Dependencies point one way: python -> core <- cpu, cuda. The core knows neither Python nor CUDA nor a backend."""
+"""Dependencies point one way: python -> xla -> cpu, cuda -> core. The core knows neither Python nor CUDA nor a backend."""
 
 import pathlib
 import re
@@ -11,7 +11,8 @@ MAY_INCLUDE = {
     "core": {"core"},
     "cpu": {"core", "cpu"},
     "cuda": {"core", "cuda"},
-    "python": {"core", "cpu", "cuda", "python"},
+    "xla": {"core", "cpu", "cuda", "xla"},
+    "python": {"core", "cpu", "cuda", "xla", "python"},
 }
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".c", ".h", ".cu", ".cuh", ".def"})
 INCLUDE = re.compile(r'^\s*#\s*include\s+(["<])([^">]+)[">]', re.MULTILINE)

@@ -8,9 +8,9 @@
 
 #include "../core/rows.h"
 #include "../cpu/cpu.h"
+#include "../cpu/memory.h"
 #include "../cuda/device.h"
 #include "call_state.h"
-#include "memory.h"
 
 /* in[] and result[] are left as they are: a bit says which entries exist. */
 void fgqa_call_begin(fgqa_call *call, PyObject *module, fgqa_pass pass, PyObject *stream)

@@ -16,6 +16,10 @@ PyObject *fgqa_py_keyword_attention(PyObject *module, PyObject *const *args, Py_
 PyObject *fgqa_py_attention_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
 PyObject *fgqa_py_explain_with_kvcache(PyObject *module, PyObject *const *args, Py_ssize_t n);
 
+/* call_xla.c */
+PyObject *fgqa_py_xla_call(PyObject *module, PyObject *const *args, Py_ssize_t n);
+PyObject *fgqa_py_xla_handlers(PyObject *module, PyObject *unused);
+
 /* place.c */
 PyObject *fgqa_py_stream_address(PyObject *module, PyObject *object);
 

@@ -3,9 +3,9 @@
 
 #include <string.h>
 
+#include "../cpu/memory.h"
 #include "../cuda/device.h"
 #include "call.h"
-#include "memory.h"
 
 /* ---- scratch memory ---- */
 

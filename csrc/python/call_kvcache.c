@@ -3,10 +3,10 @@
  * On a GPU two steps follow each other on the call's stream, the append and attention, and nobody waits.
  */
 #include "../cpu/cpu.h"
+#include "../cpu/memory.h"
 #include "../cuda/device.h"
 #include "call.h"
 #include "call_state.h"
-#include "memory.h"
 
 typedef struct {
     fgqa_call call;

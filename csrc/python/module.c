@@ -26,6 +26,9 @@ static PyMethodDef methods[] = {
      "attention_with_kvcache(q, k_cache, v_cache, k_new, v_new, cache_lens, new_lens, page_table, batch_index, left_pad, rotary_cos, "
      "rotary_sin, rotary_offsets, k_scale, v_scale, rotary_interleaved, return_lse, out, *OPTIONS) -> out | (out, lse)"},
     {"explain_with_kvcache", FAST(fgqa_py_explain_with_kvcache), "explain_with_kvcache(as attention_with_kvcache) -> dict"},
+    {"xla_call", FAST(fgqa_py_xla_call),
+     "xla_call({name: (dtype, shape)}, backward, return_lse, want_dbias, want_dsink, *OPTIONS) -> (attributes, [(dtype, shape), ...])"},
+    {"xla_handlers", fgqa_py_xla_handlers, METH_NOARGS, "xla_handlers() -> {platform: capsule}"},
     {"merge", FAST(fgqa_py_merge), "merge(outs, lses, layout) -> (out, lse)"},
     {"dropout_mask", FAST(fgqa_py_dropout_mask), "dropout_mask(b, hq, sq, sk, dropout_p, seed) -> bool array"},
     {"kernels", fgqa_py_kernels, METH_NOARGS, "kernels() -> [(name, pass, device)]"},

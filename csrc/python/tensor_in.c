@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "memory.h"
+#include "../cpu/memory.h"
 
 /* ---- dtypes ---- */
 
@@ -318,8 +318,8 @@ static int refuse_object(PyObject *object, const fgqa_slot *slot, const fgqa_typ
                      "a subclass may not hold its values in its memory; pass %s.as_subclass(torch.Tensor) if it does",
                      slot->name, name, slot->name);
     } else if (type->kind == FGQA_KIND_TRACER) {
-        PyErr_Format(PyExc_TypeError, "%s is a JAX tracer, %U: arrays have no values inside of jit, grad and vmap; call this function "
-                     "outside of the transformation", slot->name, name);
+        PyErr_Format(PyExc_TypeError, "%s is a JAX tracer, %U: arrays have no values inside of jit, grad and vmap; use "
+                     "flashgqa.jax.attention there", slot->name, name);
     } else if (object == Py_None) {
         PyErr_Format(PyExc_TypeError, "%s is None: pass a NumPy array or any DLPack tensor", slot->name);
     } else {

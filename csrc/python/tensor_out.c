@@ -6,7 +6,7 @@
 
 #include <string.h>
 
-#include "memory.h"
+#include "../cpu/memory.h"
 
 static const char block_name[] = "flashgqa.block";
 

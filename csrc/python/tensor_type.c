@@ -6,7 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "memory.h"
+#include "../cpu/memory.h"
 
 typedef struct {
     PyObject_HEAD

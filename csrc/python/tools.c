@@ -3,11 +3,11 @@
 
 #include "../cpu/cpu.h"
 #include "../cpu/cpu_features.h"
+#include "../cpu/memory.h"
 #include "../cpu/threads.h"
 #include "../cuda/device.h"
 #include "args.h"
 #include "call.h"
-#include "memory.h"
 #include "tensor_out.h"
 
 /* ---- merge ---- */
