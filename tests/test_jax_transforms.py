@@ -201,7 +201,7 @@ def test_what_has_no_gradient_says_so(inputs):
 def test_errors_while_tracing(change, message, inputs):
     given = dict(zip("qkv", inputs, strict=False)) | change
     with pytest.raises((TypeError, ValueError, jax.errors.JaxRuntimeError), match=message):
-        jax.jit(lambda: fj.attention(**given))()
+        jax.jit(lambda: fj.attention(**given))().block_until_ready()
 
 
 def test_errors_of_values_come_when_the_program_runs(inputs):

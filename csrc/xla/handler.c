@@ -29,13 +29,16 @@ static xla_error *failed(const xla_api *api, fgqa_status status)
     return api->error_create(&error);
 }
 
-/* What XLA could not give, whose own words end here. */
+/* What XLA could not give. */
 static fgqa_status refused(const xla_api *api, xla_error *error, fgqa_status code, const char *what)
 {
     if (error == NULL) { return FGQA_OK; }
+    xla_error_message words = {.size = sizeof words, .error = error};
     xla_error_destroy gone = {.size = sizeof gone, .error = error};
+    api->error_message(&words);
+    (void)fgqa_fail(code, "XLA gave no %s: %s", what, words.message);
     api->error_destroy(&gone);
-    return fgqa_fail(code, "XLA gave no %s", what);
+    return code;
 }
 
 /* ---- attributes ---- */
@@ -277,12 +280,15 @@ static fgqa_status run_on_gpu(const xla_call *call, const fgqa_plan *plan, const
 {
     const fgqa_exec exec = {stream, NULL, NULL};
     if (plan->workspace_bytes == 0) { return plan->kernel->run(plan, problem, NULL, &exec); }
-    xla_memory_allocate memory = {.size = sizeof memory, .context = call->context, .bytes = plan->workspace_bytes, .alignment = 256};
-    FGQA_TRY(refused(call->api, call->api->memory_allocate(&memory), FGQA_ERROR_MEMORY, "scratch memory of the size in the plan"));
-    const fgqa_status status = plan->kernel->run(plan, problem, memory.data, &exec);
-    xla_memory_free end = {.size = sizeof end, .context = call->context, .bytes = plan->workspace_bytes, .data = memory.data};
-    FGQA_TRY(refused(call->api, call->api->memory_free(&end), FGQA_ERROR_RUNTIME, "way to free scratch memory"));
-    return status;
+    /* Workspaces are aligned as memory of CUDA is; XLA promises less. */
+    const size_t alignment = 256, bytes = plan->workspace_bytes + alignment;
+    xla_memory_allocate memory = {.size = sizeof memory, .context = call->context, .bytes = bytes, .alignment = 1};
+    FGQA_TRY(refused(call->api, call->api->memory_allocate(&memory), FGQA_ERROR_MEMORY, "scratch memory"));
+    void *workspace = (char *)memory.data + (alignment - (uintptr_t)memory.data % alignment) % alignment;
+    const fgqa_status status = plan->kernel->run(plan, problem, workspace, &exec);
+    xla_memory_free end = {.size = sizeof end, .context = call->context, .bytes = bytes, .data = memory.data};
+    const fgqa_status freed = refused(call->api, call->api->memory_free(&end), FGQA_ERROR_RUNTIME, "way to free scratch memory");
+    return status != FGQA_OK ? status : freed;
 }
 
 static fgqa_status run_on_cpu(const fgqa_plan *plan, const fgqa_problem *problem)

@@ -50,6 +50,7 @@ typedef struct { XLA_HEADER; int64_t count; const int *types; xla_buffer **buffe
 typedef struct { XLA_HEADER; int64_t count; const xla_attribute_type *types; const xla_text **names; void **values; } xla_attributes;
 
 typedef struct { XLA_HEADER; const char *message; xla_code code; } xla_error_create;
+typedef struct { XLA_HEADER; xla_error *error; const char *message; } xla_error_message;
 typedef struct { XLA_HEADER; xla_error *error; } xla_error_destroy;
 typedef struct { XLA_HEADER; xla_context *context; void *stream; } xla_stream_get;
 typedef struct { XLA_HEADER; xla_context *context; size_t bytes, alignment; void *data; } xla_memory_allocate;
@@ -63,7 +64,7 @@ typedef struct {
     xla_version version;
     const void *internal;
     xla_error *(*error_create)(xla_error_create *);
-    xla_unused error_message;
+    void (*error_message)(xla_error_message *);
     void (*error_destroy)(xla_error_destroy *);
     xla_unused handler_register;
     xla_error *(*stream_get)(xla_stream_get *);
