@@ -278,3 +278,18 @@ def test_instead_of_jax_nn_dot_product_attention(rng, exact_products):
     out, lse = fj.dot_product_attention(q, k, v, return_residual=True)
     assert out.shape == (B, SQ, HQ, D) and lse.shape == (B, SQ, HQ)
     assert np.allclose(lse, np.swapaxes(direct(q, k, v, layout="bshd", return_lse=True)[1], 1, 2), atol=1e-6)
+
+
+def test_decode_token_by_token_in_scan(rng):
+    """A cache of JAX's own: written by dynamic_update_slice, read as far as kv_lens says."""
+    tokens, slots = 9, 16
+    q, k, v = (jnp.asarray(rng.standard_normal((h, tokens, D)), "float32") for h in (HQ, HK, HK))
+
+    def step(cache, n):
+        new = (jax.lax.dynamic_slice_in_dim(x, n, 1, 1) for x in (k, v))
+        cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, x, n, 1) for old, x in zip(cache, new, strict=True))
+        return cache, fj.attention(jax.lax.dynamic_slice_in_dim(q, n, 1, 1), *cache, kv_lens=n[None] + 1, causal=True)
+
+    empty = (jnp.full((HK, slots, D), jnp.nan),) * 2
+    _, out = jax.jit(lambda: jax.lax.scan(step, empty, jnp.arange(tokens, dtype="int32")))()
+    assert np.allclose(np.swapaxes(out[:, :, 0], 0, 1), direct(q, k, v, causal=True), atol=1e-5)
