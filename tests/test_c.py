@@ -15,7 +15,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROGRAMS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 CORE = sorted((ROOT / "csrc" / "core").glob("*.c"))
 # What a test links besides the core.
-MORE_SOURCES = {"test_threads": ["csrc/cpu/threads.c"]}
+MORE_SOURCES = {
+    "test_threads": ["csrc/cpu/threads.c"],
+    "test_xla": ["csrc/xla/handler.c", "csrc/cpu/memory.c", "csrc/cuda/absent.c"],
+}
 FLAGS = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
