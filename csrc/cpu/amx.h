@@ -1,4 +1,5 @@
-/* amx.h - bfloat16 matrices for the tile unit: packing and the one product. Part of the row "amx" alone.
+/* amx.h - bfloat16 matrices for the tile unit: packing and the one product. Part of the row "amx" and, with products by vectors
+ * over the same operands (amx_dot.h), of "avx512bf16".
  *
  *     C[m][n] = sum over k of A[m][k]*B[k][n]      (or C + that), float32
  *
@@ -16,6 +17,9 @@
 #ifndef FGQA_AMX_H
 #define FGQA_AMX_H
 #include "amx_weights.h"
+#if !FGQA_TILES
+#include "amx_dot.h"
+#endif
 
 /* ---- the product ---- */
 
@@ -24,9 +28,10 @@
  * The low parts lie `low` behind the high ones; 0: there are none, of either operand. `low_low` of A: multiply these, too. */
 typedef struct { const bf16 *data; ptrdiff_t step, tile, pair, ld, low; int low_low; } amx_operand;
 
-/* What vectors do beside a product, after each of its steps; a constant, which is inlined. */
-typedef void amx_share(void *work);
+/* What vectors do beside a product, after some of its steps; a constant, which is inlined. */
+typedef void amx_share(void *work, int steps);
 
+#if FGQA_TILES
 /* mt x nt tiles of C, both 1 or 2 and constant; after every step `share` (or NULL) of `work`.
  * A is the longer operand, of which the first-level cache keeps nothing until it is needed again: it leaves that to B. */
 SIMD void amx_block(const int mt, const int nt, const int add, int steps, const amx_operand *a, const bf16 *a0, const amx_operand *b, const bf16 *b0,
@@ -62,7 +67,7 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
             }
             a1 += a->step;
             b1 += b->step;
-            if (share) { share(work); }
+            if (share) { share(work, 1); }
         }
     }
     amx_store(0, c, row);
@@ -92,6 +97,27 @@ SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_o
         }
     }
 }
+
+#else
+/* m x n tiles of C, two columns of tiles at a time. */
+SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc,
+                             amx_share *const share, void *work)
+{
+    for (int j = 0; j < n; j += 2) {
+        const bf16 *const b0 = b->data + j * b->tile;
+        for (int i = 0; i < m; i++) {
+            const bf16 *const a0 = a->data + i / 2 * a->pair + i % 2 * a->tile;
+            float *const to = c + i * AMX_SIDE * ldc + j * AMX_SIDE;
+            if (j + 1 < n) {
+                (add ? dot_two_add : dot_two_set)(AMX_SIDE, steps, a0, a->ld, a->step, b0, b->tile, b->step, to, ldc);
+            } else {
+                (add ? dot_one_add : dot_one_set)(AMX_SIDE, steps, a0, a->ld, a->step, b0, b->tile, b->step, to, ldc);
+            }
+            if (share && (i % 2 || i + 1 == m)) { share(work, steps); }
+        }
+    }
+}
+#endif
 
 SIMD void amx_product(const int add, int m, int n, int steps, const amx_operand *a, const amx_operand *b, float *c, ptrdiff_t ldc)
 {

@@ -168,10 +168,10 @@ SIMD void amx_bwd_until(amx_bwd_beside *w, int32_t end)
     w->key = end;
 }
 
-SIMD void amx_bwd_share(void *work)
+SIMD void amx_bwd_share(void *work, int steps)
 {
     amx_bwd_beside *const w = work;
-    const int32_t due = w->key + 2 * w->rate;
+    const int32_t due = w->key + 2 * w->rate * steps;
     amx_bwd_until(w, due < w->end ? due : w->end);
 }
 

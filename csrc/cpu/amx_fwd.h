@@ -135,8 +135,8 @@ static int amx_tile_begin(amx_tile *tile, const amx_scratch *scratch, const tile
 }
 
 /* Weights beside a product, of one part or two. */
-SIMD void amx_share_one(void *w) { amx_weights_share(0, w); }
-SIMD void amx_share_two(void *w) { amx_weights_share(AMX_SPAN * PANEL, w); }
+SIMD void amx_share_one(void *w, int steps) { amx_weights_share(0, w, steps); }
+SIMD void amx_share_two(void *w, int steps) { amx_weights_share(AMX_SPAN * PANEL, w, steps); }
 SIMD amx_share *amx_share_of(const amx_beside *beside, ptrdiff_t low) { return !beside ? NULL : low ? amx_share_two : amx_share_one; }
 
 /* Scores of n keys from number `first` of the block on, a multiple of AMX_DEPTH. */

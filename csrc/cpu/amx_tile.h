@@ -15,6 +15,7 @@
 #define FGQA_AMX_TILE_H
 #include <immintrin.h>
 #include <stdint.h>
+#include "simd.h"
 
 #define AMX_DEPTH 32                 /* terms of a step */
 #define AMX_SIDE 16                  /* rows and columns of a tile of C */
@@ -29,7 +30,7 @@ typedef struct {
     uint8_t rows[16];
 } amx_config;
 
-#ifndef FGQA_AMX_EMULATED
+#if !defined(FGQA_AMX_EMULATED) || !FGQA_TILES
 #define amx_load(tile, from, stride) \
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((intptr_t)(stride)) : "memory")
 /* For what is read once in a while: leaves the first-level cache to others. */

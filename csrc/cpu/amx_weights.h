@@ -252,9 +252,9 @@ SIMD void amx_weights_share_among(amx_beside *w, int32_t end, int32_t steps)
     w->rate = steps ? ((end - w->key) / 2 * 256 + steps - 1) / steps : 0;
 }
 
-SIMD void amx_weights_share(const ptrdiff_t low, amx_beside *w)
+SIMD void amx_weights_share(const ptrdiff_t low, amx_beside *w, int steps)
 {
-    w->due += w->rate;
+    w->due += w->rate * steps;
     const int32_t due = w->due / 256 * 2;
     amx_weights_until(low, w, due < w->end ? due : w->end);
 }

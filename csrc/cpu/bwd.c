@@ -17,7 +17,7 @@
  */
 #include "../core/workspace.h"
 #include "bwd_tile.h"
-#if FGQA_AMX
+#if FGQA_PAIRS
 #include "amx_bwd.h"
 #else
 #include "bwd_block.h"
@@ -333,7 +333,7 @@ void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->workspace_bytes = workspace.used;
 }
 
-#if FGQA_AMX
+#if FGQA_TILES
 static void split_on_tiles(void *context, int64_t task, const fgqa_worker *worker)
 {
     amx_begin();

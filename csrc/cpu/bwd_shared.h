@@ -3,7 +3,7 @@
 #define FGQA_BWD_SHARED_H
 #include "bwd_tile.h"
 
-#if FGQA_AMX
+#if FGQA_PAIRS
 #define MAX_BLOCK_PANELS 16
 #define BLOCK_BYTES (1056 * 1024) /* dK and dV come from farther once a block, slower than products go: 704 KB take 1.07 times as long */
 #else

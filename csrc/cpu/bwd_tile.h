@@ -10,7 +10,7 @@
 #define FGQA_BWD_TILE_H
 #include "../core/workspace.h"
 #include "row_stats.h"
-#if FGQA_AMX
+#if FGQA_PAIRS
 #include "amx.h"
 #endif
 
@@ -111,7 +111,7 @@ FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const til
 typedef struct { int partial, capped, dropped, exact; } bwd_flags;
 typedef struct { vreal weight, ds; } bwd_score;
 
-#if FGQA_AMX
+#if FGQA_PAIRS
 #define bwd_exp2 amx_exp2_short   /* P is rounded to bfloat16 for every use */
 #else
 #define bwd_exp2 v_exp2

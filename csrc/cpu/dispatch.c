@@ -33,29 +33,31 @@ typedef struct {
     fgqa_status (*run)(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec);
 } cpu_code;
 
-typedef struct { const char *name, *isa; fgqa_pass pass; cpu_code f32, f64, bf16; } cpu_row;
+/* splits: forward of this instruction set also takes what it can split into bfloat16 numbers. */
+typedef struct { const char *name, *isa; fgqa_pass pass; cpu_code f32, f64, bf16; int splits; } cpu_row;
 
 #define DECLARE_CODE(pass, isa, real_name)                                              \
     void fgqa_##pass##_##isa##_##real_name##_tile(const fgqa_problem *, fgqa_plan *);     \
     fgqa_status fgqa_##pass##_##isa##_##real_name##_run(const fgqa_plan *, const fgqa_problem *, void *, const fgqa_exec *);
 #define DECLARE_PASS(pass, id, isa) DECLARE_CODE(pass, isa, f32) DECLARE_CODE(pass, isa, f64)
 #define FGQA_ISA(name, machine, flags) ON_##machine(CPU_PASSES(DECLARE_PASS, name), )
-#define FGQA_ISA_BF16(name, machine, flags, rest) ON_##machine(DECLARE_CODE(fwd, name, f32) DECLARE_CODE(bwd, name, f32), )
+#define FGQA_ISA_BF16(name, machine, flags, rest, splits) ON_##machine(DECLARE_CODE(fwd, name, f32) DECLARE_CODE(bwd, name, f32), )
 #include "isa.def"
 #undef FGQA_ISA
 #undef FGQA_ISA_BF16
 
 #define CODE(pass, isa, real_name) {fgqa_##pass##_##isa##_##real_name##_tile, fgqa_##pass##_##isa##_##real_name##_run}
-#define ROW(pass, id, isa, rest, bf16) {#pass "_" #isa, #isa, id, CODE(pass, rest, f32), CODE(pass, rest, f64), CODE(pass, bf16, f32)},
-#define ROW_OF_PASS(pass, id, isa) ROW(pass, id, isa, isa, isa)
-#define ROWS_BF16(isa, rest) \
-    ROW(fwd, FGQA_PASS_FWD, isa, rest, isa) \
-    ROW(bwd, FGQA_PASS_BWD, isa, rest, isa) \
-    ROW(rows, FGQA_PASS_ROWS, isa, rest, rest) \
-    ROW(keysum, FGQA_PASS_KEYSUM, isa, rest, rest)
+#define ROW(pass, id, isa, rest, bf16, splits) \
+    {#pass "_" #isa, #isa, id, CODE(pass, rest, f32), CODE(pass, rest, f64), CODE(pass, bf16, f32), splits},
+#define ROW_OF_PASS(pass, id, isa) ROW(pass, id, isa, isa, isa, 0)
+#define ROWS_BF16(isa, rest, splits) \
+    ROW(fwd, FGQA_PASS_FWD, isa, rest, isa, splits) \
+    ROW(bwd, FGQA_PASS_BWD, isa, rest, isa, splits) \
+    ROW(rows, FGQA_PASS_ROWS, isa, rest, rest, splits) \
+    ROW(keysum, FGQA_PASS_KEYSUM, isa, rest, rest, splits)
 static const cpu_row rows[] = {
 #define FGQA_ISA(name, machine, flags) ON_##machine(CPU_PASSES(ROW_OF_PASS, name), )
-#define FGQA_ISA_BF16(name, machine, flags, rest) ON_##machine(ROWS_BF16(name, rest), )
+#define FGQA_ISA_BF16(name, machine, flags, rest, splits) ON_##machine(ROWS_BF16(name, rest, splits), )
 #include "isa.def"
 #undef FGQA_ISA
 #undef FGQA_ISA_BF16
@@ -64,7 +66,7 @@ static const cpu_row rows[] = {
 
 static const struct { const char *name; int32_t compiled; } isas[] = {
 #define FGQA_ISA(name, machine, flags) {#name, ON_##machine(1, 0)},
-#define FGQA_ISA_BF16(name, machine, flags, rest) FGQA_ISA(name, machine, flags)
+#define FGQA_ISA_BF16(name, machine, flags, rest, splits) FGQA_ISA(name, machine, flags)
 #include "isa.def"
 #undef FGQA_ISA
 #undef FGQA_ISA_BF16
@@ -77,7 +79,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
 {
     const cpu_row *row = kernel->row;
     if (p->device.type != FGQA_CPU) { return "the arrays are not in CPU memory"; }
-    if (p->precision != FGQA_PRECISION_DEFAULT && strcmp(row->isa, "amx") != 0) {
+    if (p->precision != FGQA_PRECISION_DEFAULT && !row->splits) {
         return "precision=\"bf16x3\" needs a CPU with AMX: this kernel multiplies float32 numbers as they are; leave precision out";
     }
     if (p->precision != FGQA_PRECISION_DEFAULT && row->pass != FGQA_PASS_FWD) {
@@ -91,14 +93,13 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
 
 #define SPLIT_ROWS 256     /* packed rows that share the work of splitting K and V; decode steps have fewer */
 
-/* Forward on tiles also takes what it can split into bfloat16 numbers: float16 where that pays, by the shape that all sequences
- * of the batch have. */
+/* What is split: float16 where that pays, by the shape that all sequences of the batch have. */
 static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
 {
     const cpu_row *row = kernel->row;
     const int float8_cache = p->view[FGQA_ARG_k].dtype != p->dtype;
     const int many = p->varlen || p->q_lens || (int64_t)p->sq * p->g >= SPLIT_ROWS;
-    const int split = row->pass == FGQA_PASS_FWD && ((p->dtype == FGQA_F16 && many) || p->precision == FGQA_PRECISION_BF16X3);
+    const int split = row->splits && row->pass == FGQA_PASS_FWD && ((p->dtype == FGQA_F16 && many) || p->precision == FGQA_PRECISION_BF16X3);
     return p->dtype == FGQA_F64 ? &row->f64 : (p->dtype == FGQA_BF16 || split) && !float8_cache ? &row->bf16 : &row->f32;
 }
 

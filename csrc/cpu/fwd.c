@@ -16,7 +16,7 @@
 #include "threads.h"
 #include "tile.h"
 #include "../core/workspace.h"
-#if FGQA_AMX
+#if FGQA_PAIRS
 #include "amx_fwd.h"
 #else
 #define BLOCK_KEYS KEYS          /* of the loop */
@@ -30,7 +30,7 @@
 #define SPLIT_MAX_ROWS 512
 #define SPLIT_MIN_KEYS 512
 /* Tiles beat vectors along d from a full group of rows on. */
-#define FEW_MOST (FGQA_AMX ? FEW_ROWS - 1 : FEW_ROWS)
+#define FEW_MOST (FGQA_PAIRS ? FEW_ROWS - 1 : FEW_ROWS)
 
 /* ---- plan ---- */
 
@@ -55,7 +55,7 @@ static key_parts split_keys(const fgqa_problem *p, const fgqa_mask *mask)
 
 static int32_t columns(int32_t n) { return ROUND_UP(n, VL); }
 /* Of packed q, in reals a lane: on tiles there is room for two bfloat16 numbers each. */
-static int32_t q_columns(int32_t d) { return FGQA_AMX ? ROUND_UP(d, 32) : columns(d); }
+static int32_t q_columns(int32_t d) { return FGQA_PAIRS ? ROUND_UP(d, 32) : columns(d); }
 
 /* Lanes of the partial results of one part: the rows of the largest sequence that is split. */
 static int32_t partial_lanes(const fgqa_problem *p)
@@ -77,7 +77,7 @@ typedef struct {
     real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
     const real **k_list, **v_list;
-#if FGQA_AMX
+#if FGQA_PAIRS
     real *ring;               /* scores of some strips (amx_weights.h) */
     int *q_special, *o_empty; /* [panel]: q has two parts and is not finite; o has not been written */
     int32_t *reached;         /* [panel]: the first key of the block that it has not attended to */
@@ -107,7 +107,7 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->v_list = fgqa_arena_take(&arena, p->cache.page_size ? KEYS + LIST_AHEAD : 0, sizeof(const real *));
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
-#if FGQA_AMX
+#if FGQA_PAIRS
     scratch->ring = fgqa_arena_take(&arena, AMX_RING * AMX_STRIP, sizeof(real));
     scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
     scratch->o_empty = fgqa_arena_take(&arena, panels, sizeof(int));
@@ -154,7 +154,7 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     fwd_scratch unused;
     plan->scratch_bytes = carve(&unused, p, plan->block_q, NULL);
     plan->workspace_bytes = partial_bytes(plan, p);
-#if FGQA_AMX
+#if FGQA_PAIRS
     if (superblocks(plan, p) > 1) { plan->workspace_bytes += amx_shared_bytes(p); }
 #endif
     plan->threads = tile_threads(plan, (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype));
@@ -174,7 +174,7 @@ typedef struct {
 SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *block, int32_t panels)
 {
     const fgqa_problem *p = t->p;
-#if FGQA_AMX
+#if FGQA_PAIRS
     if (!scratch->panel->few && scratch->shared) {
         block->j0 = block->j0 / AMX_SPAN * AMX_SPAN;
         block->j1 = t->seq.mask.sk - block->j0 < AMX_SPAN ? t->seq.mask.sk : block->j0 + AMX_SPAN;
@@ -218,7 +218,7 @@ static void rotate_rows(real *q, int32_t ld, const tile_sequence *t, const tile_
 }
 
 /* Rows of panel n as the second operand of the scores. */
-#if FGQA_AMX
+#if FGQA_PAIRS
 SIMD bf16 *packed_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
 {
     return (bf16 *)(void *)(scratch->q + (size_t)n * PANEL * (size_t)q_columns(t->p->d));
@@ -343,7 +343,7 @@ SIMD fgqa_range panel_block(const fwd_scratch *scratch, int32_t n, const key_blo
     return range;
 }
 
-#if FGQA_AMX
+#if FGQA_PAIRS
 /* Panels attend on tiles. All begin with their plain tiles, one after the other; then those with others, which a mask's edge
  * leaves behind, go on. Where masks or biases are read, the second part alone: whether a tile is plain is not known before. */
 static void attend_on_tiles(fwd_scratch *scratch, const tile_sequence *t, int32_t panels, const key_block *block)
@@ -369,7 +369,7 @@ static void attend_on_tiles(fwd_scratch *scratch, const tile_sequence *t, int32_
 /* All panels attend to the keys of a block that they see. */
 static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t panels, key_block *block)
 {
-#if FGQA_AMX
+#if FGQA_PAIRS
     if (!scratch->panel->few) {
         attend_on_tiles(scratch, t, panels, block);
         return;
@@ -394,7 +394,7 @@ typedef struct {
     const fgqa_problem *p;
     real *partial;
     int64_t first, end;       /* heads of the tasks: KV head n % hk of sequence n / hk */
-#if FGQA_AMX
+#if FGQA_PAIRS
     const amx_shared *shared;
 #endif
 } fwd_job;
@@ -440,7 +440,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     const int64_t r1 = at.r1 < t.rows ? at.r1 : t.rows;
     fwd_scratch scratch;
     carve(&scratch, p, job->plan->block_q, worker->scratch);
-#if FGQA_AMX
+#if FGQA_PAIRS
     scratch.shared = job->shared;
 #endif
     if (at.part == 0 && !p->varlen && at.r1 > t.rows) { clear_rows(&t, at.r0 > t.rows ? at.r0 : t.rows, at.r1, scratch.rows); }
@@ -460,7 +460,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         } else {
             pack_q(&scratch, &t, n);
         }
-        if (!FGQA_AMX || panel->few) { clear_o(&scratch, n, dv); }
+        if (!FGQA_PAIRS || panel->few) { clear_o(&scratch, n, dv); }
         for (int32_t lane = 0; lane < panel->w; lane++) {
             scratch.m[n * PANEL + lane] = -REAL_INF;
             scratch.l[n * PANEL + lane] = 0;
@@ -497,7 +497,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     const int32_t lanes = partial_lanes(p);
     for (int32_t n = 0; n < panels; n++) {
         const tile_panel *panel = &scratch.panel[n];
-#if FGQA_AMX
+#if FGQA_PAIRS
         if (!panel->few && scratch.o_empty[n]) { clear_o(&scratch, n, dv); }
 #endif
         const real *o = scratch.o + (size_t)n * PANEL * (size_t)dv, *m = scratch.m + n * PANEL, *l = scratch.l + n * PANEL;
@@ -547,7 +547,7 @@ static void combine_task(void *context, int64_t task, const fgqa_worker *worker)
     }
 }
 
-#if FGQA_AMX
+#if FGQA_TILES
 static void forward_on_tiles(void *context, int64_t task, const fgqa_worker *worker)
 {
     amx_begin();
@@ -558,7 +558,7 @@ static void forward_on_tiles(void *context, int64_t task, const fgqa_worker *wor
 #define forward_on_tiles forward_task
 #endif
 
-#if FGQA_AMX
+#if FGQA_PAIRS
 /* All tasks, the keys of each wave of heads packed before them. */
 static fgqa_status run_waves(const fwd_job *all, char *spans, const fgqa_exec *exec)
 {
@@ -580,7 +580,7 @@ static fgqa_status run_waves(const fwd_job *all, char *spans, const fgqa_exec *e
 fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
     fwd_job job = {.plan = plan, .p = p, .partial = workspace, .end = (int64_t)p->b * p->hk};
-#if FGQA_AMX
+#if FGQA_PAIRS
     if (superblocks(plan, p) > 1) {
         FGQA_TRY(run_waves(&job, (char *)workspace + partial_bytes(plan, p), exec));
     } else

@@ -71,7 +71,7 @@ static void finish_panel(const tile_sequence *t, const tile_panel *panel, const 
         factor[lane] = (real)(sum == 0 ? 0 : weight * fgqa_dropout_scale(p->dropout_threshold) / sum);
     }
     if (p->dv == 0) { return; }
-#if FGQA_AMX
+#if FGQA_PAIRS
     if (o && amx_store_panel(t, panel, o, factor)) { return; }
 #endif
     if (o) { tile_transpose_panel(rows, ld, o, panel->w, p->dv); }

@@ -21,7 +21,7 @@
 #define FGQA_GEMM_H
 #include "simd.h"
 
-#if FGQA_AMX
+#if FGQA_PAIRS
 #define MR 8
 #define NV 2      /* panels of 32 lanes: two tiles */
 #elif VBYTES == 64 || defined(__aarch64__)

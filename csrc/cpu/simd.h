@@ -42,11 +42,16 @@ typedef uint32_t ureal;
 #define FGQA_ROW_EXPAND(pass, isa, real_name, what) FGQA_ROW_PASTE(pass, isa, real_name, what)
 #define FGQA_ROW(pass, what) FGQA_ROW_EXPAND(pass, FGQA_ISA, FGQA_REAL_NAME, what)
 
-/* The row with tiles: the float kernels' frame around products of bfloat16. */
-#if defined(__AMX_BF16__) || defined(__AMXBF16__)   /* gcc, clang */
-#define FGQA_AMX 1
+/* Rows with products of bfloat16: the float kernels' frame around them. On tiles, or else by VDPBF16PS. */
+#if defined(__AVX512BF16__)
+#define FGQA_PAIRS 1
 #else
-#define FGQA_AMX 0
+#define FGQA_PAIRS 0
+#endif
+#if defined(__AMX_BF16__) || defined(__AMXBF16__)   /* gcc, clang */
+#define FGQA_TILES 1
+#else
+#define FGQA_TILES 0
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)

@@ -17,14 +17,14 @@
 
 #define PANEL (NV * VL)
 #define KEYS 128
-#define SCORE_KEYS (KEYS + (FGQA_AMX ? 32 : 0))   /* room in a tile: tiles of keys start at multiples of 32 (amx.h) */
+#define SCORE_KEYS (KEYS + (FGQA_PAIRS ? 32 : 0))   /* room in a tile: tiles of keys start at multiples of 32 (amx.h) */
 #define ROUND_UP(n, to) (((n) + (to) - 1) / (to) * (to))
 
 /* Workers worth waking for plan->flops and `bytes` of K and V: one below 50 us at about half of what a core reaches and a
  * slow core's share of memory bandwidth, else one for each 20 us. */
 FGQA_SHARED int32_t tile_threads(const fgqa_plan *plan, double bytes)
 {
-    const double microseconds = plan->flops / (FGQA_AMX ? 500e3 : VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
+    const double microseconds = plan->flops / (FGQA_PAIRS ? 500e3 : VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
     const double worth = microseconds < 50 || plan->tasks < 1 ? 1 : microseconds / 20;
     const double most = worth < (double)plan->tasks ? worth : (double)plan->tasks;
     return most < 1 ? 1 : most > INT32_MAX ? INT32_MAX : (int32_t)most;
