@@ -109,9 +109,9 @@ SIMD void amx_product_beside(const int add, int m, int n, int steps, const amx_o
             const bf16 *const a0 = a->data + i / 2 * a->pair + i % 2 * a->tile;
             float *const to = c + i * AMX_SIDE * ldc + j * AMX_SIDE;
             if (j + 1 < n) {
-                (add ? dot_two_add : dot_two_set)(AMX_SIDE, steps, a0, a->ld, a->step, b0, b->tile, b->step, to, ldc);
+                (add ? dot_two_add : dot_two_set)(steps, a0, a->ld, a->step, b0, b->tile, b->step, to, ldc);
             } else {
-                (add ? dot_one_add : dot_one_set)(AMX_SIDE, steps, a0, a->ld, a->step, b0, b->tile, b->step, to, ldc);
+                (add ? dot_one_add : dot_one_set)(steps, a0, a->ld, a->step, b0, b->tile, b->step, to, ldc);
             }
             if (share && (i % 2 || i + 1 == m)) { share(work, steps); }
         }

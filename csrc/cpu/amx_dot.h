@@ -1,10 +1,11 @@
-/* amx_dot.h - the product of amx.h by VDPBF16PS, for processors that have no tile unit.
+/* amx_dot.h - the product of amx.h by VDPBF16PS, for processors without a tile unit.
  *
- *     sum[m][n] += a[m][2k]*b[2k][n] + a[m][2k+1]*b[2k+1][n]      a pair of terms is broadcast, a vector has the columns of a tile
+ *     sum[m][n] += a[m][2k]*b[2k][n] + a[m][2k+1]*b[2k+1][n]      a pair of terms is broadcast, a vector holds a tile's columns
  *
- * Operands lie as for tiles. Subnormal numbers count as 0, as there; the sum of a step starts from zero and is added to C at the end.
+ * Operands lie as for tiles, in one part (amx.h), and subnormal numbers count as 0, as there. Sums start from zero and meet C at
+ * the end. Rows and columns in registers: DOT_ROWS x two tiles, 16 sums, enough for the instruction's latency; or 16 x one.
  *
- *     registers   DOT_ROWS x 2 tiles of columns: 16 sums, 2 vectors of B, a pair of A; of one tile of columns 16 rows
+ * The rows of A that follow lie in the second-level cache and are prefetched, and so is C.
  */
 #ifndef FGQA_AMX_DOT_H
 #define FGQA_AMX_DOT_H
@@ -12,7 +13,7 @@
 
 #define DOT_ROWS 8
 
-/* mr x nt vectors of C; both constants. */
+/* mr rows x nt tiles of C; both constants. */
 SIMD void dot_rows(const int mr, const int nt, const int add, int steps, const bf16 *a, ptrdiff_t lda, ptrdiff_t step_a, const bf16 *b,
                    ptrdiff_t tile_b, ptrdiff_t step_b, float *c, ptrdiff_t ldc)
 {
@@ -22,7 +23,16 @@ SIMD void dot_rows(const int mr, const int nt, const int add, int steps, const b
         UNROLL(2)
         for (int n = 0; n < nt; n++) { sum[m][n] = _mm512_setzero_ps(); }
     }
+    if (add) {
+        UNROLL(16)
+        for (int m = 0; m < mr; m++) {
+            UNROLL(2)
+            for (int n = 0; n < nt; n++) { __builtin_prefetch(c + m * ldc + n * AMX_SIDE, 1); }
+        }
+    }
     for (int k = 0; k < steps; k++) {
+        UNROLL(16)
+        for (int m = 0; m < mr; m++) { __builtin_prefetch(a + (m + mr) * lda); }
         UNROLL(2)
         for (int pair = 0; pair < AMX_DEPTH / 2; pair++) {
             __m512bh row[2];
@@ -49,13 +59,14 @@ SIMD void dot_rows(const int mr, const int nt, const int add, int steps, const b
     }
 }
 
-#define DOT_DEFINE(name, mr, nt, add)                                                                                             \
-    FGQA_SHARED __attribute__((noinline)) void name(int rows, int steps, const bf16 *a, ptrdiff_t lda, ptrdiff_t step_a,           \
-                                                    const bf16 *b, ptrdiff_t tile_b, ptrdiff_t step_b, float *c, ptrdiff_t ldc) \
-    {                                                                                                                             \
-        for (int m = 0; m < rows; m += mr, a += mr * lda, c += mr * ldc) {                                                        \
-            dot_rows(mr, nt, add, steps, a, lda, step_a, b, tile_b, step_b, c, ldc);                                              \
-        }                                                                                                                         \
+/* AMX_SIDE rows. */
+#define DOT_DEFINE(name, mr, nt, add)                                                                                          \
+    FGQA_SHARED __attribute__((noinline)) void name(int steps, const bf16 *a, ptrdiff_t lda, ptrdiff_t step_a, const bf16 *b,  \
+                                                    ptrdiff_t tile_b, ptrdiff_t step_b, float *c, ptrdiff_t ldc)               \
+    {                                                                                                                          \
+        for (int m = 0; m < AMX_SIDE; m += mr) {                                                                               \
+            dot_rows(mr, nt, add, steps, a + m * lda, lda, step_a, b, tile_b, step_b, c + m * ldc, ldc);                       \
+        }                                                                                                                      \
     }
 
 DOT_DEFINE(dot_two_set, DOT_ROWS, 2, 0)

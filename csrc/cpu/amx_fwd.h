@@ -1,4 +1,4 @@
-/* amx_fwd.h - forward's products on the tile unit: the part of fwd.c that differs in the row "amx".
+/* amx_fwd.h - forward's products on the tile unit: the part of fwd.c that differs in the rows "amx" and "avx512bf16".
  *
  *     S^T = K Q^T         Q packed once a panel
  *     P^T = 2^(S^T - m)   written as bfloat16, pairs of keys interleaved

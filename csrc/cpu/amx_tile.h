@@ -1,4 +1,4 @@
-/* amx_tile.h - the tile instructions: eight tiles of 16 rows of 64 bytes.
+/* amx_tile.h - the tile instructions: eight tiles of 16 rows of 64 bytes. Without them (amx_dot.h) only their shapes.
  *
  * Statements of our own, because gcc 12's intrinsics do not tell the compiler that they read and write memory. Tile numbers
  * are literals. Configuration is a thread's own: set at the start of a task, released at its end, since live tiles make every

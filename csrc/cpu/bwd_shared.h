@@ -3,11 +3,10 @@
 #define FGQA_BWD_SHARED_H
 #include "bwd_tile.h"
 
-#if FGQA_PAIRS
-#define MAX_BLOCK_PANELS 16
+#define MAX_BLOCK_PANELS (FGQA_PAIRS ? 16 : 8)
+#if FGQA_TILES
 #define BLOCK_BYTES (1056 * 1024) /* dK and dV come from farther once a block, slower than products go: 704 KB take 1.07 times as long */
 #else
-#define MAX_BLOCK_PANELS 8
 #define BLOCK_BYTES (704 * 1024)  /* of Q, dO (both ways), dQ, P, dS; 512 KB to 1 MB measured alike, above slower */
 #endif
 #define EDGE_KEYS 16             /* keys of a step where a mask's edge crosses the block */

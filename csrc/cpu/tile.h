@@ -24,7 +24,7 @@
  * slow core's share of memory bandwidth, else one for each 20 us. */
 FGQA_SHARED int32_t tile_threads(const fgqa_plan *plan, double bytes)
 {
-    const double microseconds = plan->flops / (FGQA_PAIRS ? 500e3 : VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
+    const double microseconds = plan->flops / (FGQA_TILES ? 500e3 : FGQA_PAIRS ? 200e3 : VBYTES * (FGQA_REAL_F64 ? 0.6e3 : 1.2e3)) + bytes / 8e3;
     const double worth = microseconds < 50 || plan->tasks < 1 ? 1 : microseconds / 20;
     const double most = worth < (double)plan->tasks ? worth : (double)plan->tasks;
     return most < 1 ? 1 : most > INT32_MAX ? INT32_MAX : (int32_t)most;
