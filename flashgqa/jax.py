@@ -24,19 +24,37 @@ for _platform, _handler in _C.xla_handlers().items():
     jax.ffi.register_ffi_target(TARGET, _handler, platform=_platform)
 
 
-def _call(arrays, options, *, backward=False, return_lse=False, want_dbias=False, want_dsink=False):
-    """The results of one call, in the order of the C code. `options`: the plain ones, as pairs."""
+def _varying(x):
+    """Along which axes of shard_map's mesh an array differs: a part of its type, by a name that JAX 0.10 changed."""
+    kind = jax.typeof(x)
+    return kind.manual_axis_type.varying if hasattr(kind, "manual_axis_type") else kind.vma
+
+
+def _vary(x, axes):
+    """x with a type that says that it differs along these axes. Where it does not by itself, its gradients are added up."""
+    missing = tuple(axes - _varying(x))
+    if not missing:
+        return x
+    return jax.lax.pcast(x, missing, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary(x, missing)
+
+
+def _plan(arrays, options, *, backward=False, return_lse=False, want_dbias=False, want_dsink=False):
+    """Attributes of one call, and [(dtype, shape)] of its results in the order of the C code. `options`: the plain ones."""
     known = dict(options)
     forms = {name: (str(x.dtype), x.shape) for name, x in arrays.items()}
     if "seed" in arrays and arrays["seed"].dtype == jnp.uint32:
         forms["seed"] = ("int64", (2,))
-    attributes, results = _C.xla_call(
-        forms, backward, return_lse, want_dbias, want_dsink, *(known.get(name) for name in _C.OPTIONS)
-    )
+    return _C.xla_call(forms, backward, return_lse, want_dbias, want_dsink, *(known.get(name) for name in _C.OPTIONS))
+
+
+def _call(arrays, options, **what):
+    """The results of one call."""
+    attributes, results = _plan(arrays, options, **what)
     exact = {int: np.int64, float: np.float64, str: str}  # Python's own numbers would become 32 bits wide
     attributes = {name: exact[type(x)](x) for name, x in attributes.items()}
     types = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in results]
-    return jax.ffi.ffi_call(TARGET, types, vmap_method="expand_dims")(*arrays.values(), **attributes)
+    made = jax.ffi.ffi_call(TARGET, types, vmap_method="expand_dims")(*arrays.values(), **attributes)
+    return [_vary(x, _varying(arrays["q"])) for x in made]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -70,9 +88,19 @@ def _attend_backward(options, return_lse, saved, cotangents):
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
+def _array(name, x):
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        raise TypeError(f"{name} is {type(x).__name__}: it must be a JAX or NumPy array")
+    return jnp.asarray(x)
+
+
 def _seed_words(seed):
     """A key of jax.random as the 64-bit seed and the 32-bit offset of the kernels, in words: programs need no int64 for it."""
-    words = jax.random.bits(seed, (3,), "uint32")
+    try:
+        words = jax.random.bits(seed, (3,), "uint32")
+    except (TypeError, ValueError) as error:
+        fix = "it must be an integer, or one key of jax.random"
+        raise TypeError(f"seed has dtype {seed.dtype} and shape {seed.shape}: {fix}") from error
     return jnp.concatenate([words, jnp.zeros(1, "uint32")])
 
 
@@ -138,17 +166,22 @@ layout, return_lse, deterministic, batch_invariant, precision, kernel
         jax.errors.JaxRuntimeError with the same sentence when the program runs. No forward mode and no second derivative.
     """
     if seed is not None and not isinstance(seed, int | np.integer):
+        if not hasattr(seed, "dtype"):
+            raise TypeError(f"seed is {type(seed).__name__}: it must be an integer, or one key of jax.random")
         seed = jnp.asarray(seed) if not isinstance(seed, jax.Array) else seed
         seed = seed if seed.dtype == jnp.int64 else _seed_words(seed)
     given = locals()
-    arrays = {name: jnp.asarray(given[name]) for name in ("q", "k", "v")}
+    arrays = {name: _array(name, given[name]) for name in ("q", "k", "v")}
     options = {name: given[name] for name in _C.OPTIONS if name in given}
     for name in ARRAYS:
         if options[name] is not None and not (name == "seed" and isinstance(seed, int | np.integer)):
-            arrays[name], options[name] = jnp.asarray(options[name]), None
+            arrays[name], options[name] = _array(name, options[name]), None
+    options["check"] = False
+    _plan(arrays, options, return_lse=return_lse)  # its errors, before JAX asks options to be hashable
     if window is not None:
         options["window"] = tuple(window)
-    results = _attend((*options.items(), ("check", False)), return_lse, arrays)
+    axes = frozenset().union(*map(_varying, arrays.values()))
+    results = _attend(tuple(options.items()), return_lse, {name: _vary(x, axes) for name, x in arrays.items()})
     return results if return_lse else results[0]
 
 

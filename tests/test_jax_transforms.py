@@ -1,12 +1,14 @@
 """`flashgqa.jax` under jit, grad, vmap, checkpoint, scan and shard_map, against the oracle and, on JAX's own device,
 against `flashgqa.attention`."""
 
+import functools
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from cases import SMOKE, SWEEP, build
 
 import flashgqa
 from flashgqa import reference
@@ -80,6 +82,40 @@ def test_every_option_with_gradients_under_jit(name, inputs):
     assert np.array_equal(out, expected_out) and np.array_equal(lse, expected_lse)
     for key in through:
         assert np.array_equal(grads[key], getattr(expected, f"d{key}")), key
+
+
+def dense(x):
+    return jnp.asarray(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+
+
+@pytest.mark.parametrize("case", SMOKE + SWEEP[:60], ids=str)
+def test_compiled_calls_give_the_bits_of_direct_ones(case):
+    """Combined options, dtypes and layouts: a program and its transpose against flashgqa's functions, on the CPU."""
+    with_64_bits = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+    with with_64_bits(True), jax.default_device(jax.devices("cpu")[0]):
+        call = build(case)
+        options = {name: dense(x) for name, x in call.options.items()}
+        q, k, v, dout = map(dense, (*call.inputs, call.dout))
+        given = {name: options.pop(name) for name in ("bias", "sink") if name in options}
+        traced = {name: options.pop(name) for name in [n for n, x in options.items() if hasattr(x, "shape")]}
+
+        @jax.jit
+        def both(q, k, v, given, traced, dout, dlse):
+            run = functools.partial(fj.attention, **traced, **options, return_lse=True)
+            results, transposed = jax.vjp(lambda q, k, v, given: run(q, k, v, **given), q, k, v, given)
+            return *results, transposed((dout, dlse))
+
+        options_of_all = given | traced | options
+        expected = flashgqa.attention(q, k, v, **options_of_all, return_lse=True)
+        dlse = jnp.zeros_like(expected[1]) if call.dlse is None else jnp.asarray(call.dlse)
+        wanted = flashgqa.attention_backward(dout, q, k, v, *expected, dlse=dlse, **options_of_all)
+        out, lse, (dq, dk, dv, others) = both(q, k, v, given, traced, dout, dlse)
+        assert others.keys() == given.keys()
+        for got, right in zip(
+            (out, lse, dq, dk, dv, others.get("bias"), others.get("sink")), (*expected, *wanted), strict=True
+        ):  # fmt: skip
+            assert (got is None) == (right is None)
+            assert got is None or got.dtype == right.dtype and np.array_equal(got, right, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -196,12 +232,27 @@ def test_what_has_no_gradient_says_so(inputs):
         ({"kv_lens": np.ones(3, "int32")}, "kv_lens"),
         ({"kernel": "fwd_none"}, "fwd_none"),
         ({"precision": "bf16x2"}, "precision"),
+        ({"window": 3}, r"window is 3: it must be None or a pair"),
+        ({"scale": np.ones(1)}, r"scale is array\(\[1\.\]\): it must be a number"),
+        ({"q": [1.0]}, "q is list: it must be a JAX or NumPy array"),
+        ({"v": None}, "v is NoneType: it must be a JAX or NumPy array"),
+        ({"mask": [True]}, "mask is list: it must be a JAX or NumPy array"),
+        ({"dropout_p": 0.5, "seed": np.zeros(2)}, r"seed has dtype float32 and shape \(2,\): it must be an integer, or one key"),
+        ({"dropout_p": 0.5, "seed": "7"}, "seed is str: it must be"),
     ],
 )
 def test_errors_while_tracing(change, message, inputs):
     given = dict(zip("qkv", inputs, strict=False)) | change
     with pytest.raises((TypeError, ValueError, jax.errors.JaxRuntimeError), match=message):
         jax.jit(lambda: fj.attention(**given))().block_until_ready()
+
+
+def test_numbers_are_not_traced(inputs):
+    q, k, v, _ = inputs
+    with pytest.raises(TypeError, match="scale is .*Trace.*: it must be a number"):
+        jax.jit(lambda scale: fj.attention(q, k, v, scale=scale))(0.5)
+    with pytest.raises(TypeError, match="one key of jax.random"):
+        fj.attention(q, k, v, dropout_p=0.5, seed=jax.random.split(jax.random.key(0)))
 
 
 def test_errors_of_values_come_when_the_program_runs(inputs):
@@ -245,6 +296,14 @@ assert np.array_equal(jax.jit(mapped)(q, k, v), expected)
 grads = jax.jit(jax.grad(lambda *x: mapped(*x).sum(), (0, 1, 2)))(q, k, v)
 plain = jax.grad(lambda *x: attend(*x).sum(), (0, 1, 2))(q, k, v)
 assert all(np.array_equal(a, b) for a, b in zip(grads, plain))
+# What all devices have whole: its gradient is the sum over them, with JAX's check of what differs and without.
+k, v = k[:2], v[:2]
+for checked in ({}, {"check_vma": False}):
+    by_batch = jax.shard_map(attend, mesh=mesh, in_specs=(P("batch"), P(), P()), out_specs=P("batch"), **checked)
+    grads = jax.jit(jax.grad(lambda *x: (by_batch(*x) ** 2).sum(), (0, 1, 2)))(q, k, v)
+    plain = jax.grad(lambda q, k, v: (attend(q, *(jnp.concatenate([x] * 2) for x in (k, v))) ** 2).sum(), (0, 1, 2))(q, k, v)
+    for a, b in zip(grads, plain):
+        assert np.allclose(a, b, rtol=0, atol=1e-4), checked
 """
     environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment})
@@ -256,6 +315,7 @@ def exact_products():
         yield
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 8), reason="JAX 0.6 has other windows, and other rows beyond a length")
 def test_instead_of_jax_nn_dot_product_attention(rng, exact_products):
     q, k, v = (jnp.asarray(rng.standard_normal((B, s, h, D)), "float32") for s, h in ((SQ, HQ), (SK, HK), (SK, HK)))
     bias, mask = rng.standard_normal((B, 1, SQ, SK)).astype("float32"), rng.random((1, HQ, SQ, SK)) < 0.8
