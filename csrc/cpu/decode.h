@@ -7,8 +7,9 @@
  *     few_scores()       s[key][row]  = q[row] . k[key]
  *     few_accumulate()   o[row][:]    = o[row][:]*factor[row] + sum over keys of p[key][row] * v[key][:]
  *
- * s and p are tiles as in tile.h (w lanes apart), q and o rows of columns rounded up to VL. Nothing outside the d or dv
- * elements of a K or V row is read. A row's bits do not depend on how keys and rows are grouped: every sum runs over the
+ * s and p are tiles as in tile.h (w lanes apart), q and o rows of columns rounded up to VL. Rows of K and V that are bfloat16 or
+ * float16 become floats in registers: a copy as floats would be written and read again. Nothing outside the d or dv elements of a
+ * row is read. A row's bits do not depend on how keys and rows are grouped: every sum runs over the
  * same vectors and folds their lanes by halves.
  */
 #ifndef FGQA_DECODE_H
@@ -28,21 +29,52 @@
 #define FEW_AHEAD 8192
 #define LIST_AHEAD 64       /* rows behind those of a block whose addresses its list has, too */
 
-/* Rows of K or V: `stride` apart from `data` on, or where `list` says (pages of a cache). */
-typedef struct { const real *data; ptrdiff_t stride; const real *const *list; } few_source;
+/* Rows of K or V: `stride` apart from `data` on, or where `list` says (pages of a cache; what is not real), as this is stored. */
+typedef enum { FEW_BLOCK, FEW_LIST, FEW_LIST_BF16, FEW_LIST_F16 } few_form;
+typedef struct { const real *data; ptrdiff_t stride; const void *const *list; few_form form; } few_source;
+#define FEW_HAS_BF16 (!FGQA_REAL_F64)
+#if defined(__F16C__)
+#define FEW_HAS_F16 (!FGQA_REAL_F64)
+#else
+#define FEW_HAS_F16 0
+#endif
 
-SIMD const real *few_row(const few_source *from, const int listed, int j) { return listed ? from->list[j] : from->data + j * from->stride; }
+SIMD ptrdiff_t few_bytes(const few_form form) { return form == FEW_LIST_BF16 || form == FEW_LIST_F16 ? 2 : (ptrdiff_t)sizeof(real); }
+
+SIMD const void *few_row(const few_source *from, const few_form form, int j) { return form != FEW_BLOCK ? from->list[j] : from->data + j * from->stride; }
+
+/* Columns c .. c+VL-1 of a row. */
+SIMD vreal few_load(const void *row, const few_form form, int c)
+{
+    (void)form;
+#if FEW_HAS_BF16
+    if (form == FEW_LIST_BF16) { return v_load_bf16((const uint16_t *)row + c); }
+#endif
+#if FEW_HAS_F16
+    if (form == FEW_LIST_F16) { return v_load_f16((const uint16_t *)row + c); }
+#endif
+    return v_load((const real *)row + c);
+}
+
+/* The first n < VL of them, then zeros. */
+SIMD vreal few_load_part(const void *row, const few_form form, int c, int n)
+{
+    uint16_t part[VL] = {0};
+    if (few_bytes(form) == (ptrdiff_t)sizeof(real)) { return v_load_part((const real *)row + c, n); }
+    memcpy(part, (const uint16_t *)row + c, (size_t)n * sizeof *part);
+    return few_load(part, form, 0);
+}
 
 /* Rows rounded up to a power of two: what the products below compute. */
 SIMD int few_lanes(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
 
 SIMD int few_min(int a, int b) { return a < b ? a : b; }
 
-SIMD void few_prefetch(const few_source *from, const int listed, int j, int c, int columns)
+SIMD void few_prefetch(const few_source *from, const few_form form, int j, int c, int columns)
 {
-    const ptrdiff_t rows = FEW_AHEAD / (columns * (ptrdiff_t)sizeof(real)) + 1;
-    if (listed) {
-        __builtin_prefetch(from->list[j + (rows < LIST_AHEAD ? rows : LIST_AHEAD)] + c);
+    const ptrdiff_t rows = FEW_AHEAD / (columns * few_bytes(form)) + 1;
+    if (form != FEW_BLOCK) {
+        __builtin_prefetch((const char *)from->list[j + (rows < LIST_AHEAD ? rows : LIST_AHEAD)] + c * few_bytes(form));
     } else {
         __builtin_prefetch((const char *)(from->data + j * from->stride + c) + rows * from->stride * (ptrdiff_t)sizeof(real));
     }
@@ -66,21 +98,21 @@ SIMD vreal few_fold(vreal *x, const int n)
     return sum;
 }
 
-/* Keys j0.. , `keys` at once, for `rows` rows; listed, rows and keys are constants, keys*rows a power of two, at most FEW_SUMS and VL. */
-SIMD void few_dot(const int rows, const int listed, const int keys, int j0, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
+/* Keys j0.. , `keys` at once, for `rows` rows; form, rows and keys are constants, keys*rows a power of two, at most FEW_SUMS and VL. */
+SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
 {
     vreal sum[FEW_SUMS], key[4];
-    const real *at[4];
+    const void *at[4];
     UNROLL(4)
-    for (int j = 0; j < keys; j++) { at[j] = few_row(k, listed, j0 + j); }
+    for (int j = 0; j < keys; j++) { at[j] = few_row(k, form, j0 + j); }
     UNROLL(16)
     for (int i = 0; i < keys * rows; i++) { sum[i] = v_zero(); }
     int c = 0;
     for (; c + VL <= d; c += VL) {
         UNROLL(4)
         for (int j = 0; j < keys; j++) {
-            key[j] = v_load(at[j] + c);
-            few_prefetch(k, listed, j0 + j, c, d);
+            key[j] = few_load(at[j], form, c);
+            few_prefetch(k, form, j0 + j, c, d);
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -91,7 +123,7 @@ SIMD void few_dot(const int rows, const int listed, const int keys, int j0, int 
     }
     if (c < d) {
         UNROLL(4)
-        for (int j = 0; j < keys; j++) { key[j] = v_load_part(at[j] + c, d - c); }
+        for (int j = 0; j < keys; j++) { key[j] = few_load_part(at[j], form, c, d - c); }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             const vreal query = v_load(q + r * ldq + c);
@@ -107,17 +139,17 @@ SIMD void few_dot(const int rows, const int listed, const int keys, int j0, int 
     }
 }
 
-SIMD void few_scores_strip(const int rows, const int listed, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
+SIMD void few_scores_strip(const int rows, const few_form form, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
 {
     const int sums = FEW_SUMS < VL ? FEW_SUMS : VL, keys = sums / rows < 4 ? sums / rows : 4;
     int j = 0;
-    for (; j + keys <= n; j += keys) { few_dot(rows, listed, keys, j, d, k, q, ldq, s + j * w, w); }
-    for (; j < n; j++) { few_dot(rows, listed, 1, j, d, k, q, ldq, s + j * w, w); }
+    for (; j + keys <= n; j += keys) { few_dot(rows, form, keys, j, d, k, q, ldq, s + j * w, w); }
+    for (; j < n; j++) { few_dot(rows, form, 1, j, d, k, q, ldq, s + j * w, w); }
 }
 
 /* nv vectors of columns, from c0 on, of `rows` rows, over keys j0.., at most FEW_KEYS. `part` > 0: nv is 1 and the vector has only
  * that many columns. */
-SIMD void few_axpy(const int rows, const int listed, const int nv, int part, int j0, int n, int c0, int dv, const real *p, int w, const few_source *v,
+SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, int j0, int n, int c0, int dv, const real *p, int w, const few_source *v,
                    real *o, ptrdiff_t ldo, const real *factor)
 {
     vreal sum[FEW_SUMS];
@@ -125,11 +157,11 @@ SIMD void few_axpy(const int rows, const int listed, const int nv, int part, int
     for (int i = 0; i < rows * nv; i++) { sum[i] = v_zero(); }
     for (int j = 0; j < n; j++) {
         vreal value[8];
-        const real *at = few_row(v, listed, j0 + j) + c0;
+        const void *const at = few_row(v, form, j0 + j);
         UNROLL(8)
         for (int c = 0; c < nv; c++) {
-            value[c] = part ? v_load_part(at, part) : v_load(at + c * VL);
-            few_prefetch(v, listed, j0 + j, c0 + c * VL, dv);
+            value[c] = part ? few_load_part(at, form, c0, part) : few_load(at, form, c0 + c * VL);
+            few_prefetch(v, form, j0 + j, c0 + c * VL, dv);
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -148,7 +180,7 @@ SIMD void few_axpy(const int rows, const int listed, const int nv, int part, int
     }
 }
 
-SIMD void few_accumulate_strip(const int rows, const int listed, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
+SIMD void few_accumulate_strip(const int rows, const few_form form, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
                                const real *factor)
 {
     const int nv = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
@@ -156,9 +188,9 @@ SIMD void few_accumulate_strip(const int rows, const int listed, int n, int dv, 
         const int keys = few_min(n - j, FEW_KEYS);
         const real *scale = j == 0 ? factor : NULL;
         int c = 0;
-        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, listed, nv, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
-        for (; c + VL <= dv; c += VL) { few_axpy(rows, listed, 1, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
-        if (c < dv) { few_axpy(rows, listed, 1, dv - c, j, keys, c, dv, p, w, v, o, ldo, scale); }
+        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, form, nv, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
+        for (; c + VL <= dv; c += VL) { few_axpy(rows, form, 1, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
+        if (c < dv) { few_axpy(rows, form, 1, dv - c, j, keys, c, dv, p, w, v, o, ldo, scale); }
     }
 }
 
@@ -177,23 +209,28 @@ SIMD void few_accumulate_strip(const int rows, const int listed, int n, int dv, 
         }                                                     \
     } while (0)
 
+#define FEW_BY_FORM(call, form, rows, ...)                                          \
+    do {                                                                            \
+        if (FEW_HAS_BF16 && (form) == FEW_LIST_BF16) {                              \
+            FEW_BY_ROWS(call, rows, FEW_HAS_BF16 ? FEW_LIST_BF16 : 0, __VA_ARGS__); \
+        } else if (FEW_HAS_F16 && (form) == FEW_LIST_F16) {                         \
+            FEW_BY_ROWS(call, rows, FEW_HAS_F16 ? FEW_LIST_F16 : 0, __VA_ARGS__);   \
+        } else if ((form) == FEW_LIST) {                                            \
+            FEW_BY_ROWS(call, rows, FEW_LIST, __VA_ARGS__);                         \
+        } else {                                                                    \
+            FEW_BY_ROWS(call, rows, FEW_BLOCK, __VA_ARGS__);                        \
+        }                                                                           \
+    } while (0)
+
 FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
 {
-    if (k->list) {
-        FEW_BY_ROWS(few_scores_strip, rows, 1, n, d, k, q, ldq, s, w);
-    } else {
-        FEW_BY_ROWS(few_scores_strip, rows, 0, n, d, k, q, ldq, s, w);
-    }
+    FEW_BY_FORM(few_scores_strip, k->form, rows, n, d, k, q, ldq, s, w);
 }
 
 FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
                                                           const real *factor)
 {
-    if (v->list) {
-        FEW_BY_ROWS(few_accumulate_strip, rows, 1, n, dv, p, w, v, o, ldo, factor);
-    } else {
-        FEW_BY_ROWS(few_accumulate_strip, rows, 0, n, dv, p, w, v, o, ldo, factor);
-    }
+    FEW_BY_FORM(few_accumulate_strip, v->form, rows, n, dv, p, w, v, o, ldo, factor);
 }
 
 #endif

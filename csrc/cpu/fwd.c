@@ -29,8 +29,8 @@
 /* Parts: only for sequences of few packed rows, and never shorter than this many keys. */
 #define SPLIT_MAX_ROWS 512
 #define SPLIT_MIN_KEYS 512
-/* Tiles beat vectors along d from a full group of rows on. */
-#define FEW_MOST (FGQA_PAIRS ? FEW_ROWS - 1 : FEW_ROWS)
+/* AMX tiles beat vectors along d from a full group of rows on. */
+#define FEW_MOST (FGQA_TILES ? FEW_ROWS - 1 : FEW_ROWS)
 
 /* ---- plan ---- */
 
@@ -76,7 +76,7 @@ typedef struct {
     real *factor;             /* [2][PANEL]: 2^(m_old - m); the second for what is made beside (amx_fwd.h) */
     real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
     real *k, *v, *clean;      /* converted blocks, V without its bad rows */
-    const real **k_list, **v_list;
+    const void **k_list, **v_list;
 #if FGQA_PAIRS
     real *ring;               /* scores of some strips (amx_weights.h) */
     int *q_special, *o_empty; /* [panel]: q has two parts and is not finite; o has not been written */
@@ -103,8 +103,8 @@ static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q
     scratch->k = fgqa_arena_take(&arena, KEYS * d, sizeof(real));
     scratch->v = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
     scratch->clean = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
-    scratch->k_list = fgqa_arena_take(&arena, p->cache.page_size ? KEYS + LIST_AHEAD : 0, sizeof(const real *));
-    scratch->v_list = fgqa_arena_take(&arena, p->cache.page_size ? KEYS + LIST_AHEAD : 0, sizeof(const real *));
+    scratch->k_list = fgqa_arena_take(&arena, KEYS + LIST_AHEAD, sizeof(const void *));
+    scratch->v_list = fgqa_arena_take(&arena, KEYS + LIST_AHEAD, sizeof(const void *));
     scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
     scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
 #if FGQA_PAIRS
@@ -166,7 +166,8 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
 typedef struct {
     int32_t j0, j1;
     tile_block k, v, clean;
-    const real *const *k_list, *const *v_list;   /* addresses instead of k and v, or NULL */
+    const void *const *k_list, *const *v_list;   /* addresses instead of k and v, or NULL */
+    few_form form;          /* of what is listed */
     tile_bad_rows bad;
     int searched, stream;   /* stream: K and V lie in the caller's memory and only one panel reads them */
 } key_block;
@@ -190,11 +191,13 @@ SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *blo
     }
 #endif
     /* Pages are read in place where only one panel reads them, and they fill the rows of the micro-kernel. */
-    const int list = scratch->panel->few || (panels == 1 && p->cache.page_size >= MR);
-    if (list && tile_block_list(scratch->k_list, t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d)
-        && tile_block_list(scratch->v_list, t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv)) {
+    const few_form form = tile_list_form(p);
+    const int list = scratch->panel->few ? form != FEW_BLOCK : form == FEW_LIST && panels == 1 && p->cache.page_size >= MR;
+    if (list && tile_block_list(scratch->k_list, form, t, &p->view[FGQA_ARG_k], block->j0, block->j1)
+        && tile_block_list(scratch->v_list, form, t, &p->view[FGQA_ARG_v], block->j0, block->j1)) {
         block->k_list = scratch->k_list;
         block->v_list = scratch->v_list;
+        block->form = form;
     } else {
         block->k = tile_block_load(t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d, scratch->k);
         block->v = tile_block_load(t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv, scratch->v);
@@ -292,6 +295,7 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
     const tile_block k = block_from(&block->k, first);
     panel->k_list = block->k_list ? block->k_list + first : NULL;
     panel->v_list = block->v_list ? block->v_list + first : NULL;
+    panel->form = block->form;
     if (block->stream) {
         const tile_block values = block_from(&block->v, first);
         panel->ahead = values.data;
@@ -317,7 +321,7 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
     const int dirty = kind == TILE_PARTIAL && block->bad.count;
     const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
     if (panel->few) {
-        const few_source values = {v.data, v.stride, block->v_list ? block->v_list + first : NULL};
+        const few_source values = {v.data, v.stride, block->v_list ? block->v_list + first : NULL, block->v_list ? block->form : FEW_BLOCK};
         few_accumulate(panel->rows, keys, p->dv, s, w, &values, o, columns(p->dv), scratch->factor);
     } else {
         gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);

@@ -293,6 +293,20 @@ typedef vu64 vword;
 typedef uint32_t vword __attribute__((vector_size(VBYTES)));
 #endif
 
+#if !FGQA_REAL_F64
+/* VL bfloat16 or float16 numbers. */
+SIMD vreal v_load_bf16(const uint16_t *x)
+{
+    typedef uint16_t vhalf __attribute__((vector_size(VBYTES / 2), aligned(2), may_alias));
+    return (vreal)(__builtin_convertvector(*(const vhalf *)x, vword) << 16);
+}
+#if defined(__F16C__) && VBYTES == 64
+SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)x)); }
+#elif defined(__F16C__)
+SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
+#endif
+#endif
+
 /* Products of the low halves of 64-bit lanes. */
 SIMD vu64 v_mul_low32(vu64 a, vu64 b)
 {

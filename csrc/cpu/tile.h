@@ -101,7 +101,8 @@ typedef struct {
     _Alignas(64) ureal row[PANEL], head[PANEL];    /* i and b*hq + h: dropout's counter */
     const real *ahead;                             /* V of the keys at hand if the panel is alone and V in place, else NULL: prefetched */
     ptrdiff_t ld_ahead;
-    const real *const *k_list, *const *v_list;     /* addresses of the rows instead of blocks, or NULL; V's to be prefetched */
+    const void *const *k_list, *const *v_list;     /* addresses of the rows instead of blocks, or NULL; V's to be prefetched */
+    few_form form;                                 /* of what is listed */
     int64_t r0;                                    /* first packed row */
     int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
     int32_t few;                                   /* nonzero: at most FEW_ROWS rows, q is [lane][ROUND_UP(d, VL)] and products are decode.h's */
@@ -229,17 +230,27 @@ FGQA_SHARED tile_block tile_block_load(const tile_sequence *t, const fgqa_view *
     }
 }
 
-/* The addresses of the rows instead, for products that take a list (decode.h), so that nothing is copied where pages are small;
- * 0 if that cannot be, or one page has them all. `list`: KEYS + LIST_AHEAD. */
-FGQA_SHARED int tile_block_list(const real **list, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+/* How rows of K and V are listed for the products of few packed rows; FEW_BLOCK: they must be copied as reals. */
+FGQA_SHARED few_form tile_list_form(const fgqa_problem *p)
 {
+    const fgqa_view *const k = &p->view[FGQA_ARG_k], *const v = &p->view[FGQA_ARG_v];
+    if (is_own(k, p->d) && is_own(v, p->dv)) { return FEW_LIST; }
+    if (k->dtype != v->dtype || (k->stride_d != 1 && p->d > 1) || (v->stride_d != 1 && p->dv > 1)) { return FEW_BLOCK; }
+    return FEW_HAS_BF16 && k->dtype == FGQA_BF16 ? FEW_LIST_BF16 : FEW_HAS_F16 && k->dtype == FGQA_F16 ? FEW_LIST_F16 : FEW_BLOCK;
+}
+
+/* The addresses of the rows instead, for products that take a list (decode.h), so that nothing is copied where pages are small or
+ * elements are; 0 if they are reals that one page has. `list`: KEYS + LIST_AHEAD. */
+FGQA_SHARED int tile_block_list(const void **list, const few_form form, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1)
+{
+    const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
     const int32_t s0 = (int32_t)t->seq.k_row + j0, end = (int32_t)t->seq.k_row + t->seq.mask.sk, most = KEYS + LIST_AHEAD;
-    if (t->p->cache.page_size == 0 || !is_own(view, cols) || tile_page_at(t, view, s0, s0 + j1 - j0).rows == j1 - j0) { return 0; }
+    if (form == FEW_LIST && tile_page_at(t, view, s0, s0 + j1 - j0).rows == j1 - j0) { return 0; }
     int32_t n = 0;
     while (n < most && s0 + n < end) {
         const tile_page page = tile_page_at(t, view, s0 + n, end - s0 < most ? end : s0 + most);
-        const real *row = (const real *)(const void *)page.row;
-        for (int32_t k = 0; k < page.rows; k++, row += view->stride_s) { list[n++] = row; }
+        const char *row = page.row;
+        for (int32_t k = 0; k < page.rows; k++, row += step) { list[n++] = row; }
     }
     for (; n < most; n++) { list[n] = list[n - 1]; }      /* only prefetched */
     return 1;
@@ -407,8 +418,9 @@ FGQA_SHARED void tile_scores_by_page(real *s, const tile_sequence *t, const tile
 {
     const ptrdiff_t step = (ptrdiff_t)t->p->view[FGQA_ARG_k].stride_s, step_v = (ptrdiff_t)t->p->view[FGQA_ARG_v].stride_s;
     for (int32_t j = 0, n; j < keys; j += n) {
-        for (n = 1; j + n < keys && panel->k_list[j + n] == panel->k_list[j] + n * step; n++) {}
-        gemm_row_set_ahead(n, panel->nv, t->p->d, panel->k_list[j], step, q, panel->w, s + (ptrdiff_t)j * panel->w, panel->w, panel->v_list[j], step_v);
+        const real *const k = panel->k_list[j];
+        for (n = 1; j + n < keys && panel->k_list[j + n] == k + n * step; n++) {}
+        gemm_row_set_ahead(n, panel->nv, t->p->d, k, step, q, panel->w, s + (ptrdiff_t)j * panel->w, panel->w, panel->v_list[j], step_v);
     }
 }
 
@@ -444,7 +456,7 @@ FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_pa
     const tile_kind kind = tile_scores_begin(t, panel, j0, j1, add, scratch, used_add);
     if (kind == TILE_UNSEEN) { return kind; }
     if (panel->few) {
-        const few_source keys = {k->data, k->stride, panel->k_list};
+        const few_source keys = {k->data, k->stride, panel->k_list, panel->k_list ? panel->form : FEW_BLOCK};
         few_scores(panel->rows, j1 - j0, t->p->d, &keys, q, ROUND_UP(t->p->d, VL), s, panel->w);
     } else if (panel->k_list) {
         tile_scores_by_page(s, t, panel, j1 - j0, q);
