@@ -1,6 +1,7 @@
 """The forward kernels for Hopper (csrc/cuda/sm90): where they run, and what is theirs alone: the list of tiles, its counter, the
 second pass over tiles with NaN, heads that share a tile, parts of the keys, KV caches by TMA. Everything else is tested with all
 kernels, in test_forward.py and its neighbours."""
+import functools
 import itertools
 
 import pytest
@@ -12,7 +13,7 @@ import flashgqa
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ROWS = [row["name"] for row in flashgqa.kernels()
-        if row["name"].startswith("fwd_sm90") and row["name"].endswith("plain") and row["available"]]
+        if row["name"].startswith("fwd_sm90") and row["name"].endswith(("plain", "tall")) and row["available"]]
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
 MASKS = {
     "full": {}, "causal": {"causal": True}, "top-left": {"causal": True, "align": "top-left"}, "window": {"window": (37, 21)},
@@ -20,22 +21,30 @@ MASKS = {
 }
 
 
-def row_for(dtype, d, dv, arch=90, which="fwd"):
+def row_for(dtype, d, dv, arch=90, which="fwd", variant="plain"):
     """The smallest row that serves these head dims without options."""
     stem = f"{which}_sm{arch}_{DTYPES[dtype]}_d"
     for row in flashgqa.kernels():
-        if row["name"].startswith(stem) and row["name"].endswith("plain"):
+        if row["name"].startswith(stem) and row["name"].endswith(variant):
             widths = row["name"].removeprefix(stem).split("_")
             if int(widths[0]) >= d and int(widths[1].removeprefix("dv")) >= dv:
                 return row["name"]
     raise AssertionError(f"no row for {dtype} {d} {dv}")
 
 
-def compare(q, k, v, **options):
-    """With the kernel that runs on every card, which its own tests hold against float64."""
+def rows_for(dtype, d, dv):
+    """Rows for Hopper that serve these head dims, the tall one first if there is one."""
+    plain = row_for(dtype, d, dv)
+    return [name for name in (plain.replace("plain", "tall"), plain) if name in ROWS]
+
+
+def compare(q, k, v, names=(), **options):
+    """With the kernel that runs on every card, which its own tests hold against float64. Results of the last of these rows."""
     widths = (q.dtype, q.shape[-1], v.shape[-1])
-    got, expected = (flashgqa.attention(q, k, v, return_lse=True, kernel=row_for(*widths, arch), **options) for arch in (90, 80))
-    assert_alike(got, expected)
+    expected = flashgqa.attention(q, k, v, return_lse=True, kernel=row_for(*widths, 80), **options)
+    for name in names or rows_for(*widths):
+        got = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **options)
+        assert_alike(got, expected)
     return got
 
 
@@ -66,6 +75,22 @@ def test_plan_takes_it_and_says_why_not(dtype):
     assert plan["kernel"] == row_for(dtype, 128, 128) and plan["splits"] > 1 and plan["tasks"] == 4 * plan["splits"]
     shared = k[:1].expand(8, 2, 512, 128)
     assert "strides above 0" in dict(flashgqa.explain(q, shared, v)["refused"])[row_for(dtype, 128, 128)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tall_tiles_where_they_are_full(dtype):
+    """Packed sequences and many full tiles take them; in every batch the same row serves where bits must not depend on it."""
+    tall, plain = rows_for(dtype, 128, 128)
+    few, emptier, batch = "few tiles", "emptier than shorter ones", "depend on the batch"
+    for shape, options, reason in (
+        ((16, 16, 1024, 128), {"causal": True}, None), ((16, 16, 1024, 128), {}, emptier), ((4, 16, 4096, 128), {}, None),
+        ((4, 16, 4096, 128), {"batch_invariant": True}, batch), ((1, 4, 2048, 128), {"causal": True}, few),
+    ):
+        plan = flashgqa.explain(*qkv(*shape, hk=shape[1], dtype=dtype), **options)
+        assert plan["kernel"] == (plain if reason else tall) and (not reason or reason in dict(plan["refused"])[tall])
+    starts = torch.arange(0, 16001, 1000, dtype=torch.int32, device="cuda")
+    packed = [random(16000, heads, 128, dtype=dtype) for heads in (32, 8, 8)]
+    assert flashgqa.explain(*packed, cu_seqlens_q=starts, cu_seqlens_kv=starts, max_q=5)["kernel"] == tall
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -105,9 +130,10 @@ def test_smaller_head_dims(d, dv):
 def test_max_q_may_be_too_small():
     starts = torch.tensor([0, 700, 701, 1500], dtype=torch.int32, device="cuda")
     q, k, v = (random(1500, h, 128, dtype=torch.float16, seed=h) for h in (4, 2, 2))
-    options = dict(causal=True, cu_seqlens_q=starts, cu_seqlens_kv=starts, kernel=row_for(q.dtype, 128, 128))
-    expected = flashgqa.attention(q, k, v, **options)
-    assert torch.equal(flashgqa.attention(q, k, v, **options, max_q=5, max_kv=5), expected)
+    for name in (None, *rows_for(q.dtype, 128, 128)):
+        options = dict(causal=True, cu_seqlens_q=starts, cu_seqlens_kv=starts, kernel=name)
+        expected = flashgqa.attention(q, k, v, **options)
+        assert torch.equal(flashgqa.attention(q, k, v, **options, max_q=5, max_kv=5), expected)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -188,18 +214,19 @@ def test_tiles_that_see_nothing(name, shape):
 @pytest.mark.parametrize(("d", "dv"), [(64, 64), (96, 80), (128, 128), (192, 128), (192, 192), (256, 256)])
 def test_keys_are_shared_out(d, dv, mask):
     """Few tiles: parts of their keys go to other blocks, more parts than some tiles have blocks of keys; with NaN in V."""
-    for b, hq, hk, sq in ((1, 2, 2, 140), (2, 8, 1, 30), (1, 4, 1, 257)):
+    shapes = (1, 2, 2, 140), (2, 8, 1, 30), (1, 4, 1, 257)
+    for (b, hq, hk, sq), name in itertools.product(shapes, rows_for(torch.float16, d, dv)):
         q, k, v = inputs(b, hq, hk, sq, 3000, d, dv)
         lens = torch.tensor([3000, 2, 700][-b:], dtype=torch.int32, device="cuda")
-        options = {"kernel": row_for(q.dtype, d, dv), **MASKS[mask]}
+        options, compare_row = {"kernel": name, **MASKS[mask]}, functools.partial(compare, names=[name])
         plan = flashgqa.explain(q, k, v, **options)
         assert plan["splits"] > 1 or mask in ("window", "chunk")
-        clean, _ = compare(q, k, v, sink=torch.linspace(-2, 2, hq, device="cuda"), **MASKS[mask])
+        clean, _ = compare_row(q, k, v, sink=torch.linspace(-2, 2, hq, device="cuda"), **MASKS[mask])
         assert torch.equal(flashgqa.attention(q, k, v, sink=torch.linspace(-2, 2, hq, device="cuda"), **options), clean)
-        compare(q, k, v, kv_lens=lens, **MASKS[mask])
+        compare_row(q, k, v, kv_lens=lens, **MASKS[mask])
         clean = flashgqa.attention(q, k, v, **options)
         v[:, 0, 2990:, 5] = float("nan")
-        out, _ = compare(q, k, v, **MASKS[mask])
+        out, _ = compare_row(q, k, v, **MASKS[mask])
         assert torch.equal(out[:, hq // hk :], clean[:, hq // hk :]) and torch.equal(out[..., 6:], clean[..., 6:])
         assert out[:, : hq // hk, -1, 5].isnan().all() != (mask == "top-left")
 
@@ -237,12 +264,13 @@ def test_kv_caches(d, dv, cache):
         if g == 6:
             caches[1][table[0, 0], 1, 15, 3] = float("inf")
         copies = [x.clone() for x in caches]
-        name = row_for(dtype, d, dv)
-        got = flashgqa.attention_with_kvcache(q, *caches, k_new, v_new, return_lse=True, kernel=name, **more)
+        names = rows_for(dtype, d, dv)
+        got = [flashgqa.attention_with_kvcache(q, *caches, k_new, v_new, return_lse=True, kernel=name, **more) for name in names]
         wide = 128 if max(d, dv) <= 128 else 256
         general = f"fwd_sm80_bf16_d{wide}_dv{wide}_cache"
         expected = flashgqa.attention_with_kvcache(q, *copies, k_new, v_new, return_lse=True, kernel=general, **more)
-        assert_alike(got, expected)
+        for result in got:
+            assert_alike(result, expected)
         assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(caches, copies, strict=True))
 
 

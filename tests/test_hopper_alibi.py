@@ -33,32 +33,33 @@ def slopes(*shape):
     return torch.rand(shape, generator=torch.Generator("cuda").manual_seed(9), device="cuda") ** 4
 
 
-def both(q, k, v, **options):
-    names = row_for(q.dtype, q.shape[-1], q.shape[-1]), general("fwd", q.dtype, q.shape[-1])
+def both(q, k, v, variant="plain", **options):
+    names = row_for(q.dtype, q.shape[-1], q.shape[-1], variant=variant), general("fwd", q.dtype, q.shape[-1])
     got, expected = (flashgqa.attention(q, k, v, return_lse=True, kernel=name, **options) for name in names)
     return got, expected
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
-def test_heads_and_keys_are_shared(d, dtype, mask):
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (128, "plain"), (128, "tall")])
+def test_heads_and_keys_are_shared(d, variant, dtype, mask):
     """Groups that share tiles, parts of the keys, long rows."""
     for b, hq, hk, sq, sk in ((2, 32, 1, 40, 300), (1, 4, 1, 30, 3000), (1, 6, 2, 700, 900)):
         q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
         for of in (slopes(hq), slopes(b, hq)):
-            assert_alike(*both(q, k, v, alibi_slopes=of, **MASKS[mask]))
+            assert_alike(*both(q, k, v, variant, alibi_slopes=of, **MASKS[mask]))
 
 
-def test_any_slope():
+@pytest.mark.parametrize("variant", ["plain", "tall"])
+def test_any_slope(variant):
     """Negative and enormous slopes, and those that are no number, leave the other heads alone."""
     q, k, v = inputs(2, 8, 8, 300, 300, 128)
     of = slopes(8)
-    clean = flashgqa.attention(q, k, v, alibi_slopes=of, causal=True)
+    clean = flashgqa.attention(q, k, v, alibi_slopes=of, causal=True, kernel=row_for(q.dtype, 128, 128, variant=variant))
     for value, causal in itertools.product((-0.3, -1e-3, 1e20, -1e20, -torch.inf, torch.inf, torch.nan), (True, False)):
         odd = of.clone()
         odd[3] = value
-        got, expected = both(q, k, v, alibi_slopes=odd, causal=causal)
+        got, expected = both(q, k, v, variant, alibi_slopes=odd, causal=causal)
         others = torch.arange(8, device="cuda") != 3
         if causal:
             assert torch.equal(got[0][:, others], clean[:, others])
@@ -69,13 +70,14 @@ def test_any_slope():
             assert got[0][:, 3].isnan().all() and expected[0][:, 3].isnan().all()
 
 
-@pytest.mark.parametrize("d", [64, 128])
-def test_what_is_done_again_has_the_same_bits(d):
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (128, "plain"), (128, "tall")])
+def test_what_is_done_again_has_the_same_bits(d, variant):
     """NaN in V that later rows alone see; heads of a group share tiles."""
     q, k, v = inputs(2, 8, 2, 260, 260, d)
-    clean, clean_lse = flashgqa.attention(q, k, v, alibi_slopes=slopes(8), causal=True, return_lse=True)
+    options = {"alibi_slopes": slopes(8), "causal": True, "return_lse": True, "kernel": row_for(q.dtype, d, d, variant=variant)}
+    clean, clean_lse = flashgqa.attention(q, k, v, **options)
     v[:, 1, 200, 5] = float("nan")
-    out, lse = flashgqa.attention(q, k, v, alibi_slopes=slopes(8), causal=True, return_lse=True)
+    out, lse = flashgqa.attention(q, k, v, **options)
     assert torch.equal(out[:, :, :200], clean[:, :, :200]) and torch.equal(lse, clean_lse)
     assert torch.equal(out[:, :4], clean[:, :4]) and out[:, 4:, 200:, 5].isnan().all()
 

@@ -10,7 +10,7 @@ import torch
 from cases import Case, built, gradients
 from checking import accumulator, assert_within
 from gpu import CudaBackend, assert_alike
-from test_hopper import DTYPES, MASKS, inputs, random, row_for
+from test_hopper import DTYPES, MASKS, inputs, random, row_for, rows_for
 from test_hopper import ROWS as FORWARD_ROWS
 from test_hopper_backward import ROWS as BACKWARD_ROWS
 
@@ -89,7 +89,8 @@ def both(q, k, v, dout=None, **options):
     backward = q.shape[-1] == v.shape[-1] and q.shape[-1] in (64, 128, 256)
     for arch in (90, 80):
         own = arch == 90
-        forward = row_for(q.dtype, q.shape[-1], v.shape[-1]) if own else general("fwd", q.dtype, max(q.shape[-1], v.shape[-1]))
+        widths = q.shape[-1], v.shape[-1]
+        forward = rows_for(q.dtype, *widths)[0] if own else general("fwd", q.dtype, max(widths))
         out, lse = flashgqa.attention(q, k, v, return_lse=True, kernel=forward, **options)
         results.append([out, lse])
         if backward:
@@ -132,10 +133,10 @@ def test_scores_far_beyond_the_cap(d):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-@pytest.mark.parametrize("d", [64, 128, 256])
-def test_poison_reaches_those_who_see_it_and_nobody_else(d, which, value):
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (128, "plain"), (128, "tall"), (256, "plain")])
+def test_poison_reaches_those_who_see_it_and_nobody_else(d, variant, which, value):
     x = dict(zip("qkv", inputs(2, 4, 2, 500, 500, d), strict=True))
-    options = {"window": (60, 10), "softcap": 4.0, "kernel": row_for(torch.float16, d, d)}
+    options = {"window": (60, 10), "softcap": 4.0, "kernel": row_for(torch.float16, d, d, variant=variant)}
     clean = flashgqa.attention(*x.values(), **options)
     x[which][1, 1, 400, 5] = value
     out = flashgqa.attention(*x.values(), **options)
@@ -199,7 +200,7 @@ def test_kv_caches(d, page):
         caches = [random(*shape, dtype=dtype, seed=n) for n in (5, 6)]
         wide = 128 if d <= 128 else 256
         results = []
-        for name in (row_for(dtype, d, d), f"fwd_sm80_bf16_d{wide}_dv{wide}_cache"):
+        for name in (rows_for(dtype, d, d)[0], f"fwd_sm80_bf16_d{wide}_dv{wide}_cache"):
             call = q, *(x.clone() for x in caches), k_new, v_new
             results.append(flashgqa.attention_with_kvcache(*call, return_lse=True, kernel=name, **more))
         assert_alike(*results)

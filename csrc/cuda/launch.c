@@ -11,6 +11,7 @@
 
 #include <cuda_runtime_api.h>
 #include <float.h>
+#include <math.h>
 #include <string.h>
 
 /* ---- errors and devices ---- */
@@ -59,6 +60,7 @@ typedef struct {
 #include "kernels.def"
 #undef FGQA_KERNEL
 
+#define FGQA_VARIANT_tall 7      /* no source asks for it */
 #define IS_GENERAL(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_general || FGQA_VARIANT_##variant == FGQA_VARIANT_cache)
 #define IS_FLOAT8(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decodef8 || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewidef8)
 #define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide || IS_FLOAT8(variant))
@@ -205,12 +207,51 @@ static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p,
     return NULL;
 }
 
+/* Of a row whose tiles have more query rows than those of the row behind it, for the same problems: that row. */
+static const cuda_kernel *shorter_row(const cuda_kernel *k)
+{
+    const cuda_kernel *next = k + 1;
+    return next < rows + sizeof rows / sizeof rows[0] && next->row.pass == k->row.pass && next->row.arch == k->row.arch && next->row.dtype == k->row.dtype
+        && next->row.d == k->row.d && next->row.dv == k->row.dv && !k->row.most_rows && next->row.block_q < k->row.block_q ? next : NULL;
+}
+
+/* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each. `even`: none waits at the
+ * end for others. */
+static double rows_passed(const fgqa_problem *p, int32_t block_q, int32_t multiprocessors, int even)
+{
+    const int32_t pack = fgqa_hopper_pack(p, block_q);
+    if (p->varlen) { return (double)p->b * (double)(p->hq >> pack) * ((double)(fgqa_usual_rows(p) << pack) + 0.5 * block_q) / multiprocessors; }
+    const double rounds = (double)fgqa_hopper_tiles(p, block_q) / multiprocessors;
+    return block_q * (even ? rounds : ceil(rounds));
+}
+
+/* Where tall tiles are emptier by more than they are faster: full ones by 4%, with a mask or in packed sequences, where tiles have fewer
+ * keys, by 13 to 16%. Under a mask the heavy tiles come first, so that many leave no gap at the end. What has to be the same in every
+ * batch must not depend on it. */
+static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
+{
+    fgqa_cuda_properties device;
+    const int masked = p->right != FGQA_UNBOUNDED || p->left != FGQA_UNBOUNDED || p->chunk > 0;
+    const int64_t tiles = fgqa_hopper_tiles(p, k->row.block_q);
+    if (p->batch_invariant) { return "the choice would depend on the batch"; }
+    if (fgqa_cuda_device_properties(p->device.index, &device) != FGQA_OK) { return NULL; }
+    if (5 * tiles < 4 * (int64_t)device.multiprocessors) { return "few tiles, whose keys are shared out"; }
+    const int many = p->varlen || (masked && tiles > 4 * (int64_t)device.multiprocessors);
+    const double own = rows_passed(p, k->row.block_q, device.multiprocessors, many);
+    const double others = rows_passed(p, shorter_row(k)->row.block_q, device.multiprocessors, many);
+    return own > (many ? 1.13 : 1.04) * others ? "its tiles would be emptier than shorter ones" : NULL;
+}
+
 /* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by groups of any size, not by powers of two. */
 static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     const cuda_kernel *k = kernel->row;
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
     if (k->row.most_rows) { return pass_over_decode(k, p, why); }
+    if (shorter_row(k)) {
+        const char *reason = pass_over_tall(k, p);
+        if (reason) { return reason; }
+    }
     const int32_t pack = fgqa_hopper_pack(p, k->row.block_q);
     const int64_t rows = k->row.block_q, usual = fgqa_usual_rows(p), own = ((usual << pack) + rows - 1) / rows * (p->g >> pack);
     if (own > 2 * ((usual * p->g + rows - 1) / rows)) {

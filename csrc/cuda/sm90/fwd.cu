@@ -369,8 +369,8 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
                 }
                 own.end = min(max(own.end, (sm.rows[at][seeing].end + BLOCK_K - 1) / BLOCK_K), t.block_end);
             }
-            /* The last P V of the tile before comes behind the K that are skipped; meanwhile STAGES - 1 more V find room. */
-            if (CROSS_TILE) { own.end = max(own.end, t.block_end - STAGES); }
+            /* The last P V of the tile before comes behind the K that are skipped; meanwhile as many V as are skipped find room. */
+            if (CROSS_TILE) { own.end = max(own.end, t.block_end - (V_STAGES - 1)); }
             /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
             if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
             sm.blocks[at][lane] = own;
