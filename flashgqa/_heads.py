@@ -1,5 +1,7 @@
 """Fewer KV heads out of many."""
 
+from ._counts import count, whole
+
 
 def mean_pool_kv_heads(source, num_kv_heads, *, axis=1):
     """Fewer KV heads: each is the mean of as many neighbours as make one group. The start of a GQA or MQA model from MHA.
@@ -34,7 +36,7 @@ def mean_pool_kv_heads(source, num_kv_heads, *, axis=1):
         raise TypeError(
             f"source is {type(source).__name__}: it must be an array; layers and models are for flashgqa.torch.mean_pool_kv_heads"
         )
-    if not -len(shape) <= axis < len(shape):
+    if not -len(shape) <= whole("axis", axis) < len(shape):
         raise ValueError(f"axis is {axis} and source has {len(shape)} axes: it must name one of them, that of the heads")
     axis %= len(shape)
     check_division(shape[axis], num_kv_heads)
@@ -46,5 +48,5 @@ def mean_pool_kv_heads(source, num_kv_heads, *, axis=1):
 
 
 def check_division(heads, num_kv_heads):
-    if num_kv_heads < 1 or heads % num_kv_heads != 0:
+    if heads % count("num_kv_heads", num_kv_heads, 1) != 0:
         raise ValueError(f"num_kv_heads is {num_kv_heads} and there are {heads} heads: it must divide them")

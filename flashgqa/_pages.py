@@ -63,16 +63,19 @@ def _zeros_of(library, dtype, device):
     name = "float8_e4m3fn" if name == "float8_e4m3" else name
     if name not in ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn"):
         raise TypeError(f"dtype is {dtype!r}: it must be float64, float32, float16, bfloat16 or float8_e4m3")
-    if library == "numpy" and device not in (None, "cpu"):
+    if not isinstance(library, str) or library not in ("numpy", "torch"):
+        raise ValueError(f'library is {library!r}: it must be "numpy" or "torch"')
+    if library == "numpy" and not (device is None or isinstance(device, str) and device == "cpu"):
         raise ValueError(f'device is {device!r}: NumPy arrays are on the CPU; give library="torch", or leave device out')
     if library == "numpy":
         if name in ("bfloat16", "float8_e4m3fn"):
-            import ml_dtypes
-
+            try:
+                import ml_dtypes
+            except ImportError:
+                fix = 'NumPy has it by ml_dtypes; pip install ml_dtypes, or give library="torch"'
+                raise ImportError(f"dtype is {dtype!r}: {fix}") from None
             name = getattr(ml_dtypes, name)
         return lambda shape: numpy.zeros(shape, name)
-    if library == "torch":
-        import torch
+    import torch
 
-        return lambda shape: torch.zeros(shape, dtype=getattr(torch, name), device=device)
-    raise ValueError(f'library is {library!r}: it must be "numpy" or "torch"')
+    return lambda shape: torch.zeros(shape, dtype=getattr(torch, name), device=device)

@@ -12,6 +12,7 @@ import numpy
 
 from . import _C
 from ._C import Tensor, __version__, get_num_threads, set_num_threads
+from ._counts import count
 from ._keywords import in_c
 from ._memory import element_bytes
 
@@ -299,7 +300,13 @@ def merge(outs, lses, *, layout=None):
     out, lse : array
         As `attention` would have returned them, of the array type of ``outs[0]``.
     """
-    return _C.merge(tuple(outs), tuple(lses), layout)
+    parts = []
+    for name, given in (("outs", outs), ("lses", lses)):
+        try:
+            parts.append(tuple(given))
+        except TypeError:
+            raise TypeError(f"{name} is {type(given).__name__}: it must be a sequence of arrays, one for each part") from None
+    return _C.merge(*parts, layout)
 
 
 def dropout_mask(b, hq, sq, sk, dropout_p, seed):
@@ -505,12 +512,8 @@ def kv_cache_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens=1, batch=1)
     size = element_bytes(dtype)
     counts = dict(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=size, tokens=tokens, batch=batch)
     total = 2
-    for name, count in counts.items():
-        if isinstance(count, bool) or not hasattr(count, "__index__"):
-            raise TypeError(f"{name} is {count!r}: it must be an integer")
-        if count < 0:
-            raise ValueError(f"{name} is {count!r}: it must be 0 or more")
-        total *= count.__index__()
+    for name, given in counts.items():
+        total *= count(name, given)
     return total
 
 

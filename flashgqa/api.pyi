@@ -11,10 +11,9 @@ from ._C import Tensor as Tensor
 __version__: str
 
 class Array(Protocol):
-    """A NumPy array or any tensor with the DLPack methods."""
+    """A NumPy array or any tensor with the DLPack methods, of which JAX's stubs name this one only."""
 
     def __dlpack__(self) -> Any: ...
-    def __dlpack_device__(self) -> tuple[int, int]: ...
 
 A = TypeVar("A", bound=Array)
 
@@ -68,6 +67,10 @@ def attention(
 def attention(
     q: A, k: Array, v: Array, *, return_lse: Literal[True], out: Array | None = None, **options: Unpack[_Options]
 ) -> tuple[A, A]: ...
+@overload
+def attention(
+    q: A, k: Array, v: Array, *, return_lse: bool, out: Array | None = None, **options: Unpack[_Options]
+) -> A | tuple[A, A]: ...
 def attention_backward(
     dout: Array, q: Array, k: Array, v: Array, out: Array, lse: Array, *, dlse: Array | None = None, **options: Unpack[_Options]
 ) -> Gradients: ...

@@ -11,6 +11,7 @@ from operator import index
 import numpy
 
 from . import _C
+from ._counts import count
 from ._pages import Pool
 from .api import Plan
 
@@ -221,7 +222,7 @@ def _lengths(q, given, stream):
 
 def _cos_sin(rotary, interleaved):
     if rotary is None:
-        if interleaved:
+        if isinstance(interleaved, bool | numpy.bool) and interleaved:
             raise ValueError("rotary_interleaved is given without rotary: give rotary=(cos, sin), or leave it out")
         return None, None
     if not isinstance(rotary, (tuple, list)) or len(rotary) != 2 or any(x is None for x in rotary):
@@ -229,15 +230,8 @@ def _cos_sin(rotary, interleaved):
     return rotary
 
 
-def _count(name, value, least):
-    try:
-        number = index(value)
-    except TypeError:
-        raise TypeError(f"{name} is {value!r}: it must be an integer") from None
-    if number < least:
-        raise ValueError(f"{name} is {number}: it must be {least} or more")
-    return number
-
+# Slots, sequences and pages are counted in int32.
+_MOST = 2**31 - 1
 
 # Options of attention_with_kvcache that a KVCache gives itself.
 _ANSWERED = frozenset(("cache_lens", "page_table", "layout", "k_scale", "v_scale"))
@@ -315,13 +309,14 @@ class KVCache:
         k_scale=None,
         v_scale=None,
     ):
-        batch, capacity, page_size = _count("batch", batch, 0), _count("capacity", capacity, 0), _count("page_size", page_size, 1)
-        dims = _count("head_dim", head_dim, 1), _count("value_dim", head_dim if value_dim is None else value_dim, 1)
+        batch, capacity = count("batch", batch, 0, _MOST), count("capacity", capacity, 0, _MOST)
+        page_size, heads = count("page_size", page_size, 1, _MOST), count("num_kv_heads", num_kv_heads, 1, _MOST)
+        dims = count("head_dim", head_dim, 1, _MOST), count("value_dim", head_dim if value_dim is None else value_dim, 1, _MOST)
         columns = -(-capacity // page_size)
-        pages = batch * columns if pages is None else _count("pages", pages, 0)
-        if layout not in ("bhsd", "bshd"):
+        pages = count("pages", batch * columns if pages is None else pages, 0, _MOST)
+        if not isinstance(layout, str) or layout not in ("bhsd", "bshd"):
             raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')
-        self._pool = Pool(pages, page_size, _count("num_kv_heads", num_kv_heads, 1), dims, dtype, library, device, layout)
+        self._pool = Pool(pages, page_size, heads, dims, dtype, library, device, layout)
         self.capacity, self.page_size, self.layout = capacity, page_size, layout
         self._scales = {"k_scale": k_scale, "v_scale": v_scale}
         for name, scale in self._scales.items():
@@ -462,7 +457,7 @@ class KVCache:
     def _per_sequence(self, name, value):
         """int32 [batch] of an int or of one for each sequence, limited to what int32 holds."""
         numbers = numpy.asarray(value)
-        fits = numbers.dtype.kind in "iu" and numbers.shape in ((), (len(self),))
+        fits = (numbers.dtype.kind in "iu" or not numbers.size) and numbers.shape in ((), (len(self),))
         if not fits or (numbers < 0).any():
             raise ValueError(f"{name} is {value!r}: it must be an integer of 0 or more, or one for each of {len(self)} sequences")
         return numpy.full(len(self), numpy.minimum(numbers, numpy.int64(2**31 - 1)), numpy.int32)

@@ -57,7 +57,17 @@ def attention_with_kvcache(
     return_lse: Literal[True],
     **options: Unpack[_CacheOptions],
 ) -> tuple[A, A]: ...
-
+@overload
+def attention_with_kvcache(
+    q: A,
+    k_cache: Array,
+    v_cache: Array,
+    k_new: Array | None = None,
+    v_new: Array | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[_CacheOptions],
+) -> A | tuple[A, A]: ...
 def explain_with_kvcache(
     q: Array,
     k_cache: Array,

@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import gc
 import pickle
+import subprocess
 import sys
 
 import numpy as np
@@ -269,7 +270,13 @@ def test_dtypes_by_any_name():
 
 @pytest.mark.parametrize("error, text, arguments", [
     (TypeError, "batch is 1.5: it must be an integer", {"batch": 1.5}),
+    (TypeError, "batch is True: it must be an integer", {"batch": True}),
     (ValueError, "page_size is 0: it must be 1 or more", {"page_size": 0}),
+    (ValueError, "head_dim is 9223372036854775808: it must be 2147483647 or less", {"head_dim": 2**63}),
+    (ValueError, "pages is 2147483648: it must be 2147483647 or less", {"pages": 2**31}),
+    (ValueError, "library is array", {"library": np.zeros(2)}),
+    (ValueError, "device is array", {"device": np.zeros(2)}),
+    (ValueError, "layout is array", {"layout": np.zeros(2)}),
     (TypeError, "dtype is 'int8'", {"dtype": "int8"}),
     (ValueError, "library is 'jax'", {"library": "jax"}),
     (ValueError, "device is 'cuda': NumPy arrays are on the CPU", {"device": "cuda"}),
@@ -279,6 +286,19 @@ def test_dtypes_by_any_name():
 def test_what_cannot_be_made(error, text, arguments):
     with pytest.raises(error, match=text):
         flashgqa.KVCache(**{"batch": 1, "num_kv_heads": 1, "head_dim": 8, "capacity": 9, **arguments})
+
+
+def test_bfloat16_without_ml_dtypes_says_what_to_install():
+    code = "import sys; sys.modules['ml_dtypes'] = None; import flashgqa; flashgqa.KVCache(1, 1, 8, capacity=9, dtype='bfloat16')"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "ImportError: dtype is 'bfloat16': NumPy has it by ml_dtypes; pip install ml_dtypes, or" in ran.stderr.splitlines()[-1]
+
+
+def test_no_sequences_at_all():
+    cache = flashgqa.KVCache(0, HK, D, capacity=8)
+    cache.crop([])
+    cache.append(*(x[:0] for x in tokens(np.random.default_rng(0), 1, 3)[:1] * 2), new_lens=[])
+    assert len(cache) == 0 and cache.lens.shape == (0,)
 
 
 def test_what_cannot_be_done():

@@ -18,7 +18,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.S | re.M)
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_block_runs(number):
     block = BLOCKS[number]
-    for library in ("torch", "transformers"):
+    for library in ("torch", "transformers", "jax"):
         if re.search(rf"^(import|from) {library}\b", block, re.M):
             pytest.importorskip(library)
     ran = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
