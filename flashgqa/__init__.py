@@ -1,6 +1,8 @@
 """Exact attention (MHA, MQA, GQA) on NumPy arrays and DLPack tensors: forward and backward, on CPUs and NVIDIA GPUs."""
 
+from importlib import import_module as _import_module
 from importlib.util import find_spec as _find_spec
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 import numpy as _numpy
 
@@ -57,3 +59,11 @@ __all__ = [
     "show_config",
     "warmup",
 ]
+
+if not _TYPE_CHECKING:  # which would take every name for one of the module
+
+    def __getattr__(name):
+        """Submodules that are imported when they are first named, as flashgqa.torch imports torch."""
+        if name in ("jax", "reference", "torch", "transformers"):
+            return _import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

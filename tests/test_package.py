@@ -31,6 +31,20 @@ def test_import_brings_no_framework():
     assert not FRAMEWORKS & set(found.split())
 
 
+def test_submodules_are_imported_when_they_are_named():
+    code = """
+import sys, flashgqa
+assert not {"flashgqa.reference", "flashgqa.torch", "torch"} & set(sys.modules)
+assert flashgqa.reference.attention and "flashgqa.torch" not in sys.modules
+assert not hasattr(flashgqa, "attenshun") and "torch" not in dir(flashgqa)
+try:
+    flashgqa.attenshun
+except AttributeError as error:
+    print(error)
+"""
+    assert run_python("-c", code).stdout == "module 'flashgqa' has no attribute 'attenshun'\n"
+
+
 def test_source_folder_says_that_it_is_not_built(tmp_path):
     package = tmp_path / "flashgqa"
     package.mkdir()
