@@ -3,11 +3,12 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from checking import assert_within, same_bits
-from conftest import cpu_isas
+from cases import EDGES, SMOKE, SWEEP, built, gradients
+from checking import Naive, assert_within, same_bits
+from conftest import Backend, cpu_isas
 
 import flashgqa
-from flashgqa import reference
+from flashgqa import _bounds, reference
 
 ON_TILES = "amx" in cpu_isas()
 # As many packed rows as float16 needs to be split, too.
@@ -74,14 +75,73 @@ def test_float16_loses_nothing_by_being_split(shape):
     out, lse = flashgqa.attention(q, k, v, causal=True, return_lse=True)
     assert_within("out", out, expected, [plain], out.dtype, 2)
     assert_within("lse", lse, expected_lse, [plain_lse], lse.dtype, 2)
+    dout = np.random.default_rng(1).standard_normal(out.shape).astype(np.float16)
+    exact = reference.attention_backward(*(x.astype(np.float64) for x in (dout, q, k, v)), causal=True)
+    plain = flashgqa.attention_backward(dout, q, k, v, plain, plain_lse, causal=True, kernel="bwd_portable")
+    got = flashgqa.attention_backward(dout, q, k, v, out, lse, causal=True)
+    for name in ("dq", "dk", "dv"):
+        assert_within(name, getattr(got, name), getattr(exact, name), [getattr(plain, name)], out.dtype, 2)
 
 
-def test_backward_and_weights_have_no_such_kernels():
+class InParts(_bounds.Narrow):
+    """The naive computation with each product as three products of parts; but in the first order, of numbers in other units, which
+    split elsewhere.
+    """
+
+    def matmul(self, a, b, start=0):
+        if not self.order:
+            return start + three_products(a, b)
+        rows, columns = (self.rng.uniform(1, 2, shape).astype(np.float32) for shape in ((a.shape[0], 1), (1, b.shape[1])))
+        return start + three_products(a * rows, b * columns) / (rows * columns)
+
+
+def in_parts(compute, *arguments):
+    return Naive([lambda arithmetic: compute(InParts(arithmetic.dtype, arithmetic.order), *arguments)], np.dtype(np.float32))
+
+
+def check_case(case):
+    """Results and gradients under the error rule, the naive computation being one of three products. Without tiles: refused."""
+    call, answer = built(case)
+    backend = Backend(cpu_isas()[0])
+    options = call.options | {"precision": "bf16x3"}
+    if not ON_TILES:
+        for backward in (False, True):
+            with pytest.raises(NotImplementedError, match='_portable: precision="bf16x3" needs a CPU with AMX'):
+                flashgqa.explain(*call.inputs, **options, backward=backward)
+        return
+    out, lse = backend.attention(*call.inputs, **options, return_lse=True)
+    naive = list(in_parts(_bounds._narrow_forward, *call.inputs, call.options))
+    assert_within("out", out, answer.out, (x[0] for x in naive), out.dtype, _bounds.FORWARD_FACTOR)
+    assert_within("lse", lse, answer.lse, (x[1] for x in naive), lse.dtype, _bounds.FORWARD_FACTOR)
+    got = backend.attention_backward(call.dout, *call.inputs, out, lse, dlse=call.dlse, **options)
+    naive = in_parts(_bounds._narrow_backward, call.dout, *call.inputs, call.dlse, None, call.options)
+    for name in got._fields:
+        gradient = getattr(got, name)
+        if gradient is not None:
+            wanted = getattr(gradients(case).exact, name)
+            assert_within(name, gradient, wanted, (getattr(x, name) for x in naive), gradient.dtype, _bounds.BACKWARD_FACTOR)
+
+
+@pytest.mark.parametrize("case", [case for case in SMOKE + EDGES if case.dtype == "float32"], ids=str)
+def test_every_option_has_the_error_of_three_products(case):
+    check_case(case)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("case", [case for case in SWEEP if case.dtype == "float32"], ids=str)
+def test_combined_options_have_the_error_of_three_products(case):
+    check_case(case)
+
+
+def test_kernels_without_tiles_refuse():
     q, k, v = inputs(SHAPES[0], np.float32)
-    with pytest.raises(NotImplementedError, match='precision="bf16x3"'):
-        flashgqa.explain(q, k, v, precision="bf16x3", backward=True)
-    with pytest.raises(NotImplementedError, match=r'fwd_avx|fwd_portable'):
-        flashgqa.explain(q, k, v, precision="bf16x3", kernel=f"fwd_{cpu_isas()[-1]}")
+    for backward in (False, True):
+        name = "bwd" if backward else "fwd"
+        with pytest.raises(NotImplementedError, match=f"{name}_(avx|portable)"):
+            flashgqa.explain(q, k, v, precision="bf16x3", backward=backward, kernel=f"{name}_{cpu_isas()[-1]}")
+        if ON_TILES:
+            plan = flashgqa.explain(q, k, v, precision="bf16x3", backward=backward)
+            assert plan["kernel"] == f"{name}_amx" and "precision bf16x3" in str(plan)
 
 
 LARGE = float(np.finfo(np.float32).max)
@@ -119,3 +179,55 @@ def test_no_scale_at_all(dtype, isa):
     out = np.asarray(flashgqa.attention(q, k, v, scale=0.0, kernel=f"fwd_{isa}")).astype(np.float64)
     mean = v.astype(np.float64).mean(2, keepdims=True).repeat(2, 1)
     np.testing.assert_allclose(out, np.broadcast_to(mean, out.shape), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype, options", IN_PARTS, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, LARGE], ids=str)
+@pytest.mark.parametrize("argument", ["q", "k", "v", "dout"])
+def test_what_has_no_low_part_in_gradients(argument, value, dtype, options, causal):
+    """The same entries of them are not finite as elsewhere. No score is -inf: its weight of 0 times infinity may be 0 or NaN."""
+    options = options | {"causal": causal}
+    q, k, v = inputs((4, 2, 130, 150, 32, 48), dtype)
+    dout = np.random.default_rng(1).standard_normal((2, 4, 130, 48)).astype(dtype)
+    largest = value == LARGE
+    if largest and dtype == "float16":
+        value = float(np.finfo(np.float16).max)
+    {"q": q, "k": k, "v": v, "dout": dout}[argument][:, 1, 17, 5] = value
+    other = {"q": k, "k": q}.get(argument)
+    if other is not None:
+        other[..., 5] = np.copysign(other[..., 5], value)
+    if largest:
+        options["scale"] = 2.0**-120 if dtype == "float32" else 2.0**-8
+        v *= np.asarray(2.0**-10, v.dtype)
+        dout *= np.asarray(2.0**-10, dout.dtype)
+    out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
+    got = flashgqa.attention_backward(dout, q, k, v, out, lse, **options)
+    options.pop("precision", None)
+    want = flashgqa.attention_backward(dout, q, k, v, out, lse, **options, kernel=f"bwd_{cpu_isas()[-1]}")
+    for name in ("dq", "dk", "dv"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert np.isfinite(b).any(), name
+        for test in (np.isnan, np.isposinf, np.isneginf):
+            np.testing.assert_array_equal(test(a), test(b), name)
+        seen = np.isfinite(b)
+        near = 1e-3 if dtype == "float32" else 4e-3
+        np.testing.assert_allclose(a[seen].astype(np.float64), b[seen], rtol=near, atol=near * float(np.abs(b[seen]).max()))
+
+
+def test_gradients_do_not_depend_on_threads_or_batch(rng):
+    """Bits."""
+    options = {"causal": True, "batch_invariant": True} | ({"precision": "bf16x3"} if ON_TILES else {})
+    q, k, v, dout = (rng.standard_normal((3, h, 200, 64)).astype(np.float32) for h in (4, 2, 2, 4))
+    before = flashgqa.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            flashgqa.set_num_threads(threads)
+            out, lse = flashgqa.attention(q, k, v, **options, return_lse=True)
+            results.append(flashgqa.attention_backward(dout, q, k, v, out, lse, **options))
+    finally:
+        flashgqa.set_num_threads(before)
+    assert all(same_bits(a, b) for a, b in zip(results[0][:3], results[1][:3], strict=True))
+    one = flashgqa.attention_backward(*(x[1:2] for x in (dout, q, k, v, out, lse)), **options)
+    assert all(same_bits(a, b[1:2]) for a, b in zip(one[:3], results[0][:3], strict=True))

@@ -52,6 +52,22 @@ def test_gradients_are_those_of_attention_backward(case):
     assert_equal(got, [x for x in wanted if x is not None])
 
 
+def test_precision_is_that_of_both_passes():
+    """Refused where it is not to be had: there are no gradients of another precision."""
+    q, k, v, dout = (torch.from_numpy(numpy.float32(numpy.random.default_rng(n).standard_normal((1, 2, 40, 32)))) for n in range(4))
+    options = {"causal": True, "precision": "bf16x3"}
+    tensors = [x.requires_grad_() for x in (q, k, v)]
+    if "fwd_amx" not in [kernel["name"] for kernel in flashgqa.kernels() if kernel["available"]]:
+        with pytest.raises(NotImplementedError, match="bf16x3.*needs a CPU with AMX"):
+            fg.attention(q, k, v, **options)
+        return
+    got = gradients((fg.attention(q, k, v, **options),), tensors, dout)
+    with torch.no_grad():
+        expected = flashgqa.attention(q, k, v, return_lse=True, **options)
+        wanted = flashgqa.attention_backward(dout, q, k, v, *expected, **options)
+    assert_equal(got, wanted[:3])
+
+
 def test_signature_is_that_of_the_array_function():
     arrays = inspect.signature(flashgqa.attention).parameters
     without = {"out", "stream", "device", "kernel"}

@@ -32,12 +32,31 @@ typedef struct { const bf16 *data; ptrdiff_t step, tile, pair, ld, low; int low_
 typedef void amx_share(void *work, int steps);
 
 #if FGQA_TILES
-/* mt x nt tiles of C, both 1 or 2 and constant; after every step `share` (or NULL) of `work`.
+/* One step's product of one part of each operand. What is not `new` is in its tiles already.
  * A is the longer operand, of which the first-level cache keeps nothing until it is needed again: it leaves that to B. */
+SIMD void amx_step(const int mt, const int nt, const int new_a, const int new_b, const bf16 *a, ptrdiff_t a_tile, ptrdiff_t a_row, const bf16 *b,
+                   ptrdiff_t b_tile)
+{
+    const ptrdiff_t b_row = 64;
+    if (new_a) { amx_load_stream(4, a, a_row); }
+    if (new_b) { amx_load(6, b, b_row); }
+    amx_dot(0, 4, 6);
+    if (nt > 1) {
+        if (new_b) { amx_load(7, b + b_tile, b_row); }
+        amx_dot(1, 4, 7);
+    }
+    if (mt > 1) {
+        if (new_a) { amx_load_stream(5, a + a_tile, a_row); }
+        amx_dot(2, 5, 6);
+        if (nt > 1) { amx_dot(3, 5, 7); }
+    }
+}
+
+/* mt x nt tiles of C, both 1 or 2 and constant; after the product of every step and pair of parts `share` (or NULL) of `work`. */
 SIMD void amx_block(const int mt, const int nt, const int add, int steps, const amx_operand *a, const bf16 *a0, const amx_operand *b, const bf16 *b0,
                     float *c, ptrdiff_t ldc, amx_share *const share, void *work)
 {
-    const ptrdiff_t row = ldc * (ptrdiff_t)sizeof(float), a_row = a->ld * (ptrdiff_t)sizeof(bf16), b_row = 64;
+    const ptrdiff_t row = ldc * (ptrdiff_t)sizeof(float), a_row = a->ld * (ptrdiff_t)sizeof(bf16);
     float *const c1 = c + AMX_SIDE * ldc;
     if (add) {
         amx_load(0, c, row);
@@ -50,25 +69,22 @@ SIMD void amx_block(const int mt, const int nt, const int add, int steps, const 
         if (mt > 1) { amx_zero(2); }
         if (mt > 1 && nt > 1) { amx_zero(3); }
     }
-    for (int part = a->low_low ? 3 : a->low ? 2 : 0; part >= 0; part--) {
-        const bf16 *a1 = a0 + (part & 2 ? a->low : 0), *b1 = b0 + (part & 1 ? b->low : 0);
-        for (int k = 0; k < steps; k++) {
-            amx_load_stream(4, a1, a_row);
-            amx_load(6, b1, b_row);
-            amx_dot(0, 4, 6);
-            if (nt > 1) {
-                amx_load(7, b1 + b->tile, b_row);
-                amx_dot(1, 4, 7);
-            }
-            if (mt > 1) {
-                amx_load_stream(5, a1 + a->tile, a_row);
-                amx_dot(2, 5, 6);
-                if (nt > 1) { amx_dot(3, 5, 7); }
-            }
-            a1 += a->step;
-            b1 += b->step;
+    const int split = a->low != 0;
+    for (int k = 0; k < steps && !split; k++, a0 += a->step, b0 += b->step) {
+        amx_step(mt, nt, 1, 1, a0, a->tile, a_row, b0, b->tile);
+        if (share) { share(work, 1); }
+    }
+    for (int k = 0; k < steps && split; k++, a0 += a->step, b0 += b->step) {   /* (low*low,) low*high, high*high, high*low: A's parts are read once */
+        amx_step(mt, nt, 1, 1, a0 + a->low, a->tile, a_row, a->low_low ? b0 + b->low : b0, b->tile);
+        if (share) { share(work, 1); }
+        if (a->low_low) {
+            amx_step(mt, nt, 0, 1, a0, a->tile, a_row, b0, b->tile);
             if (share) { share(work, 1); }
         }
+        amx_step(mt, nt, 1, 0, a0, a->tile, a_row, b0, b->tile);
+        if (share) { share(work, 1); }
+        amx_step(mt, nt, 0, 1, a0, a->tile, a_row, b0 + b->low, b->tile);
+        if (share) { share(work, 1); }
     }
     amx_store(0, c, row);
     if (nt > 1) { amx_store(1, c + AMX_SIDE, row); }

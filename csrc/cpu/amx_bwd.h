@@ -1,4 +1,4 @@
-/* amx_bwd.h - the backward's products on the tile unit (bwd.c; bwd_block.h is the same in floats). bfloat16 only.
+/* amx_bwd.h - the backward's products on the tile unit (bwd.c; bwd_block.h is the same in floats).
  *
  *     for each panel:   S^T = K Q^T      dP^T = V dO^T      P^T, dS^T rounded to bfloat16      dQ^T += K^T dS^T
  *     dV += P^T dO      dK += dS^T Q     over all lanes of the block at once
@@ -8,6 +8,11 @@
  *
  * Panels of what has lanes as terms lie a tile more apart than they are large: the same tile of each panel, read one after another,
  * would else fall into the same sets of the first-level cache.
+ *
+ * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): every operand, P and dS among them;
+ * scores of float16 are those of float32 arithmetic, as forward's are. What is infinite or NaN must not meet
+ * the other operand's low part, whose sign is its own: scores and dP of such rows of K and V, and of panels with such rows of Q
+ * and dO, are computed in floats.
  */
 #ifndef FGQA_AMX_BWD_H
 #define FGQA_AMX_BWD_H
@@ -17,69 +22,111 @@
 #define WEIGHT_PANEL (KEYS * PANEL + AMX_TILE)   /* numbers between panels of P^T and dS^T */
 SIMD ptrdiff_t term_panel(int32_t cols) { return PANEL * (ptrdiff_t)AMX_PAD(cols) + AMX_TILE; }   /* and of Q and dO */
 
+/* A buffer of one part or two. */
+typedef struct { bf16 *at; ptrdiff_t low; } amx_buffer;
+
+static amx_buffer amx_take(fgqa_arena *arena, const fgqa_problem *p, size_t n)
+{
+    const amx_buffer buffer = {fgqa_arena_take(arena, amx_parts(p) * n, sizeof(bf16)), amx_low_of(p, (ptrdiff_t)n)};
+    return buffer;
+}
+
 static bwd_shape shape_of(const fgqa_problem *p)
 {
-    bwd_shape shape = shape_of_lanes(p, (int32_t)sizeof(bf16) * 2 * (p->d + p->dv + KEYS) + (int32_t)sizeof(real) * p->d);
+    const int32_t parts = (int32_t)amx_parts(p);
+    bwd_shape shape = shape_of_lanes(p, parts * (int32_t)sizeof(bf16) * 2 * (p->d + p->dv + KEYS) + (int32_t)sizeof(real) * p->d);
     shape.ldt = PANEL;
     return shape;
 }
 
 typedef struct {
-    bwd_panel *panels;                         /* [panels]; q_t and dout_t only where a panel is `exact` */
+    bwd_panel *panels;                         /* [panels]; q_t and dout_t only where scores are computed in floats */
     bwd_tiles tiles;
-    bf16 *q_t, *dout_t;                        /* B, lanes as columns: [panel][step][nv] */
-    bf16 *q, *dout;                            /* B, lanes as terms: [term_panel][tile of columns]; rows with a NaN or an infinity 0 */
-    bf16 *weight, *ds;                         /* A, lanes as terms: P^T and dS^T of the block, [WEIGHT_PANEL][KEYS][PANEL] */
-    bf16 *ds_t;                                /* B, keys as terms: dS^T of the panel at hand, [KEYS/AMX_DEPTH][nv] */
-    bf16 *k, *v, *k_clean;                     /* rows of the block of keys, where they are copied; without bad ones */
-    bf16 *k_t, *k_t_clean;                     /* A, keys as terms */
-    bf16 *rows;                                /* PANEL rows of anything */
-    real *k_copy;                              /* KEYS rows, for `exact` panels */
+    amx_buffer q_t, dout_t;                    /* B, lanes as columns: [panel][step][nv] */
+    amx_buffer q, dout;                        /* B, lanes as terms: [term_panel][tile of columns]; rows with a NaN or an infinity 0 */
+    amx_buffer weight, ds;                     /* A, lanes as terms: P^T and dS^T of the block, [WEIGHT_PANEL][KEYS][PANEL] */
+    amx_buffer ds_t;                           /* B, keys as terms: dS^T of the panel at hand, [KEYS/AMX_DEPTH][nv] */
+    amx_buffer k, v, k_clean;                  /* rows of the block of keys, where they are copied; without bad ones */
+    amx_buffer k_t, k_t_clean;                 /* A, keys as terms */
+    amx_buffer rows;                           /* PANEL rows of anything */
+    real *key_copy;                            /* KEYS rows of K or V, for scores in floats */
     real *tail;                                /* [AMX_SIDE][row_reals] */
     real *row;                                 /* one row of anything */
-    real *dq, *dq_t;                           /* one panel of dQ; dQ^T panel after panel, each [d][w] */
+    real *dq;                                  /* one panel of dQ; of Q or dO before */
+    real *dq_t;                                /* dQ^T panel after panel, each [d][w] */
     real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
 } bwd_scratch;
 
 static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
 {
     bwd_scratch s;
-    const size_t lanes = (size_t)shape->panels * PANEL, d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv);
-    s.panels = fgqa_arena_take(arena, (size_t)shape->panels, sizeof(bwd_panel));
+    const size_t panels = (size_t)shape->panels, lanes = panels * PANEL, d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv);
+    const size_t cols = d > dv ? d : dv, reals = (size_t)row_reals(shape);
+    s.panels = fgqa_arena_take(arena, panels, sizeof(bwd_panel));
     for (int32_t n = 0; n < shape->panels; n++) { bwd_panel_carve(s.panels ? &s.panels[n] : NULL, arena, p); }
     s.tiles = bwd_tiles_carve(arena, p);
-    s.q_t = fgqa_arena_take(arena, lanes * d, sizeof(bf16));
-    s.dout_t = fgqa_arena_take(arena, lanes * dv, sizeof(bf16));
-    s.q = fgqa_arena_take(arena, (size_t)shape->panels * (size_t)term_panel(p->d), sizeof(bf16));
-    s.dout = fgqa_arena_take(arena, (size_t)shape->panels * (size_t)term_panel(p->dv), sizeof(bf16));
-    s.weight = fgqa_arena_take(arena, (size_t)shape->panels * WEIGHT_PANEL, sizeof(bf16));
-    s.ds = fgqa_arena_take(arena, (size_t)shape->panels * WEIGHT_PANEL, sizeof(bf16));
-    s.ds_t = fgqa_arena_take(arena, PANEL * KEYS, sizeof(bf16));
-    s.k = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
-    s.v = fgqa_arena_take(arena, AMX_BLOCK_ROWS * dv, sizeof(bf16));
-    s.k_clean = fgqa_arena_take(arena, AMX_BLOCK_ROWS * d, sizeof(bf16));
-    s.k_t = fgqa_arena_take(arena, KEYS * d, sizeof(bf16));
-    s.k_t_clean = fgqa_arena_take(arena, KEYS * d, sizeof(bf16));
-    s.rows = fgqa_arena_take(arena, PANEL * (d > dv ? d : dv), sizeof(bf16));
-    s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
-    s.tail = fgqa_arena_take(arena, AMX_SIDE * (size_t)row_reals(shape), sizeof(real));
-    s.row = fgqa_arena_take(arena, (size_t)row_reals(shape), sizeof(real));
-    s.dq = fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldk, sizeof(real));
+    s.q_t = amx_take(arena, p, lanes * d);
+    s.dout_t = amx_take(arena, p, lanes * dv);
+    s.q = amx_take(arena, p, panels * (size_t)term_panel(p->d));
+    s.dout = amx_take(arena, p, panels * (size_t)term_panel(p->dv));
+    s.weight = amx_take(arena, p, panels * WEIGHT_PANEL);
+    s.ds = amx_take(arena, p, panels * WEIGHT_PANEL);
+    s.ds_t = amx_take(arena, p, PANEL * KEYS);
+    s.k = amx_take(arena, p, AMX_BLOCK_ROWS * d);
+    s.v = amx_take(arena, p, AMX_BLOCK_ROWS * dv);
+    s.k_clean = amx_take(arena, p, AMX_BLOCK_ROWS * d);
+    s.k_t = amx_take(arena, p, KEYS * d);
+    s.k_t_clean = amx_take(arena, p, KEYS * d);
+    s.rows = amx_take(arena, p, PANEL * cols);
+    s.key_copy = fgqa_arena_take(arena, KEYS * reals, sizeof(real));
+    s.tail = fgqa_arena_take(arena, AMX_SIDE * reals, sizeof(real));
+    s.row = fgqa_arena_take(arena, reals, sizeof(real));
+    s.dq = fgqa_arena_take(arena, PANEL * reals, sizeof(real));
     s.dq_t = fgqa_arena_take(arena, lanes * (size_t)shape->ldk, sizeof(real));
     s.dk = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldk, sizeof(real)) : NULL;
     s.dv = splits == 1 ? fgqa_arena_take(arena, (size_t)p->sk * (size_t)shape->ldv, sizeof(real)) : NULL;
     return s;
 }
 
-/* Rows of a panel that are not finite: zeroed, and noted in `bad` (unless NULL). */
-static void zero_bad_lanes(bf16 *rows, int32_t cols, const tile_panel *panel, int32_t lane0, bad_lanes *bad)
+/* Rows of a panel that are not finite: zeroed, and noted in `bad` (unless NULL). Returns whether there are any. */
+static int zero_bad_lanes(const amx_buffer *rows, int32_t cols, const tile_panel *panel, int32_t lane0, bad_lanes *bad)
 {
     const int32_t ld = AMX_PAD(cols);
+    int any = 0;
     for (int32_t lane = 0; lane < panel->rows; lane++) {
-        if (amx_row_is_finite(rows + lane * ld, ld)) { continue; }
-        memset(rows + lane * ld, 0, (size_t)ld * sizeof(bf16));
+        if (amx_row_is_finite(rows->at + lane * ld, ld)) { continue; }
+        amx_zero_rows(rows->at + lane * ld, rows->low, 1, ld);
         if (bad) { bad->lane[bad->count++] = (int16_t)(lane0 + lane); }
+        any = 1;
     }
+    return any;
+}
+
+/* A panel's rows in `s->rows` as B: lanes as columns to `columns`, and without bad ones as terms to `terms`. Returns whether any are bad. */
+static int pack_lanes(const bwd_scratch *s, const bwd_panel *bp, int32_t n, int32_t cols, const amx_buffer *columns, const amx_buffer *terms, bad_lanes *bad)
+{
+    const ptrdiff_t ld = AMX_PAD(cols), to_columns = n * PANEL * ld, to_terms = n * term_panel(cols);
+    amx_pack_panel(columns->at + to_columns, s->rows.at, &bp->panel, cols);
+    if (columns->low) { amx_pack_panel(columns->at + columns->low + to_columns, s->rows.at + s->rows.low, &bp->panel, cols); }
+    const int any = zero_bad_lanes(&s->rows, cols, &bp->panel, n * PANEL, bad);
+    amx_pack_pairs(terms->at + to_terms, s->rows.at, ld, amx_tiles(cols));
+    if (terms->low) { amx_pack_pairs(terms->at + terms->low + to_terms, s->rows.at + s->rows.low, ld, amx_tiles(cols)); }
+    return any;
+}
+
+/* A panel's Q as floats. */
+static void load_float_q(const bwd_scratch *s, const tile_sequence *t, const bwd_panel *bp)
+{
+    const int32_t ld = ROUND_UP(t->p->d, VL);
+    tile_pack_rows(s->dq, ld, t, &bp->panel, &t->p->view[FGQA_ARG_q], t->p->d, t->q_sign);
+    tile_transpose_rows(bp->q_t, s->dq, ld, bp->panel.w, t->p->d);
+}
+
+static void load_float_dout(const bwd_scratch *s, const tile_sequence *t, const bwd_panel *bp)
+{
+    const int32_t ld = ROUND_UP(t->p->dv, VL);
+    tile_pack_rows(s->dq, ld, t, &bp->panel, &t->p->view[FGQA_ARG_dout], t->p->dv, 1);
+    tile_transpose_rows(bp->dout_t, s->dq, ld, bp->panel.w, t->p->dv);
 }
 
 /* Packs packed rows [r0, r1); returns the number of panels. */
@@ -87,7 +134,6 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
 {
     const fgqa_problem *p = t->p;
     const fgqa_view *q = &p->view[FGQA_ARG_q], *dout = &p->view[FGQA_ARG_dout];
-    const ptrdiff_t q_panel = PANEL * (ptrdiff_t)AMX_PAD(p->d), dout_panel = PANEL * (ptrdiff_t)AMX_PAD(p->dv);
     int32_t panels = 0;
     bad->count = 0;
     for (int64_t r = r0; r < r1; r += PANEL, panels++) {
@@ -95,30 +141,35 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
         tile_panel_init(&bp->panel, t, r, r1);
         bwd_panel_lse(bp, t, r);
         if (bp->exact) {
-            const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
-            tile_pack_rows(s->dq, job->shape.ldk, t, &bp->panel, q, p->d, t->q_sign);
-            tile_transpose_rows(bp->q_t, s->dq, job->shape.ldk, bp->panel.w, p->d);
+            const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->key_copy};
+            load_float_q(s, t, bp);
             bwd_own_lse(bp, t, t, &stats);
         }
-        amx_load_panel(s->rows, 0, t, &bp->panel, q, p->d, t->q_sign < 0);
-        amx_pack_panel(s->q_t + panels * q_panel, s->rows, &bp->panel, p->d);
-        zero_bad_lanes(s->rows, p->d, &bp->panel, panels * PANEL, NULL);
-        amx_pack_pairs(s->q + panels * term_panel(p->d), s->rows, AMX_PAD(p->d), amx_tiles(p->d));
-        amx_load_panel(s->rows, 0, t, &bp->panel, dout, p->dv, 0);
-        amx_pack_panel(s->dout_t + panels * dout_panel, s->rows, &bp->panel, p->dv);
+        amx_load_panel(s->rows.at, s->rows.low, t, &bp->panel, q, p->d, t->q_sign < 0);
+        bp->special = pack_lanes(s, bp, panels, p->d, &s->q_t, &s->q, NULL);
+        amx_load_panel(s->rows.at, s->rows.low, t, &bp->panel, dout, p->dv, 0);
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
-            row_load(s->dq, s->rows + lane * AMX_PAD(p->dv), dout->dtype, 1, p->dv);
+            row_load(s->dq, tile_packed_row(t, dout, r + lane), dout->dtype, dout->stride_d, p->dv);
             bp->delta[lane] = row_delta(job, t, r + lane, s->dq, s->row);
         }
-        zero_bad_lanes(s->rows, p->dv, &bp->panel, panels * PANEL, bad);
-        amx_pack_pairs(s->dout + panels * term_panel(p->dv), s->rows, AMX_PAD(p->dv), amx_tiles(p->dv));
+        bp->special |= pack_lanes(s, bp, panels, p->dv, &s->dout_t, &s->dout, bad);
     }
     return panels;
 }
 
-/* P^T and dS^T of keys [begin, end), even numbers, from the scores and dP^T in `tiles`: as A (weight, ds) and ds as B (ds_t). */
+/* Two vectors as one row of A; `split`: in parts. */
+SIMD void amx_store_row(const int split, bf16 *to, ptrdiff_t low, const amx_split x[2])
+{
+    _mm512_store_si512(to, amx_narrow((__m512)x[0].high, (__m512)x[1].high));
+    if (split) { _mm512_store_si512(to + low, amx_narrow((__m512)x[0].low, (__m512)x[1].low)); }
+}
+
+/* Where P^T and dS^T of a panel go: as A (weight, ds) and ds as B (ds_t). */
+typedef struct { amx_buffer weight, ds, ds_t; } amx_grads;
+
+/* P^T and dS^T of keys [begin, end), even numbers, from the scores and dP^T in `tiles`. */
 SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv, int32_t begin, int32_t end, real scale, real keep_scale,
-                      const bwd_flags flags, bf16 *weight, bf16 *ds, bf16 *ds_t)
+                      const bwd_flags flags, const amx_grads *to)
 {
     vreal lse[NV], log_sum[NV], delta[NV];
     UNROLL(2)
@@ -128,26 +179,26 @@ SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv,
         delta[v] = v_load(bp->delta + v * VL);
     }
     for (int32_t j = begin; j < end; j += 2) {
-        vreal even[2], odd[2], ds_even[2], ds_odd[2];
+        amx_split weight[2][2], ds[2][2];      /* of the even and the odd key */
         UNROLL(2)
         for (int v = 0; v < 2; v++) {
-            if (v >= nv) {
-                even[v] = odd[v] = ds_even[v] = ds_odd[v] = v_zero();
-                continue;
+            UNROLL(2)
+            for (int odd = 0; odd < 2; odd++) {
+                bwd_score x = {v_zero(), v_zero()};
+                if (v < nv) { x = bwd_score_grad(tiles, ((ptrdiff_t)(j + odd) * nv + v) * VL, lse[v], log_sum[v], delta[v], scale, keep_scale, flags); }
+                weight[odd][v] = flags.split ? amx_split_of(x.weight) : (amx_split){x.weight, v_zero()};
+                ds[odd][v] = flags.split ? amx_split_of(x.ds) : (amx_split){x.ds, v_zero()};
             }
-            const ptrdiff_t at = (ptrdiff_t)j * nv * VL + v * VL;
-            const bwd_score a = bwd_score_grad(tiles, at, lse[v], log_sum[v], delta[v], scale, keep_scale, flags);
-            const bwd_score b = bwd_score_grad(tiles, at + nv * VL, lse[v], log_sum[v], delta[v], scale, keep_scale, flags);
-            even[v] = a.weight;
-            odd[v] = b.weight;
-            ds_even[v] = a.ds;
-            ds_odd[v] = b.ds;
-            _mm512_store_si512(ds_t + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE, amx_narrow_pairs(a.ds, b.ds));
+            if (v >= nv) { continue; }
+            bf16 *const pairs = to->ds_t.at + (j / AMX_DEPTH * nv + v) * AMX_TILE + j % AMX_DEPTH * AMX_SIDE;
+            _mm512_store_si512(pairs, amx_narrow_pairs(ds[0][v].high, ds[1][v].high));
+            if (flags.split) { _mm512_store_si512(pairs + to->ds_t.low, amx_narrow_pairs(ds[0][v].low, ds[1][v].low)); }
         }
-        _mm512_store_si512(weight + j * PANEL, amx_narrow((__m512)even[0], (__m512)even[1]));
-        _mm512_store_si512(weight + (j + 1) * PANEL, amx_narrow((__m512)odd[0], (__m512)odd[1]));
-        _mm512_store_si512(ds + j * PANEL, amx_narrow((__m512)ds_even[0], (__m512)ds_even[1]));
-        _mm512_store_si512(ds + (j + 1) * PANEL, amx_narrow((__m512)ds_odd[0], (__m512)ds_odd[1]));
+        UNROLL(2)
+        for (int odd = 0; odd < 2; odd++) {
+            amx_store_row(flags.split, to->weight.at + (j + odd) * PANEL, to->weight.low, weight[odd]);
+            amx_store_row(flags.split, to->ds.at + (j + odd) * PANEL, to->ds.low, ds[odd]);
+        }
     }
 }
 
@@ -157,37 +208,40 @@ typedef struct {
     const bwd_panel *bp;
     const bwd_tiles *tiles;
     real scale;
-    bf16 *weight, *ds, *ds_t;
+    amx_grads to;
     int32_t key, end, rate;
 } amx_bwd_beside;
 
-SIMD void amx_bwd_until(amx_bwd_beside *w, int32_t end)
+SIMD void amx_bwd_until(const int split, amx_bwd_beside *w, int32_t end)
 {
-    const bwd_flags plain = {0, 0, 0, 0};
-    amx_weights(w->bp, w->tiles, 2, w->key, end, w->scale, 1, plain, w->weight, w->ds, w->ds_t);
+    const bwd_flags plain = {0, 0, 0, 0, split};
+    amx_weights(w->bp, w->tiles, 2, w->key, end, w->scale, 1, plain, &w->to);
     w->key = end;
 }
 
-SIMD void amx_bwd_share(void *work, int steps)
+SIMD void amx_bwd_share(const int split, amx_bwd_beside *w, int steps)
 {
-    amx_bwd_beside *const w = work;
     const int32_t due = w->key + 2 * w->rate * steps;
-    amx_bwd_until(w, due < w->end ? due : w->end);
+    amx_bwd_until(split, w, due < w->end ? due : w->end);
 }
 
+SIMD void amx_bwd_share_one(void *w, int steps) { amx_bwd_share(0, w, steps); }
+SIMD void amx_bwd_share_two(void *w, int steps) { amx_bwd_share(1, w, steps); }
+
 /* S^T and dP^T of those, strip after strip, each beside the weights of the strip before. */
-static void amx_plain_panel(amx_bwd_beside *w, const amx_operand *k, const amx_operand *q, int32_t k_steps, const amx_operand *v, const amx_operand *dout,
-                            int32_t v_steps)
+SIMD void amx_plain_strips(const int split, amx_bwd_beside *w, const amx_operand *k, const amx_operand *q, int32_t k_steps, const amx_operand *v,
+                           const amx_operand *dout, int32_t v_steps)
 {
     amx_operand keys = *k, values = *v;
+    const int32_t steps = (k_steps + v_steps) * (split ? 3 : 1);     /* or more, for float16 */
     for (int32_t j = 0; j < KEYS; j += AMX_DEPTH) {
         real *const s = w->tiles->s + j * PANEL, *const dp = w->tiles->dp + j * PANEL;
         w->end = j;
-        w->rate = (AMX_DEPTH / 2 + k_steps + v_steps - 1) / (k_steps + v_steps);
+        w->rate = (AMX_DEPTH / 2 + steps - 1) / steps;
         if (j) {
-            amx_product_beside(0, 2, 2, k_steps, &keys, q, s, PANEL, amx_bwd_share, w);
-            amx_product_beside(0, 2, 2, v_steps, &values, dout, dp, PANEL, amx_bwd_share, w);
-            amx_bwd_until(w, j);
+            amx_product_beside(0, 2, 2, k_steps, &keys, q, s, PANEL, split ? amx_bwd_share_two : amx_bwd_share_one, w);
+            amx_product_beside(0, 2, 2, v_steps, &values, dout, dp, PANEL, split ? amx_bwd_share_two : amx_bwd_share_one, w);
+            amx_bwd_until(split, w, j);
         } else {
             amx_product(0, 2, 2, k_steps, &keys, q, s, PANEL);
             amx_product(0, 2, 2, v_steps, &values, dout, dp, PANEL);
@@ -195,39 +249,75 @@ static void amx_plain_panel(amx_bwd_beside *w, const amx_operand *k, const amx_o
         keys.data += keys.pair;
         values.data += values.pair;
     }
-    amx_bwd_until(w, KEYS);
+    amx_bwd_until(split, w, KEYS);
+}
+
+static void amx_plain_panel(amx_bwd_beside *w, const amx_operand *k, const amx_operand *q, int32_t k_steps, const amx_operand *v, const amx_operand *dout,
+                            int32_t v_steps)
+{
+    if (w->to.ds.low) {
+        amx_plain_strips(1, w, k, q, k_steps, v, dout, v_steps);
+    } else {
+        amx_plain_strips(0, w, k, q, k_steps, v, dout, v_steps);
+    }
+}
+
+/* Weights of a panel's first `all` keys, whatever they are. */
+SIMD void amx_any_weights(const int split, amx_bwd_beside *w, int32_t all, real keep_scale, bwd_flags flags)
+{
+    flags.split = split;
+    if (w->bp->panel.nv == 1) {
+        amx_weights(w->bp, w->tiles, 1, 0, all, w->scale, keep_scale, flags, &w->to);
+    } else if (flags.partial || flags.capped || flags.dropped || flags.exact) {
+        amx_weights(w->bp, w->tiles, 2, 0, all, w->scale, keep_scale, flags, &w->to);
+    } else {
+        amx_bwd_until(split, w, all);
+    }
 }
 
 /* The block of keys at hand, rows of K and V; K^T without its bad rows is made when the first tile needs it. */
 typedef struct {
     int32_t j0, j1, searched;
+    int special;               /* K or V is not finite, where it has two parts */
     const bf16 *k, *v;
     ptrdiff_t ldk, ldv;
     tile_bad_rows bad;
 } key_block;
 
 /* Rows of a view: where they lie in memory if all that is read is there, rows behind the block's end among it, else copied. */
-static const bf16 *block_rows(bf16 *copy, ptrdiff_t *ld, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
+static const bf16 *block_rows(const amx_buffer *copy, ptrdiff_t *ld, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
 {
-    if (view->stride_d == 1 && cols % AMX_DEPTH == 0 && view->stride_s % 1024 && t->seq.mask.sk - j0 >= AMX_BLOCK_ROWS) {
+    if (!copy->low && view->stride_d == 1 && cols % AMX_DEPTH == 0 && view->stride_s % 1024 && t->seq.mask.sk - j0 >= AMX_BLOCK_ROWS) {
         *ld = (ptrdiff_t)view->stride_s;
         return view_at(view, t->b, t->kv_head, t->seq.k_row + j0);
     }
-    amx_load_keys(copy, 0, t, view, j0, j1, cols);
+    amx_load_keys(copy->at, copy->low, t, view, j0, j1, cols);
     *ld = AMX_PAD(cols);
-    return copy;
+    return copy->at;
+}
+
+static int block_is_finite(const bf16 *rows, ptrdiff_t ld, int32_t n, int32_t cols)
+{
+    int bad = 0;
+    for (int32_t j = 0; j < n && !bad; j++) { bad = !amx_row_is_finite(rows + j * ld, AMX_PAD(cols)); }
+    return !bad;
+}
+
+static void pack_k_t(const amx_buffer *to, const bf16 *rows, ptrdiff_t low, ptrdiff_t ld, int32_t d)
+{
+    amx_pack_keys(to->at, AMX_PAIR(KEYS), rows, ld, d);
+    if (low) { amx_pack_keys(to->at + to->low, AMX_PAIR(KEYS), rows + low, ld, d); }
 }
 
 /* Whether K has bad rows; then there is k_t_clean. */
 static int block_bad_keys(const bwd_scratch *s, const tile_sequence *t, key_block *block)
 {
-    const int32_t d = t->p->d, rows = block->j1 - block->j0;
-    int32_t bad = block->searched ? block->bad.count : 0;
-    for (int32_t j = 0; j < rows && !block->searched; j++) { bad |= !amx_row_is_finite(block->k + j * block->ldk, AMX_PAD(d)); }
+    const int32_t d = t->p->d;
+    const int bad = block->searched ? block->bad.count > 0 : !block_is_finite(block->k, block->ldk, block->j1 - block->j0, d);
     if (bad && !block->searched) {
-        amx_load_keys(s->k_clean, 0, t, &t->p->view[FGQA_ARG_k], block->j0, block->j1, d);
-        amx_zero_bad_rows(&block->bad, s->k_clean, 0, d);
-        amx_pack_keys(s->k_t_clean, AMX_PAIR(KEYS), s->k_clean, AMX_PAD(d), d);
+        amx_load_keys(s->k_clean.at, s->k_clean.low, t, &t->p->view[FGQA_ARG_k], block->j0, block->j1, d);
+        amx_zero_bad_rows(&block->bad, s->k_clean.at, s->k_clean.low, d);
+        pack_k_t(&s->k_t_clean, s->k_clean.at, s->k_clean.low, AMX_PAD(d), d);
     }
     block->searched = 1;
     return bad;
@@ -242,73 +332,84 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     const int32_t first = j0 - block->j0, before = first % AMX_DEPTH, from = first - before, all = AMX_PAD(before + j1 - j0);
     const fgqa_range nothing = {0, 0}, written = {from, from + all};
     const bwd_tiles tiles = s->tiles;
-    real *const seen = tiles.s + before * w, *const tanh = tiles.tanh ? tiles.tanh + before * w : NULL;
+    real *const seen = tiles.s + before * w, *const dp = tiles.dp + before * w, *const tanh = tiles.tanh ? tiles.tanh + before * w : NULL;
+    const int special = s->k.low && (bp->special || block->special), in_floats = bp->exact || special;
     const real *add;
     real scale = 1;
     tile_kind kind;
-    if (bp->exact) {
-        const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
+    if (in_floats) {
+        const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->key_copy);
+        if (!bp->exact) { load_float_q(s, t, bp); }
         kind = tile_scores(seen, t, &bp->panel, j0, j1, &k, bp->q_t, tiles.add, tiles.rows, tanh, &add, &scale);
         if (kind == TILE_UNSEEN) { return nothing; }
-        tile_scale(seen, (j1 - j0) * w, &scale);
+        if (bp->exact) { tile_scale(seen, (j1 - j0) * w, &scale); }
     } else {
         kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles.add, tiles.rows, &add);
         if (kind == TILE_UNSEEN) { return nothing; }
     }
     const int partial = kind == TILE_PARTIAL || all != j1 - j0;
-    const bwd_flags flags = {partial, p->softcap > 0, p->dropout_threshold != 0, bp->exact};
-    bf16 *const weight = s->weight + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL, *const ds = s->ds + (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL;
-    const amx_operand k = {block->k + first * block->ldk, AMX_DEPTH, AMX_SIDE * block->ldk, AMX_DEPTH * block->ldk, block->ldk, 0, 0};
-    const amx_operand q = {s->q_t + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
-    const amx_operand v = {block->v + first * block->ldv, AMX_DEPTH, AMX_SIDE * block->ldv, AMX_DEPTH * block->ldv, block->ldv, 0, 0};
-    const amx_operand dout = {s->dout_t + n * PANEL * (ptrdiff_t)ldo, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
-    if (nv == 2 && j1 - j0 == KEYS && !partial && !t->needs_transform && !flags.dropped && !flags.exact) {
-        amx_bwd_beside plain = {.bp = bp, .tiles = &tiles, .scale = t->score_scale, .weight = weight, .ds = ds, .ds_t = s->ds_t};
-        amx_plain_panel(&plain, &k, &q, ld / AMX_DEPTH, &v, &dout, ldo / AMX_DEPTH);
+    const bwd_flags flags = {partial, p->softcap > 0, p->dropout_threshold != 0, bp->exact, s->k.low != 0};
+    amx_buffer weight = s->weight, ds = s->ds;
+    weight.at += (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL;
+    ds.at += (ptrdiff_t)n * WEIGHT_PANEL + from * PANEL;
+    const amx_operand k = {block->k + first * block->ldk, AMX_DEPTH, AMX_SIDE * block->ldk, AMX_DEPTH * block->ldk, block->ldk, s->k.low, p->dtype == FGQA_F16};
+    const amx_operand q = {s->q_t.at + n * PANEL * (ptrdiff_t)ld, nv * AMX_TILE, AMX_TILE, 0, 0, s->q_t.low, 0};
+    const amx_operand v = {block->v + first * block->ldv, AMX_DEPTH, AMX_SIDE * block->ldv, AMX_DEPTH * block->ldv, block->ldv, s->v.low, 0};
+    const amx_operand dout = {s->dout_t.at + n * PANEL * (ptrdiff_t)ldo, nv * AMX_TILE, AMX_TILE, 0, 0, s->dout_t.low, 0};
+    amx_bwd_beside beside = {.bp = bp, .tiles = &tiles, .scale = t->score_scale, .to = {weight, ds, s->ds_t}};
+    if (nv == 2 && j1 - j0 == KEYS && !partial && !t->needs_transform && !flags.dropped && !in_floats) {
+        amx_plain_panel(&beside, &k, &q, ld / AMX_DEPTH, &v, &dout, ldo / AMX_DEPTH);
     } else {
-        if (!bp->exact) {
+        if (!in_floats) {
             amx_product(0, amx_tiles(j1 - j0), nv, ld / AMX_DEPTH, &k, &q, seen, w);
             scale = tile_scores_end(seen, t, &bp->panel, j0, j1, kind, add, tanh);
         }
         for (int32_t i = 0; i < before * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
         for (int32_t i = (before + j1 - j0) * w; i < all * w; i += VL) { v_store(tiles.s + i, v_set1(-REAL_INF)); }
-        amx_product(0, amx_tiles(j1 - j0), nv, ldo / AMX_DEPTH, &v, &dout, tiles.dp + before * w, w);
-        const real keep_scale = (real)fgqa_dropout_scale(p->dropout_threshold);
-        if (flags.dropped) { tile_dropout(tiles.keep + before * w, t, &bp->panel, j0, j1); }
-        if (nv == 1) {
-            amx_weights(bp, &tiles, 1, 0, all, scale, keep_scale, flags, weight, ds, s->ds_t);
-        } else if (flags.partial || flags.capped || flags.dropped || flags.exact) {
-            amx_weights(bp, &tiles, 2, 0, all, scale, keep_scale, flags, weight, ds, s->ds_t);
+        if (special) {
+            const tile_block rows = tile_block_load(t, &p->view[FGQA_ARG_v], j0, j1, p->dv, s->key_copy);
+            load_float_dout(s, t, bp);
+            gemm_row_set(j1 - j0, nv, p->dv, rows.data, rows.stride, bp->dout_t, w, dp, w, NULL);
         } else {
-            amx_bwd_beside whole = {.bp = bp, .tiles = &tiles, .scale = scale, .weight = weight, .ds = ds, .ds_t = s->ds_t};
-            amx_bwd_until(&whole, all);
+            amx_product(0, amx_tiles(j1 - j0), nv, ldo / AMX_DEPTH, &v, &dout, dp, w);
+        }
+        if (flags.dropped) { tile_dropout(tiles.keep + before * w, t, &bp->panel, j0, j1); }
+        beside.scale = scale;
+        if (flags.split) {
+            amx_any_weights(1, &beside, all, (real)fgqa_dropout_scale(p->dropout_threshold), flags);
+        } else {
+            amx_any_weights(0, &beside, all, (real)fgqa_dropout_scale(p->dropout_threshold), flags);
         }
     }
-    const amx_operand k_t = {(partial && block_bad_keys(s, t, block) ? s->k_t_clean : s->k_t) + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, 0, 0};
-    const amx_operand ds_t = {s->ds_t, nv * AMX_TILE, AMX_TILE, 0, 0, 0, 0};
+    const amx_buffer *const columns = partial && block_bad_keys(s, t, block) ? &s->k_t_clean : &s->k_t;
+    const amx_operand k_t = {columns->at + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, columns->low, 0};
+    const amx_operand ds_t = {s->ds_t.at, nv * AMX_TILE, AMX_TILE, 0, 0, s->ds_t.low, 0};
     amx_product(1, amx_tiles(p->d), nv, all / AMX_DEPTH, &k_t, &ds_t, s->dq_t + n * PANEL * (ptrdiff_t)AMX_SIDE * amx_tiles(p->d), w);
     return written;
 }
 
-/* c[key][col] += sum over the lanes of panels [first, last): a is [WEIGHT_PANEL][KEYS][PANEL] from the first key on, b [term_panel][tile of columns].
- * Only n keys of c are touched. */
-static void amx_accumulate(int32_t n, int32_t panels, const bf16 *a, const bf16 *b, int32_t cols, real *c, int32_t ldc, real *tail)
+/* c[key][col] += sum over the lanes of panels [first, last): a is [WEIGHT_PANEL][KEYS][PANEL], `first_key` the number of the first
+ * key in the block, b [term_panel][tile of columns]. Only n keys of c are touched. */
+static void amx_accumulate(int32_t n, int32_t first_key, int32_t first, int32_t last, const amx_buffer *a, const amx_buffer *b, int32_t cols, real *c,
+                           int32_t ldc, real *tail)
 {
-    const amx_operand rows = {a, WEIGHT_PANEL, AMX_TILE, 2 * AMX_TILE, PANEL, 0, 0}, lanes = {b, term_panel(cols), AMX_TILE, 0, 0, 0, 0};
-    const int32_t whole = n / AMX_SIDE, rest = n % AMX_SIDE;
-    amx_product(1, whole, amx_tiles(cols), panels, &rows, &lanes, c, ldc);
+    const int32_t whole = n / AMX_SIDE, rest = n % AMX_SIDE, panels = last - first;
+    const bf16 *const from = a->at + (ptrdiff_t)first * WEIGHT_PANEL + first_key * PANEL;
+    const amx_operand keys = {from, WEIGHT_PANEL, AMX_TILE, 2 * AMX_TILE, PANEL, a->low, 0};
+    const amx_operand lanes = {b->at + first * term_panel(cols), term_panel(cols), AMX_TILE, 0, PANEL, b->low, 0};
+    amx_product(1, whole, amx_tiles(cols), panels, &keys, &lanes, c, ldc);
     if (!rest) { return; }
-    const amx_operand last = {a + whole * AMX_TILE, WEIGHT_PANEL, AMX_TILE, 0, PANEL, 0, 0};
-    amx_product(0, 1, amx_tiles(cols), panels, &last, &lanes, tail, ldc);
+    const amx_operand last_keys = {from + whole * AMX_TILE, WEIGHT_PANEL, AMX_TILE, 0, PANEL, a->low, 0};
+    amx_product(0, 1, amx_tiles(cols), panels, &last_keys, &lanes, tail, ldc);
     for (int32_t i = 0; i < rest * ldc; i += VL) {
         real *const to = c + (ptrdiff_t)whole * AMX_SIDE * ldc + i;
         v_store(to, v_load(to) + v_load(tail + i));
     }
 }
 
-static void zero_keys(bf16 *tile, int32_t j0, int32_t j1)
+static void zero_keys(const amx_buffer *of, int32_t panel, int32_t j0, int32_t j1)
 {
-    if (j0 < j1) { memset(tile + j0 * PANEL, 0, (size_t)((j1 - j0) * PANEL) * sizeof(bf16)); }
+    if (j0 < j1) { amx_zero_rows(of->at + (ptrdiff_t)panel * WEIGHT_PANEL + j0 * PANEL, of->low, j1 - j0, PANEL); }
 }
 
 /* Keys [j0, j1), one key block, against the block of rows in `s`. */
@@ -320,38 +421,64 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
     const tile_extent e = extent_of(s->panels, panels, j0, j1);
     if (e.first >= e.last) { return; }
     key_block block = {.j0 = j0, .j1 = j1};
-    block.k = block_rows(s->k, &block.ldk, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
-    block.v = block_rows(s->v, &block.ldv, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
-    amx_pack_keys(s->k_t, AMX_PAIR(KEYS), block.k, block.ldk, p->d);
+    block.k = block_rows(&s->k, &block.ldk, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
+    block.v = block_rows(&s->v, &block.ldv, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
+    block.special = s->k.low && !(block_is_finite(block.k, block.ldk, j1 - j0, p->d) && block_is_finite(block.v, block.ldv, j1 - j0, p->dv));
+    pack_k_t(&s->k_t, block.k, s->k.low, block.ldk, p->d);
     const int32_t begin = (e.j0 - j0) / AMX_SIDE * AMX_SIDE, end = ROUND_UP(e.j1 - j0, AMX_SIDE);
     for (int32_t n = e.first; n < e.last; n++) {
         const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);
         fgqa_range written = {begin, begin};
         if (r.begin < r.end) { written = block_panel(s, t, n, &block, r.begin, r.end); }
-        bf16 *const tiles[2] = {s->weight + (ptrdiff_t)n * WEIGHT_PANEL, s->ds + (ptrdiff_t)n * WEIGHT_PANEL};
         for (int i = 0; i < 2; i++) {
-            zero_keys(tiles[i], begin, written.begin < end ? written.begin : end);
-            zero_keys(tiles[i], written.end > begin ? written.end : begin, end);
+            const amx_buffer *const of = i ? &s->ds : &s->weight;
+            zero_keys(of, n, begin, written.begin < end ? written.begin : end);
+            zero_keys(of, n, written.end > begin ? written.end : begin, end);
         }
     }
     for (int32_t j = j0 + begin, next; j < j0 + end; j = next) {
         tile_extent step;
         next = step_end(s->panels, panels, j, j0 + end, &step);
         if (step.first >= step.last) { continue; }
-        const ptrdiff_t at = (ptrdiff_t)step.first * WEIGHT_PANEL + (j - j0) * PANEL;
-        const int32_t keys = (next < t->seq.mask.sk ? next : t->seq.mask.sk) - j, count = step.last - step.first;
-        amx_accumulate(keys, count, s->weight + at, s->dout + step.first * term_panel(p->dv), p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
-        amx_accumulate(keys, count, s->ds + at, s->q + step.first * term_panel(p->d), p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
+        const int32_t keys = (next < t->seq.mask.sk ? next : t->seq.mask.sk) - j;
+        amx_accumulate(keys, j - j0, step.first, step.last, &s->weight, &s->dout, p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
+        amx_accumulate(keys, j - j0, step.first, step.last, &s->ds, &s->q, p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
     }
     for (int32_t n = 0; n < bad->count; n++) {
         const int32_t lane = bad->lane[n];
         real weight[KEYS];
         if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
         for (int32_t j = e.j0; j < e.j1; j++) {
-            weight[j - e.j0] = float_from_bf16(s->weight[(ptrdiff_t)(lane / PANEL) * WEIGHT_PANEL + (j - j0) * PANEL + lane % PANEL]);
+            const bf16 *const at = s->weight.at + (ptrdiff_t)(lane / PANEL) * WEIGHT_PANEL + (j - j0) * PANEL + lane % PANEL;
+            weight[j - e.j0] = float_from_bf16(at[0]) + (s->weight.low ? float_from_bf16(at[s->weight.low]) : 0);
         }
         add_bad_lane(t, s->panels[0].panel.r0 + lane, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
     }
+}
+
+/* ---- scores in floats, as tiles have them ----
+ * The LSE given is that of scores without low*low (amx.h), where the numbers are float32. dbias, which is computed in floats, must do
+ * without it, too: where one weight of a row is nearly 1, the errors of score and LSE cancel. x*y is then
+ * (high + low)*(high + low) - low*low. */
+
+/* n numbers as high + low, as far as both have digits, and `sign` times low. */
+static void amx_join(real *to, real *low, const real *from, int32_t n, real sign)
+{
+    for (int32_t i = 0; i < n; i += VL) {
+        const vreal x = n - i < VL ? v_load_part(from + i, n - i) : v_load(from + i), high = amx_high(x), rest = amx_low(x, high);
+        const __m256i narrow = _mm512_castsi512_si256(amx_narrow((__m512)rest, (__m512)rest));
+        const vreal rounded = (vreal)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16);
+        v_store(low + i, rounded * v_set1(sign));
+        v_store(to + i, high + rounded);
+    }
+}
+
+/* A block of n rows so, in `rows` and `low`, where it may lie already. */
+static tile_block amx_join_rows(const tile_block *from, real *rows, real *low, int32_t n, int32_t cols)
+{
+    const tile_block to = {rows, ROUND_UP(cols, VL)};
+    for (int32_t j = 0; j < n; j++) { amx_join(rows + j * to.stride, low + j * to.stride, from->data + j * from->stride, cols, 1); }
+    return to;
 }
 
 #endif

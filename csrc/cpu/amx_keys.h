@@ -15,10 +15,6 @@
 #define AMX_SPAN (AMX_BLOCKS * KEYS)
 #define SHARED_BYTES ((size_t)64 << 20)
 
-/* Numbers from high to low parts of a buffer of n numbers; 0: bfloat16, which has one part. */
-SIMD ptrdiff_t amx_low_of(const fgqa_problem *p, ptrdiff_t n) { return !FGQA_TILES || p->dtype == FGQA_BF16 ? 0 : n; }
-SIMD size_t amx_parts(const fgqa_problem *p) { return amx_low_of(p, 1) ? 2 : 1; }
-
 /* A block of KEYS keys at `origin`, one of the AMX_BLOCKS of a span, which follow each other in k and alternate in v_t. */
 typedef struct {
     bf16 *k;                  /* A: [two tiles of keys][step][2] */

@@ -15,6 +15,10 @@ SIMD int32_t amx_tiles(int32_t n) { return (n + AMX_SIDE - 1) / AMX_SIDE; }
 
 /* What is not bfloat16 becomes two parts (amx.h), the low ones `low` behind the high ones; `low` is 0 for bfloat16. */
 
+/* Of a buffer of n numbers. */
+SIMD ptrdiff_t amx_low_of(const fgqa_problem *p, ptrdiff_t n) { return !FGQA_TILES || p->dtype == FGQA_BF16 ? 0 : n; }
+SIMD size_t amx_parts(const fgqa_problem *p) { return amx_low_of(p, 1) ? 2 : 1; }
+
 /* A row of a view; `scratch`: as many reals. */
 SIMD void amx_load_row(bf16 *to, ptrdiff_t low, const void *from, const fgqa_view *view, int32_t cols, real *scratch)
 {

@@ -74,6 +74,19 @@ SIMD void amx_store_pairs(bf16 *to, ptrdiff_t low, vreal a, vreal b)
     }
 }
 
+/* A vector as two bfloat16 numbers, both as floats. What is not finite is all in the low part, which meets the other operand's
+ * high part alone: of the two products its own sign and that of the other's low part would make a NaN. */
+typedef struct { vreal high, low; } amx_split;
+
+SIMD amx_split amx_split_of(vreal x)
+{
+    const __m512i rounded = _mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000));
+    const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask((__m512)rounded, 0x99));    /* no NaN, no infinity */
+    const __m512i high = _mm512_maskz_and_epi32(finite, rounded, _mm512_set1_epi32((int)0xFFFF0000));
+    const amx_split split = {(vreal)high, (vreal)_mm512_mask_sub_ps((__m512)x, finite, (__m512)x, (__m512)high)};
+    return split;
+}
+
 /* Weights of keys [key][nv*VL] of a panel. */
 typedef struct {
     real *s;                     /* scores of the next key */

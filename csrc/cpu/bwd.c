@@ -200,6 +200,7 @@ typedef struct {
     bwd_tiles tiles;
     real *q, *dout, *ds, *sum;                 /* ds, sum: KEYS x PANEL */
     real *k_copy, *v_copy, *row;
+    real *k_low, *q_low;                       /* KEYS x ldk, [d][w]; only where numbers are two parts (amx_bwd.h) */
 } bias_scratch;
 
 static bias_scratch bias_scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape)
@@ -215,6 +216,9 @@ static bias_scratch bias_scratch_carve(fgqa_arena *arena, const fgqa_problem *p,
     s.k_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real));
     s.v_copy = fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldv, sizeof(real));
     s.row = fgqa_arena_take(arena, KEYS, sizeof(real));
+    const int in_parts = FGQA_TILES && p->dtype == FGQA_F32;
+    s.k_low = in_parts ? fgqa_arena_take(arena, (size_t)KEYS * (size_t)shape->ldk, sizeof(real)) : NULL;
+    s.q_low = in_parts ? fgqa_arena_take(arena, (size_t)PANEL * (size_t)shape->ldk, sizeof(real)) : NULL;
     return s;
 }
 
@@ -252,13 +256,25 @@ static void bias_add_head(const bwd_job *job, const bias_scratch *s, const tile_
         if (fgqa_poll(worker)) { return; }
         const int64_t r1 = rows.end < head->rows ? rows.end : head->rows;
         bwd_panel_load(bp, head, kv, r0, r1, &to, &stats);
+        bwd_tiles tiles = s->tiles;
+#if FGQA_PAIRS
+        if (s->k_low && !bp->exact) {
+            tiles.k_low = s->k_low;
+            tiles.q_low = s->q_low;
+            tiles.ld_low = job->shape.ldk;
+            amx_join(bp->q_t, s->q_low, bp->q_t, p->d * bp->panel.w, -1);
+        }
+#endif
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) { bp->delta[lane] = *delta_at(job, head, r0 + lane); }
         const fgqa_range seen = panel_keys(&bp->panel, own_keys.begin, own_keys.end);
         for (int32_t block = seen.begin / KEYS * KEYS; block < seen.end; block += KEYS) {
             const fgqa_range j = panel_keys(&bp->panel, block > seen.begin ? block : seen.begin, block + KEYS < seen.end ? block + KEYS : seen.end);
-            const tile_block k = tile_block_load(kv, &p->view[FGQA_ARG_k], j.begin, j.end, p->d, s->k_copy);
+            tile_block k = tile_block_load(kv, &p->view[FGQA_ARG_k], j.begin, j.end, p->d, s->k_copy);
+#if FGQA_PAIRS
+            if (tiles.k_low) { k = amx_join_rows(&k, s->k_copy, s->k_low, j.end - j.begin, p->d); }
+#endif
             const tile_block v = tile_block_load(kv, &p->view[FGQA_ARG_v], j.begin, j.end, p->dv, s->v_copy);
-            const tile_kind kind = bwd_tile(&s->tiles, head, bp, j.begin, j.end, &k, &v, 1, NULL, s->ds, PANEL);
+            const tile_kind kind = bwd_tile(&tiles, head, bp, j.begin, j.end, &k, &v, 1, NULL, s->ds, PANEL);
             for (int32_t key = j.begin; kind != TILE_UNSEEN && key < j.end; key++) {
                 real *const sum = s->sum + (ptrdiff_t)(one_key ? 0 : key - own_keys.begin) * PANEL;
                 const real *const from = s->ds + (ptrdiff_t)(key - j.begin) * PANEL;

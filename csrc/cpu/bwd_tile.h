@@ -18,12 +18,14 @@ typedef struct {
     tile_panel panel;
     row_stats lse;                      /* top is the whole LSE and log_sum 0, unless `exact` */
     int exact;                          /* some row's LSE was too large to hold its sum: both halves were computed anew */
+    int special;                        /* some row of Q or dO is not finite; set by amx_bwd.h alone */
     _Alignas(64) real delta[PANEL];
     real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
 } bwd_panel;
 
-/* Scratch of one tile: SCORE_KEYS x PANEL each, add KEYS x PANEL, rows VL x KEYS. */
-typedef struct { real *s, *dp, *tanh, *add, *rows; ireal *keep; } bwd_tiles;
+/* Scratch of one tile: SCORE_KEYS x PANEL each, add KEYS x PANEL, rows VL x KEYS. k_low [KEYS][ld_low] and q_low [d][w], unless NULL:
+ * their product is a part of the scores. */
+typedef struct { real *s, *dp, *tanh, *add, *rows; ireal *keep; const real *k_low, *q_low; int32_t ld_low; } bwd_tiles;
 
 FGQA_SHARED void bwd_panel_carve(bwd_panel *panel, fgqa_arena *arena, const fgqa_problem *p)
 {
@@ -38,7 +40,7 @@ FGQA_SHARED void bwd_panel_carve(bwd_panel *panel, fgqa_arena *arena, const fgqa
 FGQA_SHARED bwd_tiles bwd_tiles_carve(fgqa_arena *arena, const fgqa_problem *p)
 {
     const int has_add = p->view[FGQA_ARG_mask].data != NULL || p->view[FGQA_ARG_bias].data != NULL;
-    bwd_tiles tiles = {NULL, NULL, NULL, NULL, NULL, NULL};
+    bwd_tiles tiles = {NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, 0};
     tiles.s = fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(real));
     tiles.dp = fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(real));
     tiles.tanh = p->softcap > 0 ? fgqa_arena_take(arena, SCORE_KEYS * PANEL, sizeof(real)) : NULL;
@@ -107,21 +109,26 @@ FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const til
     if (bp->exact) { bwd_own_lse(bp, t, kv, scratch); }
 }
 
-/* What a tile's scores are turned into; the flags are constants where it pays. */
-typedef struct { int partial, capped, dropped, exact; } bwd_flags;
+/* What a tile's scores are turned into; the flags are constants where it pays. `split`: on tiles, of two bfloat16 numbers each. */
+typedef struct { int partial, capped, dropped, exact, split; } bwd_flags;
 typedef struct { vreal weight, ds; } bwd_score;
 
+#define BWD_SPLIT(p) (FGQA_TILES && (p)->dtype != FGQA_BF16)
 #if FGQA_PAIRS
-#define bwd_exp2 amx_exp2_short   /* P is rounded to bfloat16 for every use */
+SIMD vreal bwd_exp2(vreal x, int split) { return split ? amx_exp2(x) : amx_exp2_short(x); }   /* rounded to bfloat16 for every use, or not */
 #else
-#define bwd_exp2 v_exp2
+SIMD vreal bwd_exp2(vreal x, int split)
+{
+    (void)split;
+    return v_exp2(x);
+}
 #endif
 
 /* Of one vector of scores, `at` in the tiles, whose lanes have this LSE and delta. */
 SIMD bwd_score bwd_score_grad(const bwd_tiles *tiles, ptrdiff_t at, vreal lse, vreal log_sum, vreal delta, real scale, real keep_scale,
                               const bwd_flags flags)
 {
-    const vreal s = v_load(tiles->s + at), p = bwd_exp2(flags.exact ? (s * v_set1(scale) - lse) - log_sum : s * v_set1(scale) - lse);
+    const vreal s = v_load(tiles->s + at), x = s * v_set1(scale) - lse, p = bwd_exp2(flags.exact ? x - log_sum : x, flags.split);
     vreal kept = p, dp = v_load(tiles->dp + at);
     if (flags.dropped) {
         const vint keep = v_load_int(tiles->keep + at);
@@ -166,13 +173,18 @@ FGQA_SHARED tile_kind bwd_tile(const bwd_tiles *tiles, const tile_sequence *t, c
     const fgqa_problem *p = t->p;
     const real *used_add;
     real scale;
-    const tile_kind kind = tile_scores(tiles->s, t, &bp->panel, j0, j1, k, bp->q_t, tiles->add, tiles->rows, tiles->tanh, &used_add, &scale);
+    const int32_t w = bp->panel.w, nv = bp->panel.nv;
+    const tile_kind kind = tile_scores_begin(t, &bp->panel, j0, j1, tiles->add, tiles->rows, &used_add);
     if (kind == TILE_UNSEEN) { return kind; }
-    if (bp->exact) { tile_scale(tiles->s, (j1 - j0) * bp->panel.w, &scale); }
-    gemm_row_set(j1 - j0, bp->panel.nv, p->dv, v->data, v->stride, bp->dout_t, bp->panel.w, tiles->dp, bp->panel.w, NULL);
-    const bwd_flags plain = {0, 0, 0, 0}, flags = {kind == TILE_PARTIAL, p->softcap > 0 && !by_score, p->dropout_threshold != 0, bp->exact};
+    gemm_row_set(j1 - j0, nv, p->d, k->data, k->stride, bp->q_t, w, tiles->s, w, NULL);
+    if (tiles->k_low) { gemm_row_add(j1 - j0, nv, p->d, tiles->k_low, tiles->ld_low, tiles->q_low, w, tiles->s, w, NULL); }
+    scale = tile_scores_end(tiles->s, t, &bp->panel, j0, j1, kind, used_add, tiles->tanh);
+    if (bp->exact) { tile_scale(tiles->s, (j1 - j0) * w, &scale); }
+    gemm_row_set(j1 - j0, nv, p->dv, v->data, v->stride, bp->dout_t, w, tiles->dp, w, NULL);
+    const bwd_flags plain = {0, 0, 0, 0, 0};
+    const bwd_flags flags = {kind == TILE_PARTIAL, p->softcap > 0 && !by_score, p->dropout_threshold != 0, bp->exact, BWD_SPLIT(p)};
     if (flags.dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }
-    if (flags.partial || flags.capped || flags.dropped || flags.exact) {
+    if (flags.partial || flags.capped || flags.dropped || flags.exact || flags.split) {
         bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), flags, weight, ds, ld);
     } else {
         bwd_weights(bp, tiles, j1 - j0, scale, 1, plain, weight, ds, ld);

@@ -82,8 +82,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (p->precision != FGQA_PRECISION_DEFAULT && !row->splits) {
         return "precision=\"bf16x3\" needs a CPU with AMX: this kernel multiplies float32 numbers as they are; leave precision out";
     }
-    if (p->precision != FGQA_PRECISION_DEFAULT && row->pass != FGQA_PASS_FWD) {
-        return "precision=\"bf16x3\" is for the forward pass: this one multiplies float32 numbers as they are; leave precision out";
+    if (p->precision != FGQA_PRECISION_DEFAULT && row->pass != FGQA_PASS_FWD && row->pass != FGQA_PASS_BWD) {
+        return "precision=\"bf16x3\" is for outputs and gradients: this pass multiplies float32 numbers as they are; leave precision out";
     }
     if (p->dtype != FGQA_F64 && p->dtype != FGQA_F32 && p->dtype != FGQA_F16 && p->dtype != FGQA_BF16) {
         return fgqa_reason(why, "dtype %s: built for float64, float32, float16 and bfloat16", fgqa_dtype_name(p->dtype));
@@ -93,13 +93,13 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
 
 #define SPLIT_ROWS 256     /* packed rows that share the work of splitting K and V; decode steps have fewer */
 
-/* What is split: float16 where that pays, by the shape that all sequences of the batch have. */
+/* What is split: float32 where precision asks for it, and float16 where that pays, by the shape that all sequences of the batch have. */
 static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
 {
     const cpu_row *row = kernel->row;
     const int float8_cache = p->view[FGQA_ARG_k].dtype != p->dtype;
     const int many = p->varlen || p->q_lens || (int64_t)p->sq * p->g >= SPLIT_ROWS;
-    const int split = row->splits && row->pass == FGQA_PASS_FWD && ((p->dtype == FGQA_F16 && many) || p->precision == FGQA_PRECISION_BF16X3);
+    const int split = row->splits && (p->precision == FGQA_PRECISION_BF16X3 || (p->dtype == FGQA_F16 && many));
     return p->dtype == FGQA_F64 ? &row->f64 : (p->dtype == FGQA_BF16 || split) && !float8_cache ? &row->bf16 : &row->f32;
 }
 
