@@ -33,7 +33,7 @@ typedef struct {
     fgqa_status (*run)(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec);
 } cpu_code;
 
-/* splits: forward of this instruction set also takes what it can split into bfloat16 numbers. */
+/* splits: forward and backward of this instruction set also take what they can split into bfloat16 numbers. */
 typedef struct { const char *name, *isa; fgqa_pass pass; cpu_code f32, f64, bf16; int splits; } cpu_row;
 
 #define DECLARE_CODE(pass, isa, real_name)                                              \
