@@ -134,8 +134,8 @@ def attention(
     batch_invariant : bool
         The bits of a sequence do not depend on the rest of the batch.
     precision : {"bf16x3"}, optional
-        "bf16x3", for float32 on a CPU with AMX, forward and backward: numbers are sums of two bfloat16 numbers and products three of
-        theirs, summed in float32, with errors of about 2^-16 of what is multiplied. NotImplementedError elsewhere.
+        "bf16x3", for float32 on a CPU with AMX, forward and backward: numbers are sums of two bfloat16 numbers and products three
+        of theirs, summed in float32, with errors of about 2^-16 of what is multiplied. NotImplementedError elsewhere.
     check : bool
         Check the contents of lengths, offsets and seeds on a GPU, too, which waits for it; on the CPU they always are.
     device : {"cpu", "cuda", "cuda:N"}, optional

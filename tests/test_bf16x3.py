@@ -84,8 +84,8 @@ def test_float16_loses_nothing_by_being_split(shape):
 
 
 class InParts(_bounds.Narrow):
-    """The naive computation with each product as three products of parts; but in the first order, of numbers in other units, which
-    split elsewhere.
+    """The naive computation with each product as three products of parts; in all orders but the first of numbers in other units,
+    which split elsewhere.
     """
 
     def matmul(self, a, b, start=0):

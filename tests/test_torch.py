@@ -54,7 +54,7 @@ def test_gradients_are_those_of_attention_backward(case):
 
 def test_precision_is_that_of_both_passes():
     """Refused where it is not to be had: there are no gradients of another precision."""
-    q, k, v, dout = (torch.from_numpy(numpy.float32(numpy.random.default_rng(n).standard_normal((1, 2, 40, 32)))) for n in range(4))
+    q, k, v, dout = torch.from_numpy(numpy.random.default_rng(0).standard_normal((4, 1, 2, 40, 32)).astype(numpy.float32))
     options = {"causal": True, "precision": "bf16x3"}
     tensors = [x.requires_grad_() for x in (q, k, v)]
     if "fwd_amx" not in [kernel["name"] for kernel in flashgqa.kernels() if kernel["available"]]:
