@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "../cpu/cpu.h"
-#include "../cuda/device.h"
 #include "../cpu/memory.h"
+#include "../cuda/device.h"
 
 enum { MOST_AXES = 12 };      /* of vmap */
 
