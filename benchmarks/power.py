@@ -80,14 +80,15 @@ def steady(call, seconds, sampler):
 
 def measure(calls, options, sampler):
     """Of each call the medians of: one launch, a launch of many, clock, power."""
-    found = {name: [] for name in calls}
+    single, many = ({name: [] for name in calls} for _ in range(2))
     for call in calls.values():
         call()
-    for n in range(options.rounds):
-        for name in list(calls)[:: 1 if n % 2 == 0 else -1]:
-            time.sleep(PAUSE)
-            found[name].append((gpu.queued(calls[name]), *steady(calls[name], options.seconds, sampler)))
-    return {name: [statistics.median(column) for column in zip(*values, strict=True)] for name, values in found.items()}
+    for found, time_of in ((single, gpu.queued), (many, lambda call: steady(call, options.seconds, sampler))):
+        for n in range(options.rounds):
+            for name in list(calls)[:: 1 if n % 2 == 0 else -1]:
+                time.sleep(PAUSE)
+                found[name].append(time_of(calls[name]))
+    return {name: [statistics.median(single[name]), *map(statistics.median, zip(*many[name], strict=True))] for name in calls}
 
 
 def main():

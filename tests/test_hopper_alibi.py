@@ -41,7 +41,7 @@ def both(q, k, v, variant="plain", **options):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (128, "plain"), (128, "tall")])
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall")])
 def test_heads_and_keys_are_shared(d, variant, dtype, mask):
     """Groups that share tiles, parts of the keys, long rows."""
     for b, hq, hk, sq, sk in ((2, 32, 1, 40, 300), (1, 4, 1, 30, 3000), (1, 6, 2, 700, 900)):
@@ -70,7 +70,7 @@ def test_any_slope(variant):
             assert got[0][:, 3].isnan().all() and expected[0][:, 3].isnan().all()
 
 
-@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (128, "plain"), (128, "tall")])
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall")])
 def test_what_is_done_again_has_the_same_bits(d, variant):
     """NaN in V that later rows alone see; heads of a group share tiles."""
     q, k, v = inputs(2, 8, 2, 260, 260, d)

@@ -133,7 +133,7 @@ def test_scores_far_beyond_the_cap(d):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", ["q", "k", "v"])
-@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (128, "plain"), (128, "tall"), (256, "plain")])
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall"), (256, "plain")])
 def test_poison_reaches_those_who_see_it_and_nobody_else(d, variant, which, value):
     x = dict(zip("qkv", inputs(2, 4, 2, 500, 500, d), strict=True))
     options = {"window": (60, 10), "softcap": 4.0, "kernel": row_for(torch.float16, d, d, variant=variant)}
@@ -213,7 +213,7 @@ def test_plan_takes_it_and_says_why_not(d, dtype):
     options = {"softcap": 50.0, "window": (1023, 0)}
     for which in ("fwd", "bwd"):
         plan, name = flashgqa.explain(*x, backward=which == "bwd", **options), row_for(dtype, d, d, which=which)
-        assert plan["kernel"] == name
+        assert plan["kernel"] in (name, name.replace("plain", "tall"))
         far = flashgqa.explain(*x, backward=which == "bwd", softcap=1e-15, scale=1e30)
         assert "ratio to the scale" in dict(far["refused"])[name] and far["kernel"].endswith("general")
 
