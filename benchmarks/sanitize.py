@@ -205,7 +205,7 @@ def run_tool(tool, names, filled, logs):
 def run_tools(tools, names, logs):
     """All of it; about.json says of what."""
     logs.mkdir(parents=True, exist_ok=True)
-    blind = [name for name in names if "_sm90_" in name and name.endswith("plain")]
+    blind = [name for name in names if "_sm90_" in name and name.endswith(("plain", "tall"))]
     jobs, start = [], time.monotonic()
     for tool in tools:
         groups = [(names, False)]
