@@ -233,15 +233,18 @@ def test_chunks_of_whole_sequences(g):
 
 @pytest.mark.parametrize(("sq", "g"), [(1, 4), (2, 4), (1, 32)])
 def test_blocks_with_several_sequences(sq, g):
-    """Lengths on the device, of equally many granules: a block has sequences far from each other, with their own lengths."""
+    """A block has one head of sequences far from each other; lengths on the device of equally many granules, or none."""
     for b, hk in ((64, 8), (250, 1), (256, 1), (33, 8)):
         lens = int32([300 - n % 40 for n in range(b)])
         q, k, v = inputs(b, hk, g, sq, 300, lens=lens)
         for window in ((None, None), (100, 0)):
             check(q, k, v, "decode" if sq * g <= 8 else "decodewide", kv_lens=lens, causal=True, window=window)
-    full = torch.full_like(lens, 300)
-    q, k, v = inputs(b, hk, g, sq, 300)
-    assert torch.equal(flashgqa.attention(q, k, v, kv_lens=full, causal=True), flashgqa.attention(q, k, v, causal=True))
+        full = torch.full_like(lens, 300)
+        q, k, v = inputs(b, hk, g, sq, 300)
+        check(q, k, v, "decode" if sq * g <= 8 else "decodewide", causal=True)
+        for invariant in (False, True):
+            assert torch.equal(flashgqa.attention(q, k, v, kv_lens=full, causal=True, batch_invariant=invariant),
+                               flashgqa.attention(q, k, v, causal=True, batch_invariant=invariant))
 
 
 def test_one_graph_serves_all_lengths():

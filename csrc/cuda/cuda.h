@@ -3,6 +3,10 @@
 #define FGQA_CUDA_H
 #include "../core/plan.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 /* Every row of kernels.def, fastest first. Rows that a device cannot run say so when asked (refuse). */
 const fgqa_kernel *fgqa_cuda_kernels(int32_t *count);
 
@@ -12,6 +16,7 @@ typedef struct {
     int32_t multiprocessors;
     int32_t smem_per_block;         /* bytes, opt-in limit */
     int32_t smem_per_multiprocessor;
+    int32_t memory_gbs;             /* peak of its memory, 10^9 bytes a second; 0: unknown */
 } fgqa_cuda_properties;
 
 /* Read once per device. RuntimeError names the CUDA call that failed, e.g. without a driver. */
@@ -19,5 +24,9 @@ fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *pr
 
 /* Stores the sentence for a CUDA runtime error (a cudaError_t): which call, its name and its text. FGQA_OK for 0. */
 fgqa_status fgqa_cuda_check(int error, const char *call);
+
+#ifdef __cplusplus
+}
+#endif
 
 #endif

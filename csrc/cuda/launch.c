@@ -31,12 +31,18 @@ fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *pr
     static fgqa_cuda_properties known[MAX_DEVICES];        /* capability 0: not read yet; threads that race write the same */
     if (device < 0 || device >= MAX_DEVICES) { return fgqa_fail(FGQA_ERROR_VALUE, "CUDA device %d: devices 0 to %d are supported", device, MAX_DEVICES - 1); }
     if (known[device].capability == 0) {
-        int major = 0, minor = 0, count = 0, block = 0, whole = 0;
+        int major = 0, minor = 0, count = 0, block = 0, whole = 0, khz = 0, bits = 0;
         FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute"));
         FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute"));
         FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute"));
         FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute"));
         FGQA_TRY(fgqa_cuda_check(cudaDeviceGetAttribute(&whole, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device), "cudaDeviceGetAttribute"));
+        if (cudaDeviceGetAttribute(&khz, cudaDevAttrMemoryClockRate, device) != cudaSuccess
+            || cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device) != cudaSuccess) {
+            cudaGetLastError();
+            khz = 0;
+        }
+        known[device].memory_gbs = (int32_t)((int64_t)khz * 2 * bits / 8 / 1000000);        /* two transfers a clock */
         known[device].multiprocessors = count;
         known[device].smem_per_block = block;
         known[device].smem_per_multiprocessor = whole;
@@ -299,7 +305,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
 static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
 {
     const cuda_kernel *k = kernel->row;
-    fgqa_cuda_properties device = {80, 108, 0, 0};
+    fgqa_cuda_properties device = {80, 108, 0, 0, 0};
     plan->block_q = k->row.block_q;
     plan->block_k = k->row.block_k;
     plan->threads = 1;

@@ -14,7 +14,7 @@
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
- * `Shared` is the block's shared memory: STREAMS, STAGES and READERS; ring, full, empty, pages, schedule.
+ * `Shared` is the block's shared memory: STREAMS, STAGES, READERS and PIECE_LANES; ring, full, empty, pages, schedule.
  */
 #pragma once
 #include "dec_combine.cuh"
@@ -37,65 +37,85 @@ template <class Shared> static __device__ __forceinline__ void init_barriers(Sha
     fence_mbarrier_init();
 }
 
-/* A lane of the producer, and the half of a ring that it keeps full. PLAIN: all sequences have one length, and there are no pages. That
- * much less code lies before the first copy. */
-template <bool PLAIN, class Shared> struct producer_lane {
-    static constexpr int LANES = 2 * Shared::STREAMS;
-    int kv, stream;
+/* What a block reads. PLAIN: all sequences have one length, and there are no pages; that much less code lies before the first copy.
+ * PIECES_APART: pages that do not hold whole granules, where pieces of a tile have lanes of their own. */
+enum source_kind { PLAIN, ANY_SOURCE, PIECES_APART };
+
+/* A lane of the producer, and the half of a ring that it keeps full, or one piece of each of its tiles. */
+template <source_kind KIND, class Shared> struct producer_lane {
+    static constexpr int PARTS = KIND == PIECES_APART ? PIECES : 1, LANES = 2 * Shared::STREAMS * PARTS;
+    static_assert(LANES <= 32, "a lane for each piece");
+    int part, kv, stream;
     tile_source source;
     uint32_t ring, full, empty;
 
-    __device__ __forceinline__ producer_lane(const dec_params &p, Shared &mem, int lane, bool whole_pairs) : kv(lane % 2), stream(lane / 2 % Shared::STREAMS)
+    __device__ __forceinline__ producer_lane(const dec_params &p, Shared &mem, int lane, bool evict_normal)
+        : part(lane % PARTS), kv(lane / PARTS % 2), stream(lane / PARTS / 2 % Shared::STREAMS)
     {
         source.map = kv ? &p.v_map : &p.k_map;
         source.boxes = kv ? p.v_boxes : p.k_boxes;
-        source.pitch = PLAIN ? CHUNK_BYTES : p.chunk_pitch;
-        source.policy = whole_pairs ? createpolicy_evict_normal() : createpolicy_evict_first();        /* records stay in L2 */
-        ring = smem_address(mem.ring[stream][0][kv]);
+        source.pitch = KIND == PLAIN ? CHUNK_BYTES : p.chunk_pitch;
+        source.policy = evict_normal ? createpolicy_evict_normal() : createpolicy_evict_first();
+        ring = smem_address(mem.ring[stream][0][kv]) + (PARTS > 1 ? part * p.piece_pitch : 0);
         full = smem_address(&mem.full[stream][0][kv]);
         empty = smem_address(&mem.empty[stream][0][kv]);
     }
 };
 
-template <bool PLAIN, class Shared> static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, int lane)
+template <source_kind KIND, class Shared>
+static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem, int lane, const dec_segment &first, bool evict_normal)
 {
-    typedef producer_lane<PLAIN, Shared> lane_type;
-    constexpr int TILES = lane_type::LANES * TILE_BYTES, COPIES = TILES < IN_FLIGHT ? IN_FLIGHT / TILES : 1;      /* of a lane */
+    typedef producer_lane<KIND, Shared> lane_type;
+    constexpr int TILES = 2 * Shared::STREAMS * TILE_BYTES, COPIES = TILES < IN_FLIGHT ? IN_FLIGHT / TILES : 1;      /* of a half */
+    constexpr bool APART = KIND == PIECES_APART, IN_TURN = KIND == ANY_SOURCE && !Shared::PIECE_LANES;
+    constexpr int COUNT = IN_TURN ? PIECES : 1;         /* of pieces, by a lane */
     static_assert(2 * COPIES <= Shared::STAGES, "kernels.def: the ring holds what is under way");
-    const int window = !PLAIN && p.table ? 2 * COPIES : COPIES;         /* pages are waited for in between */
-    bool whole_pairs;
-    const dec_segment first = first_segment_early<PLAIN>(p, &whole_pairs);
-    const lane_type own(p, mem, lane, whole_pairs);
+    const int window = KIND == ANY_SOURCE && p.table ? 2 * COPIES : COPIES;         /* pages are waited for in between */
+    const lane_type own(p, mem, lane, evict_normal);
     int stage = 0;
-    if (PLAIN && lane < lane_type::LANES && first.valid() && first.g0 + own.stream < first.g1) {        /* the first copy by itself: the shortest way to it */
+    /* the first copy by itself: the shortest way to it */
+    if (KIND == PLAIN && lane < lane_type::LANES && first.valid() && first.g0 + own.stream < first.g1) {
         mbarrier_arrive_expect_tx(own.full, TILE_BYTES);
         load_boxes(own.source, own.ring, own.full, (first.span.first + first.g0 + own.stream) * GRANULE, p.by_row_blocks(first.h), first.b);
         stage = 1;
     }
     __syncwarp();
-    granule_walk<Shared::STREAMS, PLAIN> walk(p, first, own.stream, lane < lane_type::LANES);
+    granule_walk<Shared::STREAMS, KIND == PLAIN> walk(p, first, own.stream, lane < lane_type::LANES);
     if (stage == 1) { walk.advance(p); }
-    typename std::conditional<PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS>>::type
-        pages(p, walk, smem_address(mem.pages[lane % lane_type::LANES]));
-    if (!PLAIN) { barrier_sync(BARRIERS, 64); }                 /* there by now */
+    typename std::conditional<KIND == PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS, COUNT>>::type
+        pages(p, walk, smem_address(mem.pages[0]) + lane % lane_type::LANES * COUNT * PAGES_AHEAD * 4, own.part * PIECE);
+    int32_t slot, kv_head, page[COUNT];
+    const auto locate = [&]() {
+        slot = walk.slot() + own.part * PIECE;
+        kv_head = p.by_row_blocks(walk.segment.h);
+        pages.take(p, walk, page);
+    };
+    if (APART && walk.valid()) { locate(); }    /* the next copies, before there is room for them */
+    if (KIND != PLAIN) { barrier_sync(BARRIERS, 64); }          /* there by now */
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
         const int behind = stage >= window ? stage - window : stage + Shared::STAGES - window;
-        if (walk.valid() && mbarrier_test(own.full + 16 * behind, parity ^ (stage >= window)) && mbarrier_test(own.empty + 16 * stage, parity)) {
+        bool ready = walk.valid() && own.part == 0 && mbarrier_test(own.full + 16 * behind, parity ^ (stage >= window))
+                     && mbarrier_test(own.empty + 16 * stage, parity);
+        if (APART) {                            /* lanes take turns in a test: one for all pieces of a tile */
+            __syncwarp();
+            ready = __shfl_sync(0xFFFFFFFFu, ready, lane - own.part);
+        }
+        if (ready) {
             const uint32_t bar = own.full + 16 * stage, tile = own.ring + 2 * TILE_BYTES * stage;
-            const int32_t slot = walk.slot(), kv_head = p.by_row_blocks(walk.segment.h);
-            int32_t page[PIECES];
-            pages.take(p, walk, page);
-            mbarrier_arrive_expect_tx(bar, TILE_BYTES);
+            if (!APART) { locate(); }
+            if (own.part == 0) { mbarrier_arrive_expect_tx(bar, TILE_BYTES); }
 #pragma unroll
-            for (int n = 0; n < PIECES; n++) {
-                if (n == 0 || (!PLAIN && p.pieces)) { load_boxes(own.source, tile + n * (PLAIN ? 0 : p.piece_pitch), bar, PLAIN ? slot : in_page(p, slot + n * PIECE), kv_head, page[n]); }
+            for (int n = 0; n < COUNT; n++) {
+                if (n > 0 && !p.pieces) { continue; }
+                load_boxes(own.source, tile + n * (IN_TURN ? p.piece_pitch : 0), bar, KIND == PLAIN ? slot : in_page(p, slot + n * PIECE), kv_head, page[n]);
             }
             if (++stage == Shared::STAGES) {
                 stage = 0;
                 parity ^= 1;
             }
             walk.advance(p);
+            if (APART && walk.valid()) { locate(); }
         }
         __syncwarp();
     }
@@ -114,8 +134,8 @@ template <class Shared, class Fetch> static __device__ __forceinline__ bool begi
                                                                                         const Fetch &fetch)
 {
     bool works = actor.rehearsal || p.uniform || await_start(p, mem);
-    bool whole_pairs;
-    segment = p.uniform ? first_segment_early<true>(p, &whole_pairs) : first_segment(p, mem.schedule);
+    bool evict_normal;
+    segment = p.uniform ? first_segment_early<true>(p, &evict_normal) : first_segment(p, mem.schedule);
     if (works && segment.valid()) { fetch(segment); }
     if (!actor.rehearsal) {
         if (p.uniform) { works = await_start(p, mem); }
@@ -128,15 +148,22 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
 {
     const int warp = (int)thread_index() / 32, lane = (int)thread_index() % 32;
     if (__builtin_expect(warp == CONSUMERS, 1)) {       /* its code comes first: all else waits for its copies */
+        bool evict_normal;
         if (lane < 2) { prefetch_tensormap(lane ? &p.v_map : &p.k_map); }
         if (__builtin_expect(p.plain, 1)) {
             if (lane == 0) { init_barriers(mem); }
             __syncwarp();
             barrier_arrive(START, THREADS);
-            produce<true>(p, mem, lane);
+            const dec_segment first = first_segment_early<true>(p, &evict_normal);
+            produce<PLAIN>(p, mem, lane, first, evict_normal);
         } else {
             barrier_arrive(START, THREADS);
-            produce<false>(p, mem, lane);
+            const dec_segment first = first_segment_early<false>(p, &evict_normal);
+            if (Shared::PIECE_LANES && p.pieces) {
+                if constexpr (Shared::PIECE_LANES) { produce<PIECES_APART>(p, mem, lane, first, evict_normal); }
+            } else {
+                produce<ANY_SOURCE>(p, mem, lane, first, evict_normal);
+            }
         }
         return false;
     }

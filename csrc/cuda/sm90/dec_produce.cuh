@@ -42,15 +42,16 @@ static __device__ __forceinline__ int32_t in_page(const dec_params &p, int32_t s
     return p.table ? slot - p.by_page_size(slot) * p.page_size : slot;
 }
 
-/* The pages of the next granules, one a piece, on their way to this lane's `queue`. */
-template <int STREAMS> struct page_queue {
+/* The pages of the next granules, of COUNT pieces of each from slot `offset` on, on their way to this lane's `queue`. */
+template <int STREAMS, int COUNT> struct page_queue {
     typedef granule_walk<STREAMS, false> walk_type;
     walk_type ahead;
     uint32_t queue;
+    int32_t offset;
     int at;
 
-    __device__ __forceinline__ page_queue(const dec_params &p, const walk_type &walk, uint32_t queue)
-        : ahead(walk), queue(queue), at(0)
+    __device__ __forceinline__ page_queue(const dec_params &p, const walk_type &walk, uint32_t queue, int32_t offset)
+        : ahead(walk), queue(queue), offset(offset), at(0)
     {
         if (p.table) {
 #pragma unroll 1
@@ -62,9 +63,9 @@ template <int STREAMS> struct page_queue {
         if (ahead.valid()) {
             const int32_t last = p.by_page_size(p.lengths.capacity - 1);
 #pragma unroll
-            for (int n = 0; n < PIECES; n++) {
-                cp_async_4(queue + 4 * (PIECES * at + n), p.table + ahead.segment.b * p.table_stride
-                                                                  + min(p.by_page_size(ahead.slot() + n * PIECE), last));
+            for (int n = 0; n < COUNT; n++) {
+                cp_async_4(queue + 4 * (COUNT * at + n), p.table + ahead.segment.b * p.table_stride
+                                                                 + min(p.by_page_size(ahead.slot() + offset + n * PIECE), last));
             }
             ahead.advance(p);
         }
@@ -72,26 +73,26 @@ template <int STREAMS> struct page_queue {
         at = at + 1 == PAGES_AHEAD ? 0 : at + 1;
     }
     /* The pages of the granule that `walk` is at, and then those of a later one are fetched. */
-    __device__ __forceinline__ void take(const dec_params &p, const walk_type &walk, int32_t (&page)[PIECES])
+    __device__ __forceinline__ void take(const dec_params &p, const walk_type &walk, int32_t (&page)[COUNT])
     {
         if (p.table) {
             cp_async_wait<PAGES_AHEAD - 1>();
 #pragma unroll
-            for (int n = 0; n < PIECES; n++) {
-                asm volatile("ld.shared.s32 %0, [%1];" : "=r"(page[n]) : "r"(queue + 4 * (PIECES * at + n)) : "memory");
+            for (int n = 0; n < COUNT; n++) {
+                asm volatile("ld.shared.s32 %0, [%1];" : "=r"(page[n]) : "r"(queue + 4 * (COUNT * at + n)) : "memory");
             }
             fetch(p);
         } else {
 #pragma unroll
-            for (int n = 0; n < PIECES; n++) { page[n] = walk.segment.b; }
+            for (int n = 0; n < COUNT; n++) { page[n] = walk.segment.b; }
         }
     }
 };
 
 /* Without a table a sequence is a page. */
 template <int STREAMS> struct no_queue {
-    __device__ __forceinline__ no_queue(const dec_params &, const granule_walk<STREAMS, true> &, uint32_t) {}
-    __device__ __forceinline__ void take(const dec_params &, const granule_walk<STREAMS, true> &walk, int32_t (&page)[PIECES]) { page[0] = walk.segment.b; }
+    __device__ __forceinline__ no_queue(const dec_params &, const granule_walk<STREAMS, true> &, uint32_t, int32_t) {}
+    __device__ __forceinline__ void take(const dec_params &, const granule_walk<STREAMS, true> &walk, int32_t (&page)[1]) { page[0] = walk.segment.b; }
 };
 
 struct tile_source { const CUtensorMap *map; int32_t boxes, pitch; uint64_t policy; };

@@ -19,7 +19,14 @@ static __host__ __device__ __forceinline__ bool has_pieces(const fgqa_cache &cac
 /* Exact a / d for 0 <= a < 2^31 by one multiplication; magic 0 stands for d = 1. */
 struct fast_div {
     uint64_t magic;
-    __device__ __forceinline__ int32_t operator()(int32_t a) const { return magic ? (int32_t)__umul64hi((uint64_t)(uint32_t)a, magic) : a; }
+    __host__ __device__ __forceinline__ int32_t operator()(int32_t a) const
+    {
+#ifdef __CUDA_ARCH__
+        return magic ? (int32_t)__umul64hi((uint64_t)(uint32_t)a, magic) : a;
+#else
+        return magic ? (int32_t)((unsigned __int128)(uint32_t)a * magic >> 64) : a;
+#endif
+    }
 };
 static inline fast_div fast_div_make(int32_t d)
 {
@@ -60,9 +67,10 @@ struct dec_params {
     fgqa_dec_span span;
     fast_div by_units, by_heads, by_row_blocks;
     int32_t units;                  /* of a pair, where they are equal */
-    int32_t halves;                 /* uniform, each block has half of a pair and its cluster the whole: no records (dec_wide_end.cuh) */
-    int32_t whole_pairs;            /* each block has whole ones: no records, either; false where that is not known before the launch */
+    int32_t evict_normal;           /* K and V in L2, instead of evict_first; with lengths on the device, where blocks have several whole pairs */
+    int32_t b_step;                 /* pairs of a block are of one head, that many sequences apart; 0: they follow each other. Uniform only */
     int32_t folds;                  /* chunks of a pair that one block has are added up in registers, if they are few */
+    int32_t halves;                 /* uniform, each block has half of a pair and its cluster the whole: no records (dec_wide_end.cuh) */
     int32_t uniform;                /* all sequences have the span and the split above */
     fgqa_dec_layout layout;
     fast_div by_page_size;
@@ -141,10 +149,27 @@ static __host__ __device__ __forceinline__ bool leaves_no_records(const dec_para
     return (p.layout.chunk == 0 || units == 1 || (p.folds && units <= FEW_PARTS)) && split.longer == 0 && split.share % units == 0;
 }
 
+/* Where blocks have several whole pairs each, of equal spans, block k has the pairs k, k + blocks, ...: heads of a sequence are read at the
+ * same time by neighbours, not head after head by one block, which finds more of small pages in open rows of memory and has blocks less
+ * far apart in contiguous caches. The next pair is then of the same head, so many sequences further; 0: pairs follow each other. */
+static __host__ __device__ __forceinline__ int32_t b_step_of(const dec_params &p, const work_split &split)
+{
+    const int32_t step = p.by_heads(split.blocks);
+    return step * p.layout.heads == split.blocks ? step : 0;
+}
+
 static __device__ __forceinline__ dec_place place_of_pair(const dec_params &p, int32_t pair)
 {
     const int32_t b = p.by_heads(pair);
     const dec_place at = {b, pair - b * p.layout.heads, p.units, pair * p.units, p.span};
+    return at;
+}
+
+/* Of uniform lengths: the place of this block's first unit, `begin`. With b_step, units are counted as the block comes to them. */
+static __device__ __forceinline__ dec_place first_place(const dec_params &p, int32_t begin)
+{
+    dec_place at = place_of_pair(p, p.b_step ? (int32_t)blockIdx.x : p.by_units(begin));
+    if (p.b_step) { at.pair_unit = begin; }
     return at;
 }
 
@@ -233,9 +258,7 @@ struct length_scan {
     }
 };
 
-/* How work is dealt out, with lengths on the device. Where blocks have several whole pairs each, of equal spans, block k has the pairs k,
- * k + blocks, ...: heads of a sequence are read at the same time by neighbours, which finds more of small pages in open rows of memory
- * than one block can that reads head by head. The next pair is then of the same head, b_step sequences further; 0: pairs follow each other. */
+/* How work is dealt out, with lengths on the device. */
 struct dec_cut {
     work_split split;
     int32_t b_step;
@@ -252,8 +275,7 @@ struct dec_cut {
         of_pair = units_of(p, __shfl_sync(0xFFFFFFFFu, scan.first.count, 0));
         split = split_of(p, units, equal);
         whole_pairs = equal && split.share > of_pair && leaves_no_records(p, split, of_pair);
-        const int32_t step = p.by_heads(split.blocks);
-        b_step = whole_pairs && same && step * p.layout.heads == split.blocks ? step : 0;
+        b_step = whole_pairs && same ? b_step_of(p, split) : 0;
         begin = split.begin(block);
         end = block < split.blocks ? split.begin(block + 1) : begin;
         head = place(p, scan, b_step ? min(block, split.blocks - 1) * of_pair : begin);
@@ -301,8 +323,9 @@ static __device__ __forceinline__ void make_schedule(const dec_params &p, dec_sc
     if (p.uniform) {
         begin = split.begin((int32_t)blockIdx.x);
         end = split.begin((int32_t)blockIdx.x + 1);
-        head = place_of_pair(p, p.by_units(begin));
-        tail = place_of_pair(p, p.by_units(max(begin, end - 1)));
+        head = first_place(p, begin);
+        tail = p.b_step ? head : place_of_pair(p, p.by_units(max(begin, end - 1)));
+        b_step = p.b_step;
     } else {
         const length_scan scan(p, lane);
         const dec_cut cut(p, scan);
@@ -348,7 +371,7 @@ struct dec_segment {
     fgqa_dec_span span;             /* of the pair */
     int32_t g0, g1;                 /* granules of the span, [g0, g1) */
     int32_t left;                   /* units after this segment; -1: there is no segment any more */
-    int32_t b_step;                 /* of dec_cut */
+    int32_t b_step;
 
     __device__ __forceinline__ bool valid() const { return left >= 0; }
     __device__ __forceinline__ void clip(const dec_params &p)
@@ -367,7 +390,7 @@ struct dec_segment {
         g0 = g1;
         if (g0 == span.count && left > 0) {
             g0 = 0;
-            if (!uniform && b_step) {
+            if (b_step) {
                 b += b_step;
             } else if (++h == p.layout.heads) {
                 h = 0;
@@ -398,17 +421,17 @@ static __device__ __forceinline__ dec_segment first_segment(const dec_params &p,
     return first_segment(p, schedule.head, schedule.begin, schedule.end, schedule.b_step);
 }
 
-/* The same without the schedule, so that the first copies need not wait for it. Whole warp. *whole_pairs: as that of dec_params. */
-template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p, bool *whole_pairs)
+/* The same without the schedule, so that the first copies need not wait for it. Whole warp. *evict_normal: whether this launch reads K and V so. */
+template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p, bool *evict_normal)
 {
     if (UNIFORM || p.uniform) {
         const int32_t block = (int32_t)blockIdx.x, begin = p.split.begin(block), end = block < p.split.blocks ? p.split.begin(block + 1) : begin;
-        *whole_pairs = p.whole_pairs;
-        return first_segment(p, place_of_pair(p, p.by_units(begin)), begin, end, 0);
+        *evict_normal = p.evict_normal;
+        return first_segment(p, first_place(p, begin), begin, end, p.b_step);
     }
     const length_scan scan(p, (int)thread_index() % 32);
     const dec_cut cut(p, scan);
-    *whole_pairs = cut.whole_pairs;
+    *evict_normal = p.evict_normal && cut.whole_pairs;
     return first_segment(p, cut.head, cut.begin, cut.end, cut.b_step);
 }
 

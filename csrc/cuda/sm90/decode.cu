@@ -50,7 +50,7 @@ static_assert(GRANULE % 16 == 0 && CONSUMERS % (GRANULE / 16) == 0 && BLOCK_Q ==
 
 struct shared {
     static constexpr int READERS = GRANULE / 16, STREAMS = CONSUMERS / READERS, STAGES = FGQA_STAGES;
-    static constexpr bool DEEP_PIECES = true;
+    static constexpr bool DEEP_PIECES = true, PIECE_LANES = !FLOAT8;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(16) float merge[CONSUMERS][BLOCK_Q][MERGE_PITCH];   /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];

@@ -56,7 +56,7 @@ typedef std::conditional<FLOAT8, f16, T>::type product;
 /* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. */
 template <int N_, int STREAMS_, bool FOLDS_ = false> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
-    static constexpr bool FOLDS = FOLDS_;
+    static constexpr bool FOLDS = FOLDS_, PIECE_LANES = false;
     static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
