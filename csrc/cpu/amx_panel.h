@@ -22,7 +22,9 @@ SIMD size_t amx_parts(const fgqa_problem *p) { return amx_low_of(p, 1) ? 2 : 1; 
 /* A row of a view; `scratch`: as many reals. */
 SIMD void amx_load_row(bf16 *to, ptrdiff_t low, const void *from, const fgqa_view *view, int32_t cols, real *scratch)
 {
-    if (low) {
+    if (low && is_own(view, cols)) {
+        amx_row_split(to, low, from, cols);
+    } else if (low) {
         row_load(scratch, from, view->dtype, view->stride_d, cols);
         amx_row_split(to, low, scratch, cols);
     } else {
