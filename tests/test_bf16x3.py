@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import EDGES, SMOKE, SWEEP, built, gradients
+from cases import EDGES, SMOKE, SWEEP, build, built, gradients
 from checking import Naive, assert_within, same_bits
 from conftest import Backend, cpu_isas
 
@@ -101,14 +101,15 @@ def in_parts(compute, *arguments):
 
 def check_case(case):
     """Results and gradients under the error rule, the naive computation being one of three products. Without tiles: refused."""
-    call, answer = built(case)
-    backend = Backend(cpu_isas()[0])
-    options = call.options | {"precision": "bf16x3"}
     if not ON_TILES:
+        call = build(case)
         for backward in (False, True):
             with pytest.raises(NotImplementedError, match='_portable: precision="bf16x3" needs a CPU with AMX'):
-                flashgqa.explain(*call.inputs, **options, backward=backward)
+                flashgqa.explain(*call.inputs, **call.options, precision="bf16x3", backward=backward)
         return
+    call, answer = built(case)
+    backend = Backend("amx")
+    options = call.options | {"precision": "bf16x3"}
     out, lse = backend.attention(*call.inputs, **options, return_lse=True)
     naive = list(in_parts(_bounds._narrow_forward, *call.inputs, call.options))
     assert_within("out", out, answer.out, (x[0] for x in naive), out.dtype, _bounds.FORWARD_FACTOR)
@@ -122,13 +123,13 @@ def check_case(case):
             assert_within(name, gradient, wanted, (getattr(x, name) for x in naive), gradient.dtype, _bounds.BACKWARD_FACTOR)
 
 
-@pytest.mark.parametrize("case", [case for case in SMOKE + EDGES if case.dtype == "float32"], ids=str)
+@pytest.mark.parametrize("case", [case for case in SMOKE + EDGES[::2] if case.dtype == "float32"], ids=str)
 def test_every_option_has_the_error_of_three_products(case):
     check_case(case)
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("case", [case for case in SWEEP if case.dtype == "float32"], ids=str)
+@pytest.mark.parametrize("case", [case for case in EDGES[1::2] + SWEEP if case.dtype == "float32"], ids=str)
 def test_combined_options_have_the_error_of_three_products(case):
     check_case(case)
 
