@@ -3,6 +3,8 @@
 Each example is what the documentation of the original shows of a function, ending in out and in what it must be near to.
 """
 
+import importlib
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -214,3 +216,18 @@ def test_every_function_has_an_example():
     code = "".join(EXAMPLES.values())
     named = [*flash_attn_interface.__all__, *(name for name in vars(fa3) if name.startswith("flash_attn_"))]
     assert not [name for name in named if name not in code and name not in ("flash_attn_combine",)]
+
+
+@pytest.mark.parametrize(
+    "name", ["fa3", "bert_padding", "flash_attn_interface", "layers.rotary", "modules.mha", "xops", "xops.fmha.attn_bias"]
+)
+def test_a_star_brings_the_names_of_the_original_only(name):
+    """Not those that the module itself imports."""
+    module = importlib.import_module(f"flashgqa.torch.{name}")
+    brought = {}
+    exec(f"from flashgqa.torch.{name} import *", brought)
+    brought.pop("__builtins__")
+    defined = {n for n, x in vars(module).items() if getattr(x, "__module__", "") == module.__name__ and not n.startswith("_")}
+    ours = {"Rule", "rule_of"}      # of attn_bias, for its neighbours
+    assert brought and defined - ours <= brought.keys()
+    assert not ({"torch", "attention", "bounds", "visible", "dataclass"} | ours) & brought.keys()

@@ -3,6 +3,15 @@
 import torch
 from torch.nn import functional
 
+__all__ = [
+    "index_first_axis",
+    "index_first_axis_residual",
+    "index_put_first_axis",
+    "pad_input",
+    "unpad_input",
+    "unpad_input_for_concatenated_sequences",
+]
+
 
 def index_first_axis(input, indices):
     """Rows of input [n, ...] at indices [m]: [m, ...]."""

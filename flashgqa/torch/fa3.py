@@ -12,6 +12,15 @@ from .._torch_kvcache import packed_again, padded_rows, with_kvcache
 from .._torch_packing import packed_rows, split_qkv, unpacked_rows
 from .._torch_rotary import rotary_tables
 
+__all__ = [
+    "flash_attn_combine",
+    "flash_attn_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_with_kvcache",
+    "get_scheduler_metadata",
+]
+
 
 def _refuse(qv=None, **scales):
     for name, value in {"qv": qv, **scales}.items():

@@ -13,6 +13,13 @@ from ..._torch_modules import check_input
 from ..._torch_packing import unbound
 from ..._torch_rotary import RotaryEmbedding
 
+__all__ = [
+    "FlashCrossAttention",
+    "FlashSelfAttention",
+    "MHA",
+    "get_alibi_slopes",
+]
+
 
 def get_alibi_slopes(nheads):
     """The slopes of ALiBi as a list."""

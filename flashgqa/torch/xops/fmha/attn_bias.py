@@ -10,6 +10,27 @@ import torch
 
 from ....reference import visible
 
+__all__ = [
+    "AttentionBias",
+    "BlockDiagonalCausalFromBottomRightMask",
+    "BlockDiagonalCausalLocalAttentionFromBottomRightMask",
+    "BlockDiagonalCausalLocalAttentionMask",
+    "BlockDiagonalCausalLocalAttentionPaddedKeysMask",
+    "BlockDiagonalCausalMask",
+    "BlockDiagonalCausalWithOffsetGappyKeysMask",
+    "BlockDiagonalCausalWithOffsetPaddedKeysMask",
+    "BlockDiagonalGappyKeysMask",
+    "BlockDiagonalLocalAttentionFromBottomRightGappyKeysMask",
+    "BlockDiagonalLocalAttentionPaddedKeysMask",
+    "BlockDiagonalMask",
+    "BlockDiagonalPaddedKeysMask",
+    "LocalAttentionFromBottomRightMask",
+    "LowerTriangularFromBottomRightLocalAttentionMask",
+    "LowerTriangularFromBottomRightMask",
+    "LowerTriangularMask",
+    "LowerTriangularMaskWithTensorBias",
+]
+
 # ---- what an object means ----
 
 
