@@ -303,10 +303,10 @@ static int block_is_finite(const bf16 *rows, ptrdiff_t ld, int32_t n, int32_t co
     return !bad;
 }
 
-static void pack_k_t(const amx_buffer *to, const bf16 *rows, ptrdiff_t low, ptrdiff_t ld, int32_t d)
+static void pack_k_t(const amx_buffer *to, const bf16 *rows, ptrdiff_t low, ptrdiff_t ld, int32_t keys, int32_t d)
 {
-    amx_pack_keys(to->at, AMX_PAIR(KEYS), rows, ld, d);
-    if (low) { amx_pack_keys(to->at + to->low, AMX_PAIR(KEYS), rows + low, ld, d); }
+    amx_pack_keys(to->at, AMX_PAIR(KEYS), rows, ld, keys, d);
+    if (low) { amx_pack_keys(to->at + to->low, AMX_PAIR(KEYS), rows + low, ld, keys, d); }
 }
 
 /* Whether K has bad rows; then there is k_t_clean. */
@@ -316,8 +316,8 @@ static int block_bad_keys(const bwd_scratch *s, const tile_sequence *t, key_bloc
     const int bad = block->searched ? block->bad.count > 0 : !block_is_finite(block->k, block->ldk, block->j1 - block->j0, d);
     if (bad && !block->searched) {
         amx_load_keys(s->k_clean.at, s->k_clean.low, t, &t->p->view[FGQA_ARG_k], block->j0, block->j1, d);
-        amx_zero_bad_rows(&block->bad, s->k_clean.at, s->k_clean.low, d);
-        pack_k_t(&s->k_t_clean, s->k_clean.at, s->k_clean.low, AMX_PAD(d), d);
+        amx_zero_bad_rows(&block->bad, s->k_clean.at, s->k_clean.low, amx_block_keys(block->j1), d);
+        pack_k_t(&s->k_t_clean, s->k_clean.at, s->k_clean.low, AMX_PAD(d), amx_block_keys(block->j1), d);
     }
     block->searched = 1;
     return bad;
@@ -424,7 +424,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
     block.k = block_rows(&s->k, &block.ldk, t, &p->view[FGQA_ARG_k], j0, j1, p->d);
     block.v = block_rows(&s->v, &block.ldv, t, &p->view[FGQA_ARG_v], j0, j1, p->dv);
     block.special = s->k.low && !(block_is_finite(block.k, block.ldk, j1 - j0, p->d) && block_is_finite(block.v, block.ldv, j1 - j0, p->dv));
-    pack_k_t(&s->k_t, block.k, s->k.low, block.ldk, p->d);
+    pack_k_t(&s->k_t, block.k, s->k.low, block.ldk, amx_block_keys(j1), p->d);
     const int32_t begin = (e.j0 - j0) / AMX_SIDE * AMX_SIDE, end = ROUND_UP(e.j1 - j0, AMX_SIDE);
     for (int32_t n = e.first; n < e.last; n++) {
         const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);

@@ -58,10 +58,10 @@ SIMD bf16 *amx_key_row(bf16 *to, int32_t j, int32_t ld)
     return to + (ptrdiff_t)(j / AMX_DEPTH) * AMX_DEPTH * ld + j / AMX_SIDE % 2 * AMX_TILE + j % AMX_SIDE * AMX_DEPTH;
 }
 
-static void amx_pack_key_rows(bf16 *to, const bf16 *rows, int32_t cols)
+static void amx_pack_key_rows(bf16 *to, const bf16 *rows, int32_t keys, int32_t cols)
 {
     const int32_t ld = AMX_PAD(cols);
-    for (int32_t j = 0; j < KEYS; j++, rows += ld) {
+    for (int32_t j = 0; j < keys; j++, rows += ld) {
         bf16 *const at = amx_key_row(to, j, ld);
         for (int32_t c = 0; c < ld; c += AMX_DEPTH) { _mm512_store_si512(at + c / AMX_DEPTH * 2 * AMX_TILE, _mm512_load_si512(rows + c)); }
     }
@@ -74,7 +74,7 @@ static void amx_load_key_tiles(bf16 *to, const tile_sequence *t, const fgqa_view
     const __mmask32 last = 0xFFFFFFFFu >> (ld - cols);
     int32_t j = j0 % KEYS;
     tile_page page = {0};
-    if (j1 - j0 < KEYS) { memset(to, 0, KEYS * (size_t)ld * sizeof(bf16)); }
+    if (j1 - j0 < KEYS) { memset(to, 0, (size_t)(amx_block_keys(j1) * ld) * sizeof(bf16)); }
     for (int32_t s = s0; s < s1; s += page.rows) {
         page = tile_page_at(t, view, s, s1);
         const bf16 *row = (const bf16 *)(const void *)page.row;
@@ -90,8 +90,9 @@ static void amx_load_key_tiles(bf16 *to, const tile_sequence *t, const fgqa_view
 /* V^T of the rows of V, all parts. */
 static void amx_pack_values(const amx_keys *keys, bf16 *to, int32_t dv)
 {
-    amx_pack_keys(to, AMX_PAIR(AMX_SPAN), keys->v, AMX_PAD(dv), dv);
-    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, AMX_PAIR(AMX_SPAN), keys->v + keys->v_low, AMX_PAD(dv), dv); }
+    const int32_t n = amx_block_keys(keys->end);
+    amx_pack_keys(to, AMX_PAIR(AMX_SPAN), keys->v, AMX_PAD(dv), n, dv);
+    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, AMX_PAIR(AMX_SPAN), keys->v + keys->v_low, AMX_PAD(dv), n, dv); }
 }
 
 /* The block of V as it lies in memory, if it can be packed from there; else NULL. Rows 4 KB apart would evict each other. */
@@ -109,6 +110,7 @@ static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, in
     const fgqa_problem *p = t->p;
     const fgqa_view *const k = &p->view[FGQA_ARG_k], *const v = &p->view[FGQA_ARG_v];
     const bf16 *const in_place = amx_values_in_place(t, v, j0, j1);
+    const int32_t n = amx_block_keys(j1);
     keys->origin = j0 / KEYS * KEYS;
     keys->end = j1;
     keys->searched = 0;
@@ -118,12 +120,12 @@ static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, in
         amx_load_key_tiles(keys->k, t, k, j0, j1, p->d);
     } else {
         amx_load_keys(keys->rows, keys->rows_low, t, k, j0, j1, p->d);
-        if (keys->k_low) { amx_zero_bad_rows(&keys->bad_keys, keys->rows, keys->rows_low, p->d); }
-        amx_pack_key_rows(keys->k, keys->rows, p->d);
-        if (keys->k_low) { amx_pack_key_rows(keys->k + keys->k_low, keys->rows + keys->rows_low, p->d); }
+        if (keys->k_low) { amx_zero_bad_rows(&keys->bad_keys, keys->rows, keys->rows_low, n, p->d); }
+        amx_pack_key_rows(keys->k, keys->rows, n, p->d);
+        if (keys->k_low) { amx_pack_key_rows(keys->k + keys->k_low, keys->rows + keys->rows_low, n, p->d); }
     }
     if (in_place) {
-        amx_pack_keys(keys->v_t, AMX_PAIR(AMX_SPAN), in_place, v->stride_s, p->dv);
+        amx_pack_keys(keys->v_t, AMX_PAIR(AMX_SPAN), in_place, v->stride_s, KEYS, p->dv);
     } else {
         amx_load_keys(keys->v, keys->v_low, t, v, j0, j1, p->dv);
         amx_pack_values(keys, keys->v_t, p->dv);
@@ -135,7 +137,7 @@ static int32_t amx_bad_values(amx_keys *keys, const tile_sequence *t)
 {
     const int32_t dv = t->p->dv;
     if (!keys->searched && keys->unread) { amx_load_keys(keys->v, keys->v_low, t, &t->p->view[FGQA_ARG_v], keys->origin, keys->end, dv); }
-    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, keys->v_low, dv)) { amx_pack_values(keys, keys->v_t_clean, dv); }
+    if (!keys->searched && amx_zero_bad_rows(&keys->bad, keys->v, keys->v_low, amx_block_keys(keys->end), dv)) { amx_pack_values(keys, keys->v_t_clean, dv); }
     keys->searched = 1;
     return keys->bad.count;
 }

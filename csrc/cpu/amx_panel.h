@@ -38,7 +38,10 @@ SIMD void amx_zero_rows(bf16 *rows, ptrdiff_t low, int32_t n, int32_t ld)
     if (low) { memset(rows + low, 0, (size_t)(n * ld) * sizeof(bf16)); }
 }
 
-/* Keys [j0, j1) of one block as rows [AMX_BLOCK_ROWS][AMX_PAD(cols)], zeros where the block has no key. */
+/* Keys of a block that ends with key j1, counted from its origin, in whole steps: what is packed of it. */
+SIMD int32_t amx_block_keys(int32_t j1) { return AMX_PAD((j1 - 1) % KEYS + 1); }
+
+/* Keys [j0, j1) of one block as rows [AMX_BLOCK_ROWS][AMX_PAD(cols)], zeros where their steps have no key. */
 static void amx_load_keys(bf16 *to, ptrdiff_t low, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
 {
     real row[AMX_PAD(FGQA_MAX_HEAD_DIM)];
@@ -51,24 +54,24 @@ static void amx_load_keys(bf16 *to, ptrdiff_t low, const tile_sequence *t, const
         page = tile_page_at(t, view, s, s1);
         for (int32_t n = 0; n < page.rows; n++, to += ld) { amx_load_row(to, low, page.row + n * step, view, cols, row); }
     }
-    amx_zero_rows(to, low, AMX_BLOCK_ROWS - before - (j1 - j0), ld);
+    amx_zero_rows(to, low, amx_block_keys(j1) - before - (j1 - j0), ld);
 }
 
-/* A block's rows to A with the keys as terms, in the order in which a product reads them: [two tiles of columns][step][2]; the
- * next two tiles are `pair` numbers apart. */
-static void amx_pack_keys(bf16 *to, ptrdiff_t pair, const bf16 *rows, ptrdiff_t ld, int32_t cols)
+/* The first `keys` rows of a block to A with the keys as terms, in the order in which a product reads them:
+ * [two tiles of columns][step][2]; the next two tiles are `pair` numbers apart. */
+static void amx_pack_keys(bf16 *to, ptrdiff_t pair, const bf16 *rows, ptrdiff_t ld, int32_t keys, int32_t cols)
 {
-    for (int32_t j = 0; j < KEYS; j += AMX_DEPTH) {
+    for (int32_t j = 0; j < keys; j += AMX_DEPTH) {
         amx_pack_columns(to + AMX_PAIR(j), pair, rows + j * ld, ld, amx_tiles(cols));
     }
 }
 
-/* Zeroes the rows of a block that hold a NaN or an infinity; counted from its origin. Returns how many there are. */
-static int32_t amx_zero_bad_rows(tile_bad_rows *bad, bf16 *rows, ptrdiff_t low, int32_t cols)
+/* Zeroes those of the first `keys` rows of a block that hold a NaN or an infinity; counted from its origin. Returns how many there are. */
+static int32_t amx_zero_bad_rows(tile_bad_rows *bad, bf16 *rows, ptrdiff_t low, int32_t keys, int32_t cols)
 {
     const int32_t ld = AMX_PAD(cols);
     bad->count = 0;
-    for (int32_t j = 0; j < KEYS; j++) {
+    for (int32_t j = 0; j < keys; j++) {
         if (amx_row_is_finite(rows + j * ld, ld)) { continue; }
         bad->row[bad->count++] = (int16_t)j;
         amx_zero_rows(rows + j * ld, low, 1, ld);
