@@ -41,6 +41,15 @@ def _heads(text):
     return hq, hk
 
 
+def _picture(text):
+    """A file that can be written once all is measured."""
+    if not text.lower().endswith((".png", ".svg", ".pdf")):
+        raise argparse.ArgumentTypeError(f"{text}: it must end in .png, .svg or .pdf")
+    if not os.path.isdir(os.path.dirname(text) or "."):
+        raise argparse.ArgumentTypeError(f"{text}: there is no folder {os.path.dirname(text)}")
+    return text
+
+
 def _parser():
     parser = argparse.ArgumentParser(
         prog="python -m flashgqa",
@@ -109,7 +118,7 @@ def _parser():
     sub.add_argument("--dim", type=_positive, default=128, help="head dim (default 128)")
     sub.add_argument("--dtype", choices=("float32", "float64"), default="float32", help="default float32")
     sub.add_argument("--seconds", type=_seconds, default=1.0, help="a row (default 1)")
-    sub.add_argument("--plot", metavar="FILE", help="bar chart as png, svg or pdf; needs matplotlib")
+    sub.add_argument("--plot", type=_picture, metavar="FILE", help="bar chart as png, svg or pdf; needs matplotlib")
     sub.add_argument("--threads", type=_positive, help="default: all cores that this process may use")
 
     sub = command(

@@ -220,6 +220,11 @@ def test_bench_plots_or_says_what_it_needs(tmp_path):
         assert "pip install matplotlib" in run("bench", *TINY, "--plot", str(path), code=2)
 
 
+@pytest.mark.parametrize("path, reason", [("none/a.png", "there is no folder none"), ("a.jpg", "must end in .png, .svg or .pdf")])
+def test_bench_looks_at_the_file_to_write_before_it_measures(path, reason):
+    assert reason in run("bench", "--plot", path, code=2)
+
+
 @pytest.mark.parametrize("seconds", ["-1", "0", "nan", "inf", "long"])
 def test_bench_needs_a_time(seconds):
     assert "argument --seconds: " in run("bench", "--seconds", seconds, code=2)
