@@ -103,6 +103,7 @@ def test_no_run_time_path_of_the_build():
 
 def test_cuda_asked_for_but_impossible_is_an_error(tmp_path):
     """An nvcc without the runtime's headers beside it; that of this machine, if any, comes later in the order."""
+    pytest.importorskip("setuptools")
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch()
     ran = run_python("setup.py", "--version", check=False, FLASHGQA_CUDA="1", CUDA_HOME=str(tmp_path), PATH=str(tmp_path))
