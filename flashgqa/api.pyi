@@ -17,7 +17,7 @@ class Array(Protocol):
 
 A = TypeVar("A", bound=Array)
 
-class _Scores(TypedDict, total=False):
+class _Meaning(TypedDict, total=False):
     causal: bool
     window: tuple[int | None, int | None] | None
     align: Literal["bottom-right", "top-left"]
@@ -35,17 +35,22 @@ class _Scores(TypedDict, total=False):
     max_q: int | None
     max_kv: int | None
     layout: Literal["bhsd", "bshd"] | None
+    kernel: str | None
+
+class _Place(TypedDict, total=False):
     stream: Any
     check: bool
     device: str | None
-    kernel: str | None
 
-class _Options(_Scores, total=False):
+class _Computation(TypedDict, total=False):
     dropout_p: float
     seed: int | Array | None
     deterministic: bool
     batch_invariant: bool
     precision: Literal["bf16x3"] | None
+
+class _Scores(_Meaning, _Place, total=False): ...
+class _Options(_Scores, _Computation, total=False): ...
 
 class Gradients(NamedTuple):
     dq: Any

@@ -1,10 +1,13 @@
 """`flashgqa.jax` under jit, grad, vmap, checkpoint, scan and shard_map, against the oracle and, on JAX's own device,
 against `flashgqa.attention`."""
 
+import ast
 import functools
+import inspect
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -353,3 +356,15 @@ def test_decode_token_by_token_in_scan(rng):
     empty = (jnp.full((HK, slots, D), jnp.nan),) * 2
     _, out = jax.jit(lambda: jax.lax.scan(step, empty, jnp.arange(tokens, dtype="int32")))()
     assert np.allclose(np.swapaxes(out[:, :, 0], 0, 1), direct(q, k, v, causal=True), atol=1e-5)
+
+
+def test_stubs_have_the_arguments_there_are():
+    folder = Path(fj.__file__).parent
+    classes, functions = {}, {}
+    for node in ast.parse((folder / "api.pyi").read_text()).body + ast.parse((folder / "jax.pyi").read_text()).body:
+        (classes if isinstance(node, ast.ClassDef) else functions)[getattr(node, "name", None)] = node
+    options = {n.target.id for name in ("_Meaning", "_Computation") for n in classes[name].body}
+    assert options | {"q", "k", "v", "return_lse"} == set(inspect.signature(fj.attention).parameters)
+    given = functions["dot_product_attention"].args
+    names = [argument.arg for argument in given.args + given.kwonlyargs]
+    assert names == list(inspect.signature(fj.dot_product_attention).parameters)
