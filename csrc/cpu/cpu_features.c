@@ -46,7 +46,7 @@ static int permit_tiles(void)
  * makes it no faster than float32. The maker is what CPUID says of it. */
 static int pairs_are_fast(void)
 {
-    unsigned eax, ebx, ecx, edx;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     return __get_cpuid(0, &eax, &ebx, &ecx, &edx) && ebx == signature_AMD_ebx && ecx == signature_AMD_ecx && edx == signature_AMD_edx;
 }
 
