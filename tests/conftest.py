@@ -10,6 +10,8 @@ import signal
 
 # The oracle's matrix products are small; BLAS threads would only wait for each other and for the kernels' own pool.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# JAX would take three quarters of a GPU's memory at its first array, from all test processes beside it.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
 import numpy as np

@@ -1,5 +1,6 @@
-"""JAX arrays in and out, and in one call with NumPy, torch and other producers."""
+"""JAX arrays of the CPU in and out, and in one call with NumPy, torch and other producers."""
 
+import os
 import subprocess
 import sys
 
@@ -17,6 +18,13 @@ torch = pytest.importorskip("torch")
 from test_frameworks import EXPECTED, K, Q, V, attend, torch_inputs  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """Also where JAX would take a GPU by default."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
 
 
 def jax_inputs(dtype="float32"):
@@ -46,7 +54,7 @@ x = jnp.ones((4, 33, 7))
 results = [flashgqa.attention(x, x, x) for _ in range(20)]
 assert [r.unsafe_buffer_pointer() for r in results] == seen and len(set(seen)) == 20
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
 def test_jax_arrays_are_never_written():
