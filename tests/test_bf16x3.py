@@ -216,6 +216,20 @@ def test_what_has_no_low_part_in_gradients(argument, value, dtype, options, caus
         np.testing.assert_allclose(a[seen].astype(np.float64), b[seen], rtol=near, atol=near * float(np.abs(b[seen]).max()))
 
 
+@pytest.mark.parametrize("dtype, options", IN_PARTS, ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize("argument", ["q", "dout"])
+def test_poison_that_sees_nothing_changes_no_bit(argument, dtype, options, rng):
+    """Not even how the scores of the rows beside it are computed."""
+    q, k, v = inputs((4, 2, 150, 90, 32, 48), dtype)
+    dout = rng.standard_normal((2, 4, 150, 48)).astype(dtype)
+    results = []
+    for value in (0, np.inf):
+        {"q": q, "dout": dout}[argument][:, :, :60] = value
+        out, lse = flashgqa.attention(q, k, v, causal=True, return_lse=True, **options)
+        results.append(flashgqa.attention_backward(dout, q, k, v, out, lse, causal=True, **options)[:3])
+    assert all(same_bits(clean, poisoned) for clean, poisoned in zip(*results, strict=True))
+
+
 def test_gradients_do_not_depend_on_threads_or_batch(rng):
     """Bits."""
     options = {"causal": True, "batch_invariant": True} | ({"precision": "bf16x3"} if ON_TILES else {})

@@ -88,30 +88,32 @@ static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const
     return s;
 }
 
-/* Rows of a panel that are not finite: zeroed, and noted in `bad` (unless NULL). Returns whether there are any. */
-static int zero_bad_lanes(const amx_buffer *rows, int32_t cols, const tile_panel *panel, int32_t lane0, bad_lanes *bad)
+_Static_assert(PANEL <= 32, "a bit for each lane");
+
+/* Rows of a panel that are not finite: zeroed, and noted in `bad` (unless NULL). Returns them, a bit each. */
+static uint32_t zero_bad_lanes(const amx_buffer *rows, int32_t cols, const tile_panel *panel, int32_t lane0, bad_lanes *bad)
 {
     const int32_t ld = AMX_PAD(cols);
-    int any = 0;
+    uint32_t lanes = 0;
     for (int32_t lane = 0; lane < panel->rows; lane++) {
         if (amx_row_is_finite(rows->at + lane * ld, ld)) { continue; }
         amx_zero_rows(rows->at + lane * ld, rows->low, 1, ld);
         if (bad) { bad->lane[bad->count++] = (int16_t)(lane0 + lane); }
-        any = 1;
+        lanes |= (uint32_t)1 << lane;
     }
-    return any;
+    return lanes;
 }
 
-/* A panel's rows in `s->rows` as B: lanes as columns to `columns`, and without bad ones as terms to `terms`. Returns whether any are bad. */
-static int pack_lanes(const bwd_scratch *s, const bwd_panel *bp, int32_t n, int32_t cols, const amx_buffer *columns, const amx_buffer *terms, bad_lanes *bad)
+/* A panel's rows in `s->rows` as B: lanes as columns to `columns`, and without bad ones as terms to `terms`. Returns the bad ones. */
+static uint32_t pack_lanes(const bwd_scratch *s, const bwd_panel *bp, int32_t n, int32_t cols, const amx_buffer *columns, const amx_buffer *terms, bad_lanes *bad)
 {
     const ptrdiff_t ld = AMX_PAD(cols), to_columns = n * PANEL * ld, to_terms = n * term_panel(cols);
     amx_pack_panel(columns->at + to_columns, s->rows.at, &bp->panel, cols);
     if (columns->low) { amx_pack_panel(columns->at + columns->low + to_columns, s->rows.at + s->rows.low, &bp->panel, cols); }
-    const int any = zero_bad_lanes(&s->rows, cols, &bp->panel, n * PANEL, bad);
+    const uint32_t lanes = zero_bad_lanes(&s->rows, cols, &bp->panel, n * PANEL, bad);
     amx_pack_pairs(terms->at + to_terms, s->rows.at, ld, amx_tiles(cols));
     if (terms->low) { amx_pack_pairs(terms->at + terms->low + to_terms, s->rows.at + s->rows.low, ld, amx_tiles(cols)); }
-    return any;
+    return lanes;
 }
 
 /* A panel's Q as floats. */
@@ -323,6 +325,27 @@ static int block_bad_keys(const bwd_scratch *s, const tile_sequence *t, key_bloc
     return bad;
 }
 
+/* Whether a row that is not finite sees one of the keys. */
+static int bad_lane_sees(const bwd_panel *bp, const real *add, int32_t j0, int32_t j1)
+{
+    for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
+        if (!(bp->special >> lane & 1)) { continue; }
+        for (int32_t j = j0; j < j1; j++) {
+            const int in_range = bp->panel.begin[lane] <= j && j < bp->panel.end[lane];
+            if (in_range && (add == NULL || add[(ptrdiff_t)(j - j0) * bp->panel.w + lane] != -REAL_INF)) { return 1; }
+        }
+    }
+    return 0;
+}
+
+/* Whether scores and dP of a panel and keys [j0, j1) have to be computed in floats: something that is not finite is seen. */
+static int is_special(const bwd_scratch *s, const tile_sequence *t, const bwd_panel *bp, const key_block *block, int32_t j0, int32_t j1)
+{
+    const real *add;
+    if (!s->k.low || block->special || !bp->special) { return s->k.low && block->special; }
+    return tile_scores_begin(t, &bp->panel, j0, j1, s->tiles.add, s->tiles.rows, &add) != TILE_UNSEEN && bad_lane_sees(bp, add, j0, j1);
+}
+
 /* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
 static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
@@ -333,7 +356,7 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
     const fgqa_range nothing = {0, 0}, written = {from, from + all};
     const bwd_tiles tiles = s->tiles;
     real *const seen = tiles.s + before * w, *const dp = tiles.dp + before * w, *const tanh = tiles.tanh ? tiles.tanh + before * w : NULL;
-    const int special = s->k.low && (bp->special || block->special), in_floats = bp->exact || special;
+    const int special = is_special(s, t, bp, block, j0, j1), in_floats = bp->exact || special;
     const real *add;
     real scale = 1;
     tile_kind kind;

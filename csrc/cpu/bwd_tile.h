@@ -18,7 +18,7 @@ typedef struct {
     tile_panel panel;
     row_stats lse;                      /* top is the whole LSE and log_sum 0, unless `exact` */
     int exact;                          /* some row's LSE was too large to hold its sum: both halves were computed anew */
-    int special;                        /* some row of Q or dO is not finite; set by amx_bwd.h alone */
+    uint32_t special;                   /* rows of Q or dO that are not finite, a bit each; set by amx_bwd.h alone */
     _Alignas(64) real delta[PANEL];
     real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
 } bwd_panel;
