@@ -148,7 +148,7 @@ def attention(
 layout, return_lse, deterministic, batch_invariant, precision, kernel
         As in `flashgqa.attention`.
     max_q, max_kv : int, optional
-        As there. Without them a GPU takes all rows for one sequence's, which costs speed, not correctness.
+        As there. Without them a GPU takes the rows of all sequences for what one may have.
     dropout_p : float
         Probability with which a weight is dropped.
     seed : int or a key of jax.random, optional
@@ -162,8 +162,8 @@ layout, return_lse, deterministic, batch_invariant, precision, kernel
     Raises
     ------
     TypeError, ValueError, NotImplementedError
-        As in `flashgqa.attention`, while tracing; of what only values tell (lengths out of range, on the CPU) a
-        jax.errors.JaxRuntimeError with the same sentence when the program runs. No forward mode and no second derivative.
+        As in `flashgqa.attention`, while tracing; of what only the device or values tell (no kernel serves, lengths are out of
+        range) a jax.errors.JaxRuntimeError with the same sentence when the program runs. No forward mode, no second derivative.
     """
     if seed is not None and not isinstance(seed, int | np.integer):
         if not hasattr(seed, "dtype"):

@@ -10,9 +10,9 @@
  * would else fall into the same sets of the first-level cache.
  *
  * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): every operand, P and dS among them;
- * scores of float16 are those of float32 arithmetic, as forward's are. What is infinite or NaN must not meet
- * the other operand's low part, whose sign is its own: scores and dP of such rows of K and V, and of panels with such rows of Q
- * and dO, are computed in floats.
+ * scores of float16 are those of float32 arithmetic, as forward's are. What is infinite or NaN must not meet the other operand's
+ * low part, whose sign is its own: scores and dP of blocks with such rows of K and V, and of panels where such a row of Q or dO sees
+ * one of the keys, are computed in floats.
  */
 #ifndef FGQA_AMX_BWD_H
 #define FGQA_AMX_BWD_H

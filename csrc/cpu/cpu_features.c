@@ -42,8 +42,8 @@ static int permit_tiles(void)
 #endif
 }
 
-/* VDPBF16PS at the rate of a fused multiply-add, so at twice its terms, on AMD; Intel's processors give it half that rate, which
- * makes it no faster than float32. The maker is what CPUID says of it. */
+/* VDPBF16PS at the rate of a fused multiply-add, so at twice its terms, on AMD; a Xeon gave it half that rate, which makes it no
+ * faster than float32 (benchmarks/LOG.md). The maker is what CPUID says of it. */
 static int pairs_are_fast(void)
 {
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
