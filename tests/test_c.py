@@ -18,6 +18,7 @@ CORE = sorted((ROOT / "csrc" / "core").glob("*.c"))
 MORE_SOURCES = {
     "test_threads": ["csrc/cpu/threads.c"],
     "test_xla": ["csrc/xla/handler.c", "csrc/cpu/memory.c", "csrc/cuda/absent.c"],
+    "test_xla_cuda": ["csrc/xla/handler.c", "csrc/cpu/memory.c"],
 }
 FLAGS = ["-std=c11", "-O1", "-g", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-pthread"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]

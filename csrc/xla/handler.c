@@ -29,15 +29,20 @@ static xla_error *failed(const xla_api *api, fgqa_status status)
     return api->error_create(&error);
 }
 
+static void drop(const xla_api *api, xla_error *error)
+{
+    xla_error_destroy gone = {.size = sizeof gone, .error = error};
+    if (error != NULL) { api->error_destroy(&gone); }
+}
+
 /* What XLA could not give. */
 static fgqa_status refused(const xla_api *api, xla_error *error, fgqa_status code, const char *what)
 {
     if (error == NULL) { return FGQA_OK; }
     xla_error_message words = {.size = sizeof words, .error = error};
-    xla_error_destroy gone = {.size = sizeof gone, .error = error};
     api->error_message(&words);
     (void)fgqa_fail(code, "XLA gave no %s: %s", what, words.message);
-    api->error_destroy(&gone);
+    drop(api, error);
     return code;
 }
 
@@ -287,8 +292,10 @@ static fgqa_status run_on_gpu(const xla_call *call, const fgqa_plan *plan, const
     void *workspace = (char *)memory.data + (alignment - (uintptr_t)memory.data % alignment) % alignment;
     const fgqa_status status = plan->kernel->run(plan, problem, workspace, &exec);
     xla_memory_free end = {.size = sizeof end, .context = call->context, .bytes = bytes, .data = memory.data};
-    const fgqa_status freed = refused(call->api, call->api->memory_free(&end), FGQA_ERROR_RUNTIME, "way to free scratch memory");
-    return status != FGQA_OK ? status : freed;
+    xla_error *error = call->api->memory_free(&end);
+    if (status == FGQA_OK) { return refused(call->api, error, FGQA_ERROR_RUNTIME, "way to free scratch memory"); }
+    drop(call->api, error);     /* what the kernel says is the cause */
+    return status;
 }
 
 static fgqa_status run_on_cpu(const fgqa_plan *plan, const fgqa_problem *problem)
