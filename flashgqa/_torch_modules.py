@@ -56,6 +56,8 @@ class LayerCache:
 def check_input(embed_dim, packed, **inputs):
     """Of a layer: that no sequences are joined without cu_seqlens, which would attend to each other in silence."""
     for name, x in inputs.items():
+        if x is not None and not isinstance(x, torch.Tensor) or x is None and name == "x":
+            raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor")
         if x is not None and (x.dim() != (2 if packed else 3) or x.shape[-1] != embed_dim):
             raise ValueError(
                 f"{name} is {list(x.shape)}: it must be [batch, seq, embed_dim] with embed_dim {embed_dim}, or "

@@ -19,9 +19,18 @@ def _fold(x, batch, heads, matrix):
     return x if len(batch) == 1 else x.reshape(math.prod(batch), heads, *matrix)
 
 
-def _broadcast(a, b, c):
-    """The shape that three broadcast to; torch's own function takes longer than all of a small call."""
-    return tuple(a) if a == b == c else tuple(torch.broadcast_shapes(a, b, c))
+def _broadcast(query, key, value, axes, fix):
+    """The shape that these of three tensors broadcast to; torch's own function takes longer than all of a small call."""
+    if query == key == value:
+        return tuple(query)
+    rank = max(len(query), len(key), len(value))
+    joined = [1] * rank
+    for shape in (query, key, value):
+        for axis, size in enumerate(shape, rank - len(shape)):
+            if size != 1 and joined[axis] not in (1, size):
+                raise RuntimeError(f"{axes}: query has {list(query)}, key {list(key)} and value {list(value)}: {fix}")
+            joined[axis] = joined[axis] if size == 1 else size
+    return tuple(joined)
 
 
 def _mask_fold(mask, batch, heads):
@@ -112,9 +121,9 @@ def scaled_dot_product_attention(
         k = k if hk == kv_heads else k.repeat_interleave(kv_heads // hk, -3)
         v = v if hv == kv_heads else v.repeat_interleave(kv_heads // hv, -3)
     else:
-        hq = _broadcast((hq,), (hk,), (hv,))[0]
+        hq = _broadcast((hq,), (hk,), (hv,), "heads", "they must be equal, or 1; fewer KV heads need enable_gqa=True")[0]
         kv_heads = 1 if hk == 1 and hv == 1 else hq
-    batch = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    batch = _broadcast(q.shape[:-3], k.shape[:-3], v.shape[:-3], "batch", "they must broadcast")
     mask = bias = None
     if attn_mask is not None:
         attn_mask = _mask_fold(attn_mask, batch, hq)

@@ -170,8 +170,10 @@ def test_sdpa_errors():
     q, k, v = inputs(hk=4)
     with pytest.raises(RuntimeError, match="is_causal"):
         fg.scaled_dot_product_attention(q, k, v, torch.ones(5, 7, dtype=torch.bool), is_causal=True)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=r"heads: query has \[4\], key \[2\] and value \[2\]: .* need enable_gqa=True"):
         fg.scaled_dot_product_attention(q, k[:, :2], v[:, :2])
+    with pytest.raises(RuntimeError, match=r"batch: query has \[2\], key \[3\] and value \[2\]: they must broadcast"):
+        fg.scaled_dot_product_attention(q, torch.cat([k, k[:1]]), v)
     with pytest.raises(RuntimeError, match="enable_gqa"):
         fg.scaled_dot_product_attention(q, k[:, :3], v[:, :3], enable_gqa=True)
     with pytest.raises(ValueError, match="at least 2"):

@@ -171,6 +171,9 @@ def test_flash_gqa_errors():
             layer(wrong, **options)
     with pytest.raises(ValueError, match=r"x_kv is \[2, 9, 16\]: it must"):
         make("cpu", 32, 4)(x, x[..., :16])
+    for wrong in (None, x.detach().numpy(), [x]):
+        with pytest.raises(TypeError, match=rf"x is {type(wrong).__name__}: it must be a torch.Tensor"):
+            layer(wrong)
     with pytest.raises(ValueError, match="need_weights"):
         layer(x[0], cu_seqlens=cu_seqlens, max_seqlen=9, need_weights=True)
     with pytest.raises(ValueError, match="key_padding_mask"):
