@@ -126,6 +126,7 @@ def attention(
         Also return lse.
     out : array, optional
         Where to write the result: exact shape and dtype, contiguous last axis, writable, no overlap with inputs.
+        An error leaves it as it was; Ctrl-C may leave it half written.
     stream : int or stream object, optional
         CUDA stream to work on, for tensors on a GPU: its address, or a stream of torch, CuPy or any with ``__cuda_stream__``.
         The default is the current stream of q's library. Nothing waits for the GPU.

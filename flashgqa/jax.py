@@ -138,7 +138,8 @@ def attention(
 
     Works in jit, grad, vjp, vmap (of any of the arrays, nested), checkpoint, scan and shard_map. Arguments that are arrays may be
     traced, all others are static. Over several devices, use shard_map along batch or KV heads: where XLA partitions a program by
-    itself, it gathers whole arrays for this call.
+    itself, it gathers whole arrays for this call. `jax.export` takes programs with it if ``disabled_checks`` has
+    ``DisabledSafetyCheck.custom_call("flashgqa_attention")``; where they run, this module must have been imported.
 
     Parameters
     ----------

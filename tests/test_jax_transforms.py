@@ -202,6 +202,16 @@ def test_checkpoint_and_scan(inputs):
     assert np.array_equal(plain, recomputed) and np.isfinite(plain).all()
 
 
+def test_exported_programs(inputs):
+    from jax import export
+
+    q, k, v, _ = (jnp.asarray(x) for x in inputs)
+    gradient = jax.jit(jax.grad(lambda q, k, v: fj.attention(q, k, v, causal=True).sum()))
+    allowed = [export.DisabledSafetyCheck.custom_call("flashgqa_attention")]
+    exported = export.export(gradient, platforms=["cpu", "cuda"], disabled_checks=allowed)(q, k, v)
+    assert np.array_equal(exported.call(q, k, v), gradient(q, k, v))
+
+
 def test_only_the_gradients_that_are_asked_for(inputs):
     """dbias costs a pass over all scores: it is not computed where nobody differentiates bias."""
     q, k, v, _ = inputs
