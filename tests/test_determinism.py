@@ -1,5 +1,6 @@
 """The same bits: run to run, for any number of threads, whatever else is in the batch."""
 
+import ctypes
 import dataclasses
 import os
 import subprocess
@@ -47,6 +48,26 @@ def test_same_bits_from_run_to_run_and_for_any_number_of_threads(case, backend, 
     for other in results[1:]:
         for name, a, b in zip(("out", "lse", "dq", "dk", "dv", "dbias", "dsink"), results[0], other, strict=True):
             assert same_bits(a, b), name
+
+
+UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}.get(os.uname().machine)       # FE_UPWARD of fenv.h
+
+
+@pytest.mark.skipif(UPWARD is None, reason="needs the number of a rounding mode")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_same_bits_whatever_mode_the_calling_thread_is_in(case, threads):
+    """Threads of the pool do not know its mode (fesetround, torch.set_flush_denormal), and they share the work."""
+    call, libm = build(case), ctypes.CDLL("libm.so.6")
+    expected = run(flashgqa, call)
+    for n in (1, 3):
+        threads(n)
+        assert libm.fesetround(UPWARD) == 0
+        try:
+            results = run(flashgqa, call)
+            assert libm.fegetround() == UPWARD
+        finally:
+            libm.fesetround(0)
+        assert all(a is None or same_bits(a, b) for a, b in zip(expected, results, strict=True))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

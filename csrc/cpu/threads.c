@@ -31,10 +31,30 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#else
+#include <fenv.h>
 #endif
 
 #define SPIN_NS 20000           /* about a futex wake-up: spinning longer than sleeping would cost gains nothing */
 #define POLL_NS 50000000        /* Ctrl-C must be seen within 200 ms; taking the GIL more often disturbs other threads */
+
+/* How a thread rounds, traps and treats subnormal numbers. */
+#if defined(__x86_64__)
+typedef unsigned fp_mode;       /* MXCSR */
+static fp_mode fp_mode_get(void) { return _mm_getcsr(); }
+static void fp_mode_set(fp_mode mode) { _mm_setcsr(mode); }
+static void fp_mode_set_for_tasks(void) { _mm_setcsr(_MM_MASK_MASK | _MM_ROUND_NEAREST | _MM_FLUSH_ZERO_ON); }
+#else
+typedef fenv_t fp_mode;
+static fp_mode fp_mode_get(void)
+{
+    fp_mode mode;
+    fegetenv(&mode);
+    return mode;
+}
+static void fp_mode_set(fp_mode mode) { fesetenv(&mode); }
+static void fp_mode_set_for_tasks(void) { fesetenv(FE_DFL_ENV); }
+#endif
 
 typedef struct {
     fgqa_task *task;
@@ -42,6 +62,7 @@ typedef struct {
     int64_t tasks;
     const fgqa_exec *exec;      /* may be NULL */
     int64_t next_poll_ns;       /* of the calling thread alone */
+    fp_mode callers;
     unsigned epoch;             /* fork_epoch at the start */
     int shared;                 /* pool threads take part */
     _Atomic int64_t next;       /* first task nobody has taken */
@@ -103,7 +124,10 @@ static int poll_job(job_state *job, int calling_thread)
     if (now < job->next_poll_ns) {
         return 0;
     }
+    const fp_mode own = fp_mode_get();
+    fp_mode_set(job->callers);
     const int interrupted = job->exec->interrupted(job->exec->context);
+    fp_mode_set(own);
     job->next_poll_ns = now_ns() + POLL_NS;
     if (interrupted || workers_lost(job)) {
         atomic_store_explicit(&job->stop, 1, memory_order_relaxed);
@@ -117,10 +141,8 @@ int fgqa_poll(const fgqa_worker *worker) { return poll_job((job_state *)worker->
 static void run_tasks(job_state *job, int32_t index, void *scratch)
 {
     const fgqa_worker worker = {scratch, index, job};
-#if defined(__x86_64__)
-    const unsigned mxcsr = _mm_getcsr();
-    _mm_setcsr(mxcsr | _MM_FLUSH_ZERO_ON);
-#endif
+    const fp_mode before = fp_mode_get();
+    fp_mode_set_for_tasks();
     while (!poll_job(job, index == 0)) {
         const int64_t task = atomic_fetch_add_explicit(&job->next, 1, memory_order_relaxed);
         if (task >= job->tasks) {
@@ -128,9 +150,7 @@ static void run_tasks(job_state *job, int32_t index, void *scratch)
         }
         job->task(job->context, task, &worker);
     }
-#if defined(__x86_64__)
-    _mm_setcsr(mxcsr);
-#endif
+    fp_mode_set(before);
 }
 
 static fgqa_status job_result(const job_state *job)
@@ -347,7 +367,7 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
         return FGQA_OK;
     }
     job_state job = {.task = task, .context = context, .tasks = tasks, .exec = exec, .next_poll_ns = now_ns() + POLL_NS,
-                     .epoch = atomic_load(&fork_epoch)};
+                     .callers = fp_mode_get(), .epoch = atomic_load(&fork_epoch)};
     if (atomic_flag_test_and_set(&pool_taken)) {
         return run_inline(&job, scratch_bytes);
     }

@@ -4,8 +4,9 @@
  * task) runs its tasks inline on its own thread: never a deadlock, never oversubscription. Results do not depend on
  * which worker runs which task.
  *
- * On x86 tasks run with flush-to-zero on results (a denormal weight costs ~150 cycles an instruction and is worth
- * nothing); denormal inputs still count. The caller's own mode is restored.
+ * Tasks round to nearest and never trap, whatever the caller does (fesetround, torch.set_flush_denormal): pool threads do not know
+ * its mode, and results would depend on who runs what. On x86 they flush results to zero (a denormal weight costs ~150 cycles an
+ * instruction and is worth nothing); denormal inputs count. The caller's own mode holds again in exec->interrupted and afterwards.
  */
 #ifndef FGQA_THREADS_H
 #define FGQA_THREADS_H

@@ -4,6 +4,7 @@
 #define _GNU_SOURCE
 #endif
 #include "../../csrc/cpu/threads.h"
+#include <fenv.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
@@ -208,6 +209,44 @@ static void test_pool_threads_block_signals(void)
     CHECK(fgqa_parallel(signal_mask_task, NULL, 32, 4, 0, NULL) == FGQA_OK);
 }
 
+/* 1 / 3 as the mode of this thread rounds it. To nearest is up. */
+static float third(void)
+{
+    volatile float one = 1.0f, three = 3.0f;
+    return one / three;
+}
+
+static float nearest;
+
+static void rounding_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    (void)context; (void)task;
+    const double until = seconds() + 0.03;
+    while (seconds() < until && !fgqa_poll(worker)) { CHECK(third() == nearest); }
+}
+
+static int rounding_callback(void *context)
+{
+    int *const asked = context;
+    CHECK(third() < nearest);
+    *asked = 1;
+    return 0;
+}
+
+static void test_tasks_round_to_nearest_and_callers_as_they_like(void)
+{
+    nearest = third();
+    for (int threads = 1; threads <= 3; threads++) {
+        int asked = 0;
+        const fgqa_exec exec = {NULL, rounding_callback, &asked};
+        CHECK(fesetround(FE_DOWNWARD) == 0);
+        CHECK(fgqa_parallel(rounding_task, NULL, 8, threads, 0, &exec) == FGQA_OK);
+        CHECK(third() < nearest && fgqa_parallel(rounding_task, NULL, 1, 1, 0, NULL) == FGQA_OK && third() < nearest);
+        CHECK(fesetround(FE_TONEAREST) == 0);
+        CHECK(asked);
+    }
+}
+
 static void test_thread_count(void)
 {
     static const char *const bad[] = {"0", "-1", "four", "4x", "4,2", "1025", "99999999999999999999"};
@@ -236,6 +275,7 @@ int main(void)
     test_call_forked_from_its_callback_fails_in_the_child_only();
     test_scratch_failure_runs_nothing();
     test_pool_threads_block_signals();
+    test_tasks_round_to_nearest_and_callers_as_they_like();
     printf("test_threads: ok\n");
     return 0;
 }
