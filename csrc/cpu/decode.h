@@ -4,10 +4,10 @@
  * scalar of K and V would take a broadcast of its own. Here a row of K or V is read once, in full vectors, for all rows:
  * few instructions per byte leave the core's window to loads in flight, which is what a memory-bound pass is made of.
  *
- *     few_scores()       s[key][row]  = q[row] . k[key]
- *     few_accumulate()   o[row][:]    = o[row][:]*factor[row] + sum over keys of p[key][row] * v[key][:]
+ *     few_scores()       s[row][key]  = q[row] . k[key]
+ *     few_accumulate()   o[row][:]    = o[row][:]*factor[row] + sum over keys of p[row][key] * v[key][:]
  *
- * s and p are tiles as in tile.h (w lanes apart), q and o rows of columns rounded up to VL. Rows of K and V that are bfloat16 or
+ * q and o are rows of columns rounded up to VL. Rows of K and V that are bfloat16 or
  * float16 become floats in registers: a copy as floats would be written and read again. Nothing outside the d or dv elements of a
  * row is read. A row's bits do not depend on how keys and rows are grouped: every sum runs over the
  * same vectors and folds their lanes by halves.
@@ -25,13 +25,14 @@
 /* Keys whose columns are accumulated in registers before o is touched: few enough that passes over the column blocks of
  * wide rows find V in L1, many enough that loading and storing o does not count. */
 #define FEW_KEYS 32
-/* Rows of K and V are prefetched about this many bytes of them ahead; beyond the last row that does no harm. */
+/* Rows of K and V are prefetched about this many bytes of them ahead, in lists no more than there are in a block; beyond the last row
+ * that does no harm. */
 #define FEW_AHEAD 8192
 #define LIST_AHEAD 64       /* rows behind those of a block whose addresses its list has, too */
 
 /* Rows of K or V: `stride` apart from `data` on, or where `list` says (pages of a cache; what is not real), as this is stored. */
 typedef enum { FEW_BLOCK, FEW_LIST, FEW_LIST_BF16, FEW_LIST_F16 } few_form;
-typedef struct { const real *data; ptrdiff_t stride; const void *const *list; few_form form; } few_source;
+typedef struct { const real *data; ptrdiff_t stride; const void *const *list; few_form form; } few_source;   /* list: few_ahead() longer */
 #define FEW_HAS_BF16 (!FGQA_REAL_F64)
 #if defined(__F16C__)
 #define FEW_HAS_F16 (!FGQA_REAL_F64)
@@ -70,36 +71,45 @@ SIMD int few_lanes(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
 
 SIMD int few_min(int a, int b) { return a < b ? a : b; }
 
-SIMD void few_prefetch(const few_source *from, const few_form form, int j, int c, int columns)
+/* Rows ahead, of a block of n. */
+SIMD int few_ahead(const few_form form, int n, int columns)
 {
-    const ptrdiff_t rows = FEW_AHEAD / (columns * few_bytes(form)) + 1;
+    const int rows = columns > 0 ? FEW_AHEAD / (columns * (int)few_bytes(form)) + 1 : 0;
+    return form == FEW_BLOCK ? rows : few_min(rows, few_min(n, LIST_AHEAD));
+}
+
+SIMD void few_prefetch(const few_source *from, const few_form form, int j, int c, int rows)
+{
     if (form != FEW_BLOCK) {
-        __builtin_prefetch((const char *)from->list[j + (rows < LIST_AHEAD ? rows : LIST_AHEAD)] + c * few_bytes(form));
+        __builtin_prefetch((const char *)from->list[j + rows] + c * few_bytes(form));
     } else {
-        __builtin_prefetch((const char *)(from->data + j * from->stride + c) + rows * from->stride * (ptrdiff_t)sizeof(real));
+        __builtin_prefetch(from->data + (j + rows) * from->stride + c);
     }
 }
 
-/* The sum over the lanes of each x[i], i < n, is lane i*VL/n of the result; n a power of two, at most VL. */
-SIMD vreal few_fold(vreal *x, const int n)
+/* The sum over the lanes of each x[i], i < n, or the largest of them, is lane i*VL/n of the result; n a power of two, at most VL. */
+SIMD vreal few_fold(vreal *x, const int n, const int largest)
 {
     UNROLL(4)
     for (int left = n; left > 1; left /= 2) {
         UNROLL(8)
         for (int i = 0; i < left / 2; i++) {
-            x[i] = SIMD_SHUFFLE(x[i], x[i + left / 2], INTERLEAVE_LOW) + SIMD_SHUFFLE(x[i], x[i + left / 2], INTERLEAVE_HIGH);
+            const vreal low = SIMD_SHUFFLE(x[i], x[i + left / 2], INTERLEAVE_LOW), high = SIMD_SHUFFLE(x[i], x[i + left / 2], INTERLEAVE_HIGH);
+            x[i] = largest ? v_max(low, high) : low + high;
         }
     }
-    vreal sum = x[0];
+    vreal all = x[0];
     UNROLL(4)
     for (int lanes = VL; lanes > n; lanes /= 2) {
-        sum = SIMD_SHUFFLE(sum, sum, INTERLEAVE_LOW) + SIMD_SHUFFLE(sum, sum, INTERLEAVE_HIGH);
+        const vreal low = SIMD_SHUFFLE(all, all, INTERLEAVE_LOW), high = SIMD_SHUFFLE(all, all, INTERLEAVE_HIGH);
+        all = largest ? v_max(low, high) : low + high;
     }
-    return sum;
+    return all;
 }
 
 /* Keys j0.. , `keys` at once, for `rows` rows; form, rows and keys are constants, keys*rows a power of two, at most FEW_SUMS and VL. */
-SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
+SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s,
+                  ptrdiff_t lds, int ahead)
 {
     vreal sum[FEW_SUMS], key[4];
     const void *at[4];
@@ -112,7 +122,7 @@ SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, i
         UNROLL(4)
         for (int j = 0; j < keys; j++) {
             key[j] = few_load(at[j], form, c);
-            few_prefetch(k, form, j0 + j, c, d);
+            few_prefetch(k, form, j0 + j, c, ahead);
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -131,26 +141,27 @@ SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, i
             for (int j = 0; j < keys; j++) { sum[j * rows + r] += key[j] * query; }
         }
     }
-    const vreal folded = few_fold(sum, keys * rows);
+    const vreal folded = few_fold(sum, keys * rows, 0);
     UNROLL(4)
     for (int j = 0; j < keys; j++) {
         UNROLL(8)
-        for (int r = 0; r < rows; r++) { s[j * w + r] = folded[(j * rows + r) * (VL / (keys * rows))]; }
+        for (int r = 0; r < rows; r++) { s[r * lds + j0 + j] = folded[(j * rows + r) * (VL / (keys * rows))]; }
     }
 }
 
-SIMD void few_scores_strip(const int rows, const few_form form, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
+SIMD void few_scores_strip(const int rows, const few_form form, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s,
+                           ptrdiff_t lds)
 {
-    const int sums = FEW_SUMS < VL ? FEW_SUMS : VL, keys = sums / rows < 4 ? sums / rows : 4;
+    const int sums = FEW_SUMS < VL ? FEW_SUMS : VL, keys = sums / rows < 4 ? sums / rows : 4, ahead = few_ahead(form, n, d);
     int j = 0;
-    for (; j + keys <= n; j += keys) { few_dot(rows, form, keys, j, d, k, q, ldq, s + j * w, w); }
-    for (; j < n; j++) { few_dot(rows, form, 1, j, d, k, q, ldq, s + j * w, w); }
+    for (; j + keys <= n; j += keys) { few_dot(rows, form, keys, j, d, k, q, ldq, s, lds, ahead); }
+    for (; j < n; j++) { few_dot(rows, form, 1, j, d, k, q, ldq, s, lds, ahead); }
 }
 
 /* nv vectors of columns, from c0 on, of `rows` rows, over keys j0.., at most FEW_KEYS. `part` > 0: nv is 1 and the vector has only
  * that many columns. */
-SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, int j0, int n, int c0, int dv, const real *p, int w, const few_source *v,
-                   real *o, ptrdiff_t ldo, const real *factor)
+SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, int j0, int n, int c0, int ahead, const real *p, ptrdiff_t ldp,
+                   const few_source *v, real *o, ptrdiff_t ldo, const real *factor)
 {
     vreal sum[FEW_SUMS];
     UNROLL(16)
@@ -161,11 +172,11 @@ SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, 
         UNROLL(8)
         for (int c = 0; c < nv; c++) {
             value[c] = part ? few_load_part(at, form, c0, part) : few_load(at, form, c0 + c * VL);
-            few_prefetch(v, form, j0 + j, c0 + c * VL, dv);
+            few_prefetch(v, form, j0 + j, c0 + c * VL, ahead);
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
-            const vreal weight = v_set1(p[(j0 + j) * w + r]);
+            const vreal weight = v_set1(p[r * ldp + j0 + j]);
             UNROLL(8)
             for (int c = 0; c < nv; c++) { sum[r * nv + c] += weight * value[c]; }
         }
@@ -180,17 +191,17 @@ SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, 
     }
 }
 
-SIMD void few_accumulate_strip(const int rows, const few_form form, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
-                               const real *factor)
+SIMD void few_accumulate_strip(const int rows, const few_form form, int n, int dv, const real *p, ptrdiff_t ldp, const few_source *v, real *o,
+                               ptrdiff_t ldo, const real *factor)
 {
-    const int nv = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8;
+    const int nv = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8, ahead = few_ahead(form, n, dv);
     for (int j = 0; j < n; j += FEW_KEYS) {
         const int keys = few_min(n - j, FEW_KEYS);
         const real *scale = j == 0 ? factor : NULL;
         int c = 0;
-        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, form, nv, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
-        for (; c + VL <= dv; c += VL) { few_axpy(rows, form, 1, 0, j, keys, c, dv, p, w, v, o, ldo, scale); }
-        if (c < dv) { few_axpy(rows, form, 1, dv - c, j, keys, c, dv, p, w, v, o, ldo, scale); }
+        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, form, nv, 0, j, keys, c, ahead, p, ldp, v, o, ldo, scale); }
+        for (; c + VL <= dv; c += VL) { few_axpy(rows, form, 1, 0, j, keys, c, ahead, p, ldp, v, o, ldo, scale); }
+        if (c < dv) { few_axpy(rows, form, 1, dv - c, j, keys, c, ahead, p, ldp, v, o, ldo, scale); }
     }
 }
 
@@ -222,15 +233,15 @@ SIMD void few_accumulate_strip(const int rows, const few_form form, int n, int d
         }                                                                           \
     } while (0)
 
-FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, int w)
+FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s, ptrdiff_t lds)
 {
-    FEW_BY_FORM(few_scores_strip, k->form, rows, n, d, k, q, ldq, s, w);
+    FEW_BY_FORM(few_scores_strip, k->form, rows, n, d, k, q, ldq, s, lds);
 }
 
-FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, int w, const few_source *v, real *o, ptrdiff_t ldo,
-                                                          const real *factor)
+FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, ptrdiff_t ldp, const few_source *v, real *o,
+                                                          ptrdiff_t ldo, const real *factor)
 {
-    FEW_BY_FORM(few_accumulate_strip, v->form, rows, n, dv, p, w, v, o, ldo, factor);
+    FEW_BY_FORM(few_accumulate_strip, v->form, rows, n, dv, p, ldp, v, o, ldo, factor);
 }
 
 #endif

@@ -7,21 +7,15 @@
  *     memory   Q^T and O^T of the superblock and one block of KEYS keys stay in L2, one tile of weights in L1
  *     loop     key blocks outside, panels inside:  s = K q;  p = 2^(s - m);  o = o*2^(m_old - m) + V^T p
  *
- * A sequence of a handful of rows (decode: one token, the heads of a group) takes its two products from decode.h instead.
+ * A sequence of a handful of rows (decode: one token, the heads of a group) has tiles of its own (fwd_few.h).
  * Where a sequence has few rows its keys are split into parts; each writes (o, m, l) to the workspace, and a second
  * round of tasks combines them in the order of the parts. The parts follow from the shape of the sequence alone, so the
  * bits depend neither on the number of threads nor on the rest of the batch.
  */
+#include "fwd_few.h"
+#include "fwd_panel.h"
 #include "rotary.h"
 #include "threads.h"
-#include "tile.h"
-#include "../core/workspace.h"
-#if FGQA_PAIRS
-#include "amx_fwd.h"
-#else
-#define BLOCK_KEYS KEYS          /* of the loop */
-#endif
-#include "fwd_panel.h"
 
 /* Superblocks: enough tasks for 16 cores, within half of a 2 MB L2 (Q^T and O^T). */
 #define WANTED_TASKS 32
@@ -53,10 +47,6 @@ static key_parts split_keys(const fgqa_problem *p, const fgqa_mask *mask)
     return parts;
 }
 
-static int32_t columns(int32_t n) { return ROUND_UP(n, VL); }
-/* Of packed q, in reals a lane: on tiles there is room for two bfloat16 numbers each. */
-static int32_t q_columns(int32_t d) { return FGQA_PAIRS ? ROUND_UP(d, 32) : columns(d); }
-
 /* Lanes of the partial results of one part: the rows of the largest sequence that is split. */
 static int32_t partial_lanes(const fgqa_problem *p)
 {
@@ -65,57 +55,6 @@ static int32_t partial_lanes(const fgqa_problem *p)
 }
 
 static size_t partial_reals(const fgqa_problem *p) { return (size_t)partial_lanes(p) * (size_t)(columns(p->dv) + 2); }
-
-/* A worker's memory; panels of a superblock one after the other. */
-typedef struct {
-    tile_panel *panel;
-    real *q, *o;              /* [panel][d][PANEL], [panel][dv][PANEL] */
-    real *m, *l;              /* [panel][PANEL]: running maximum (base 2) and sum */
-    real *s, *add;            /* tiles */
-    ireal *keep;
-    real *factor;             /* [2][PANEL]: 2^(m_old - m); the second for what is made beside (amx_fwd.h) */
-    real *rows;               /* [PANEL][max(d, dv)] rows being packed or stored; [VL][KEYS] of an additive tile */
-    real *k, *v, *clean;      /* converted blocks, V without its bad rows */
-    const void **k_list, **v_list;
-#if FGQA_PAIRS
-    real *ring;               /* scores of some strips (amx_weights.h) */
-    int *q_special, *o_empty; /* [panel]: q has two parts and is not finite; o has not been written */
-    int32_t *reached;         /* [panel]: the first key of the block that it has not attended to */
-    const amx_shared *shared; /* or NULL: keys are packed by this task */
-    amx_keys keys[AMX_BLOCKS];
-#endif
-} fwd_scratch;
-
-static size_t carve(fwd_scratch *scratch, const fgqa_problem *p, int32_t block_q, void *base)
-{
-    fgqa_arena arena = fgqa_arena_begin(base);
-    const size_t panels = (size_t)(block_q / PANEL), lanes = (size_t)block_q, d = (size_t)columns(p->d), dv = (size_t)columns(p->dv);
-    const int has_add = p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data;
-    const size_t widest = d > dv ? d : dv;
-    scratch->s = fgqa_arena_take(&arena, SCORE_KEYS * PANEL, sizeof(real));
-    scratch->factor = fgqa_arena_take(&arena, 2 * PANEL, sizeof(real));
-    scratch->panel = fgqa_arena_take(&arena, panels, sizeof(tile_panel));
-    scratch->m = fgqa_arena_take(&arena, lanes, sizeof(real));
-    scratch->l = fgqa_arena_take(&arena, lanes, sizeof(real));
-    scratch->q = fgqa_arena_take(&arena, lanes * (size_t)q_columns(p->d), sizeof(real));
-    scratch->o = fgqa_arena_take(&arena, lanes * dv, sizeof(real));
-    scratch->rows = fgqa_arena_take(&arena, widest * PANEL > VL * KEYS ? widest * PANEL : VL * KEYS, sizeof(real));
-    scratch->k = fgqa_arena_take(&arena, KEYS * d, sizeof(real));
-    scratch->v = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
-    scratch->clean = fgqa_arena_take(&arena, KEYS * dv, sizeof(real));
-    scratch->k_list = fgqa_arena_take(&arena, KEYS + LIST_AHEAD, sizeof(const void *));
-    scratch->v_list = fgqa_arena_take(&arena, KEYS + LIST_AHEAD, sizeof(const void *));
-    scratch->add = fgqa_arena_take(&arena, has_add ? KEYS * PANEL : 0, sizeof(real));
-    scratch->keep = fgqa_arena_take(&arena, p->dropout_threshold ? KEYS * PANEL : 0, sizeof(ireal));
-#if FGQA_PAIRS
-    scratch->ring = fgqa_arena_take(&arena, AMX_RING * AMX_STRIP, sizeof(real));
-    scratch->q_special = fgqa_arena_take(&arena, panels, sizeof(int));
-    scratch->o_empty = fgqa_arena_take(&arena, panels, sizeof(int));
-    scratch->reached = fgqa_arena_take(&arena, panels, sizeof(int32_t));
-    amx_keys_carve(scratch->keys, &arena, p);
-#endif
-    return arena.used;
-}
 
 void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan);
 fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec);
@@ -162,16 +101,6 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
 
 /* ---- one tile ---- */
 
-/* The block of keys at hand. V is searched for bad rows when the first tile needs to know. */
-typedef struct {
-    int32_t j0, j1;
-    tile_block k, v, clean;
-    const void *const *k_list, *const *v_list;   /* addresses instead of k and v, or NULL */
-    few_form form;          /* of what is listed */
-    tile_bad_rows bad;
-    int searched, stream;   /* stream: K and V lie in the caller's memory and only one panel reads them */
-} key_block;
-
 SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *block, int32_t panels)
 {
     const fgqa_problem *p = t->p;
@@ -193,8 +122,8 @@ SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *blo
     /* Pages are read in place where only one panel reads them, and they fill the rows of the micro-kernel. */
     const few_form form = tile_list_form(p);
     const int list = scratch->panel->few ? form != FEW_BLOCK : form == FEW_LIST && panels == 1 && p->cache.page_size >= MR;
-    if (list && tile_block_list(scratch->k_list, form, t, &p->view[FGQA_ARG_k], block->j0, block->j1)
-        && tile_block_list(scratch->v_list, form, t, &p->view[FGQA_ARG_v], block->j0, block->j1)) {
+    if (list && tile_block_list(scratch->k_list, form, t, &p->view[FGQA_ARG_k], block->j0, block->j1, p->d)
+        && tile_block_list(scratch->v_list, form, t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv)) {
         block->k_list = scratch->k_list;
         block->v_list = scratch->v_list;
         block->form = form;
@@ -268,21 +197,6 @@ SIMD void pack_q(const fwd_scratch *scratch, const tile_sequence *t, int32_t n)
 }
 #endif
 
-SIMD tile_block block_from(const tile_block *block, int32_t row)
-{
-    const tile_block rest = {block->data + row * block->stride, block->stride};
-    return rest;
-}
-
-/* tile_add_bad_row() for o as [row][ld]. */
-static void add_bad_row_to_few(const tile_panel *panel, const real *add, int32_t j, const real *weight, const real *x, int32_t cols, real *o, int32_t ld)
-{
-    const vint sees = v_mask_bits(tile_sees(panel, add, j, 0));
-    for (int32_t r = 0; r < panel->rows; r++) {
-        for (int32_t c = 0; c < cols && sees[r]; c++) { o[r * ld + c] += weight[r] * x[c]; }
-    }
-}
-
 /* Rows of panel n attend to keys [j0, j1). */
 static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
@@ -295,7 +209,6 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
     const tile_block k = block_from(&block->k, first);
     panel->k_list = block->k_list ? block->k_list + first : NULL;
     panel->v_list = block->v_list ? block->v_list + first : NULL;
-    panel->form = block->form;
     if (block->stream) {
         const tile_block values = block_from(&block->v, first);
         panel->ahead = values.data;
@@ -309,33 +222,19 @@ static void attend(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_
         ireal *weight = (ireal *)(void *)s;
         for (int32_t i = 0; i < keys * w; i += VL) { *(vint_any *)(weight + i) &= v_load_int(scratch->keep + i); }
     }
-    if (block->v_list && (kind == TILE_PARTIAL || !panel->few)) {      /* that product and the search for bad rows take blocks */
+    if (block->v_list) {
         block->v = tile_block_load(t, &p->view[FGQA_ARG_v], block->j0, block->j1, p->dv, scratch->v);
         block->v_list = NULL;
     }
-    if (kind == TILE_PARTIAL && !block->searched) {
-        tile_find_bad_rows(&block->bad, &block->v, block->j1 - block->j0, p->dv);
-        if (block->bad.count) { block->clean = tile_without_bad_rows(&block->bad, &block->v, block->j1 - block->j0, p->dv, scratch->clean); }
-        block->searched = 1;
-    }
+    if (kind == TILE_PARTIAL) { search_values(scratch, t, block); }
     const int dirty = kind == TILE_PARTIAL && block->bad.count;
     const tile_block v = block_from(dirty ? &block->clean : &block->v, first);
-    if (panel->few) {
-        const few_source values = {v.data, v.stride, block->v_list ? block->v_list + first : NULL, block->v_list ? block->form : FEW_BLOCK};
-        few_accumulate(panel->rows, keys, p->dv, s, w, &values, o, columns(p->dv), scratch->factor);
-    } else {
-        gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
-    }
+    gemm_col_scale(p->dv, panel->nv, keys, v.data, v.stride, s, w, o, w, scratch->factor);
     for (int32_t i = 0; dirty && i < block->bad.count; i++) {
         const int32_t j = block->j0 + block->bad.row[i];
         if (j < j0 || j >= j1) { continue; }
         const real *bad = block->v.data + block->bad.row[i] * block->v.stride, *weight = s + (ptrdiff_t)(j - j0) * w;
-        const real *masked = add ? add + (ptrdiff_t)(j - j0) * w : NULL;
-        if (panel->few) {
-            add_bad_row_to_few(panel, masked, j, weight, bad, p->dv, o, columns(p->dv));
-        } else {
-            tile_add_bad_row(panel, masked, j, weight, bad, p->dv, o);
-        }
+        tile_add_bad_row(panel, add ? add + (ptrdiff_t)(j - j0) * w : NULL, j, weight, bad, p->dv, o);
     }
 }
 
@@ -381,7 +280,12 @@ static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t pan
 #endif
     for (int32_t n = 0; n < panels; n++) {
         const fgqa_range range = panel_block(scratch, n, block);
-        if (range.begin < range.end) { attend(scratch, t, n, block, range.begin, range.end); }
+        if (range.begin >= range.end) { continue; }
+        if (scratch->panel->few) {
+            attend_few(scratch, t, block, range.begin, range.end);
+        } else {
+            attend(scratch, t, n, block, range.begin, range.end);
+        }
     }
 }
 
@@ -459,8 +363,6 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
             panel->few = 1;
             tile_pack_rows(scratch.q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
             rotate_rows(scratch.q, d, &t, panel);
-            const int32_t keys = panel->keys.end - panel->keys.begin;
-            if (keys > 0) { memset(scratch.s, 0, (size_t)((keys < KEYS ? keys : KEYS) * VL) * sizeof(real)); }   /* idle lanes stay what they are: finite */
         } else {
             pack_q(&scratch, &t, n);
         }
@@ -482,7 +384,8 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     const int32_t step = scratch.panel->few ? KEYS : BLOCK_KEYS;
     for (int32_t j0 = range.begin < range.end ? range.begin / step * step : range.end; j0 < range.end; j0 += step) {
         if (fgqa_poll(worker)) { return; }
-        key_block block = {.j0 = j0 > range.begin ? j0 : range.begin, .j1 = range.end - j0 < step ? range.end : j0 + step};
+        key_block block;
+        block_begin(&block, j0 > range.begin ? j0 : range.begin, range.end - j0 < step ? range.end : j0 + step);
         load_keys(&scratch, &t, &block, panels);
         attend_all(&scratch, &t, panels, &block);
     }

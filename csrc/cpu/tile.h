@@ -102,10 +102,9 @@ typedef struct {
     const real *ahead;                             /* V of the keys at hand if the panel is alone and V in place, else NULL: prefetched */
     ptrdiff_t ld_ahead;
     const void *const *k_list, *const *v_list;     /* addresses of the rows instead of blocks, or NULL; V's to be prefetched */
-    few_form form;                                 /* of what is listed */
     int64_t r0;                                    /* first packed row */
     int32_t rows, nv, w;                           /* rows in use, vectors that hold them, lanes: w = nv*VL */
-    int32_t few;                                   /* nonzero: at most FEW_ROWS rows, q is [lane][ROUND_UP(d, VL)] and products are decode.h's */
+    int32_t few;                                   /* nonzero: at most FEW_ROWS rows, computed by fwd_few.h; q is [lane][ROUND_UP(d, VL)] */
     int32_t i0, i1;                                /* query rows [i0, i1) */
     fgqa_range keys;                               /* keys that some row sees */
 } tile_panel;
@@ -125,16 +124,22 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     panel->i1 = fgqa_packed_row_q(r0 + panel->rows - 1, p->g) + 1;
     panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
     const int alibi = p->view[FGQA_ARG_alibi_slopes].data != NULL;
+    const int32_t first_head = fgqa_packed_row_head(0, t->kv_head, p->g), end_head = first_head + p->g;
+    int32_t i = panel->i0, h = fgqa_packed_row_head(r0, t->kv_head, p->g), begin = fgqa_kv_begin(&t->seq.mask, i), end = fgqa_kv_end(&t->seq.mask, i);
     for (int32_t lane = 0; lane < panel->w; lane++) {
         const int used = lane < panel->rows;
-        const int64_t r = r0 + (used ? lane : 0);
-        const int32_t i = fgqa_packed_row_q(r, p->g), h = fgqa_packed_row_head(r, t->kv_head, p->g);
-        panel->begin[lane] = used ? fgqa_kv_begin(&t->seq.mask, i) : 0;
-        panel->end[lane] = used ? fgqa_kv_end(&t->seq.mask, i) : 0;
+        panel->begin[lane] = used ? begin : 0;
+        panel->end[lane] = used ? end : 0;
         panel->diag[lane] = i + t->seq.mask.diag;
-        panel->slope[lane] = alibi ? tile_head_value(t, FGQA_ARG_alibi_slopes, r) * (real)FGQA_LOG2E : 0;
+        panel->slope[lane] = alibi ? tile_head_value(t, FGQA_ARG_alibi_slopes, r0 + (used ? lane : 0)) * (real)FGQA_LOG2E : 0;
         panel->row[lane] = (ureal)i;
         panel->head[lane] = (ureal)(uint32_t)(t->b * p->hq + h);
+        if (lane + 1 < panel->rows && ++h == end_head) {     /* packed rows: heads of the group, then the next query row */
+            h = first_head;
+            i++;
+            begin = fgqa_kv_begin(&t->seq.mask, i);
+            end = fgqa_kv_end(&t->seq.mask, i);
+        }
     }
 }
 
@@ -240,11 +245,11 @@ FGQA_SHARED few_form tile_list_form(const fgqa_problem *p)
 }
 
 /* The addresses of the rows instead, for products that take a list (decode.h), so that nothing is copied where pages are small or
- * elements are; 0 if they are reals that one page has. `list`: KEYS + LIST_AHEAD. */
-FGQA_SHARED int tile_block_list(const void **list, const few_form form, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1)
+ * elements are; 0 if they are reals that one page has. `list`: KEYS + LIST_AHEAD; it gets the rows to be prefetched meanwhile, too. */
+FGQA_SHARED int tile_block_list(const void **list, const few_form form, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
 {
     const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
-    const int32_t s0 = (int32_t)t->seq.k_row + j0, end = (int32_t)t->seq.k_row + t->seq.mask.sk, most = KEYS + LIST_AHEAD;
+    const int32_t s0 = (int32_t)t->seq.k_row + j0, end = (int32_t)t->seq.k_row + t->seq.mask.sk, most = j1 - j0 + few_ahead(form, j1 - j0, cols);
     if (form == FEW_LIST && tile_page_at(t, view, s0, s0 + j1 - j0).rows == j1 - j0) { return 0; }
     int32_t n = 0;
     while (n < most && s0 + n < end) {
@@ -297,13 +302,18 @@ FGQA_SHARED tile_block tile_without_bad_rows(const tile_bad_rows *bad, const til
     return clean;
 }
 
+/* Lane for lane, whether a row that sees keys [begin, end) sees this one; `add`: what is added to their scores, or NULL. */
+SIMD vmask tile_sees_key(vint key, vint begin, vint end, const real *add)
+{
+    vmask sees = m_and(m_not(m_lt_int(key, begin)), m_lt_int(key, end));
+    if (add) { sees = m_and(sees, m_not(m_eq(v_load(add), v_set1(-REAL_INF)))); }
+    return sees;
+}
+
 /* Whether lanes v*VL.. of the panel see key j; `add` is the additive tile's row of key j, or NULL. */
 SIMD vmask tile_sees(const tile_panel *panel, const real *add, int32_t j, int32_t v)
 {
-    const vint key = v_set1_int(j);
-    vmask sees = m_and(m_not(m_lt_int(key, v_load_int(panel->begin + v * VL))), m_lt_int(key, v_load_int(panel->end + v * VL)));
-    if (add) { sees = m_and(sees, m_not(m_eq(v_load(add + v * VL), v_set1(-REAL_INF)))); }
-    return sees;
+    return tile_sees_key(v_set1_int(j), v_load_int(panel->begin + v * VL), v_load_int(panel->end + v * VL), add ? add + v * VL : NULL);
 }
 
 /* out[col][lane] += weight[lane] * x[col] where the lane sees key j: one bad row's product. */
@@ -348,13 +358,32 @@ typedef enum {
     TILE_PARTIAL
 } tile_kind;
 
+SIMD tile_kind tile_additive_kind(vmask seen, vmask changed) { return !m_any(seen) ? TILE_UNSEEN : m_any(changed) ? TILE_PARTIAL : TILE_FULL; }
+
+/* Whether mask and bias differ from query row to query row, and from head to head of a group. */
+SIMD int tile_additive_by_row(const fgqa_problem *p)
+{
+    const fgqa_view *bias = &p->view[FGQA_ARG_bias], *mask = &p->view[FGQA_ARG_mask];
+    return (bias->data && bias->stride_s) || (mask->data && mask->stride_s);
+}
+
+SIMD int tile_additive_by_head(const fgqa_problem *p)
+{
+    const fgqa_view *bias = &p->view[FGQA_ARG_bias], *mask = &p->view[FGQA_ARG_mask];
+    return (bias->data && bias->stride_h) || (mask->data && mask->stride_h);
+}
+
+/* Whether packed row r has the same as row r - 1. */
+SIMD int tile_additive_repeats(const fgqa_problem *p, int64_t r)
+{
+    return !tile_additive_by_head(p) && (!tile_additive_by_row(p) || fgqa_packed_row_q(r, p->g) == fgqa_packed_row_q(r - 1, p->g));
+}
+
 /* Fills add[key][lane] for keys [j0, j1) of a panel from mask and bias, -inf where masked. `scratch`: VL x KEYS reals. */
 FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, real *scratch)
 {
-    const fgqa_view *bias = &t->p->view[FGQA_ARG_bias], *mask = &t->p->view[FGQA_ARG_mask];
     const int32_t n = j1 - j0, g = t->p->g, padded = ROUND_UP(n, VL);
-    const int by_head = (bias->data && bias->stride_h) || (mask->data && mask->stride_h);
-    const int by_row = (bias->data && bias->stride_s) || (mask->data && mask->stride_s);
+    const int one = !tile_additive_by_head(t->p) && !tile_additive_by_row(t->p);
     vmask seen = m_lt(v_zero(), v_zero()), changed = seen;
     for (int32_t v = 0; v < panel->nv; v++) {
         for (int32_t lane = 0; lane < VL; lane++) {
@@ -362,7 +391,7 @@ FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const til
             const int64_t r = panel->r0 + v * VL + lane;
             const int32_t i = fgqa_packed_row_q(r, g), h = fgqa_packed_row_head(r, t->kv_head, g);
             const int idle = v * VL + lane >= panel->rows;   /* lane > 0 then; its neighbour's row changes no verdict */
-            if (idle || ((v || lane) && !by_head && (!by_row || (lane && i == fgqa_packed_row_q(r - 1, g))))) {
+            if (idle || (lane ? tile_additive_repeats(t->p, r) : v && one)) {
                 if (lane) { memcpy(to, to - KEYS, (size_t)n * sizeof(real)); }   /* lane 0 finds the last vector's row in place */
             } else {
                 tile_additive_row(to, t, h, i, j0, n);
@@ -378,36 +407,37 @@ FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const til
             changed = m_or(changed, m_not(m_eq(x, v_zero())));
         }
     }
-    return !m_any(seen) ? TILE_UNSEEN : m_any(changed) ? TILE_PARTIAL : TILE_FULL;
+    return tile_additive_kind(seen, changed);
 }
 
 /* ---- scores ---- */
 
-/* In place, from q.k: scale, softcap, + add (NULL: none), ALiBi, mask. tanh_tile (NULL: not wanted) receives
- * tanh(x/cap), of which the backward pass needs 1 - tanh^2. A finite score never becomes -inf, which is kept for "not seen":
- * a row whose keys all carry the lowest float as bias is uniform, as it is in the plain formula. */
+/* From x = q.k: scale, softcap, + add (NULL: none), ALiBi, mask. tanh (NULL: not wanted) receives tanh(x/cap), of which the
+ * backward pass needs 1 - tanh^2. A finite score never becomes -inf, which is kept for "not seen": a row whose keys all carry the
+ * lowest float as bias is uniform, as it is in the plain formula. */
+SIMD vreal tile_score(const tile_sequence *t, vreal x, const real *add, vint key, vint begin, vint end, vint diag, vreal slope, real *tanh)
+{
+    if (t->cap_outer > 0) {
+        x = v_tanh(x * v_set1(t->cap_inner));
+        if (tanh) { v_store(tanh, x); }
+        x *= v_set1(t->cap_outer);
+    } else {
+        x *= v_set1(t->score_scale);
+    }
+    if (add) { x += v_load(add) * v_set1((real)FGQA_LOG2E); }
+    if (t->p->view[FGQA_ARG_alibi_slopes].data) { x += FGQA_ALIBI(slope, v_abs(v_from_int(diag - key))); }
+    return v_select(tile_sees_key(key, begin, end, add), v_max(v_set1(REAL_LOWEST), x), v_set1(-REAL_INF));
+}
+
+/* That of a tile, in place; tanh_tile or NULL. */
 FGQA_SHARED void tile_transform(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const real *add, real *tanh_tile)
 {
-    const int alibi = t->p->view[FGQA_ARG_alibi_slopes].data != NULL;
-    const vreal lowest = v_set1(REAL_LOWEST), unseen = v_set1(-REAL_INF);
     for (int32_t j = j0; j < j1; j++) {
-        const vint key = v_set1_int(j);
         for (int32_t v = 0; v < panel->nv; v++) {
             const ptrdiff_t at = (ptrdiff_t)(j - j0) * panel->w + v * VL;
-            vreal x = v_load(s + at);
-            if (t->cap_outer > 0) {
-                x = v_tanh(x * v_set1(t->cap_inner));
-                if (tanh_tile) { v_store(tanh_tile + at, x); }
-                x *= v_set1(t->cap_outer);
-            } else {
-                x *= v_set1(t->score_scale);
-            }
-            if (add) { x += v_load(add + at) * v_set1((real)FGQA_LOG2E); }
-            if (alibi) {
-                const vreal distance = v_abs(v_from_int(v_load_int(panel->diag + v * VL) - key));
-                x += FGQA_ALIBI(v_load(panel->slope + v * VL), distance);
-            }
-            x = v_select(tile_sees(panel, add ? add + (ptrdiff_t)(j - j0) * panel->w : NULL, j, v), v_max(lowest, x), unseen);
+            const vreal x = tile_score(t, v_load(s + at), add ? add + at : NULL, v_set1_int(j), v_load_int(panel->begin + v * VL),
+                                       v_load_int(panel->end + v * VL), v_load_int(panel->diag + v * VL), v_load(panel->slope + v * VL),
+                                       tanh_tile ? tanh_tile + at : NULL);
             v_store(s + at, x);
         }
     }
@@ -449,16 +479,13 @@ FGQA_SHARED real tile_scores_end(real *s, const tile_sequence *t, const tile_pan
     return 1;
 }
 
-/* All of it, into s[key][lane]. `k` is row j0 of the block, `q` the panel [d][w] (rows where panel->few). */
+/* All of it, into s[key][lane]. `k` is row j0 of the block, `q` the panel [d][w]. */
 FGQA_SHARED tile_kind tile_scores(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const tile_block *k,
                                   const real *q, real *add, real *scratch, real *tanh_tile, const real **used_add, real *scale)
 {
     const tile_kind kind = tile_scores_begin(t, panel, j0, j1, add, scratch, used_add);
     if (kind == TILE_UNSEEN) { return kind; }
-    if (panel->few) {
-        const few_source keys = {k->data, k->stride, panel->k_list, panel->k_list ? panel->form : FEW_BLOCK};
-        few_scores(panel->rows, j1 - j0, t->p->d, &keys, q, ROUND_UP(t->p->d, VL), s, panel->w);
-    } else if (panel->k_list) {
+    if (panel->k_list) {
         tile_scores_by_page(s, t, panel, j1 - j0, q);
     } else if (panel->ahead) {
         gemm_row_set_ahead(j1 - j0, panel->nv, t->p->d, k->data, k->stride, q, panel->w, s, panel->w, panel->ahead, panel->ld_ahead);
