@@ -167,6 +167,24 @@ def test_workers_of_a_process_pool(threads):
             np.testing.assert_array_equal(got, expected)
 
 
+# ---- the end of the process ----
+
+
+def test_exit_while_daemon_threads_compute():
+    code = """
+import threading, time, numpy, flashgqa
+q, k = numpy.ones((1, 8, 8000, 64), "float32"), numpy.ones((1, 2, 8000, 64), "float32")
+def forever():
+    while True:
+        flashgqa.attention(q, k, k)
+for _ in range(3):
+    threading.Thread(target=forever, daemon=True).start()
+time.sleep(0.3)
+print("end")
+"""
+    assert run(code, FLASHGQA_NUM_THREADS="4") == "end"
+
+
 # ---- Ctrl-C ----
 
 INTERRUPTED = """

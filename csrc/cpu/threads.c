@@ -13,6 +13,9 @@
  * Fork: only the forking thread lives on in the child. Its handler forgets the pool (the child starts its own at first
  * use) and counts `fork_epoch`, by which a call that was itself forked, from inside its interrupt callback, sees that
  * its workers are gone.
+ *
+ * Exit: a thread may end inside its interrupt callback (Python ends threads that ask for the GIL while it shuts down, until 3.13).
+ * Its job lies on its stack: a clean-up handler lets the workers leave first.
  */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
@@ -64,6 +67,7 @@ typedef struct {
     int64_t next_poll_ns;       /* of the calling thread alone */
     fp_mode callers;
     unsigned epoch;             /* fork_epoch at the start */
+    int owner;                  /* of the pool: pool_taken is this call's */
     int shared;                 /* pool threads take part */
     _Atomic int64_t next;       /* first task nobody has taken */
     atomic_int stop;
@@ -111,6 +115,20 @@ static void cpu_relax(void)
 
 /* ---- running tasks ---- */
 
+static void leave_job(void *argument);
+
+static int ask_owner(job_state *job)
+{
+    volatile int interrupted;
+    const fp_mode own = fp_mode_get();
+    fp_mode_set(job->callers);
+    pthread_cleanup_push(leave_job, job);
+    interrupted = job->exec->interrupted(job->exec->context);
+    pthread_cleanup_pop(0);
+    fp_mode_set(own);
+    return interrupted;
+}
+
 /* Whether the job shall stop; on the calling thread also asks its owner, if 50 ms have passed. */
 static int poll_job(job_state *job, int calling_thread)
 {
@@ -124,10 +142,7 @@ static int poll_job(job_state *job, int calling_thread)
     if (now < job->next_poll_ns) {
         return 0;
     }
-    const fp_mode own = fp_mode_get();
-    fp_mode_set(job->callers);
-    const int interrupted = job->exec->interrupted(job->exec->context);
-    fp_mode_set(own);
+    const int interrupted = ask_owner(job);
     job->next_poll_ns = now_ns() + POLL_NS;
     if (interrupted || workers_lost(job)) {
         atomic_store_explicit(&job->stop, 1, memory_order_relaxed);
@@ -332,6 +347,30 @@ static void wait_for_workers(pool_state *p, job_state *job)
     }
 }
 
+static void close_job(pool_state *p)
+{
+    pthread_mutex_lock(&p->mutex);
+    p->job = NULL;
+    pthread_mutex_unlock(&p->mutex);
+}
+
+/* The calling thread ends. */
+static void leave_job(void *argument)
+{
+    job_state *const job = argument;
+    if (workers_lost(job)) {
+        return;
+    }
+    atomic_store(&job->stop, 1);
+    if (job->shared) {
+        close_job(pool);
+        pthread_mutex_lock(&pool->mutex);
+        while (atomic_load(&pool->running) != 0) { pthread_cond_wait(&pool->done, &pool->mutex); }
+        pthread_mutex_unlock(&pool->mutex);
+    }
+    if (job->owner) { atomic_flag_clear(&pool_taken); }
+}
+
 /* The pool is ours (pool_taken). */
 static fgqa_status run_on_pool(job_state *job, int32_t workers, size_t scratch_bytes)
 {
@@ -352,9 +391,7 @@ static fgqa_status run_on_pool(job_state *job, int32_t workers, size_t scratch_b
     }
     run_tasks(job, 0, p->scratch[0].memory);
     if (job->shared && !workers_lost(job)) {
-        pthread_mutex_lock(&p->mutex);
-        p->job = NULL;
-        pthread_mutex_unlock(&p->mutex);
+        close_job(p);
         wait_for_workers(p, job);
     }
     return job_result(job);
@@ -371,6 +408,7 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
     if (atomic_flag_test_and_set(&pool_taken)) {
         return run_inline(&job, scratch_bytes);
     }
+    job.owner = 1;
     int32_t workers = fgqa_get_num_threads();
     if (workers > max_threads) { workers = max_threads < 1 ? 1 : max_threads; }
     if (workers > tasks) { workers = (int32_t)tasks; }
