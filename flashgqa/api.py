@@ -111,7 +111,8 @@ def attention(
     sink : float array, [hq], optional
         A logit for each head in the denominator only; part of lse.
     q_lens, kv_lens : int32 array, [b], optional
-        Lengths of the sequences of padded tensors. Padded rows have out = 0 and lse = -inf.
+        Lengths of the sequences of padded tensors. They are the sq and sk of diag(i): causal self-attention over padded sequences
+        takes both, for kv_lens alone moves the diagonal. Padded rows have out = 0 and lse = -inf.
     cu_seqlens_q, cu_seqlens_kv : int32 array, [b + 1], optional
         Sequences joined along the first axis: q is [total_q, hq, d], k [total_kv, hk, d], v [total_kv, hk, dv].
     max_q, max_kv : int, optional
