@@ -30,9 +30,12 @@ def untraced(function):
     """What torch.compile must not look into where it runs below code that it left to eager: torch.compiler.disable without its
     import of the compiler and its cost at every call.
     """
-    control = torch._C._dynamo.eval_frame
-    skip = control._FrameAction.SKIP
-    control.set_code_exec_strategy(function.__code__, control._FrameExecStrategy(skip, skip))
+    try:
+        control = torch._C._dynamo.eval_frame
+        skip = control._FrameAction.SKIP
+        control.set_code_exec_strategy(function.__code__, control._FrameExecStrategy(skip, skip))
+    except AttributeError:  # names of torch's own, which another torch may not have
+        return torch.compiler.disable(function)
     return function
 
 

@@ -303,6 +303,16 @@ def test_operator_and_eager_call_are_the_same():
     assert_equal(found, gradients(results, tensors))
 
 
+def test_another_torch_may_lack_what_hides_code_from_the_compiler(monkeypatch):
+    import torch._dynamo  # which has taken its own copy of the name then
+
+    from flashgqa._torch_ops import untraced
+
+    monkeypatch.delattr(torch._C._dynamo.eval_frame, "_FrameExecStrategy")
+    hidden = untraced(lambda x: x + (1 if torch.compiler.is_compiling() else 2))
+    assert torch.compile(lambda x: hidden(x) * 10, backend="eager")(torch.zeros(1)) == 20
+
+
 def test_compile_without_graph_break():
     bias, sink = randn(1, 4, 5, 7), randn(4)
 
