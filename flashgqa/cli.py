@@ -194,7 +194,7 @@ def main(argv=None):
         if getattr(options, "threads", None):
             flashgqa.set_num_threads(options.threads)
         code = options.function(options)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no sys.stdout
         return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

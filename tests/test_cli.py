@@ -114,6 +114,11 @@ def test_ctrl_c_prints_one_line():
     assert errors.splitlines()[-1] == "interrupted" and "Traceback" not in errors
 
 
+def test_there_may_be_no_output():
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command("info")], capture_output=True, text=True, timeout=60, **PLACE)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 # ---- verify ----
 
 
