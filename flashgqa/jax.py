@@ -47,13 +47,29 @@ def _plan(arrays, options, *, backward=False, return_lse=False, want_dbias=False
     return _C.xla_call(forms, backward, return_lse, want_dbias, want_dsink, *(known.get(name) for name in _C.OPTIONS))
 
 
+def _custom_call(attributes, results, *arrays):
+    exact = {int: np.int64, float: np.float64, str: str}  # Python's own numbers would become 32 bits wide
+    types = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in results]
+    call = jax.ffi.ffi_call(TARGET, types, vmap_method="expand_dims")
+    return call(*arrays, **{name: exact[type(x)](x) for name, x in attributes})
+
+
+_traced_call = jax.custom_jvp(_custom_call, nondiff_argnums=(0, 1))
+
+
+@_traced_call.defjvp
+def _differentiated(attributes, results, primals, tangents):
+    raise NotImplementedError(
+        "flashgqa.jax: attention is differentiated twice, or forward through its gradient; it has first derivatives in reverse "
+        "mode: use jax.nn.dot_product_attention for that"
+    )
+
+
 def _call(arrays, options, **what):
     """The results of one call."""
     attributes, results = _plan(arrays, options, **what)
-    exact = {int: np.int64, float: np.float64, str: str}  # Python's own numbers would become 32 bits wide
-    attributes = {name: exact[type(x)](x) for name, x in attributes.items()}
-    types = [jax.ShapeDtypeStruct(shape, dtype) for dtype, shape in results]
-    made = jax.ffi.ffi_call(TARGET, types, vmap_method="expand_dims")(*arrays.values(), **attributes)
+    call = _traced_call if any(isinstance(x, jax.core.Tracer) for x in arrays.values()) else _custom_call
+    made = call(tuple(attributes.items()), tuple(results), *arrays.values())
     return [_vary(x, _varying(arrays["q"])) for x in made]
 
 

@@ -229,8 +229,14 @@ def test_what_has_no_gradient_says_so(inputs):
     slopes = np.ones(HQ, "float32")
     with pytest.raises(NotImplementedError, match="alibi_slopes is differentiated: it has no gradient"):
         jax.grad(lambda slopes: fj.attention(q, k, v, alibi_slopes=slopes).sum())(slopes)
-    with pytest.raises(ValueError, match="differentiated"):
-        jax.grad(lambda q: jax.grad(lambda q: fj.attention(q, k, v).sum())(q).sum())(q)
+    gradient = jax.grad(lambda q: fj.attention(q, k, v).sum())
+    for twice in (jax.grad(lambda q: gradient(q).sum()), jax.jit(jax.hessian(lambda q: fj.attention(q, k, v).sum()))):
+        with pytest.raises(NotImplementedError, match="differentiated twice.*: use jax.nn.dot_product_attention"):
+            twice(q)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda q: fj.attention(q, k, v), (q,), (q,))
+    fixed = jax.grad(lambda q, x: gradient(jax.lax.stop_gradient(q)).sum() * x, 1)      # its gradient does not pass through
+    assert fixed(q, 2.0) == gradient(q).sum()
 
 
 @pytest.mark.parametrize(
