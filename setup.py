@@ -217,6 +217,8 @@ class Build(build_ext):
 
 
 def main():
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        sys.exit("this Python is free-threaded, and flashgqa relies on the interpreter's lock: use a Python built with it")
     wanted, reason = os.environ.get("FLASHGQA_CUDA", ""), cuda_reason()
     if wanted not in ("", "0", "1"):
         sys.exit(f"FLASHGQA_CUDA is {wanted!r}: it must be 0, 1 or unset")

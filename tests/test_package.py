@@ -101,6 +101,18 @@ def test_no_run_time_path_of_the_build():
     assert "PATH)" not in needed      # RPATH, RUNPATH
 
 
+def test_a_free_threaded_python_is_refused():
+    pytest.importorskip("setuptools", minversion="77")
+    code = """
+import runpy, sys, sysconfig
+sysconfig.get_config_vars()["Py_GIL_DISABLED"] = 1
+sys.argv = ["setup.py", "--version"]
+runpy.run_path("setup.py")
+"""
+    ran = run_python("-c", code, check=False)
+    assert ran.returncode == 1 and "this Python is free-threaded" in ran.stderr and not ran.stdout
+
+
 def test_cuda_asked_for_but_impossible_is_an_error(tmp_path):
     """An nvcc without the runtime's headers beside it; that of this machine, if any, comes later in the order."""
     pytest.importorskip("setuptools")
