@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from cases import EDGES, FLOATS, SMOKE, SWEEP, built, gradients
+from cases import EDGES, FLOATS, SMOKE, SWEEP, Case, built, gradients
 from checking import DTYPES, assert_within, memory_bytes, same_bits
 from test_forward import far_strides, sparse
 
@@ -30,6 +30,26 @@ def check_backward(case, backend):
 
 @pytest.mark.parametrize("case", SMOKE + EDGES, ids=str)
 def test_backward_within_the_error_rule(case, backend):
+    check_backward(case, backend)
+
+
+# A bias of every row and key: its gradient is dS itself, summed where the batch shares it. With padding, unseen keys, several
+# blocks of keys.
+OWN_BIAS = [
+    Case(b=2, hq=4, hk=2, sq=45, sk=150, bias="bhqk", causal=True, q_lens=(45, 20), kv_lens=(140, 150), dtype="bfloat16"),
+    Case(b=2, hq=4, hk=2, sq=45, sk=150, bias="bhqk", window=(30, 5), mask="b11k", dropout=0.3, dtype="bfloat16", layout="bshd"),
+    Case(b=3, hq=16, hk=8, sq=37, sk=140, bias="1hqk", q_lens=(5, 37, 20), kv_lens=(140, 70, 0)),
+    Case(b=2, hq=8, hk=8, sq=130, sk=33, bias="1hqk", mask="b1qk", dropout=0.3, dtype="float64"),
+    Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="1hqk", dtype="bfloat16"),
+    Case(hq=8, hk=8, packed=((20, 33), (0, 5), (41, 140)), bounds=True, bias="1hqk", causal=True),
+    Case(hq=4, hk=2, packed=((20, 33), (0, 5), (41, 140)), bias="bhqk", alibi="h"),
+    Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="1hqk", bias_dtype="float32", dtype="float16"),
+    Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="bhqk", softcap=5.0),
+]
+
+
+@pytest.mark.parametrize("case", OWN_BIAS, ids=str)
+def test_gradient_of_a_bias_of_every_row_and_key(case, backend):
     check_backward(case, backend)
 
 

@@ -346,8 +346,29 @@ static int is_special(const bwd_scratch *s, const tile_sequence *t, const bwd_pa
     return tile_scores_begin(t, &bp->panel, j0, j1, s->tiles.add, s->tiles.rows, &add) != TILE_UNSEEN && bad_lane_sees(bp, add, j0, j1);
 }
 
+/* dbias of a panel from dS^T as ds_t has it, whose first key is j0 and last one before j1. */
+static void store_dbias(const bwd_scratch *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1)
+{
+    _Alignas(64) bf16 rows[AMX_TILE];          /* [lane][key] */
+    const int64_t stride = t->p->view[FGQA_ARG_dbias].stride_d;
+    for (int32_t j = j0; j < j1; j += AMX_DEPTH) {
+        const int32_t n = j1 - j < AMX_DEPTH ? j1 - j : AMX_DEPTH;
+        for (int32_t v = 0; v < panel->nv; v++) {
+            amx_transpose_pairs(rows, AMX_DEPTH, s->ds_t.at + ((j - j0) / AMX_DEPTH * panel->nv + v) * AMX_TILE, AMX_DEPTH);
+            for (int32_t lane = 0; lane < VL && v * VL + lane < panel->rows; lane++) {
+                bf16 *const to = dbias_at(t, panel->r0 + v * VL + lane, j);
+                if (stride == 1) {
+                    memcpy(to, rows + lane * AMX_DEPTH, (size_t)n * sizeof(bf16));
+                } else {
+                    for (int32_t k = 0; k < n; k++) { to[k * stride] = rows[lane * AMX_DEPTH + k]; }
+                }
+            }
+        }
+    }
+}
+
 /* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
-static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
+static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
     const fgqa_problem *p = t->p;
     const bwd_panel *const bp = &s->panels[n];
@@ -404,6 +425,7 @@ static fgqa_range block_panel(const bwd_scratch *s, const tile_sequence *t, int3
             amx_any_weights(0, &beside, all, (real)fgqa_dropout_scale(p->dropout_threshold), flags);
         }
     }
+    if (job->dbias == DBIAS_STORED) { store_dbias(s, t, &bp->panel, block->j0 + from, j1); }
     const amx_buffer *const columns = partial && block_bad_keys(s, t, block) ? &s->k_t_clean : &s->k_t;
     const amx_operand k_t = {columns->at + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, columns->low, 0};
     const amx_operand ds_t = {s->ds_t.at, nv * AMX_TILE, AMX_TILE, 0, 0, s->ds_t.low, 0};
@@ -452,7 +474,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
     for (int32_t n = e.first; n < e.last; n++) {
         const fgqa_range r = panel_keys(&s->panels[n].panel, j0, j1);
         fgqa_range written = {begin, begin};
-        if (r.begin < r.end) { written = block_panel(s, t, n, &block, r.begin, r.end); }
+        if (r.begin < r.end) { written = block_panel(job, s, t, n, &block, r.begin, r.end); }
         for (int i = 0; i < 2; i++) {
             const amx_buffer *const of = i ? &s->ds : &s->weight;
             zero_keys(of, n, begin, written.begin < end ? written.begin : end);

@@ -9,8 +9,9 @@
  *         dQ = scale * dQ^T, written once, by its only owner
  *
  * dK and dV grow in a private buffer of the split, which all heads of the group share, so that the sum over the group
- * costs nothing. A second job adds the splits in order and converts; a third (dbias) recomputes its tiles, each task
- * owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for any number of threads.
+ * costs nothing. A second job adds the splits in order and converts. dbias is dS where one task has all of an element, else a third
+ * job recomputes its tiles, each task owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for
+ * any number of threads.
  *
  * Rows with NaN or infinity must not reach others through 0 * NaN. K and Q: zeroed in the products with dS, which is NaN
  * already where such a row is seen. dO: zeroed in the product with P, and added back where the weight is not 0.
@@ -115,13 +116,24 @@ static void zero_padded_dq(const tile_sequence *t, real *row)
     }
 }
 
-static void split_task(void *context, int64_t task, const fgqa_worker *worker)
+/* dbias of packed rows [r0, r1), before what rows see is stored. */
+static void zero_dbias(const tile_sequence *t, int64_t r0, int64_t r1)
 {
-    const bwd_job *const job = context;
+    const fgqa_view *const dbias = &t->p->view[FGQA_ARG_dbias];
+    static const real zero[KEYS];
+    for (int64_t r = r0; r < r1; r++) {
+        for (int32_t j = 0; j < t->p->sk; j += KEYS) {
+            row_store(dbias_at(t, r, j), dbias->dtype, dbias->stride_d, zero, t->p->sk - j < KEYS ? t->p->sk - j : KEYS);
+        }
+    }
+}
+
+/* One split of sequence b and a KV head. */
+static void split_head(const bwd_job *job, int32_t split, int32_t b, int32_t kv_head, const fgqa_worker *worker)
+{
     const fgqa_problem *const p = job->p;
     const bwd_shape *const shape = &job->shape;
-    const int64_t heads = (int64_t)p->b * p->hk;
-    const int32_t split = (int32_t)(task / heads), b = (int32_t)(task % heads / p->hk), kv_head = (int32_t)(task % p->hk);
+    const int clear_dbias = job->dbias == DBIAS_STORED || (job->dbias == DBIAS_ADDED && b == 0);
     const tile_sequence t = tile_sequence_init(p, b, kv_head);
     fgqa_arena arena = fgqa_arena_begin(worker->scratch);
     const bwd_scratch s = scratch_carve(&arena, p, shape, job->splits);
@@ -133,12 +145,14 @@ static void split_task(void *context, int64_t task, const fgqa_worker *worker)
     memset(dk, 0, (size_t)t.seq.mask.sk * (size_t)shape->ldk * sizeof(real));
     memset(dv, 0, (size_t)t.seq.mask.sk * (size_t)shape->ldv * sizeof(real));
 
-    const int64_t block_rows = (int64_t)shape->panels * PANEL, blocks = blocks_of(shape, t.rows);
-    for (int64_t n = 0; n < blocks; n++) {
+    const int64_t block_rows = (int64_t)shape->panels * PANEL, rows = clear_dbias ? (int64_t)p->sq * p->g : t.rows;   /* dbias has padding, too */
+    for (int64_t n = 0; n < blocks_of(shape, rows); n++) {
         /* Dealt back and forth, 0 1 2 2 1 0 0 1 ...: the splits of a causal sequence get equal work. */
         const int64_t turn = n / job->splits, seat = n % job->splits;
         if ((turn % 2 ? job->splits - 1 - seat : seat) != split) { continue; }
         const int64_t r0 = n * block_rows, r1 = r0 + block_rows < t.rows ? r0 + block_rows : t.rows;
+        if (clear_dbias) { zero_dbias(&t, r0, r0 + block_rows < rows ? r0 + block_rows : rows); }
+        if (r0 >= t.rows) { continue; }
         bad_lanes bad;
         const int32_t panels = block_load(job, &s, &t, r0, r1, &bad);
         memset(s.dq_t, 0, (size_t)panels * PANEL * (size_t)shape->ldk * sizeof(real));
@@ -153,6 +167,15 @@ static void split_task(void *context, int64_t task, const fgqa_worker *worker)
     }
     if (split == 0) { zero_padded_dq(&t, s.row); }
     if (job->splits == 1) { store_dk_dv(&t, shape, 1, dk, dv, 0, 0, result_keys(p, &t.seq), s.row); }
+}
+
+static void split_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const bwd_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const int32_t batch = job->dbias == DBIAS_ADDED ? 1 : p->b, kv_head = (int32_t)(task % p->hk);
+    const int32_t split = (int32_t)(task / p->hk / batch), own_b = (int32_t)(task / p->hk % batch);
+    for (int32_t b = own_b; b < own_b + p->b / batch; b++) { split_head(job, split, b, kv_head, worker); }
 }
 
 /* ---- finishing job: the sum over splits ---- */
@@ -342,7 +365,7 @@ void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->block_q = shape.panels * PANEL;
     plan->block_k = KEYS;
     plan->splits = splits_of(p, &shape);
-    plan->tasks = (int64_t)plan->splits * p->b * p->hk;
+    plan->tasks = (int64_t)plan->splits * (dbias_way_of(p, plan->splits) == DBIAS_ADDED ? 1 : p->b) * p->hk;
     plan->threads = tile_threads(plan, 0);
     plan->scratch_bytes = scratch_bytes_of(p, &shape, plan->splits);
     workspace_carve(&workspace, p, &shape, plan->splits);
@@ -365,12 +388,13 @@ fgqa_status FGQA_ROW(bwd, run)(const fgqa_plan *plan, const fgqa_problem *p, voi
     bwd_job job = {.p = p, .shape = shape_of(p), .splits = plan->splits};
     fgqa_arena arena = fgqa_arena_begin(workspace);
     job.workspace = workspace_carve(&arena, p, &job.shape, job.splits);
+    job.dbias = dbias_way_of(p, job.splits);
     FGQA_TRY(fgqa_parallel(split_on_tiles, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
     if (job.splits > 1) {
         const int64_t chunks = (p->sk + FINISH_KEYS - 1) / FINISH_KEYS;
         FGQA_TRY(fgqa_parallel(finish_task, &job, chunks * p->b * p->hk, plan->threads, plan->scratch_bytes, exec));
     }
     if (p->want_dsink) { FGQA_TRY(fgqa_parallel(sink_task, &job, p->hq, plan->threads, 0, exec)); }
-    if (p->want_dbias) { FGQA_TRY(fgqa_parallel(bias_task, &job, bias_tasks(p), plan->threads, plan->scratch_bytes, exec)); }
+    if (job.dbias == DBIAS_AGAIN) { FGQA_TRY(fgqa_parallel(bias_task, &job, bias_tasks(p), plan->threads, plan->scratch_bytes, exec)); }
     return FGQA_OK;
 }

@@ -88,6 +88,21 @@ static void zero_rows(real *tile, int32_t ldt, int32_t j0, int32_t j1, int32_t w
     for (int32_t j = j0; j < j1; j++) { memset(tile + (ptrdiff_t)j * ldt, 0, (size_t)w * sizeof(real)); }
 }
 
+/* dbias of a panel and keys [begin, end) of the block that begins with key j0, whose dS^T is at `ds`. `rows`: VL x KEYS. */
+static void store_dbias(const bwd_job *job, const tile_sequence *t, const tile_panel *panel, int32_t j0, fgqa_range keys, const real *ds, real *rows)
+{
+    const fgqa_view *const dbias = &t->p->view[FGQA_ARG_dbias];
+    const int32_t first = keys.begin - j0, n = keys.end - keys.begin, ldt = job->shape.ldt;
+    for (int32_t lane0 = 0; lane0 < panel->rows; lane0 += VL) {
+        for (int32_t j = first / VL * VL; j < first + n; j += VL) { v_transpose(rows + j, KEYS, ds + (ptrdiff_t)j * ldt + lane0, ldt); }
+        for (int32_t lane = 0; lane < VL && lane0 + lane < panel->rows; lane++) {
+            real *const row = rows + lane * KEYS + first, *const to = dbias_at(t, panel->r0 + lane0 + lane, keys.begin);
+            for (int32_t j = 0; job->dbias == DBIAS_ADDED && j < n; j++) { row[j] += to[j * dbias->stride_d]; }
+            row_store(to, dbias->dtype, dbias->stride_d, row, n);
+        }
+    }
+}
+
 /* Keys [j0, j1), one key block, against the block of rows in `s`. */
 static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
                        const bad_lanes *bad, real *dk, real *dv)
@@ -117,6 +132,9 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
                 if (bad_keys.count) { k_dq = tile_without_bad_rows(&bad_keys, &k, j1 - j0, p->d, s->k_clean); }
                 k_checked = 1;
             }
+        }
+        if (r.begin < r.end && (job->dbias == DBIAS_STORED || job->dbias == DBIAS_ADDED)) {
+            store_dbias(job, t, &bp->panel, j0, r, ds, s->tiles.rows);
         }
         zero_rows(weight, shape->ldt, e.j0 - j0, r.begin - j0, w);
         zero_rows(ds, shape->ldt, e.j0 - j0, r.begin - j0, w);

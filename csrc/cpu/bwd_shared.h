@@ -29,6 +29,31 @@ static bwd_shape shape_of_lanes(const fgqa_problem *p, int32_t lane_bytes)
 
 static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
 
+/* How dbias is made. DBIAS_STORED: of each of its elements one task has dS, and stores it. DBIAS_ADDED: the tasks that have it are the
+ * batch's, which one task does one after the other, adding to what it finds. Else by a job of its own, which computes dS again. */
+typedef enum { DBIAS_NONE, DBIAS_STORED, DBIAS_ADDED, DBIAS_AGAIN } dbias_way;
+
+#define ADDED_TASKS 8            /* fewer would leave too many workers idle */
+
+static dbias_way dbias_way_of(const fgqa_problem *p, int32_t splits)
+{
+    const fgqa_dtype dtype = p->view[FGQA_ARG_bias].dtype;     /* and that of dbias, which need not be there yet */
+    const int32_t *const shape = p->bias_shape;
+    if (!p->want_dbias) { return DBIAS_NONE; }
+    if (shape[1] != p->hq || shape[2] != p->sq || shape[3] != p->sk || p->softcap > 0) { return DBIAS_AGAIN; }   /* softcap: dS is not by the score */
+    if (FGQA_PAIRS && (p->dtype != FGQA_BF16 || dtype != FGQA_BF16)) { return DBIAS_AGAIN; }      /* dS is rounded */
+    if (shape[0] == p->b) { return DBIAS_STORED; }
+    return dtype == (FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32) && p->b > 0 && splits * p->hk >= ADDED_TASKS ? DBIAS_ADDED : DBIAS_AGAIN;
+}
+
+/* dbias of packed row r, key j. */
+static void *dbias_at(const tile_sequence *t, int64_t r, int32_t j)
+{
+    const fgqa_view *const dbias = &t->p->view[FGQA_ARG_dbias];
+    char *const row = view_at(dbias, t->p->bias_shape[0] == 1 ? 0 : t->b, fgqa_packed_row_head(r, t->kv_head, t->p->g), fgqa_packed_row_q(r, t->p->g));
+    return row + j * dbias->stride_d * (int64_t)fgqa_dtype_bytes(dbias->dtype);
+}
+
 typedef struct {
     real *delta;                               /* [hq][total_q] */
     real *dk, *dv;                             /* [splits][hk][total_k][ldk or ldv]; only where there are several */
@@ -39,6 +64,7 @@ typedef struct {
     bwd_shape shape;
     bwd_workspace workspace;
     int32_t splits;
+    dbias_way dbias;
 } bwd_job;
 
 /* Rows before sequence b in buffers that hold the whole batch. */
