@@ -229,6 +229,18 @@ def test_new_lens_are_any_integers(new_lens):
     np.testing.assert_array_equal(cache.sequence(1)[1], v[1, :, :2])
 
 
+def test_new_lens_count_where_pages_have_room_too():
+    rng = np.random.default_rng(0)
+    cache = flashgqa.KVCache(2, HK, D, value_dim=DV, capacity=CAPACITY, page_size=8)
+    k, v = tokens(rng, 2, 3)
+    for new_lens, lens in ((None, [3, 3]), ([1, 3], [4, 6]), ([0, 2], [4, 8])):
+        cache.append(k, v, new_lens=new_lens)
+        assert cache.lens.tolist() == lens
+    for n, parts in enumerate(((3, 1, 0), (3, 3, 2))):
+        for held, new in zip(cache.sequence(n), (k, v), strict=True):
+            np.testing.assert_array_equal(held, np.concatenate([new[n, :, :rows] for rows in parts], axis=1))
+
+
 def test_scales_of_sequences_follow_them():
     """k_scale [b, hk]: a sequence keeps its own through reorder() and fork(), for what it holds and for what it appends."""
     pytest.importorskip("ml_dtypes")

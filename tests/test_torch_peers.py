@@ -181,12 +181,14 @@ def kinds(device):
     }
     gaps = {"gappy": (gappy, everything), "gappy local": (gappy.make_local_attention(2, 0), window(2, 0))}
     even = {"padded even": (offset.from_seqlens(ONE_EACH, 8, LENGTHS_K, device=device), bottom_right)}
+    joined = {"block even": (attn_bias.BlockDiagonalMask.from_seqlens(ONE_EACH, LENGTHS_K, device=device), everything)}
     for group, sequences in (
         (single, ([6], [0], [9], 9)),
         (blocks, (LENGTHS_Q, contiguous, LENGTHS_K, 14)),
         (pads, (LENGTHS_Q, padded, LENGTHS_K, 24)),
         (gaps, (LENGTHS_Q, STARTS, LENGTHS_K, 24)),
         (even, (ONE_EACH, padded, LENGTHS_K, 24)),
+        (joined, (ONE_EACH, contiguous, LENGTHS_K, 14)),
     ):
         for name, (bias, seen) in group.items():
             yield name, bias, mask_of(*sequences, seen), 2 if group is single else 1
