@@ -20,11 +20,11 @@
  *
  * mbarrier              arrivals (count)                            waited for by              meaning
  * task_full             scheduler (1)                               all others                 tasks[count % 2] is there
- * task_free             producer, writers, consumer warps (11, 9)   scheduler                  the task before the next has ended
+ * task_free             producer, writers, consumer warps (11, 9)   scheduler                  the task before is ending
  * q_full, dout_full[s]  producer + bytes (1)                        consumers                  tile and its lse2, delta are there
  * q_empty, dout_empty   one thread of each consumer (2)             producer                   tile was used by both
  * k_full, v_full        producer + bytes (1)                        consumers
- * kv_empty              consumer warps (8)                          producer                   dK and dV have left K's and V's memory
+ * kv_empty              consumer warps (8)                          producer                   K and V were used by all
  * dq_full[s]            consumer warps (8)                          writer                     dQ is staged
  * dq_empty[s]           writer (1)                                  consumers                  staged dQ was read
  * ds_full[s]            consumer warps (8)                          consumers                  dS of both is stored; d 64: one buffer
@@ -32,7 +32,6 @@
  * named BOTH            256                                         consumers                  both are here
  * weights_full[s]       warps of consumer 0 (4)                     consumer 1, d 256          P is stored
  * weights_empty[s]      warps of consumer 1 (4)                     consumer 0, d 256          P was read
- * named OWN + n         128                                         consumer n
  */
 #include "../any/bwd_plan.h"
 #include "../any/score_units.h"
@@ -62,7 +61,7 @@ static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum { BOTH = 1, OWN = 2 };                                          /* named barriers: 0 is __syncthreads */
+enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
 
@@ -85,6 +84,30 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
     if ((x & EXPONENT) == EXPONENT) { x &= 0xFFFF0000u; }
     if ((x >> 16 & EXPONENT) == EXPONENT) { x &= 0x0000FFFFu; }
     return x;
+}
+
+/* In quads of lanes: x[n] of lane c becomes x[c] of lane n. */
+static __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4])
+{
+    const uint32_t lane = thread_index();
+#pragma unroll
+    for (int bit = 1; bit <= 2; bit *= 2) {
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            if (n & bit) { continue; }
+            const bool high = lane & bit;
+            const uint32_t other = __shfl_xor_sync(ALL_LANES, high ? x[n] : x[n + bit], bit);
+            if (high) { x[n] = other; } else { x[n + bit] = other; }
+        }
+    }
+}
+
+/* Eight elements of a row. vector: `to` is on 16 bytes. */
+static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pairs)[4], bool vector)
+{
+    if (vector) { *(uint4 *)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]); return; }
+#pragma unroll
+    for (int e = 0; e < 8; e++) { ((uint16_t *)to)[e] = (uint16_t)(pairs[e / 2] >> 16 * (e % 2)); }
 }
 
 #if FGQA_D != 256

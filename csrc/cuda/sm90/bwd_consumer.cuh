@@ -169,40 +169,28 @@ template <int N = 0> static __device__ __forceinline__ void hide(uint32_t (&pair
 
 /* ---- gradients of the keys ---- */
 
-/* Accumulators as pairs of T into rows of 64-column chunks. */
-static __device__ __forceinline__ void stage_rows(uint32_t base, const float (&acc)[D / 2], float factor, int thread)
+/* Accumulators as pairs of T to a lane's two rows of d elements, the second 8 rows of `stride` behind the first, `count` rows from that on
+ * exist. No shared memory: that of K and V can be loaded anew at once. */
+static __device__ __forceinline__ void write_rows(const float (&acc)[D / 2], float factor, char *to, int64_t stride, int32_t count, int32_t d, bool vector, int lane)
 {
-    const int lane = thread % 32;
-    const uint32_t row = base + (thread / 32) * 16 * 128 + (lane & 15) * 128;
 #pragma unroll
-    for (int n = 0; n < D / 16; n++) {        /* 16 columns */
-        uint32_t r[4];
+    for (int n = 0; n < D / 32; n++) {        /* 32 columns, 8 a lane */
+        const int column = 32 * n + lane % 4 * 8;
 #pragma unroll
-        for (int m = 0; m < 4; m++) { r[m] = pack2(acc[8 * n + 2 * m] * factor, acc[8 * n + 2 * m + 1] * factor, T()); }
-        stmatrix_x4(row + n / 4 * (BLOCK_K * 128) + (((n & 3) * 32 + (lane >> 4) * 16) ^ ((lane & 7) << 4)), r[0], r[1], r[2], r[3]);
+        for (int half = 0; half < 2; half++) {
+            uint32_t x[4];
+#pragma unroll
+            for (int m = 0; m < 4; m++) { x[m] = pack2(acc[16 * n + 4 * m + 2 * half] * factor, acc[16 * n + 4 * m + 2 * half + 1] * factor, T()); }
+            transpose_quad(x);
+            if (8 * half < count && column < d) { store_eight(to + (8 * half * stride + column) * (int64_t)sizeof(T), x, vector); }
+        }
     }
 }
 
-/* The first `count` of 64 staged rows to `to`, rows of d elements. */
-static __device__ __forceinline__ void write_rows(const char *staged, char *to, int64_t stride, int32_t count, int32_t d, bool vector, int thread)
-{
-#pragma unroll
-    for (int n = thread; n < 64 * (D / 8); n += 128) {
-        const int row = n / (D / 8), piece = n % (D / 8);
-        if (row >= count || 8 * piece >= d) { continue; }
-        const uint4 x = *(const uint4 *)(staged + piece / 8 * (BLOCK_K * 128) + row * 128 + ((piece % 8) ^ (row % 8)) * 16);
-        char *const at = to + row * stride * (int64_t)sizeof(T) + 16 * piece;
-        if (vector) { *(uint4 *)at = x; continue; }
-        const uint32_t word[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-        for (int e = 0; e < 8; e++) { ((uint16_t *)at)[e] = (uint16_t)(word[e / 2] >> 16 * (e % 2)); }
-    }
-}
-
-static __device__ __forceinline__ void write_keys(const char *staged, const bwd_params &p, const task &t, int32_t j0, fgqa_arg arg, int32_t d, bool vector, int thread)
+static __device__ __forceinline__ void write_keys(const float (&acc)[D / 2], float factor, const bwd_params &p, const task &t, int32_t key, fgqa_arg arg, int32_t d, bool vector, int lane)
 {
     const fgqa_view &view = p.common.problem.view[arg];
-    write_rows(staged, fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.k_row + j0), view.stride_s, t.key_rows - j0, d, vector, thread);
+    write_rows(acc, factor, fgqa_row_address(view, sizeof(T), t.b, t.kv_head, t.k_row + key), view.stride_s, t.key_rows - key, d, vector, lane);
 }
 
 /* One of several parts, in float32. */
@@ -254,21 +242,23 @@ static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, ui
     return MASKED && (about.y | state) & (PARTIAL | KEYS_POISONED);
 }
 
-/* Waits for K and V, cleans them, and notes for this warp which rows see each of its lanes' keys. */
+/* Waits for K and V, cleans K, and notes for this warp which rows see each of its lanes' keys: asked for while K is on its way. V is
+ * awaited last, it comes behind K. */
 template <bool MASKED> static __device__ __forceinline__ void begin_keys(const bwd_params &p, shared &sm, const task &t, uint32_t &state, int thread, int key)
 {
+    const int lane = thread % 32, mine = key + lane % 4 * 8;
+    const bool notes = MASKED && lane % 4 < 2;
+    const fgqa_range none = {0, 0};
+    fgqa_range rows = none;
+    if (notes) { rows = rows_of_key(p, t, mine); }
     mbarrier_wait(smem_address(&sm.k_full), state & 1);
-    mbarrier_wait(smem_address(&sm.v_full), state & 1);
     if (MASKED) {
         if (keys_poisoned(sm, thread)) {
             clean_keys(sm, thread);
             state |= KEYS_POISONED;
         }
-        const int lane = thread % 32, mine = key + lane % 4 * 8;
-        if (lane % 4 < 2) {
-            const fgqa_range none = {0, 0};
-            sm.rows[thread / 32 * 16 + lane / 4 + lane % 4 * 8] = state & KEYS_POISONED && is_poisoned(sm, mine) ? none : rows_of_key(p, t, mine);
-        }
+        if (notes) { sm.rows[thread / 32 * 16 + lane / 4 + lane % 4 * 8] = state & KEYS_POISONED && is_poisoned(sm, mine) ? none : rows; }
         __syncwarp();
     }
+    mbarrier_wait(smem_address(&sm.v_full), state & 1);
 }

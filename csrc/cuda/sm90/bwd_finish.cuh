@@ -23,22 +23,6 @@ static __device__ __forceinline__ dq_tile dq_tile_of(const bwd_params &p, const 
     return {p.w.dq + index * (BLOCK_Q * D), p.w.turn + index, b, h, (int32_t)sequence.q_row + i0, key_tiles.begin < key_tiles.end ? end - i0 : 0, key_tiles.end};
 }
 
-/* In quads of lanes: x[n] of lane c becomes x[c] of lane n. */
-static __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4])
-{
-    const uint32_t lane = thread_index();
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            if (n & bit) { continue; }
-            const bool high = lane & bit;
-            const uint32_t other = __shfl_xor_sync(ALL_LANES, high ? x[n] : x[n + bit], bit);
-            if (high) { x[n] = other; } else { x[n + bit] = other; }
-        }
-    }
-}
-
 /* A warp's work: AT_ONCE of the units of 16 rows and 32 columns of a tile, from `first` on. */
 template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const bwd_params &p, const dq_tile &t, int first)
 {
@@ -70,9 +54,7 @@ template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const
             if (row >= t.rows || column >= problem.d) { continue; }
             const uint32_t (&word)[4] = n == 0 ? upper : lower;
             char *const at = fgqa_row_address(problem.view[FGQA_ARG_dq], sizeof(T), t.b, t.h, t.first_row + row) + 2 * column;
-            if (p.vector_dq) { *(uint4 *)at = make_uint4(word[0], word[1], word[2], word[3]); continue; }
-#pragma unroll
-            for (int e = 0; e < 8; e++) { ((uint16_t *)at)[e] = (uint16_t)(word[e / 2] >> 16 * (e % 2)); }
+            store_eight(at, word, p.vector_dq);
         }
     }
 }

@@ -147,6 +147,8 @@ template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_par
 
         take_steps<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, steps, state, dk, dv);
         if (steps > 0) { last_dq(sm, consumer, lane, keys, r.before()); }
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }
 
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
@@ -155,17 +157,9 @@ template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_par
         if (p.w.splits > 1) {
             write_part(p, t, p.w.dk, dk, scale, j0 + last_key, last_lane);
             write_part(p, t, p.w.dv, dv, 1.0f, j0 + last_key, last_lane);
-        } else {                                           /* through the memory of V and K: own keys */
-            char *const v_own = (char *)sm.v + consumer * 64 * 128, *const k_own = (char *)sm.k + consumer * 64 * 128;
-            stage_rows(smem_address(v_own), dv, 1.0f, last);
-            bar_sync(BOTH, CONSUMERS);                     /* the other consumer is done with K, too */
-            stage_rows(smem_address(k_own), dk, scale, last);
-            bar_sync(OWN + consumer, 128);
-            write_keys(v_own, p, t, j0 + consumer * 64, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last);
-            write_keys(k_own, p, t, j0 + consumer * 64, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last);
-            fence_proxy_async();
+        } else {
+            write_keys(dv, 1.0f, p, t, j0 + last_key, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last_lane);
+            write_keys(dk, scale, p, t, j0 + last_key, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last_lane);
         }
-        __syncwarp();
-        if (last_lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }
     }
 }

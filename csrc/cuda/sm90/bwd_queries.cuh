@@ -190,12 +190,8 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void consu
     }
 
     if (i0 >= mask.sq) { return; }
-    bar_sync(OWN + consumer, 128);
-    stage_rows(smem_address(sm.q[consumer]), dq, p.common.scale, thread);
-    bar_sync(OWN + consumer, 128);
     const fgqa_view &view = problem.view[FGQA_ARG_dq];
-    write_rows((const char *)sm.q[consumer], fgqa_row_address(view, sizeof(T), problem.varlen ? 0 : t.b, t.h, t.sequence.q_row + i0), view.stride_s, mask.sq - i0,
-               problem.d, p.vector_dq, thread);
+    write_rows(dq, p.common.scale, fgqa_row_address(view, sizeof(T), problem.varlen ? 0 : t.b, t.h, t.sequence.q_row + i0 + row), view.stride_s, mask.sq - i0 - row, problem.d, p.vector_dq, lane);
 }
 
 template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ bwd_params p, uint32_t tiles, uint32_t band)

@@ -220,6 +220,10 @@ static __device__ __forceinline__ int2 about_tile(const bwd_params &p, const tas
                          | (row0 < t.full_begin || row0 + BLOCK_Q > t.full_end ? PARTIAL : 0));
 }
 
+/* The next task is asked for when this many tiles of the present one are still to be loaded: a ticket and a description take longer than
+ * the two steps that the ring holds. */
+static constexpr int AHEAD = 3;
+
 template <bool MASKED> static __device__ void produce(const bwd_params &p, shared &sm)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -237,6 +241,7 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
             if (t.steps > 0) { about = about_tile(p, t, at); }
         }
         for (int32_t step = 0; step == 0 || step < t.steps; step++) {
+            if (step == max(t.steps - AHEAD, 0)) { mbarrier_arrive(smem_address(&sm.task_free)); }
             const bool exists = t.steps > 0;
             const int head = t.kv_head * problem.g + at.head, row = t.q_row + at.tile * BLOCK_Q;
             const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
@@ -262,7 +267,6 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
                 r.advance();
             }
         }
-        mbarrier_arrive(smem_address(&sm.task_free));
     }
 }
 

@@ -109,26 +109,18 @@ template <bool MASKED, bool CAPPED, role OWN_ROLE> static __device__ __forceinli
             r.advance();
         }
 
+        warp_arrive(&sm.kv_empty, lane);
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = last / 32 * 16 + last_lane / 4;      /* anew: fewer registers in the loop */
         if (MASKED && OWN_ROLE == VALUES && state & CARE_POISON) { add_poison(p, t, last_key, last_lane, sum); }
         if (MASKED && state & KEYS_POISONED) { overwrite_poisoned(p, sm, t, last_key, sum); }
         const float factor = OWN_ROLE == VALUES ? 1.0f : p.common.scale;
-        char *const staged = OWN_ROLE == VALUES ? (char *)sm.k : (char *)sm.v;         /* which only this warpgroup has read */
         if (p.w.splits > 1) {
             write_part(p, t, OWN_ROLE == VALUES ? p.w.dv : p.w.dk, sum, factor, j0 + last_key, last_lane);
         } else {
-            bar_sync(OWN + OWN_ROLE, 128);
-            stage_rows(smem_address(staged), sum, factor, last);
-            bar_sync(OWN + OWN_ROLE, 128);
-            if (OWN_ROLE == VALUES) {
-                write_keys(staged, p, t, j0, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last);
-            } else {
-                write_keys(staged, p, t, j0, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last);
-            }
-            fence_proxy_async();
+            const fgqa_problem &problem = p.common.problem;
+            write_keys(sum, factor, p, t, j0 + last_key, OWN_ROLE == VALUES ? FGQA_ARG_dv : FGQA_ARG_dk, OWN_ROLE == VALUES ? problem.dv : problem.d, OWN_ROLE == VALUES ? p.vector_dv : p.vector_dk, last_lane);
         }
-        warp_arrive(&sm.kv_empty, last_lane);
     }
 }
 
