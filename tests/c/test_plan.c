@@ -137,7 +137,8 @@ static void work(void)
         f.r.chunk = rule / 4 % 3 == 2 ? 3 : 0;
         f.r.align = rule / 12 ? FGQA_ALIGN_TOP_LEFT : FGQA_ALIGN_BOTTOM_RIGHT;
         p = lowered(&f);
-        CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
+        const double whole = counted(&p);
+        CHECK(fgqa_problem_visible_scores(&p) == whole);
         give_int32(&f, FGQA_ARG_q_lens, q_lens, 2);
         give_int32(&f, FGQA_ARG_kv_lens, kv_lens, 2);
         p = lowered(&f);
@@ -145,6 +146,9 @@ static void work(void)
         f.r.tensor[FGQA_ARG_q_lens] = NULL;
         p = lowered(&f);
         CHECK(fgqa_problem_visible_scores(&p) == counted(&p));
+        on_gpu(&f);         /* where lengths are not read */
+        p = lowered(&f);
+        CHECK(fgqa_problem_visible_scores(&p) == whole);
         packed(&f, FGQA_PASS_FWD);
         f.r.causal = 1;
         f.r.align = rule / 12 ? FGQA_ALIGN_TOP_LEFT : FGQA_ALIGN_BOTTOM_RIGHT;
