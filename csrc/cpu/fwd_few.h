@@ -10,23 +10,9 @@
 /* tile_additive() for these rows. */
 static tile_kind few_additive(real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t n)
 {
-    vmask seen = m_lt(v_zero(), v_zero()), changed = seen;
-    for (int32_t r = 0; r < panel->rows; r++) {
-        real *const to = add + r * KEYS;
-        if (r && tile_additive_repeats(t->p, panel->r0 + r)) {
-            memcpy(to, to - KEYS, (size_t)n * sizeof(real));
-        } else {
-            const int64_t row = panel->r0 + r;
-            tile_additive_row(to, t, fgqa_packed_row_head(row, t->kv_head, t->p->g), fgqa_packed_row_q(row, t->p->g), j0, n);
-        }
-        for (int32_t j = n; j < ROUND_UP(n, VL); j++) { to[j] = to[0]; }    /* which changes no verdict */
-        for (int32_t j = 0; j < n; j += VL) {
-            const vreal x = v_load(to + j);
-            seen = m_or(seen, m_not(m_eq(x, v_set1(-REAL_INF))));
-            changed = m_or(changed, m_not(m_eq(x, v_zero())));
-        }
-    }
-    return tile_additive_kind(seen, changed);
+    tile_verdict verdict = tile_verdict_begin();
+    for (int32_t r = 0; r < panel->rows; r++) { tile_additive_lane(add + r * KEYS, t, panel->r0 + r, r == 0, j0, n, &verdict); }
+    return tile_verdict_kind(&verdict);
 }
 
 SIMD vint few_lane_numbers(void)
@@ -40,13 +26,14 @@ SIMD vint few_lane_numbers(void)
 static void few_transform(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t n, const real *add)
 {
     const vint lane = few_lane_numbers();
+    const tile_chain chain = tile_chain_of(t);
     for (int32_t r = 0; r < panel->rows; r++) {
         const vint begin = v_set1_int(panel->begin[r]), end = v_set1_int(panel->end[r]), diag = v_set1_int(panel->diag[r]);
         const vreal slope = v_set1(panel->slope[r]);
         for (int32_t j = 0; j < n; j += VL) {
             const vint key = v_set1_int(j0 + j) + lane;
             real *const at = s + r * KEYS + j;
-            v_store(at, tile_score(t, v_load(at), add ? add + r * KEYS + j : NULL, key, begin, end, diag, slope, NULL));
+            v_store(at, tile_score(chain, v_load(at), add ? add + r * KEYS + j : NULL, key, begin, end, diag, slope, NULL));
         }
     }
 }

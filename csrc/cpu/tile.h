@@ -332,13 +332,22 @@ FGQA_SHARED void tile_add_bad_row(const tile_panel *panel, const real *add, int3
 
 /* ---- mask and bias ---- */
 
-/* One row of keys [j0, j1): bias, or 0; -inf where the bool mask says no. */
+/* What follows a block's part of a row, `from` and of so many bytes, into the second-level cache: the next block will ask for it. */
+SIMD void tile_additive_ahead(const void *from, int64_t bytes)
+{
+    for (int64_t at = bytes; at < 2 * bytes; at += 64) { __builtin_prefetch((const char *)from + at, 0, 2); }
+}
+
+/* n keys from j0 on of one row: bias, or 0; -inf where the bool mask says no. */
 FGQA_SHARED void tile_additive_row(real *to, const tile_sequence *t, int32_t h, int32_t i, int32_t j0, int32_t n)
 {
     const fgqa_view *bias = &t->p->view[FGQA_ARG_bias], *mask = &t->p->view[FGQA_ARG_mask];
+    const int more = j0 + n < t->seq.mask.sk;
     if (bias->data) {
-        const char *from = view_at(bias, t->b, h, i);
-        row_load(to, from + j0 * bias->stride_d * (int64_t)fgqa_dtype_bytes(bias->dtype), bias->dtype, bias->stride_d, n);
+        const int64_t step = bias->stride_d * (int64_t)fgqa_dtype_bytes(bias->dtype);
+        const char *from = (const char *)view_at(bias, t->b, h, i) + j0 * step;
+        row_load(to, from, bias->dtype, bias->stride_d, n);
+        if (more) { tile_additive_ahead(from, n * step); }
     } else {
         memset(to, 0, (size_t)n * sizeof(real));
     }
@@ -349,6 +358,7 @@ FGQA_SHARED void tile_additive_row(real *to, const tile_sequence *t, int32_t h, 
         } else {
             for (int32_t n0 = 0; n0 < n; n0++) { to[n0] = keep[n0 * mask->stride_d] ? to[n0] : -REAL_INF; }
         }
+        if (more) { tile_additive_ahead(keep, n * mask->stride_d); }
     }
 }
 
@@ -358,7 +368,20 @@ typedef enum {
     TILE_PARTIAL
 } tile_kind;
 
-SIMD tile_kind tile_additive_kind(vmask seen, vmask changed) { return !m_any(seen) ? TILE_UNSEEN : m_any(changed) ? TILE_PARTIAL : TILE_FULL; }
+/* Whether a key is seen, and whether anything is changed by what is added. */
+typedef struct { vmask seen, changed; } tile_verdict;
+
+SIMD tile_verdict tile_verdict_begin(void)
+{
+    const vmask none = m_lt(v_zero(), v_zero());
+    const tile_verdict verdict = {none, none};
+    return verdict;
+}
+
+SIMD tile_kind tile_verdict_kind(const tile_verdict *verdict)
+{
+    return !m_any(verdict->seen) ? TILE_UNSEEN : m_any(verdict->changed) ? TILE_PARTIAL : TILE_FULL;
+}
 
 /* Whether mask and bias differ from query row to query row, and from head to head of a group. */
 SIMD int tile_additive_by_row(const fgqa_problem *p)
@@ -373,72 +396,85 @@ SIMD int tile_additive_by_head(const fgqa_problem *p)
     return (bias->data && bias->stride_h) || (mask->data && mask->stride_h);
 }
 
-/* Whether packed row r has the same as row r - 1. */
-SIMD int tile_additive_repeats(const fgqa_problem *p, int64_t r)
+/* That of packed row r, whose predecessor's is KEYS before unless r is `first`; up to a whole vector. */
+SIMD void tile_additive_lane(real *to, const tile_sequence *t, int64_t r, int first, int32_t j0, int32_t n, tile_verdict *verdict)
 {
-    return !tile_additive_by_head(p) && (!tile_additive_by_row(p) || fgqa_packed_row_q(r, p->g) == fgqa_packed_row_q(r - 1, p->g));
+    const fgqa_problem *const p = t->p;
+    const int32_t i = fgqa_packed_row_q(r, p->g);
+    if (!first && !tile_additive_by_head(p) && (!tile_additive_by_row(p) || i == fgqa_packed_row_q(r - 1, p->g))) {
+        memcpy(to, to - KEYS, (size_t)ROUND_UP(n, VL) * sizeof(real));
+        return;
+    }
+    tile_additive_row(to, t, fgqa_packed_row_head(r, t->kv_head, p->g), i, j0, n);
+    for (int32_t j = n; j < ROUND_UP(n, VL); j++) { to[j] = to[0]; }      /* which changes no verdict */
+    for (int32_t j = 0; j < n; j += VL) {
+        const vreal x = v_load(to + j);
+        verdict->seen = m_or(verdict->seen, m_not(m_eq(x, v_set1(-REAL_INF))));
+        verdict->changed = m_or(verdict->changed, m_not(m_eq(x, v_zero())));
+    }
 }
 
-/* Fills add[key][lane] for keys [j0, j1) of a panel from mask and bias, -inf where masked. `scratch`: VL x KEYS reals. */
+/* Fills add[key][lane] for keys [j0, j1) of a panel from mask and bias, -inf where masked; idle lanes get anything. `scratch`: VL x KEYS reals. */
 FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, real *scratch)
 {
-    const int32_t n = j1 - j0, g = t->p->g, padded = ROUND_UP(n, VL);
-    const int one = !tile_additive_by_head(t->p) && !tile_additive_by_row(t->p);
-    vmask seen = m_lt(v_zero(), v_zero()), changed = seen;
+    const int32_t n = j1 - j0;
+    tile_verdict verdict = tile_verdict_begin();
+    if (!tile_additive_by_head(t->p) && !tile_additive_by_row(t->p)) {
+        tile_additive_lane(scratch, t, panel->r0, 1, j0, n, &verdict);
+        const tile_kind kind = tile_verdict_kind(&verdict);
+        for (int32_t c = 0; kind == TILE_PARTIAL && c < n; c++) {
+            for (int32_t v = 0; v < panel->nv; v++) { v_store(add + (ptrdiff_t)c * panel->w + v * VL, v_set1(scratch[c])); }
+        }
+        return kind;
+    }
     for (int32_t v = 0; v < panel->nv; v++) {
-        for (int32_t lane = 0; lane < VL; lane++) {
-            real *to = scratch + lane * KEYS;
-            const int64_t r = panel->r0 + v * VL + lane;
-            const int32_t i = fgqa_packed_row_q(r, g), h = fgqa_packed_row_head(r, t->kv_head, g);
-            const int idle = v * VL + lane >= panel->rows;   /* lane > 0 then; its neighbour's row changes no verdict */
-            if (idle || (lane ? tile_additive_repeats(t->p, r) : v && one)) {
-                if (lane) { memcpy(to, to - KEYS, (size_t)n * sizeof(real)); }   /* lane 0 finds the last vector's row in place */
-            } else {
-                tile_additive_row(to, t, h, i, j0, n);
-            }
-            for (int32_t c = n; c < padded; c++) { to[c] = 0; }
+        for (int32_t lane = 0; lane < VL && v * VL + lane < panel->rows; lane++) {
+            tile_additive_lane(scratch + lane * KEYS, t, panel->r0 + v * VL + lane, lane == 0, j0, n, &verdict);
         }
-        for (int32_t c = 0; c < padded; c += VL) { v_transpose(add + (ptrdiff_t)c * panel->w + v * VL, panel->w, scratch + c, KEYS); }
+        for (int32_t c = 0; c < n; c += VL) { v_transpose(add + (ptrdiff_t)c * panel->w + v * VL, panel->w, scratch + c, KEYS); }
     }
-    for (int32_t c = 0; c < n; c++) {
-        for (int32_t v = 0; v < panel->nv; v++) {
-            const vreal x = v_load(add + (ptrdiff_t)c * panel->w + v * VL);
-            seen = m_or(seen, m_not(m_eq(x, v_set1(-REAL_INF))));
-            changed = m_or(changed, m_not(m_eq(x, v_zero())));
-        }
-    }
-    return tile_additive_kind(seen, changed);
+    return tile_verdict_kind(&verdict);
 }
 
 /* ---- scores ---- */
 
+/* What a sequence does to its scores. A copy on the stack is in registers where scores are stored. */
+typedef struct { real scale, cap_inner, cap_outer; int alibi; } tile_chain;
+
+SIMD tile_chain tile_chain_of(const tile_sequence *t)
+{
+    const tile_chain chain = {t->score_scale, t->cap_inner, t->cap_outer, t->p->view[FGQA_ARG_alibi_slopes].data != NULL};
+    return chain;
+}
+
 /* From x = q.k: scale, softcap, + add (NULL: none), ALiBi, mask. tanh (NULL: not wanted) receives tanh(x/cap), of which the
  * backward pass needs 1 - tanh^2. A finite score never becomes -inf, which is kept for "not seen": a row whose keys all carry the
  * lowest float as bias is uniform, as it is in the plain formula. */
-SIMD vreal tile_score(const tile_sequence *t, vreal x, const real *add, vint key, vint begin, vint end, vint diag, vreal slope, real *tanh)
+SIMD vreal tile_score(const tile_chain chain, vreal x, const real *add, vint key, vint begin, vint end, vint diag, vreal slope, real *tanh)
 {
-    if (t->cap_outer > 0) {
-        x = v_tanh(x * v_set1(t->cap_inner));
+    if (chain.cap_outer > 0) {
+        x = v_tanh(x * v_set1(chain.cap_inner));
         if (tanh) { v_store(tanh, x); }
-        x *= v_set1(t->cap_outer);
+        x *= v_set1(chain.cap_outer);
     } else {
-        x *= v_set1(t->score_scale);
+        x *= v_set1(chain.scale);
     }
     if (add) { x += v_load(add) * v_set1((real)FGQA_LOG2E); }
-    if (t->p->view[FGQA_ARG_alibi_slopes].data) { x += FGQA_ALIBI(slope, v_abs(v_from_int(diag - key))); }
+    if (chain.alibi) { x += FGQA_ALIBI(slope, v_abs(v_from_int(diag - key))); }
     return v_select(tile_sees_key(key, begin, end, add), v_max(v_set1(REAL_LOWEST), x), v_set1(-REAL_INF));
 }
 
 /* That of a tile, in place; tanh_tile or NULL. */
 FGQA_SHARED void tile_transform(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const real *add, real *tanh_tile)
 {
-    for (int32_t j = j0; j < j1; j++) {
-        for (int32_t v = 0; v < panel->nv; v++) {
+    const tile_chain chain = tile_chain_of(t);
+    for (int32_t v = 0; v < panel->nv; v++) {
+        const vint begin = v_load_int(panel->begin + v * VL), end = v_load_int(panel->end + v * VL), diag = v_load_int(panel->diag + v * VL);
+        const vreal slope = v_load(panel->slope + v * VL);
+        for (int32_t j = j0; j < j1; j++) {
             const ptrdiff_t at = (ptrdiff_t)(j - j0) * panel->w + v * VL;
-            const vreal x = tile_score(t, v_load(s + at), add ? add + at : NULL, v_set1_int(j), v_load_int(panel->begin + v * VL),
-                                       v_load_int(panel->end + v * VL), v_load_int(panel->diag + v * VL), v_load(panel->slope + v * VL),
-                                       tanh_tile ? tanh_tile + at : NULL);
-            v_store(s + at, x);
+            const real *const added = add ? add + at : NULL;
+            v_store(s + at, tile_score(chain, v_load(s + at), added, v_set1_int(j), begin, end, diag, slope, tanh_tile ? tanh_tile + at : NULL));
         }
     }
 }
