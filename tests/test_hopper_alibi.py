@@ -1,5 +1,5 @@
-"""ALiBi in the forward kernels for Hopper: each row that has it forced, against the oracle under the error rule, and what is
-theirs alone: distances as a line, slopes that only the careful pass takes."""
+"""ALiBi in the kernels for Hopper, forward and backward: each row that has it forced, against the oracle under the error rule,
+and what is theirs alone: distances as a line, slopes that only the careful pass takes, LSEs that hold no sum."""
 
 import itertools
 
@@ -8,11 +8,13 @@ import torch
 from cases import Case
 from gpu import assert_alike
 from test_hopper import DTYPES, MASKS, ROWS, inputs, random, row_for
-from test_hopper_softcap import check_forward_row, extents, general
+from test_hopper_backward import ROWS as BACKWARD_ROWS
+from test_hopper_backward import assert_gradients_alike, backward_row
+from test_hopper_softcap import check_backward_row, check_forward_row, extents, general
 
 import flashgqa
 
-NAMES = [name for name in ROWS if extents(name)[1] in (64, 128)]
+NAMES, BACKWARD_NAMES = ([name for name in rows if extents(name)[1] in (64, 128)] for rows in (ROWS, BACKWARD_ROWS))
 pytestmark = pytest.mark.skipif(not NAMES, reason="needs a GPU of compute capability 9.0 and code for it")
 CASES = [
     Case(b=2, sq=150, sk=200, causal=True, alibi="h", sink=True),
@@ -27,6 +29,12 @@ CASES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_within_the_error_rule(name, case):
     check_forward_row(case, name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", BACKWARD_NAMES)
+def test_backward_within_the_error_rule(name, case):
+    check_backward_row(case, name)
 
 
 def slopes(*shape):
@@ -99,5 +107,111 @@ def test_plan_and_caches():
     refused = dict(flashgqa.explain(q, k_new, v_new, alibi_slopes=slopes(8), softcap=5.0)["refused"])
     assert "alibi_slopes with softcap" in refused[name]
     wide = inputs(1, 8, 2, 200, 200, 256)
-    plan = flashgqa.explain(*wide, alibi_slopes=slopes(8))
-    assert plan["kernel"] == general("fwd", q.dtype, 256) and "alibi_slopes" in dict(plan["refused"])[row_for(q.dtype, 256, 256)]
+    for which in ("fwd", "bwd"):
+        plan = flashgqa.explain(*wide, alibi_slopes=slopes(8), backward=which == "bwd")
+        assert plan["kernel"] == general(which, q.dtype, 256)
+        assert "alibi_slopes" in dict(plan["refused"])[row_for(q.dtype, 256, 256, which=which)]
+
+
+def gradients(q, k, v, dout=None, rows=(90, 80), **options):
+    """By each of these rows, from the results of one forward kernel."""
+    forward = {key: value for key, value in options.items() if key != "deterministic"}
+    out, lse = flashgqa.attention(q, k, v, return_lse=True, **forward)
+    dout = random(*out.shape, dtype=q.dtype, seed=8) if dout is None else dout
+    options["dlse"] = random(*lse.shape, dtype=torch.float32, seed=7)
+    width = 64 if q.shape[-1] <= 64 else 128
+    names = (backward_row(q.dtype, width) if arch == 90 else general("bwd", q.dtype, width) for arch in rows)
+    return [flashgqa.attention_backward(dout, q, k, v, out, lse, kernel=name, **options)[:3] for name in names]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_backward_runs_where_the_forward_does(d, dtype):
+    x = inputs(2, 16, 8, 500, 500, d - 8, dtype=dtype)
+    sink = torch.zeros(16, dtype=dtype, device="cuda")
+    for options in ({}, {"causal": True}, {"window": (100, 0)}, {"deterministic": False}, {"sink": sink}):
+        options["alibi_slopes"] = slopes(16)
+        assert flashgqa.explain(*x, backward=True, **options)["kernel"] == backward_row(dtype, d)
+        assert flashgqa.explain(*x, backward=True, softcap=3.0, **options)["kernel"] == general("bwd", dtype, d)
+    assert_gradients_alike(*gradients(*x, alibi_slopes=slopes(2, 16)))
+
+
+@pytest.mark.parametrize("group", [1, 2, 4, 8, 32])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_of_groups(d, mask, group):
+    """Rows and keys of several tiles, more queries than keys and more keys than queries; twice the same bits."""
+    for b, sq, sk in ((2, 300, 300), (1, 900, 260), (1, 200, 1100)):
+        x = inputs(b, 32, 32 // group, sq, sk, d, dtype=torch.bfloat16)
+        for of in (slopes(32), slopes(b, 32)):
+            options = {"alibi_slopes": of, **MASKS[mask]}
+            got, again, expected = gradients(*x, rows=(90, 90, 80), **options)
+            assert_gradients_alike(got, expected)
+            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
+        assert_gradients_alike(*gradients(*x, **options, deterministic=False))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_of_all_pairs_of_lengths(d, mask):
+    """Packed, and padded with NaN."""
+    grid = torch.meshgrid(torch.arange(1, 301, 33), torch.arange(1, 401, 39), indexing="ij")
+    queries, keys = (x.reshape(-1).int().cuda() for x in grid)
+    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
+    packed = [x[0].transpose(0, 1) for x in inputs(1, 4, 2, *(int(s[-1]) for s in starts), d)]
+    options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=300, max_kv=400, alibi_slopes=slopes(len(queries), 4))
+    for extra in ({}, {"deterministic": False}):
+        assert_gradients_alike(*gradients(*packed, **options, **MASKS[mask], **extra))
+    padded = inputs(len(queries), 4, 2, 300, 400, d)
+    for x, lengths in zip(padded, (queries, keys, keys), strict=True):
+        x.masked_fill_((torch.arange(x.shape[2], device="cuda") >= lengths[:, None])[:, None, :, None], float("nan"))
+    assert_gradients_alike(*gradients(*padded, q_lens=queries, kv_lens=keys, alibi_slopes=slopes(4), **MASKS[mask]))
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_of_long_passes(d):
+    """The folded order and its parts; windows, walked head by head."""
+    causal, left = {"causal": True}, {"window": (500, 0)}
+    for b, hq, hk, s, options in ((1, 32, 8, 2048, causal), (1, 16, 1, 8330, causal), (2, 8, 2, 1500, left), (1, 4, 4, 5000, {})):
+        x = inputs(b, hq, hk, s, s, d, dtype=torch.bfloat16)
+        assert_gradients_alike(*gradients(*x, alibi_slopes=slopes(hq), **options))
+
+
+@pytest.mark.parametrize(("sq", "sk"), [(300, 300), (300, 140), (140, 300)])
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_of_any_slope(d, sq, sk):
+    """The same as those of the general kernel, and the other heads' as if nothing had happened. LSEs of up to 1e22 hold neither
+    the products q.k nor a sum. Rows that see no key at a distance of 0 are left out where a slope is infinite."""
+    for group, causal in itertools.product((1, 4), (True, False)):
+        x = inputs(2, 8, 8 // group, sq, sk, d)
+        options = {"causal": causal, "rows": (90, 80)}
+        clean, _ = gradients(*x, alibi_slopes=slopes(8), **options)
+        others = torch.arange(8, device="cuda") != 3
+        other_keys = torch.arange(8 // group, device="cuda") != 3 // group
+        for value in (-0.3, -1e-3, 50.0, -50.0, 1e6, -1e6, 1e20, -1e20, -torch.inf, torch.inf, torch.nan):
+            if abs(value) == torch.inf and sq > sk:
+                continue
+            odd = slopes(8)
+            odd[3] = value
+            got, expected = gradients(*x, alibi_slopes=odd, **options)
+            assert_gradients_alike(got, expected)
+            assert torch.equal(got[0][:, others], clean[0][:, others])
+            assert all(torch.equal(a[:, other_keys], b[:, other_keys]) for a, b in zip(got[1:], clean[1:], strict=True))
+            assert abs(value) < torch.inf or not got[0][:, 3, -1].isfinite().any()
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("d", [64, 128])
+def test_poisoned_gradients(d, which):
+    """NaN in q, k, v or dO reach the gradients that the general kernel says, and leave the bits of all others."""
+    x = [*inputs(2, 4, 2, 500, 500, d), random(2, 4, 500, d, dtype=torch.float16, seed=8)]
+    options = {"window": (60, 10), "alibi_slopes": slopes(4)}
+    clean, _ = gradients(*x[:3], dout=x[3], **options)
+    x[which][1, 1, 400, 5] = torch.nan
+    got, expected = gradients(*x[:3], dout=x[3], **options)
+    for a, b, before in zip(got, expected, clean, strict=True):
+        touched = ~b.isfinite()
+        assert torch.equal(touched, ~a.isfinite())
+        assert torch.equal(a[0], before[0])
+        untouched = ~(touched.any(-1, keepdim=True).expand_as(a))
+        assert_gradients_alike([a.where(untouched, 0)] * 3, [b.where(untouched, 0)] * 3)

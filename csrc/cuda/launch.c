@@ -284,7 +284,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (k->row.float8 && p->view[FGQA_ARG_k].dtype != FGQA_F8E4M3) { return "for float8 KV caches only"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
-        const int has_alibi = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD && FGQA_HAS_ALIBI(k->row.d);
+        const int has_alibi = k->row.arch == HOPPER && (k->row.pass == FGQA_PASS_FWD ? FGQA_HAS_ALIBI(k->row.d) : FGQA_BWD_HAS_ALIBI(k->row.d));
         const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi);
         if (option) {
             return fgqa_reason(why, "has no %s", option);

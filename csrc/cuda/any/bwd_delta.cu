@@ -6,58 +6,21 @@
  * Also writes the gradients that no key tile will: dQ of padding rows and of query tiles without a visible score, and dQ, dK
  * and dV of rows of packed tensors that belong to no sequence. A half warp a row; a block takes whole query tiles of one head.
  */
-#include <float.h>
-
 #include "../common/launch.cuh"
-#include "../common/mask_tile.cuh"
 #include "bwd_rows.cuh"
 #include "bwd_workspace.h"
 
 static constexpr int ROWS = 64;
 static constexpr float LARGEST_LSE = 0x1p17f;      /* beyond, an LSE may be off by more than 1/128: 2^-6 / epsilon */
 
-static __device__ __forceinline__ float half_warp_sum(float x)
-{
-#pragma unroll
-    for (int step = HALF / 2; step > 0; step /= 2) { x += __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), x, step); }
-    return x;
-}
-
-/* A row's largest score and log2 of the sum of its weights, the sink among them, from the scores of its keys. Kept if these
- * keys are all that its LSE was made of: that of more keys (a part of a split) says more than these can. */
+/* Its largest score and log2 of the sum of its weights, of a row whose LSE holds less. */
 template <typename T> static __device__ __noinline__ void own_stats(general_stats *stats, const fgqa_params &params, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t i)
 {
-    const fgqa_problem &p = params.problem;
-    const int part = threadIdx.x % HALF;
     const score_row row = score_row_make(params, sequence.mask, b, h, i);
-    const T *q = (const T *)fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, sequence.q_row + i);
-    const fgqa_view &sink = p.view[FGQA_ARG_sink];
-    float top = -INFINITY, sum = 0.0f;
-    for (int32_t j = row.begin + part; j < row.end; j += HALF) {
-        const T *k = (const T *)fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), b, fgqa_kv_head(h, p.g), sequence.k_row + j);
-        float qk = 0.0f;
-        for (int column = 0; column < p.d; column++) { qk = fmaf(to_float(q[column]), to_float(k[column]), qk); }
-        const float x = score_chain(params, sequence.mask.diag, row, j, qk);
-        if (x == -INFINITY) { continue; }
-        const float larger = fmaxf(top, x);
-        sum = sum * ex2((top - larger) * (float)FGQA_LOG2E) + ex2((x - larger) * (float)FGQA_LOG2E);
-        top = larger;
-    }
-    if (sink.data && part == 0) {
-        const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype), larger = fmaxf(top, logit);
-        if (larger > -INFINITY) {
-            sum = sum * ex2((top - larger) * (float)FGQA_LOG2E) + ex2((logit - larger) * (float)FGQA_LOG2E);
-            top = larger;
-        }
-    }
-    float most = top;
-#pragma unroll
-    for (int step = HALF / 2; step > 0; step /= 2) { most = fmaxf(most, __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), most, step)); }
-    sum = half_warp_sum(top == -INFINITY ? 0.0f : sum * ex2((top - most) * (float)FGQA_LOG2E));
-    const float log_sum = log2f(sum), given = stats->top;
-    if (fabsf(most + log_sum * (float)FGQA_LN2 - given) <= 4.0f * FLT_EPSILON * fabsf(given)) {
-        stats->top = most;
-        stats->log_sum = log_sum;
+    const row_sum own = sum_row<T>(params, sequence, b, h, i, {row.begin, row.end}, (float)FGQA_LOG2E, [&](int32_t j, float qk) { return score_chain(params, sequence.mask.diag, row, j, qk); });
+    if (all_of(stats->top, own.top + own.log_sum * (float)FGQA_LN2, 4.0f)) {
+        stats->top = own.top;
+        stats->log_sum = own.log_sum;
     }
 }
 
@@ -100,7 +63,7 @@ template <typename T, bool GENERAL> static __device__ __forceinline__ void descr
         const int64_t at = bwd_q_row(p, b, h, sequence.q_row, i);
         if (GENERAL) {
             general_stats stats = {empty ? INFINITY : lse, empty ? 0.0f : delta, 0.0f, 0.0f};
-            if (fabsf(lse) > LARGEST_LSE && fabsf(lse) < INFINITY) { own_stats<T>(&stats, params, sequence, b, h, i); }
+            if (is_large(lse, LARGEST_LSE)) { own_stats<T>(&stats, params, sequence, b, h, i); }
             if (part == 0) { ((general_stats *)w.stats)[at] = stats; }
         } else if (part == 0) {
             const plain_stats stats = {empty ? INFINITY : lse * (float)FGQA_LOG2E, empty ? 0.0f : delta};

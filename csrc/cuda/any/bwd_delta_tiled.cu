@@ -5,6 +5,7 @@
 #include "bwd_rows.cuh"
 
 static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_LANES = 32, MOST_SORTED = 1024;      /* 16-byte loads of a thread and tensor at a time; rows of a tile; lanes of a row; sequences */
+static constexpr float LARGEST_LSE = 0x1p15f;      /* with ALiBi: beyond, LSE and slope times distance, rounded in base 2, may be apart by more than 1/256 */
 
 /* rowsum(dO O) of a tile's rows, LANES lanes a row. */
 template <typename T, int LANES, bool VECTOR>
@@ -65,6 +66,28 @@ template <typename T> static __device__ __noinline__ void zero_rows(const fgqa_p
 {
     for (int32_t row = begin + (int32_t)threadIdx.x / HALF; row < end; row += AT_ONCE) {
         zero_row<T>(fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), b, h, first + row), p.d, (int)threadIdx.x % HALF);
+    }
+}
+
+/* With ALiBi, lse2 of rows whose LSE is large: of the exponents that the main kernel computes, so that what leaves no digits to q.k
+ * cancels. Where all of them leave float32, weights are 0. */
+template <typename T> static __device__ __noinline__ void large_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
+{
+    const fgqa_problem &p = params.problem;
+    const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes];
+    const float slope_log2 = load_float(slopes.data, b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E, scale_log2 = params.scale * (float)FGQA_LOG2E;
+    int32_t rows;
+    const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
+    const int32_t i0 = tile * w.block_q, end = min(sequence.mask.sq, i0 + w.block_q);
+    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < end; i += AT_ONCE) {
+        const float lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, sequence.q_row + i);
+        if (!is_large(lse, LARGEST_LSE)) { continue; }
+        const row_sum own = sum_row<T>(params, sequence, b, h, i, row_range(sequence.mask, i), 1.0f, [&](int32_t j, float qk) {
+            return bwd_less_alibi(qk, scale_log2, slope_log2, (float)(i + sequence.mask.diag - j));
+        });
+        float *lse2 = bwd_tiled_stats(w, bwd_q_tile(p, w, b, h, sequence.q_row, tile), i);
+        if (threadIdx.x % HALF == 0 && own.top == -INFINITY) { *lse2 = -FLT_MAX; }
+        if (threadIdx.x % HALF == 0 && all_of(*lse2, own.top + own.log_sum, 8.0f)) { *lse2 = own.top + own.log_sum; }
     }
 }
 
@@ -167,6 +190,7 @@ bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_
     if (thread == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (w.chain ? 0 : order.begin) | FGQA_BWD_FRESH; }
     const int32_t written = order.begin == order.end ? 0 : real;           /* rows that the main kernel or the one behind it writes */
     if (written < count) { zero_rows<T>(p, b, h, first_row, written, count); }
+    if (p.view[FGQA_ARG_alibi_slopes].data && __syncthreads_or(thread < real && is_large(lse, LARGEST_LSE))) { large_rows<T>(params, w, b, h, tile); }
 }
 
 template <typename T, int LANES> static void (*delta_kernel(bool vector))(fgqa_params, fgqa_bwd_workspace, uint32_t)

@@ -6,6 +6,9 @@
 
 enum { FGQA_BWD_MAX_SPLITS = 4, FGQA_BWD_LONG = 64 };           /* FGQA_BWD_LONG: key tiles */
 
+/* Backward rows for Hopper that have a kernel with ALiBi. */
+#define FGQA_BWD_HAS_ALIBI(d) ((d) <= 128)
+
 static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }
 
 static inline int32_t fgqa_bwd_stats_kind(const fgqa_cuda_row *row)

@@ -1,5 +1,8 @@
 /* bwd_rows.cuh - what the kernels before a main backward kernel do to rows, half a warp a row. */
 #pragma once
+#include <float.h>
+
+#include "../common/mask_tile.cuh"
 #include "../common/numeric.cuh"
 #include "../common/params.cuh"
 #include "bwd_workspace.h"
@@ -57,3 +60,55 @@ template <typename T> static __device__ __forceinline__ void zero_tails(const fg
     zero_tail<T>(p.view[FGQA_ARG_dk], p.hk, used_k, p.total_k, p.d);
     zero_tail<T>(p.view[FGQA_ARG_dv], p.hk, used_k, p.total_k, p.dv);
 }
+
+/* ---- rows whose LSE is large ---- */
+
+static __device__ __forceinline__ bool is_large(float lse, float most) { return fabsf(lse) > most && fabsf(lse) < INFINITY; }
+
+static __device__ __forceinline__ float half_warp_sum(float x)
+{
+#pragma unroll
+    for (int step = HALF / 2; step > 0; step /= 2) { x += __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), x, step); }
+    return x;
+}
+
+/* A row's largest score and log2 of the sum of its weights, the sink among them. */
+struct row_sum { float top, log_sum; };
+
+/* From the scores of its keys, score(j, q.k). Weights are 2^(unit score). */
+template <typename T, typename SCORE>
+static __device__ __forceinline__ row_sum sum_row(const fgqa_params &params, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t i, fgqa_range seen, float unit,
+                                                  const SCORE &score)
+{
+    const fgqa_problem &p = params.problem;
+    const int part = threadIdx.x % HALF;
+    const T *q = (const T *)fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), b, h, sequence.q_row + i);
+    const fgqa_view &sink = p.view[FGQA_ARG_sink];
+    float top = -INFINITY, sum = 0.0f;
+    for (int32_t j = seen.begin + part; j < seen.end; j += HALF) {
+        const T *k = (const T *)fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), b, fgqa_kv_head(h, p.g), sequence.k_row + j);
+        float qk = 0.0f;
+        for (int column = 0; column < p.d; column++) { qk = fmaf(to_float(q[column]), to_float(k[column]), qk); }
+        const float x = score(j, qk);
+        if (x == -INFINITY) { continue; }
+        const float larger = fmaxf(top, x);
+        sum = sum * ex2((top - larger) * unit) + ex2((x - larger) * unit);
+        top = larger;
+    }
+    if (sink.data && part == 0) {
+        const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype) * ((float)FGQA_LOG2E / unit), larger = fmaxf(top, logit);
+        if (larger > -INFINITY) {
+            sum = sum * ex2((top - larger) * unit) + ex2((logit - larger) * unit);
+            top = larger;
+        }
+    }
+    float most = top;
+#pragma unroll
+    for (int step = HALF / 2; step > 0; step /= 2) { most = fmaxf(most, __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), most, step)); }
+    sum = half_warp_sum(top == -INFINITY ? 0.0f : sum * ex2((top - most) * unit));
+    return {most, log2f(sum)};
+}
+
+/* Whether the keys of an own sum are all that a given one was made of, but for so many epsilons: that of more keys (a part of a split)
+ * says more than these can. */
+static __device__ __forceinline__ bool all_of(float given, float own, float epsilons) { return fabsf(own - given) <= epsilons * FLT_EPSILON * fabsf(given); }

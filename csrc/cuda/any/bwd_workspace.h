@@ -47,10 +47,12 @@ typedef struct {
     uint32_t *first_task;
 } fgqa_bwd_workspace;
 
-/* Whether some row of some tile may not see some key of it; with a soft cap there is no kernel for tiles without. */
+/* Whether some row of some tile may not see some key of it; with a soft cap or ALiBi there is no kernel for tiles
+ * without. */
 static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
 {
-    return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->softcap > 0.0 || p->sk % block_k != 0;
+    return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->softcap > 0.0 || p->view[FGQA_ARG_alibi_slopes].data
+        || p->sk % block_k != 0;
 }
 
 /* Whether dQ is made by a kernel of its own, which does all of a query tile: bwd_queries.cuh. */
@@ -129,6 +131,12 @@ static __device__ __forceinline__ int32_t bwd_packed_sequence(const fgqa_problem
 static __device__ __forceinline__ int64_t bwd_k_tile(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int32_t kv_head, int64_t k_row, int32_t tile)
 {
     return p.varlen ? kv_head * w.kv_head_tiles + k_row / w.block_k + b + tile : ((int64_t)b * p.hk + kv_head) * w.kv_head_tiles + tile;
+}
+
+/* Of tiled statistics with ALiBi, in base 2: P = 2^(bwd_less_alibi() - lse2). Slope times log2(e). */
+static __device__ __forceinline__ float bwd_less_alibi(float s, float scale_log2, float slope_log2, float distance)
+{
+    return fmaf(s, scale_log2, -(slope_log2 * fabsf(distance)));
 }
 
 /* Rows 8 n + 2 c + {0, 1}, n = 0 .., of a tile belong to lane c of four (fragments.cuh): four of them make 16 bytes. */

@@ -2,7 +2,8 @@
  * whose arch is 90.
  *
  *     S = Q K^T   P = 2^(S - LSE)   dP = dO V^T   dS = P (dP - delta)
- *     dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K              interval masks of semantics.h
+ *     dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K              interval masks of semantics.h; with a soft cap bwd_softcap.cuh,
+ *                                                                    with ALiBi bwd_alibi.cuh
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
@@ -61,6 +62,7 @@ static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
+enum score_kind { PLAIN, CAPPED, ALIBI };                            /* what happens to scores besides the scale and the mask: a kernel of its own each */
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
@@ -116,6 +118,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_tasks.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_softcap.cuh"
+#include "bwd_alibi.cuh"
 #if FGQA_D == 256
 #include "bwd_wide.cuh"
 #include "bwd_queries.cuh"
@@ -123,8 +126,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_pair.cuh"
 #endif
 
-/* CAPPED: with a soft cap. */
-template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
+template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
 {
     extern __shared__ __align__(1024) char memory[];
     shared &sm = *(shared *)memory;
@@ -153,14 +155,14 @@ template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1
     __syncthreads();
     if (wg == 0) {
         setmaxnreg_dec<PRODUCER_REGS>();
-        if (warp == 0 && lane == 0) { produce<MASKED>(p, sm); }
+        if (warp == 0 && lane == 0) { produce<MASKED, KIND>(p, sm); }
         if (warp == 1) { schedule<MASKED>(p, sm); }
 #if FGQA_D != 256
         if (warp >= 2 && lane == 0) { write_dq<MASKED>(p, sm, (uint32_t)warp - 2); }
 #endif
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
-        consume<MASKED, CAPPED>(p, sm, wg - 1);
+        consume<MASKED, KIND>(p, sm, wg - 1);
 #if FGQA_D != 256
         dq_tile t;
         while (take_tile(p, &t)) { finish_tile<4>(p, t, 0); }
@@ -172,7 +174,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(s
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state;
+    static launch_state plain_state, masked_state, capped_state, alibi_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -207,12 +209,19 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.finish = finish_order(p, problem, order, multiprocessors);
 #endif
     const bool masked = p.w.key_rows != NULL;
-    const auto kernel = capped ? bwd_kernel<true, true> : masked ? bwd_kernel<true, false> : bwd_kernel<false, false>;
+    auto kernel = capped ? bwd_kernel<true, CAPPED> : masked ? bwd_kernel<true, PLAIN> : bwd_kernel<false, PLAIN>;
+    launch_state *state = capped ? &capped_state : masked ? &masked_state : &plain_state;
+#if FGQA_BWD_HAS_ALIBI(FGQA_D)
+    if (problem->view[FGQA_ARG_alibi_slopes].data) {
+        kernel = bwd_kernel<true, ALIBI>;
+        state = &alibi_state;
+    }
+#endif
     const int64_t tasks = p.sections * key_tiles;
     /* More blocks than chains have members would take tickets out of step. */
     const int64_t members = (int64_t)p.band * p.w.chain, most = 10 * members >= 9 * multiprocessors ? min(members, (int64_t)multiprocessors) : multiprocessors;
     const uint32_t blocks = (uint32_t)min(tasks, most);
-    error = allow_shared_memory((const void *)kernel, sizeof(shared), device, capped ? &capped_state : masked ? &masked_state : &plain_state);
+    error = allow_shared_memory((const void *)kernel, sizeof(shared), device, state);
     if (error == cudaSuccess) { error = fgqa_bwd_delta(problem, &p.w, stream); }
     if (error == cudaSuccess && !p.ordered) { error = cudaMemsetAsync(p.w.dq, 0, (size_t)p.w.q_tiles * (BLOCK_Q * D) * sizeof(float), stream); }
     if (error != cudaSuccess) { return error; }

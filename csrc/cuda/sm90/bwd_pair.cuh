@@ -126,7 +126,7 @@ static __device__ __forceinline__ void last_dq(shared &sm, int consumer, int lan
     announce_dq(sm, r, true, lane);
 }
 
-template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
+template <bool MASKED, score_kind KIND> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
 {
     const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = consumer * 64 + thread / 32 * 16 + lane / 4;      /* and key + 8 */
     const float scale = p.common.scale;
@@ -145,7 +145,7 @@ template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_par
 #pragma unroll
         for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
 
-        take_steps<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, steps, state, dk, dv);
+        take_steps<MASKED, KIND>(p, sm, consumer, thread, keys, r, steps, state, dk, dv);
         if (steps > 0) { last_dq(sm, consumer, lane, keys, r.before()); }
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }

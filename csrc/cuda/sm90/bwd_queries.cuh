@@ -97,7 +97,7 @@ static __device__ __noinline__ void clean_tile(queries_shared &sm, uint32_t stag
     bar_sync(BOTH, CONSUMERS);
 }
 
-template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void consume_keys(const bwd_params &p, queries_shared &sm, const query_tile &t, int consumer)
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void consume_keys(const bwd_params &p, queries_shared &sm, const query_tile &t, int consumer)
 {
     const fgqa_problem &problem = p.common.problem;
     const fgqa_mask &mask = t.sequence.mask;
@@ -157,9 +157,9 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void consu
         }
         wgmma_commit();
         wgmma_wait<1>();
-        if (CAPPED) { cap_scores(s, p.in_caps); }
+        if (KIND == CAPPED) { cap_scores(s, p.in_caps); }
 #pragma unroll
-        for (int m = 0; m < 32; m++) { s[m] = ex2(fmaf(s[m], p.scale_log2, -lse2[m / 2 % 2])) * (CAPPED ? FGQA_SOFTCAP_GRAD(s[m], 1.0f) : 1.0f); }
+        for (int m = 0; m < 32; m++) { s[m] = ex2(fmaf(s[m], p.scale_log2, -lse2[m / 2 % 2])) * (KIND == CAPPED ? FGQA_SOFTCAP_GRAD(s[m], 1.0f) : 1.0f); }
         wgmma_wait<0>();
         if (thread == 0) { mbarrier_arrive(smem_address(&sm.v_empty)); }
 #pragma unroll
@@ -194,7 +194,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void consu
     write_rows(dq, p.common.scale, fgqa_row_address(view, sizeof(T), problem.varlen ? 0 : t.b, t.h, t.sequence.q_row + i0 + row), view.stride_s, mask.sq - i0 - row, problem.d, p.vector_dq, lane);
 }
 
-template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ bwd_params p, uint32_t tiles, uint32_t band)
+template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ bwd_params p, uint32_t tiles, uint32_t band)
 {
     extern __shared__ __align__(1024) char memory[];
     queries_shared &sm = *(queries_shared *)memory;
@@ -219,7 +219,7 @@ template <bool MASKED, bool CAPPED> __global__ void __launch_bounds__(THREADS, 1
         if (thread_index() == 0) { produce_keys<MASKED>(p, sm, t); }
     } else {
         setmaxnreg_inc<QUERIES_REGS>();
-        consume_keys<MASKED, CAPPED>(p, sm, t, wg - 1);
+        consume_keys<MASKED, KIND>(p, sm, t, wg - 1);
     }
 }
 
@@ -229,7 +229,7 @@ static int finish(const bwd_params &p, int32_t device, int32_t multiprocessors, 
     static launch_state plain_state, masked_state, capped_state;
     const fgqa_problem &problem = p.common.problem;
     const bool masked = p.w.key_rows != NULL, capped = problem.softcap > 0.0;
-    const auto kernel = capped ? queries_kernel<true, true> : masked ? queries_kernel<true, false> : queries_kernel<false, false>;
+    const auto kernel = capped ? queries_kernel<true, CAPPED> : masked ? queries_kernel<true, PLAIN> : queries_kernel<false, PLAIN>;
     const uint32_t tiles = problem.varlen ? (uint32_t)(problem.total_q / TILE_ROWS) + (uint32_t)problem.b + 1 : ((uint32_t)problem.sq + TILE_ROWS - 1) / TILE_ROWS;
     const uint32_t heads = (uint32_t)problem.hq * (problem.varlen ? 1u : (uint32_t)problem.b), g = (uint32_t)problem.g;
     if (tiles == 0 || heads == 0 || problem.b == 0) { return cudaSuccess; }

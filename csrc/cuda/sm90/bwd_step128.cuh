@@ -35,7 +35,7 @@ static __device__ __forceinline__ void first_products(float (&s)[32], const shar
  * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas of
  * their warp. That is why what is to be known about the next tile comes with this one. Registers: dK 64, dV 64, S 32, dP and later dQ 32,
  * P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
-template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, int32_t count, bool goes_on,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, int32_t count, bool goes_on,
                                                                    uint32_t &state, left_over &left, float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
@@ -51,6 +51,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     for (int n = 0; n < 4; n++) { lse2[n] = of_lane[4 * n]; }
     if (MASKED) { store_dq(sm, r, dq, staged_late, consumer); }                          /* of two steps before: the same buffer */
     int2 following = {0, 0};
+    const alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     if (MASKED) { following = make_int2(sm.about[r.stage].z, sm.about[r.stage].w); }
     mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
     const uint64_t dout_rows = wgmma_desc_sw128(dout_tile, 0, 1024);
@@ -63,19 +64,19 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
 
     const float4 *delta_of_lane = (const float4 *)sm.delta[r.stage] + (lane & 3);
     float4 delta[4];
-    if (CAPPED) {
+    if (KIND == CAPPED) {
         capped_weights(weights, sloped, s, lse2, p);
 #pragma unroll
         for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
     }
 #pragma unroll
-    for (int n = 0; n < 8 && !CAPPED; n++) {
+    for (int n = 0; n < 8 && KIND != CAPPED; n++) {
         if (n == 4) {
 #pragma unroll
             for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
         }
 #pragma unroll
-        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(fmaf(s[4 * n + e], p.scale_log2, -of_row(lse2, n, e % 2))); }
+        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(exponent<KIND>(s[4 * n + e], of_row(lse2, n, e % 2), p.scale_log2, alibi, n, e)); }
         weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
         weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
     }
@@ -91,7 +92,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     for (int n = 0; n < 8; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float2 weight = unpack2((CAPPED ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
+            const float2 weight = unpack2((KIND == CAPPED ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
             gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
         }
     }
@@ -136,7 +137,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
 }
 
 /* All steps of a task, but dQ of the last one. */
-template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
                                                                          float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
@@ -154,7 +155,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void take_
         wgmma_wait<0>();
     }
     for (int32_t n = 0; n < steps; n++) {
-        step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n, n + 1 < steps, state, left, dk, dv);
+        step<MASKED, KIND>(p, sm, consumer, thread, keys, r, n, n + 1 < steps, state, left, dk, dv);
         r.advance();
     }
     if (MASKED) {

@@ -40,12 +40,13 @@ static __device__ __forceinline__ void load_stats(float4 (&x)[4], const float *s
     for (int n = 0; n < 4; n++) { x[n] = of_lane[4 * n]; }
 }
 
-static __device__ __forceinline__ void make_weights(uint32_t (&weights)[16], float (&s)[32], const float4 (&lse2)[4], float scale_log2)
+template <score_kind KIND>
+static __device__ __forceinline__ void make_weights(uint32_t (&weights)[16], float (&s)[32], const float4 (&lse2)[4], float scale_log2, const alibi_lane &alibi)
 {
 #pragma unroll
     for (int n = 0; n < 8; n++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(fmaf(s[4 * n + e], scale_log2, -of_row(lse2, n, e % 2))); }
+        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(exponent<KIND>(s[4 * n + e], of_row(lse2, n, e % 2), scale_log2, alibi, n, e)); }
         weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
         weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
     }
@@ -65,7 +66,7 @@ static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16],
 }
 
 /* follows: whether the step before was of the same task. */
-template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
                                                                    float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
@@ -78,6 +79,7 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     int32_t row0 = 0;
     const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0, [&] { load_stats(lse2, sm.lse2[r.stage], 0, lane); });
     const ring2 before = r.before();
+    alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     load_stats(delta, sm.delta[r.stage], 0, lane);
     mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
@@ -86,15 +88,16 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
 
     wgmma_wait<2>();
-    if (CAPPED) { capped_weights(weights_a, sloped_a, s_a, lse2, p); } else { make_weights(weights_a, s_a, lse2, p.scale_log2); }
+    if (KIND == CAPPED) { capped_weights(weights_a, sloped_a, s_a, lse2, p); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
     load_stats(lse2, sm.lse2[r.stage], 1, lane);
+    alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     wgmma_fence();
     score_products(s_b, keys.k_rows, q_rows + NEXT);
     key_products(dv, weights_a, dout_rows);
 
     wgmma_wait<3>();
-    make_gradients(gradients_a, CAPPED ? sloped_a : weights_a, dp_a, delta);
+    make_gradients(gradients_a, KIND == CAPPED ? sloped_a : weights_a, dp_a, delta);
     load_stats(delta, sm.delta[r.stage], 1, lane);
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
@@ -109,13 +112,13 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
     key_products(dk, gradients_a, q_rows);
 
     wgmma_wait<3>();
-    if (CAPPED) { capped_weights(weights_b, sloped_b, s_b, lse2, p); } else { make_weights(weights_b, s_b, lse2, p.scale_log2); }
+    if (KIND == CAPPED) { capped_weights(weights_b, sloped_b, s_b, lse2, p); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     wgmma_fence();
     key_products(dv, weights_b, dout_rows + NEXT);
 
     wgmma_wait<2>();
-    make_gradients(gradients_b, CAPPED ? sloped_b : weights_b, dp_b, delta);
+    make_gradients(gradients_b, KIND == CAPPED ? sloped_b : weights_b, dp_b, delta);
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
@@ -132,11 +135,11 @@ template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void step(
 }
 
 /* All steps of a task, but dQ of the last one. */
-template <bool MASKED, bool CAPPED> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
                                                                          float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     for (int32_t n = 0; n < steps; n++) {
-        step<MASKED, CAPPED>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
+        step<MASKED, KIND>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
         r.advance();
     }
 }

@@ -19,6 +19,9 @@ struct task {
     fgqa_mask mask;
 };
 
+/* With ALiBi: of a query tile of one head, the slope; diag(i) - j of its first row and the key tile's first key. */
+struct alibi_tile { float slope_log2; int32_t first; };
+
 struct shared {
     T k[CHUNKS][BLOCK_K * CHUNK], v[CHUNKS][BLOCK_K * CHUNK];
     T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
@@ -43,6 +46,7 @@ struct shared {
 #else
     uint64_t dq_full[2], dq_empty[2], ds_full[D / 64], ds_empty[D / 64];
 #endif
+    alibi_tile alibi[2];                                         /* of a stage */
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
 
@@ -220,11 +224,18 @@ static __device__ __forceinline__ int2 about_tile(const bwd_params &p, const tas
                          | (row0 < t.full_begin || row0 + BLOCK_Q > t.full_end ? PARTIAL : 0));
 }
 
+static __device__ __forceinline__ alibi_tile alibi_of_tile(const bwd_params &p, const task &t, const walk<true> &at)
+{
+    const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
+    const float slope = load_float(slopes.data, t.b * slopes.stride_b + (t.kv_head * p.common.problem.g + at.head) * slopes.stride_h, slopes.dtype);
+    return {slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
+}
+
 /* The next task is asked for when this many tiles of the present one are still to be loaded: a ticket and a description take longer than
  * the two steps that the ring holds. */
 static constexpr int AHEAD = 3;
 
-template <bool MASKED> static __device__ void produce(const bwd_params &p, shared &sm)
+template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd_params &p, shared &sm)
 {
     const fgqa_problem &problem = p.common.problem;
     const uint64_t keep = createpolicy_evict_last(), once = createpolicy_evict_first();
@@ -240,6 +251,10 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
         if constexpr (MASKED) {
             if (t.steps > 0) { about = about_tile(p, t, at); }
         }
+        alibi_tile alibi = {};
+        if constexpr (KIND == ALIBI) {
+            if (t.steps > 0) { alibi = alibi_of_tile(p, t, at); }
+        }
         for (int32_t step = 0; step == 0 || step < t.steps; step++) {
             if (step == max(t.steps - AHEAD, 0)) { mbarrier_arrive(smem_address(&sm.task_free)); }
             const bool exists = t.steps > 0;
@@ -251,9 +266,14 @@ template <bool MASKED> static __device__ void produce(const bwd_params &p, share
                 if constexpr (MASKED) {
                     if (step + 1 < t.steps) { following = about_tile(p, t, at); }
                 }
+                const alibi_tile own_alibi = alibi;
+                if constexpr (KIND == ALIBI) {
+                    if (step + 1 < t.steps) { alibi = alibi_of_tile(p, t, at); }
+                }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
                 if (MASKED) { sm.about[r.stage] = make_int4(about.x, about.y, following.x, following.y); }
                 about = following;
+                if (KIND == ALIBI) { sm.alibi[r.stage] = own_alibi; }
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }
             if (step == 0) {

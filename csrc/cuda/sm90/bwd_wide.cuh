@@ -27,7 +27,7 @@ static __device__ __forceinline__ void warp_arrive(uint64_t *barrier, int lane)
     if (lane == 0) { mbarrier_arrive(smem_address(barrier)); }
 }
 
-template <bool MASKED, bool CAPPED, role OWN_ROLE> static __device__ __forceinline__ void consume_as(const bwd_params &p, shared &sm)
+template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __forceinline__ void consume_as(const bwd_params &p, shared &sm)
 {
     const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = thread / 32 * 16 + lane / 4;                      /* and key + 8 */
     const uint64_t key_rows = wgmma_desc_sw128(OWN_ROLE == VALUES ? smem_address(sm.k) : smem_address(sm.v), 0, 1024);
@@ -67,16 +67,16 @@ template <bool MASKED, bool CAPPED, role OWN_ROLE> static __device__ __forceinli
                 mbarrier_wait(smem_address(&sm.weights_empty[r.stage]), r.parity ^ 1);
                 wgmma_wait<0>();
                 if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
-                if (CAPPED) { capped_weights(pairs, sloped, x, stats, p); }
+                if (KIND == CAPPED) { capped_weights(pairs, sloped, x, stats, p); }
 #pragma unroll
-                for (int n = 0; n < 8 && !CAPPED; n++) {
+                for (int n = 0; n < 8 && KIND != CAPPED; n++) {
 #pragma unroll
                     for (int e = 0; e < 4; e++) { x[4 * n + e] = ex2(fmaf(x[4 * n + e], p.scale_log2, -of_row(stats, n, e % 2))); }
                     pairs[2 * n] = pack2(x[4 * n], x[4 * n + 1], T());
                     pairs[2 * n + 1] = pack2(x[4 * n + 2], x[4 * n + 3], T());
                 }
                 if (MASKED && partial) { hide(pairs, tile_mask(sm.rows + OWN_ROLE * 64, row0)); }
-                const uint32_t (&sent)[16] = CAPPED ? sloped : pairs;
+                const uint32_t (&sent)[16] = KIND == CAPPED ? sloped : pairs;
 #pragma unroll
                 for (int n = 0; n < 4; n++) { exchanged[128 * n] = make_uint4(sent[4 * n], sent[4 * n + 1], sent[4 * n + 2], sent[4 * n + 3]); }
                 warp_arrive(&sm.weights_full[r.stage], lane);
@@ -124,7 +124,7 @@ template <bool MASKED, bool CAPPED, role OWN_ROLE> static __device__ __forceinli
     }
 }
 
-template <bool MASKED, bool CAPPED> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
+template <bool MASKED, score_kind KIND> static __device__ void consume(const bwd_params &p, shared &sm, int consumer)
 {
-    if (consumer == VALUES) { consume_as<MASKED, CAPPED, VALUES>(p, sm); } else { consume_as<MASKED, CAPPED, KEYS>(p, sm); }
+    if (consumer == VALUES) { consume_as<MASKED, KIND, VALUES>(p, sm); } else { consume_as<MASKED, KIND, KEYS>(p, sm); }
 }
