@@ -9,7 +9,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ._torch_attention import attention
-from ._torch_eager import as_autocast, attend, check_tensors
+from ._torch_eager import _has_autocast, as_autocast, attend, check_tensors
 
 
 def _fold(x, batch, heads, matrix):
@@ -43,6 +43,15 @@ def _mask_fold(mask, batch, heads):
     if all(n == 1 for n in lead):
         return mask.reshape(1, *shape[len(batch) :])
     return _fold(mask, batch, head, shape[-2:])
+
+
+def _is_plain_mask(query, key, mask, is_causal):
+    """Whether a mask is taken as it is: a tensor of rank 4 that broadcasts, and nothing to be cast."""
+    if is_causal or type(mask) is not torch.Tensor or mask.dim() != 4 or _has_autocast():
+        return False
+    (b, h, sq, sk), (batch, heads, rows, _), keys = mask.shape, query.shape, key.shape[2]
+    fits = b in (1, batch) and h in (1, heads) and sq in (1, rows) and sk in (1, keys)
+    return fits and mask.dtype in (torch.bool, torch.float32, query.dtype)
 
 
 def scaled_dot_product_attention(
@@ -84,15 +93,17 @@ def scaled_dot_product_attention(
     except AttributeError:
         check_tensors({"query": query, "key": key, "value": value})
         raise
-    if attn_mask is None and dropout_p == 0 and ranks == (4, 4, 4):
+    if dropout_p == 0 and ranks == (4, 4, 4) and (attn_mask is None or _is_plain_mask(query, key, attn_mask, is_causal)):
         # What models call, layer by layer.
         (b, hq, _, _), (bk, hk, _, _), (bv, hv, _, _) = query.shape, key.shape, value.shape
         if b == bk == bv and hk == hv and (hq == hk or enable_gqa and hk > 0 and hq % hk == 0):
+            given = attn_mask is not None
+            mask, bias = (attn_mask, None) if given and attn_mask.dtype == torch.bool else (None, attn_mask)
             options = (
-                is_causal, (None, None), "top-left", None, scale, None, None, None, None, None, None, None, None, None, None,
+                is_causal, (None, None), "top-left", None, scale, None, mask, bias, None, None, None, None, None, None, None,
                 None, 0.0, None, None, None, True, False, None, False, None, None,
             )  # fmt: skip
-            return attend(query, key, value, False, options, False)
+            return attend(query, key, value, False, options, given)
     causal, align = is_causal, "top-left"
     if attn_mask is not None and is_causal:
         raise RuntimeError("attn_mask is set and is_causal is True: give one of them; attn_mask can hold both")
