@@ -36,7 +36,7 @@ DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f3
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
-ALIBI_HEAD_DIMS = 64, 128                       # of rows that have one for ALiBi, too
+ALIBI_HEAD_DIMS = 64, 128                       # of rows that have one for ALiBi, too, and plain ones for a bias and a mask
 # query rows, of which a KV head has twice as many
 FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50), "decodewidef8": (20, 50)}
 
@@ -75,7 +75,7 @@ def run_cached(q, k, v, options, put, where, stored):
     )
 
 
-def run_forward(q, k, v, options, slopes, variant, arch, where):
+def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
     results = list(flashgqa.attention(q, k, v, **options, return_lse=True, **where))
     if variant in FEW_ROWS:                     # merged by a kernel of its own
         results += flashgqa.attention(q, k, v, **options, return_lse=True, batch_invariant=True, **where)
@@ -84,6 +84,9 @@ def run_forward(q, k, v, options, slopes, variant, arch, where):
         results += flashgqa.attention(q, k, v, **CAPPED, return_lse=True, **where)
         if q.shape[-1] in ALIBI_HEAD_DIMS:
             results += flashgqa.attention(q, k, v, causal=True, alibi_slopes=slopes, return_lse=True, **where)
+            if variant == "plain" and q.shape[-1] == v.shape[-1]:
+                results += flashgqa.attention(q, k, v, bias=bias, return_lse=True, **where)
+                results += flashgqa.attention(q, k, v, bias=bias[..., :1], mask=bias > -1, return_lse=True, **where)
         poisoned = v + 0
         poisoned[..., SK - 1, :] = float("inf")
         results.append(flashgqa.attention(q, k, poisoned, causal=True, **where)[:, :, : SQ - 1])
@@ -106,7 +109,8 @@ def run_row(name, where, put, everything=lambda x: x):
         if which == "fwd" and not variant.endswith(("cache", "f8")):
             moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
             slopes = everything(np.linspace(0.05, 0.5, HQ, dtype=np.float32))
-            results += run_forward(*map(everything, (q, k, v)), moved, slopes, variant, arch, where)
+            bias = everything(rng.standard_normal((1, 1, SQ, SK), np.float32))
+            results += run_forward(*map(everything, (q, k, v)), moved, slopes, bias, variant, arch, where)
     for given in (options, {}, CAPPED) if which == "bwd" else ():
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

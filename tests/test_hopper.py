@@ -64,7 +64,7 @@ def test_plan_takes_it_and_says_why_not(dtype):
     plan = flashgqa.explain(q, k, v, causal=True)
     assert plan["kernel"] == row_for(dtype, 128, 128) and plan["tasks"] == 4 * 16 * 8
     bias = random(512, 512, dtype=dtype)
-    for options, reason in (({"bias": bias}, "bias"), ({"dropout_p": 0.5, "seed": 1}, "dropout")):
+    for options, reason in (({"bias": bias, "softcap": 5.0}, "bias"), ({"dropout_p": 0.5, "seed": 1}, "dropout")):
         refused = dict(flashgqa.explain(q, k, v, **options)["refused"])
         assert reason in refused[row_for(dtype, 128, 128)]
     few = dict(flashgqa.explain(*inputs(8, 14, 2, 4, 128, 128, dtype=dtype))["refused"])

@@ -46,8 +46,9 @@ struct poison_rows {
     }
 };
 
-/* Adds to the 16 rows of a warp the inf and NaN that they see. */
-template <typename T, int DV> static __device__ __forceinline__ void overlay_poison(float (&o)[DV / 2], const poison_rows &rows, int lane)
+/* Adds to the 16 rows of a warp the inf and NaN that they see. shows(r, j): whether row r sees key j of those of the interval mask. */
+template <typename T, int DV, typename Shows>
+static __device__ __forceinline__ void overlay_poison(float (&o)[DV / 2], const poison_rows &rows, int lane, Shows shows)
 {
     const int pair = 2 * (lane % 4);
 #pragma unroll 1
@@ -63,7 +64,10 @@ template <typename T, int DV> static __device__ __forceinline__ void overlay_poi
         for (int r = 0; r < 4; r++) {
             const int32_t j = j0 + pair + 8 * (r / 2);
             const fgqa_range seen = rows.seen[r % 2];
-            sees[r] = pack2(seen.begin <= j && j < seen.end ? 1.0f : 0.0f, seen.begin <= j + 1 && j + 1 < seen.end ? 1.0f : 0.0f, T());
+            float one[2];
+#pragma unroll
+            for (int e = 0; e < 2; e++) { one[e] = seen.begin <= j + e && j + e < seen.end && shows(r % 2, j + e) ? 1.0f : 0.0f; }
+            sees[r] = pack2(one[0], one[1], T());
         }
 #pragma unroll
         for (int n = 0; n < DV / 8; n++) {

@@ -49,6 +49,7 @@
 
 #include "careful.cuh"
 #include "fwd_score.cuh"
+#include "fwd_terms.cuh"
 #include "fwd_tiles.cuh"
 #include "warpgroup.cuh"
 #include <type_traits>
@@ -75,7 +76,7 @@ static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products:
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : 112;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum chain { PLAIN, CAPPED, ALIBI };                             /* of scores, besides the scale and the mask: a kernel of its own each */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS };                      /* of scores, besides the scale and the mask: a kernel of its own each */
 enum { TURN = 1, TOGETHER = TURN + WG_COUNT };                   /* named barriers TURN + n, TOGETHER + n of warpgroup n; 0 is __syncthreads */
 
 struct fwd_params {
@@ -88,6 +89,7 @@ struct fwd_params {
     float inv_scale;
     int32_t claim_early;                                         /* short tiles: schedule() */
     float in_caps;                                               /* scale / softcap */
+    score_terms terms;
 };
 
 /* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
@@ -469,6 +471,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_HAS_ALIBI(FGQA_D)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _alibi)(const __grid_constant__ fwd_params p) { run_block<ALIBI>(p); }
 #endif
+#if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
+#endif
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
@@ -476,15 +481,17 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state states[3];
+    static launch_state states[4];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
-    const chain of_scores = problem->softcap > 0.0 ? CAPPED : problem->view[FGQA_ARG_alibi_slopes].data ? ALIBI : PLAIN;
+    const bool some_terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
+    const chain of_scores = problem->softcap > 0.0 ? CAPPED : problem->view[FGQA_ARG_alibi_slopes].data ? ALIBI : some_terms ? TERMS : PLAIN;
+    auto kernel = of_scores == CAPPED ? FGQA_SUFFIX(FGQA_ROW, _capped) : FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_ALIBI(FGQA_D)
-    const auto uncapped = of_scores == ALIBI ? FGQA_SUFFIX(FGQA_ROW, _alibi) : FGQA_SUFFIX(FGQA_ROW, _kernel);
-#else
-    const auto uncapped = FGQA_SUFFIX(FGQA_ROW, _kernel);
+    if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
 #endif
-    const auto kernel = of_scores == CAPPED ? FGQA_SUFFIX(FGQA_ROW, _capped) : uncapped;
+#if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
+    if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
+#endif
     int multiprocessors = 1;
     int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);
     if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
@@ -500,6 +507,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.common = fgqa_params_make(problem);
     p.inv_scale = (float)(1.0 / problem->scale);
     p.in_caps = fgqa_in_caps(problem);
+    p.terms = score_terms_of(problem);
     p.slot = fgqa_stream_slot(stream);
     fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &p.split);
     p.list.units = (uint32_t)(problem->hq >> p.list.pack);

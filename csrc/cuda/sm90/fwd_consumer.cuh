@@ -52,6 +52,7 @@ static __device__ __forceinline__ uint32_t store_o(char *const (&to)[2], const i
 }
 
 /* What this warp's rows see of inf and NaN in V, on top of an O without. */
+template <chain CHAIN>
 static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, const shared &sm, uint32_t at, const tile &t, float (&o)[DV / 2])
 {
     const uint32_t thread = thread_index(), lane = thread % 32;
@@ -77,7 +78,10 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     }
     rows.begin = __reduce_min_sync(ALL_LANES, rows.begin);
     rows.end = __reduce_max_sync(ALL_LANES, rows.end);
-    overlay_poison<T, DV>(o, rows, lane);
+    overlay_poison<T, DV>(o, rows, lane, [&](int r, int32_t j) {
+        const int32_t packed = t.row0 + row_in_tile(thread) + 8 * r;
+        return CHAIN != TERMS || terms_show(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack, j);
+    });
 }
 
 /* What ends two rows: base, -inf without a key; sum over their lanes; what O is multiplied with; LSE. */
@@ -120,7 +124,7 @@ static __device__ __forceinline__ void end_rows(row_ends &e, const softmax_rows 
 }
 
 /* O / l and LSE, or what a part of the keys gives -> global memory. slot: of the tile; at: of its rows. */
-template <bool CAREFUL>
+template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, const row_places &places, float (&o)[DV / 2],
                                                    row_ends &ends)
 {
@@ -143,7 +147,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
             if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
         }
     }
-    if (CAREFUL) { add_seen_poison(p, sm, at, t, o); }
+    if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
     if (partial) {
         again |= store_part(p, t, o, ends);
     } else {
@@ -173,12 +177,21 @@ template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const
 /* With ALiBi the base follows scores whose weights would be 2^ALIBI_RISE or more. With 3 a lane's weights of a row in a block never add up
  * to more than MODERATE, and nobody asks for that; at head dim 64 a base that goes up more often costs more. */
 static constexpr int ALIBI_RISE = DV > 64 ? 3 : 8;
-static constexpr bool ALIBI_MODERATE = BLOCK_K / 4 * (1 << ALIBI_RISE) <= (int)MODERATE;
+
+/* With a bias or a mask tensor a block's scores tell nothing of the next one's: the base follows all, so that nobody is moderated. Scores
+ * below LOWEST_BASE, such as a bias of the least number that there is, make no base, and weights of 0; rows without any other are done
+ * again. */
+static constexpr int TERMS_RISE = 3;
+static constexpr float LOWEST_BASE = -0x1p26f;
+
+/* Largest exponent, relative to the base, of a weight that leaves it. */
+template <chain CHAIN> static constexpr float RISE = CHAIN == ALIBI ? (float)ALIBI_RISE : CHAIN == TERMS ? (float)TERMS_RISE : ALMOST_OVERFLOW;
+template <chain CHAIN> static constexpr bool ALL_MODERATE = (CHAIN == ALIBI || CHAIN == TERMS) && BLOCK_K / 4 * (1 << (int)RISE<CHAIN>) <= (int)MODERATE;
 
 struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
- * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED. */
+ * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED, in natural ones with a bias. */
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
@@ -186,7 +199,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED;      /* others' main loops have no registers left */
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const float scale_log2 = (CHAIN == CAPPED ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
+    const float unit = CHAIN == CAPPED ? p.common.softcap : CHAIN == TERMS && p.terms.some_bias ? 1.0f : p.common.scale, scale_log2 = unit * (float)FGQA_LOG2E;
     ring<Q_STAGES> &rq = rings.q;
     ring<T_STAGES> &rt = rings.t;
     ring<STAGES> &rk = rings.k;
@@ -196,6 +209,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     uint32_t row_place;                                          /* of rows[] and blocks[] */
     fgqa_range full;                                             /* blocks that need no mask */
     alibi_rows alibi;
+    term_rows terms;
     row_places places = {};
     softmax_rows rows = {};
     float o[DV / 2] = {};
@@ -256,17 +270,29 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
         if (CHAIN == ALIBI) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
+        if constexpr (CHAIN == TERMS) {
+            const tile &t = sm.tiles[rt.stage];
+            const int32_t packed[2] = {t.row0 + (int32_t)first_row, t.row0 + (int32_t)first_row + 8};
+            const int32_t head[2] = {head_of(p, t, packed[0]), head_of(p, t, packed[1])}, row[2] = {packed[0] >> p.list.pack, packed[1] >> p.list.pack};
+            terms = find_term_rows(p.common.problem, p.terms, t.batch, head, row);
+        }
     };
-    auto score = [&](float (&s)[BLOCK_K / 2], int j) {
+    auto fetch = [&](block_terms &of_block, int j) {
+        if constexpr (CHAIN == TERMS) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
+    };
+    auto score = [&](float (&s)[BLOCK_K / 2], int j, block_terms &of_block) {
+        if constexpr (CHAIN == TERMS) { add_terms<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, p.common.scale, j * BLOCK_K, p.common.problem.sk); }
         if (CHAIN == CAPPED) { cap_scores(s, p.in_caps); }
         if (CHAIN == ALIBI && CAREFUL) { add_any_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K, p.inv_scale); }
         if (CHAIN == ALIBI && !CAREFUL) { add_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K); }
     };
-    auto mask = [&](float (&s)[BLOCK_K / 2], int j) {
+    auto in_interval = [&](int r, int j) { return columns_before(end[r] - j * BLOCK_K) & ~columns_before(begin[r] - j * BLOCK_K); };
+    auto mask = [&](float (&s)[BLOCK_K / 2], int j, bool bounded, const block_terms &of_block) {
         uint32_t seen[2];
+        if (CHAIN == TERMS && !bounded && !p.terms.some_mask) { return; }
 #pragma unroll
-        for (int r = 0; r < 2; r++) { seen[r] = columns_before(end[r] - j * BLOCK_K) & ~columns_before(begin[r] - j * BLOCK_K); }
-        hide_others(s, seen);
+        for (int r = 0; r < 2; r++) { seen[r] = CHAIN != TERMS ? in_interval(r, j) : bounded ? in_interval(r, j) & of_block.seen[r] : of_block.seen[r]; }
+        if (CHAIN == TERMS || bounded) { hide_others(s, seen); }
     };
     auto await_turn = [&] {
         if (TURNS) { bar_sync(TURN + wg, 256); }
@@ -293,11 +319,17 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : &sm.q_full[rq.stage]), next_k ? rk.parity : rq.parity);
         release_v();
     };
+    auto has_none = [&](float m) { return CHAIN == TERMS && !CAREFUL ? m < LOWEST_BASE : m == -INFINITY; };
+    auto take_base = [&](int r, float top) {
+        set_base(rows, r, top, scale_log2);
+        if (CHAIN == TERMS && !CAREFUL && top < LOWEST_BASE) { rows.base[r] = 0.0f; }
+        if (CHAIN == TERMS && CAREFUL && fabsf(top) < INFINITY) { rows.base[r] = fminf(fmaxf(rows.base[r], -FLT_MAX), FLT_MAX); }
+    };
     /* Row by row: one's maximum passes between lanes under the other's exponentials. */
     auto first_weights = [&](float (&s)[BLOCK_K / 2], float (&sum)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            set_base(rows, r, row_top(s, r), scale_log2);
+            take_base(r, row_top(s, r));
             sum[r] = exponentials<CAREFUL>(s, rows, r, scale_log2);
         }
     };
@@ -317,10 +349,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float top = row_top(s, r), m = rows.m[r], base = rows.base[r];
-            const bool none = m == -INFINITY, enormous = CAREFUL && !none && is_enormous(m, scale_log2);
+            const bool none = has_none(m), enormous = CAREFUL && !none && is_enormous(m, scale_log2);
             alpha[r] = 1.0f;
-            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= (CHAIN == ALIBI ? (float)ALIBI_RISE : ALMOST_OVERFLOW))) {
-                set_base(rows, r, top, scale_log2);
+            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= RISE<CHAIN>)) {
+                take_base(r, top);
                 if (!none) { alpha[r] = ex2(enormous ? (m - top) * scale_log2 : base - rows.base[r]); }
                 rows.l[r] *= alpha[r];
             }
@@ -330,7 +362,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
      * accumulators take half of what registers can deliver. So nothing is asked of a block's scores (softmax_rows) and exponentials
      * begin at once, under P V; only their sums tell whether base has to go up. */
     auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
-        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI);
+        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI || CHAIN == TERMS);
         float sum[2], alpha[2];
         if (FIRST) {
             first_weights(s, sum);
@@ -345,7 +377,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
         wait_pv(next_k);
         if (RISING && __any_sync(ALL_LANES, alpha[0] != 1.0f || alpha[1] != 1.0f)) { scale_rows(o, alpha); }
-        if (!FIRST && !(CHAIN == ALIBI && ALIBI_MODERATE) && __any_sync(ALL_LANES, sum[0] > MODERATE || sum[1] > MODERATE)) {
+        if (!FIRST && !ALL_MODERATE<CHAIN> && __any_sync(ALL_LANES, sum[0] > MODERATE || sum[1] > MODERATE)) {
             moderate_weights(s, o, rows, sum);
         }
 #pragma unroll
@@ -377,40 +409,50 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     /* first block of a tile, nothing to overlap with */
     auto first_block = [&] {
         float s[BLOCK_K / 2];
+        block_terms of_block;
         wait_k();
         qk(s);
         take_rows();
+        fetch(of_block, block_end - 1);
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
-        score(s, block_end - 1);
-        if (CAREFUL || block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
+        score(s, block_end - 1, of_block);
+        mask(s, block_end - 1, CAREFUL || block_end > full.end || block_end - 1 < full.begin, of_block);
         first_weights(s, rows.l);
         pack_weights<T>(pr, s);
         wait_operands();
     };
     /* block j < block_end - 1; on entry K(j) and V(j + 1) are there and P holds block j + 1 */
-    auto step = [&](int j, auto masked) {
+    auto step = [&](int j, auto masked, bool bounded) {
         float s[BLOCK_K / 2];
+        block_terms of_block;
         const int accumulate = j < block_end - 2;
         await_turn();
         qk(s);
         pv(accumulate);
+        fetch(of_block, j);
+        if (CHAIN == TERMS && j > block_begin) { prefetch_terms<BLOCK_K>(terms, p.terms, (j - 1) * BLOCK_K); }
         wgmma_wait<1>();
         pass_turn();
         wgmma_pin(s);
         release_k();
-        score(s, j);
-        if (decltype(masked)::value) { mask(s, j); }
+        score(s, j, of_block);
+        if (decltype(masked)::value) { mask(s, j, bounded, of_block); }
         softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
     };
     auto middle_blocks = [&] {
         int j = block_end - 2;
-        while (j >= block_begin) {
+        if constexpr (CHAIN == TERMS) {                          /* one copy of much code */
 #pragma unroll 1
-            for (; j >= block_begin && (CAREFUL || j >= full.end || j < full.begin); j--) { step(j, std::true_type{}); }
+            for (; j >= block_begin; j--) { step(j, std::true_type{}, CAREFUL || j >= full.end || j < full.begin); }
+        } else {
+            while (j >= block_begin) {
 #pragma unroll 1
-            for (; !CAREFUL && j >= block_begin && j < full.end && j >= full.begin; j--) { step(j, std::false_type{}); }
+                for (; j >= block_begin && (CAREFUL || j >= full.end || j < full.begin); j--) { step(j, std::true_type{}, true); }
+#pragma unroll 1
+                for (; !CAREFUL && j >= block_begin && j < full.end && j >= full.begin; j--) { step(j, std::false_type{}, false); }
+            }
         }
     };
     if (wg == WG_COUNT - 1) { pass_turn(); }
@@ -430,18 +472,20 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (CROSS) { more = take_tile(); }
         if (CROSS && more) {                                /* as step(), but S belongs to the next tile and O is finished */
             float s[BLOCK_K / 2];
+            block_terms of_block;
             skip_blocks(true, false);
             wait_k();
             await_turn();
             qk(s);
             pv(accumulate);
             take_rows();
+            fetch(of_block, block_end - 1);
             wgmma_wait<1>();
             pass_turn();
             wgmma_pin(s);
             release_k();
-            score(s, block_end - 1);
-            if (block_end > full.end || block_end - 1 < full.begin) { mask(s, block_end - 1); }
+            score(s, block_end - 1, of_block);
+            mask(s, block_end - 1, block_end > full.end || block_end - 1 < full.begin, of_block);
             end_rows(ends, done_rows);
             softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
             skip_blocks(false, true);
@@ -453,7 +497,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             release_v();
             end_rows(ends, done_rows);
         }
-        finish_rows<CAREFUL>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
+        finish_rows<CAREFUL, CHAIN>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
         if (!CROSS) {
             more = take_tile();

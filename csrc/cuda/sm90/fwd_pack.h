@@ -6,6 +6,9 @@
 /* Forward rows for Hopper of which head dims have a kernel with ALiBi: each costs as much of a build as the plain one. */
 #define FGQA_HAS_ALIBI(d) ((d) == 64 || (d) == 128)
 
+/* Those that take a bias and a mask tensor, plain rows alone: a kernel each, too. */
+#define FGQA_HAS_TERMS(d, block_k) (((d) == 64 || (d) == 128) && (block_k) == 128)
+
 /* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
 enum { FGQA_MOST_PACKED = 64 };
 

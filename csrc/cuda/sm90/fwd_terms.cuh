@@ -1,0 +1,226 @@
+/* fwd_terms.cuh - what a bias and a mask tensor make of a block's scores, for fwd.cu. With a bias S counts in natural units: the
+ * instruction that adds it multiplies q.k with the scale, too, and no bias overflows.
+ *
+ *     s <- scale s + bias(i, j);  -inf where mask(i, j) is false
+ *
+ * Elements come from global memory straight into the lane that holds their scores, and are asked for while Q K^T is computed.
+ */
+#pragma once
+#include <float.h>
+
+#include "../common/params.cuh"
+
+/* What they are, for all rows. */
+struct score_terms {
+    int32_t some_bias, some_mask;
+    int32_t wide_bias;                  /* float32 elements, not T */
+    int32_t bias_pairs, mask_vectors;   /* elements are next to each other and aligned: two, or 16, at once */
+    int64_t bias_step, mask_step;       /* bytes from one key to the next */
+};
+
+/* Elements of key 0 in a lane's two rows. */
+struct term_rows { const char *bias[2], *mask[2]; };
+
+/* Of a block: what has been read of its bias; bit k: the mask lets the row see the lane's column 8 (k / 2) + k % 2. */
+static constexpr int TERM_WORDS = FGQA_D > 64 ? 16 : 8;          /* as many as registers are left beside the accumulators */
+struct block_terms { uint32_t bias[TERM_WORDS], seen[2]; };
+
+static inline score_terms score_terms_of(const fgqa_problem *p)
+{
+    const fgqa_view &bias = p->view[FGQA_ARG_bias], &mask = p->view[FGQA_ARG_mask];
+    const int64_t bytes = bias.dtype == FGQA_F32 ? 4 : 2;
+    score_terms t = {bias.data != NULL, mask.data != NULL, bias.dtype == FGQA_F32, 0, 0, bias.stride_d * bytes, mask.stride_d};
+    t.bias_pairs = bias.data && bias.stride_d == 1 && (uintptr_t)bias.data % (2 * bytes) == 0 && (bias.stride_b | bias.stride_h | bias.stride_s) % 2 == 0;
+    t.mask_vectors = mask.data && mask.stride_d == 1 && (uintptr_t)mask.data % 16 == 0 && (mask.stride_b | mask.stride_h | mask.stride_s) % 16 == 0;
+    return t;
+}
+
+#if defined(__CUDACC__)
+
+/* Volatile: they stay in front of the wait for Q K^T. */
+PTX_FN uint32_t load_b16(const char *at) { uint16_t x; asm volatile("ld.global.b16 %0, [%1];" : "=h"(x) : "l"(at)); return x; }
+PTX_FN uint32_t load_b32(const char *at) { uint32_t x; asm volatile("ld.global.b32 %0, [%1];" : "=r"(x) : "l"(at)); return x; }
+PTX_FN void load_2b32(uint32_t *x, const char *at) { asm volatile("ld.global.v2.b32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "l"(at)); }
+PTX_FN uint4 load_4b32(const char *at)
+{
+    uint4 x;
+    asm volatile("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+    return x;
+}
+
+PTX_FN void prefetch_l2(const char *at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
+/* Rows of a tile that do not exist have those of the last one: nobody asks what comes of it. */
+static __device__ __forceinline__ term_rows find_term_rows(const fgqa_problem &p, const score_terms &terms, int32_t b, const int32_t (&head)[2],
+                                                           const int32_t (&row)[2])
+{
+    term_rows rows;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const int32_t i = min(row[r], p.sq - 1);
+        rows.bias[r] = fgqa_row_address(p.view[FGQA_ARG_bias], terms.wide_bias ? 4 : 2, b, head[r], i);
+        rows.mask[r] = fgqa_row_address(p.view[FGQA_ARG_mask], 1, b, head[r], i);
+    }
+    return rows;
+}
+
+/* COUNT pairs of a lane's columns in each row, from 8 n0 on, of a block from key j0 on. Keys from sk on are not read. WORDS of a pair: 2
+ * of float32. */
+template <int WORDS, int COUNT, int BLOCK_K>
+static __device__ __forceinline__ void load_bias(block_terms &x, const term_rows &rows, const score_terms &terms, int32_t j0, int n0, int32_t sk)
+{
+    const int32_t first = j0 + 8 * n0 + (int32_t)(thread_index() % 4) * 2;
+    const bool whole = terms.bias_pairs && j0 + BLOCK_K <= sk;
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        const char *at = rows.bias[r] + first * terms.bias_step;
+#pragma unroll
+        for (int n = 0; n < COUNT; n++) {
+            uint32_t *const to = x.bias + WORDS * (2 * n + r);
+            if (whole) {
+                if (WORDS == 2) { load_2b32(to, at + 32 * n); } else { *to = load_b32(at + 16 * n); }
+            } else {
+                const char *const next = at + terms.bias_step;
+                const uint32_t low = first + 8 * n >= sk ? 0 : WORDS == 2 ? load_b32(at) : load_b16(at);
+                const uint32_t high = first + 8 * n + 1 >= sk ? 0 : WORDS == 2 ? load_b32(next) : load_b16(next);
+                if (WORDS == 2) { to[0] = low; to[1] = high; } else { to[0] = low | high << 16; }
+                at += 8 * terms.bias_step;
+            }
+        }
+    }
+}
+
+/* A finite score never becomes -inf, and a bias of -inf hides whatever score: the careful pass sees to both. */
+template <bool CAREFUL> static __device__ __forceinline__ float with_bias(float s, float scale, float bias)
+{
+    if (CAREFUL && bias == -INFINITY) { return -INFINITY; }
+    const float x = fmaf(s, scale, bias);
+    return CAREFUL && x < -FLT_MAX ? -FLT_MAX : x;
+}
+
+template <bool CAREFUL, typename T, int WORDS, int COUNT, int N>
+static __device__ __forceinline__ void add_bias(float (&s)[N], const block_terms &x, float scale, int n0)
+{
+#pragma unroll
+    for (int n = 0; n < COUNT; n++) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const uint32_t *const from = x.bias + WORDS * (2 * n + r);
+            const float2 bias = WORDS == 2 ? make_float2(__uint_as_float(from[0]), __uint_as_float(from[WORDS - 1])) : unpack2(from[0], T());
+            float *const to = s + 4 * (n0 + n) + 2 * r;
+            to[0] = with_bias<CAREFUL>(to[0], scale, bias.x);
+            to[1] = with_bias<CAREFUL>(to[1], scale, bias.y);
+        }
+    }
+}
+
+/* Bytes that are not 0 -> bits. */
+static __device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x)
+{
+    x |= x >> 4 & 0x0F0F0F0Fu;
+    x |= x >> 2 & 0x03030303u;
+    x = (x | x >> 1) & 0x01010101u;
+    return x * 0x10204080u >> 28;
+}
+
+/* block_terms.seen of one row. */
+template <int BLOCK_K> static __device__ __forceinline__ uint32_t load_mask(const char *row, const score_terms &terms, int32_t j0, int32_t sk)
+{
+    constexpr int OWN = BLOCK_K / 4;                             /* columns that a lane reads for all four of its row */
+    static_assert(OWN % 16 == 0 && OWN <= 32, "16 bytes at once, a bit each");
+    const int32_t quarter = (int32_t)(thread_index() % 4);
+    uint32_t own = 0, seen = 0;
+    if (terms.mask_vectors && j0 + BLOCK_K <= sk) {
+        uint4 x[OWN / 16];
+#pragma unroll
+        for (int n = 0; n < OWN / 16; n++) { x[n] = load_4b32(row + j0 + OWN * quarter + 16 * n); }
+#pragma unroll
+        for (int n = 0; n < OWN / 16; n++) {
+            own |= (bits_of_bytes(x[n].x) | bits_of_bytes(x[n].y) << 4 | bits_of_bytes(x[n].z) << 8 | bits_of_bytes(x[n].w) << 12) << 16 * n;
+        }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t pairs = __shfl_sync(0xFFFFFFFFu, own, n, 4) >> 2 * quarter & 0x03030303u;
+            pairs |= pairs >> 6;
+            seen |= ((pairs | pairs >> 12) & (1u << OWN / 4) - 1) << n * (OWN / 4);
+        }
+        return seen;
+    }
+    const char *at = row + (j0 + 2 * quarter) * terms.mask_step;
+#pragma unroll 4
+    for (int k = 0; k < BLOCK_K / 4; k++) {
+        const int32_t column = 2 * quarter + 8 * (k / 2) + k % 2;
+        uint32_t x = 0;
+        if (j0 + column < sk) { asm volatile("ld.global.u8 %0, [%1];" : "=r"(x) : "l"(at)); }
+        seen |= (x != 0 ? 1u : 0u) << k;
+        at += (k % 2 ? 7 : 1) * terms.mask_step;
+    }
+    return seen;
+}
+
+/* What is read before the scores are there. */
+template <int BLOCK_K>
+static __device__ __forceinline__ void fetch_terms(block_terms &x, const term_rows &rows, const score_terms &terms, int32_t j0, int32_t sk)
+{
+    if (terms.some_bias) {
+        if (terms.wide_bias) {
+            load_bias<2, TERM_WORDS / 4, BLOCK_K>(x, rows, terms, j0, 0, sk);
+        } else {
+            load_bias<1, TERM_WORDS / 2, BLOCK_K>(x, rows, terms, j0, 0, sk);
+        }
+    }
+    if (terms.some_mask) {
+#pragma unroll
+        for (int r = 0; r < 2; r++) { x.seen[r] = load_mask<BLOCK_K>(rows.mask[r], terms, j0, sk); }
+    } else {
+        x.seen[0] = x.seen[1] = 0xFFFFFFFFu;
+    }
+}
+
+/* The bias into the scores, from what has been read on. */
+template <bool CAREFUL, typename T, int WORDS, int BLOCK_K>
+static __device__ __forceinline__ void add_all_bias(float (&s)[BLOCK_K / 2], block_terms &x, const term_rows &rows, const score_terms &terms, float scale,
+                                                    int32_t j0, int32_t sk)
+{
+    constexpr int COUNT = TERM_WORDS / 2 / WORDS;
+#pragma unroll
+    for (int n0 = 0; n0 < BLOCK_K / 8; n0 += COUNT) {
+        if (n0 > 0) { load_bias<WORDS, COUNT, BLOCK_K>(x, rows, terms, j0, n0, sk); }
+        add_bias<CAREFUL, T, WORDS, COUNT>(s, x, scale, n0);
+    }
+}
+
+template <bool CAREFUL, typename T, int BLOCK_K>
+static __device__ __forceinline__ void add_terms(float (&s)[BLOCK_K / 2], block_terms &x, const term_rows &rows, const score_terms &terms, float scale,
+                                                 int32_t j0, int32_t sk)
+{
+    if (!terms.some_bias) { return; }
+    if (terms.wide_bias) {
+        add_all_bias<CAREFUL, T, 2, BLOCK_K>(s, x, rows, terms, scale, j0, sk);
+    } else {
+        add_all_bias<CAREFUL, T, 1, BLOCK_K>(s, x, rows, terms, scale, j0, sk);
+    }
+}
+
+/* What a block that other blocks follow will read -> L2, in lines of 128 bytes that a row's four lanes share out. */
+template <int BLOCK_K> static __device__ __forceinline__ void prefetch_terms(const term_rows &rows, const score_terms &terms, int32_t j0)
+{
+    const uint32_t quarter = thread_index() % 4;
+    if (terms.bias_pairs) {
+        const char *const at = (quarter / 2 ? rows.bias[1] : rows.bias[0]) + j0 * terms.bias_step + quarter % 2 * 128;
+        prefetch_l2(at);
+        if (terms.wide_bias) { prefetch_l2(at + 256); }
+    }
+    if (terms.mask_vectors && quarter < 2) { prefetch_l2((quarter ? rows.mask[1] : rows.mask[0]) + j0); }
+}
+
+/* Whether they let a row see a key. */
+static __device__ __forceinline__ bool terms_show(const fgqa_problem &p, int32_t b, int32_t head, int32_t row, int32_t j)
+{
+    const fgqa_view &bias = p.view[FGQA_ARG_bias], &mask = p.view[FGQA_ARG_mask];
+    const int32_t i = min(row, p.sq - 1);
+    if (mask.data && !*(fgqa_row_address(mask, 1, b, head, i) + j * mask.stride_d)) { return false; }
+    return !bias.data || load_float(bias.data, b * bias.stride_b + head * bias.stride_h + i * bias.stride_s + j * bias.stride_d, bias.dtype) != -INFINITY;
+}
+
+#endif

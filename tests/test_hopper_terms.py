@@ -1,0 +1,153 @@
+"""A bias and a mask tensor in the forward kernels for Hopper: each row that has them forced, against the oracle under the error rule,
+and what is theirs alone: pairs and single elements, blocks that end in the middle, numbers that are as low as masks are."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from cases import Case
+from gpu import assert_alike
+from test_hopper import DTYPES, MASKS, ROWS, inputs, random, row_for
+from test_hopper_softcap import check_forward_row, extents, general
+
+import flashgqa
+
+NAMES = [name for name in ROWS if extents(name)[1] in (64, 128) and name.endswith("plain")]
+pytestmark = pytest.mark.skipif(not NAMES, reason="needs a GPU of compute capability 9.0 and code for it")
+CASES = [
+    Case(b=2, sq=150, sk=200, causal=True, bias="bhqk", sink=True),
+    Case(b=2, sq=140, sk=264, bias="1hqk", bias_dtype="float32", mask="b1qk", q_lens=(140, 0), kv_lens=(264, 33)),
+    Case(sq=70, sk=256, hq=3, hk=1, scale=0.9, mask="bhqk", sink=True),
+    Case(b=2, sq=300, sk=401, window=(70, 9), align="top-left", bias="b11k", data="shift"),
+    Case(b=2, sq=130, sk=300, bias="11q1", mask="b11k", data="large"),
+    Case(b=2, sq=90, sk=256, bias="1hqk", mask="1hqk", score_storage="sliced"),
+    Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, bounds=True, bias="bhqk", mask="b1qk", sink=True),
+    Case(packed=((130, 256), (3, 300)), bias="1h1k", bias_dtype="float32"),
+]
+SHAPES = {"1hqk": (1, 8, 300, 520), "b1qk": (2, 1, 300, 520), "bhqk": (2, 8, 300, 520), "b11k": (2, 1, 1, 520), "qk": (300, 520), "1hq1": (1, 8, 300, 1)}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_within_the_error_rule(name, case):
+    if case.bias_dtype is None:
+        case = dataclasses.replace(case, bias_dtype=extents(name)[0])
+    check_forward_row(case, name)
+
+
+def both(q, k, v, **options):
+    names = row_for(q.dtype, q.shape[-1], q.shape[-1]), general("fwd", q.dtype, q.shape[-1])
+    return [flashgqa.attention(q, k, v, return_lse=True, kernel=name, **options) for name in names]
+
+
+def bools(*shape, rate=0.7):
+    return torch.rand(shape, generator=torch.Generator("cuda").manual_seed(3), device="cuda") < rate
+
+
+def at_offset(x, elements, row=None):
+    """x at an address that many elements behind an aligned one, with rows of `row` elements, NaN or True between them."""
+    fill = True if x.dtype is torch.bool else float("nan")
+    stride = row or x.shape[-1]
+    rows = x.numel() // x.shape[-1]
+    flat = torch.full((elements + rows * stride,), fill, dtype=x.dtype, device=x.device)
+    strides = [x.stride(n) // x.shape[-1] * stride for n in range(x.dim() - 1)] + [1]
+    place = flat.as_strided(x.shape, strides, elements)
+    return place.copy_(x)
+
+
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_every_way_of_sharing(d, dtype, options):
+    """Heads that share a tile, parts of the keys, extents of 1; all dtypes of a bias."""
+    q, k, v = inputs(2, 8, 2, 300, 520, d, dtype=dtype)
+    for name, wide in itertools.product(SHAPES, (False, True)):
+        bias = random(*SHAPES[name], dtype=torch.float32 if wide else dtype)
+        for more in ({"bias": bias}, {"mask": bools(*SHAPES[name])}, {"bias": bias, "mask": bools(*SHAPES["b1qk"], rate=0.9)}):
+            assert_alike(*both(q, k, v, **more, **MASKS[options]))
+    for b, hq, hk, sq, sk in ((2, 32, 1, 40, 300), (1, 4, 1, 30, 3000), (1, 6, 2, 700, 900), (3, 5, 5, 33, 1)):
+        q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
+        for more in ({"bias": random(b, hq, sq, sk, dtype=dtype)}, {"mask": bools(b, hq, sq, sk)}):
+            assert_alike(*both(q, k, v, **more, **MASKS[options]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_the_same_bits_wherever_elements_lie(d, dtype):
+    q, k, v = inputs(2, 4, 2, 200, 390, d, dtype=dtype)
+    name = row_for(dtype, d, d)
+    for what, x in (("bias", random(2, 4, 200, 390, dtype=dtype)), ("bias", random(2, 4, 200, 390, dtype=torch.float32)), ("mask", bools(2, 4, 200, 390))):
+        first = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: x})
+        apart = torch.empty(2, 4, 200, 390, 3, dtype=x.dtype, device="cuda")[..., 1].copy_(x)
+        for other in (x, at_offset(x, 1), at_offset(x, 0, 400), at_offset(x, 16, 391), at_offset(x, 2, 396), apart, x.transpose(2, 3).contiguous().transpose(2, 3)):
+            again = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: other})
+            assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+    assert_alike(*both(q, k, v, mask=bools(2, 4, 200, 390).to(torch.uint8).mul(6).view(torch.bool)))
+
+
+@pytest.mark.parametrize("low", [-1e4, -1e9, "min", -torch.inf])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_bias_as_a_mask(d, dtype, wide, low):
+    """Causal, with padding in front: the blocks that come first are hidden, some rows whole."""
+    of = torch.float32 if wide else dtype
+    value = torch.finfo(of).min if low == "min" else max(low, torch.finfo(of).min) if low != -torch.inf else low
+    q, k, v = inputs(2, 8, 2, 420, 420, d, dtype=dtype)
+    shown = torch.ones(420, 420, dtype=torch.bool, device="cuda").tril().repeat(2, 1, 1, 1)
+    shown[1, :, :, :77] = False
+    bias = torch.zeros(2, 1, 420, 420, dtype=of, device="cuda").masked_fill_(~shown, value)
+    got, expected = both(q, k, v, bias=bias)
+    rows = shown.any(-1, keepdim=True)
+    assert_alike(got[:1], expected[:1], ["out"])
+    torch.testing.assert_close(got[1], expected[1])
+    if low == -torch.inf:
+        assert (got[0][1, :, :77] == 0).all() and (got[1][1, :, :77] == -torch.inf).all()
+    masked = flashgqa.attention(q, k, v, mask=shown, kernel=row_for(dtype, d, d))
+    assert_alike([masked * rows], [got[0] * rows], ["out"])
+
+
+@pytest.mark.parametrize("d", [64, 128])
+def test_poison_stays_where_it_is_seen(d):
+    q, k, v = inputs(2, 8, 2, 260, 390, d)
+    name = row_for(q.dtype, d, d)
+    shown = bools(2, 1, 260, 390)
+    shown[:, :, :100, 200] = False
+    shown[:, :, 100:, 200] = True
+    bias = torch.zeros(2, 1, 260, 390, dtype=q.dtype, device="cuda").masked_fill_(~shown, -torch.inf)
+    for options in ({"mask": shown}, {"bias": bias}):
+        clean = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **options)
+        bad_k, bad_v = k.clone(), v.clone()
+        bad_v[:, 1, 200, 5] = float("nan")
+        out, lse = flashgqa.attention(q, k, bad_v, return_lse=True, kernel=name, **options)
+        assert torch.equal(out[:, :, :100], clean[0][:, :, :100]) and torch.equal(out[:, :4], clean[0][:, :4]) and torch.equal(lse, clean[1])
+        assert out[:, 4:, 100:, 5].isnan().all()
+        bad_k[:, 1, 200] = float("nan")
+        out, lse = flashgqa.attention(q, bad_k, v, return_lse=True, kernel=name, **options)
+        assert torch.equal(out[:, :, :100], clean[0][:, :, :100]) and torch.equal(out[:, :4], clean[0][:, :4]) and out[:, 4:, 100:].isnan().all()
+    for value in (torch.nan, torch.inf):
+        odd = random(2, 8, 260, 390, dtype=q.dtype)
+        before = flashgqa.attention(q, k, v, bias=odd, kernel=name)
+        odd[1, 3, 7, 300] = value
+        out = flashgqa.attention(q, k, v, bias=odd, kernel=name)
+        assert out[1, 3, 7].isnan().all()
+        out[1, 3, 7] = before[1, 3, 7]
+        assert torch.equal(out, before)
+        assert torch.equal(flashgqa.attention(q, k, v, bias=odd, causal=True, align="top-left", kernel=name),
+                           flashgqa.attention(q, k, v, bias=odd.nan_to_num(posinf=0.0), causal=True, align="top-left", kernel=name))  # fmt: skip
+
+
+def test_plan():
+    q, k, v = inputs(2, 8, 2, 300, 300, 128)
+    bias, mask = random(300, 300, dtype=q.dtype), bools(300, 300)
+    name, fallback = row_for(q.dtype, 128, 128), general("fwd", q.dtype, 128)
+    for options in ({"bias": bias}, {"mask": mask}, {"bias": bias.float(), "mask": mask, "causal": True}):
+        assert flashgqa.explain(q, k, v, **options)["kernel"] == name
+    assert flashgqa.explain(*inputs(2, 8, 2, 300, 300, 96), bias=bias)["kernel"] == name
+    slopes = torch.rand(8, device="cuda")
+    for options, reason in (
+        ({"softcap": 5.0}, "with softcap"), ({"alibi_slopes": slopes}, "with alibi_slopes"), ({"bias": bias.bfloat16()}, "of q's dtype"),
+    ):
+        plan = flashgqa.explain(q, k, v, **{"bias": bias, **options})
+        assert plan["kernel"] == fallback and reason in dict(plan["refused"])[name]
