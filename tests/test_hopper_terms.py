@@ -1,5 +1,5 @@
-"""A bias and a mask tensor in the forward kernels for Hopper: each row that has them forced, against the oracle under the error rule,
-and what is theirs alone: pairs and single elements, blocks that end in the middle, numbers that are as low as masks are."""
+"""A bias and a mask tensor in the forward kernels for Hopper: each row that has them forced, against the oracle under the error
+rule, and what is theirs alone: pairs and single elements, blocks that end in the middle, numbers that are as low as masks are."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,10 @@ CASES = [
     Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, bounds=True, bias="bhqk", mask="b1qk", sink=True),
     Case(packed=((130, 256), (3, 300)), bias="1h1k", bias_dtype="float32"),
 ]
-SHAPES = {"1hqk": (1, 8, 300, 520), "b1qk": (2, 1, 300, 520), "bhqk": (2, 8, 300, 520), "b11k": (2, 1, 1, 520), "qk": (300, 520), "1hq1": (1, 8, 300, 1)}
+SHAPES = {
+    "1hqk": (1, 8, 300, 520), "b1qk": (2, 1, 300, 520), "bhqk": (2, 8, 300, 520), "b11k": (2, 1, 1, 520), "qk": (300, 520),
+    "1hq1": (1, 8, 300, 1),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -77,10 +80,13 @@ def test_every_way_of_sharing(d, dtype, options):
 def test_the_same_bits_wherever_elements_lie(d, dtype):
     q, k, v = inputs(2, 4, 2, 200, 390, d, dtype=dtype)
     name = row_for(dtype, d, d)
-    for what, x in (("bias", random(2, 4, 200, 390, dtype=dtype)), ("bias", random(2, 4, 200, 390, dtype=torch.float32)), ("mask", bools(2, 4, 200, 390))):
+    extents = 2, 4, 200, 390
+    given = ("bias", random(*extents, dtype=dtype)), ("bias", random(*extents, dtype=torch.float32)), ("mask", bools(*extents))
+    for what, x in given:
         first = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: x})
-        apart = torch.empty(2, 4, 200, 390, 3, dtype=x.dtype, device="cuda")[..., 1].copy_(x)
-        for other in (x, at_offset(x, 1), at_offset(x, 0, 400), at_offset(x, 16, 391), at_offset(x, 2, 396), apart, x.transpose(2, 3).contiguous().transpose(2, 3)):
+        apart = torch.empty(*extents, 3, dtype=x.dtype, device="cuda")[..., 1].copy_(x)
+        turned = x.transpose(2, 3).contiguous().transpose(2, 3)
+        for other in (x, at_offset(x, 1), at_offset(x, 0, 400), at_offset(x, 16, 391), at_offset(x, 2, 396), apart, turned):
             again = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: other})
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert_alike(*both(q, k, v, mask=bools(2, 4, 200, 390).to(torch.uint8).mul(6).view(torch.bool)))
@@ -120,12 +126,11 @@ def test_poison_stays_where_it_is_seen(d):
         clean = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **options)
         bad_k, bad_v = k.clone(), v.clone()
         bad_v[:, 1, 200, 5] = float("nan")
-        out, lse = flashgqa.attention(q, k, bad_v, return_lse=True, kernel=name, **options)
-        assert torch.equal(out[:, :, :100], clean[0][:, :, :100]) and torch.equal(out[:, :4], clean[0][:, :4]) and torch.equal(lse, clean[1])
-        assert out[:, 4:, 100:, 5].isnan().all()
         bad_k[:, 1, 200] = float("nan")
-        out, lse = flashgqa.attention(q, bad_k, v, return_lse=True, kernel=name, **options)
-        assert torch.equal(out[:, :, :100], clean[0][:, :, :100]) and torch.equal(out[:, :4], clean[0][:, :4]) and out[:, 4:, 100:].isnan().all()
+        of_v, of_k = (flashgqa.attention(q, *kv, return_lse=True, kernel=name, **options) for kv in ((k, bad_v), (bad_k, v)))
+        for out in (of_v[0], of_k[0]):
+            assert torch.equal(out[:, :, :100], clean[0][:, :, :100]) and torch.equal(out[:, :4], clean[0][:, :4])
+        assert of_v[0][:, 4:, 100:, 5].isnan().all() and torch.equal(of_v[1], clean[1]) and of_k[0][:, 4:, 100:].isnan().all()
     for value in (torch.nan, torch.inf):
         odd = random(2, 8, 260, 390, dtype=q.dtype)
         before = flashgqa.attention(q, k, v, bias=odd, kernel=name)
@@ -134,8 +139,9 @@ def test_poison_stays_where_it_is_seen(d):
         assert out[1, 3, 7].isnan().all()
         out[1, 3, 7] = before[1, 3, 7]
         assert torch.equal(out, before)
-        assert torch.equal(flashgqa.attention(q, k, v, bias=odd, causal=True, align="top-left", kernel=name),
-                           flashgqa.attention(q, k, v, bias=odd.nan_to_num(posinf=0.0), causal=True, align="top-left", kernel=name))  # fmt: skip
+        before_it = {"causal": True, "align": "top-left", "kernel": name}
+        hidden = (flashgqa.attention(q, k, v, bias=x, **before_it) for x in (odd, odd.nan_to_num(posinf=0.0)))
+        assert torch.equal(*hidden)
 
 
 def test_plan():
@@ -147,7 +153,8 @@ def test_plan():
     assert flashgqa.explain(*inputs(2, 8, 2, 300, 300, 96), bias=bias)["kernel"] == name
     slopes = torch.rand(8, device="cuda")
     for options, reason in (
-        ({"softcap": 5.0}, "with softcap"), ({"alibi_slopes": slopes}, "with alibi_slopes"), ({"bias": bias.bfloat16()}, "of q's dtype"),
+        ({"softcap": 5.0}, "with softcap"), ({"alibi_slopes": slopes}, "with alibi_slopes"),
+        ({"bias": bias.bfloat16()}, "of q's dtype"),
     ):
         plan = flashgqa.explain(q, k, v, **{"bias": bias, **options})
         assert plan["kernel"] == fallback and reason in dict(plan["refused"])[name]

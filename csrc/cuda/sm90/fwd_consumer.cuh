@@ -87,7 +87,9 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
 /* What ends two rows: base, -inf without a key; sum over their lanes; what O is multiplied with; LSE. */
 struct row_ends { float base[2], sum[2], factor[2], lse[2]; };
 
-/* What a part of the keys gives (any/fwd_split.h) -> global memory. True: an element is not finite. */
+/* What a part of the keys gives (any/fwd_split.h) -> global memory. LOWEST: of rows with a base that was cut, ends.lse tells the largest
+ * score, which is all that counts there. True: an element is not finite. */
+template <bool LOWEST>
 static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends)
 {
     const int32_t lane = (int32_t)(thread_index() % 32), dv = p.common.problem.dv;
@@ -105,7 +107,8 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
             poison = fmaf(x.x, 0.0f, fmaf(x.y, 0.0f, poison));
             if (8 * n < columns) { *(float2 *)(to + 8 * n) = x; }
         }
-        if (lane % 4 == 0 && columns > 0) { ((float2 *)p.split.lse)[row] = make_float2(ends.base[r] * (float)FGQA_LN2, log2f(ends.sum[r])); }
+        const float top = LOWEST && fabsf(ends.base[r]) == FLT_MAX ? ends.lse[r] : ends.base[r] * (float)FGQA_LN2;
+        if (lane % 4 == 0 && columns > 0) { ((float2 *)p.split.lse)[row] = make_float2(top, log2f(ends.sum[r])); }
     }
     return poison != 0.0f;
 }
@@ -149,7 +152,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     }
     if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
     if (partial) {
-        again |= store_part(p, t, o, ends);
+        again |= store_part<CAREFUL && CHAIN == TERMS>(p, t, o, ends);
     } else {
         char *const to[2] = {places.o[0] + t.out, places.o[1] + t.out};
         const int32_t there = problem.dv - first_column(), columns[2] = {first < t.valid ? there : 0, first + 8 < t.valid ? there : 0};
@@ -496,6 +499,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_pin(o);
             release_v();
             end_rows(ends, done_rows);
+            if (CAREFUL && CHAIN == TERMS) {                     /* scores that have a base in natural units alone: take_base() has cut it */
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    if (fabsf(done_rows.base[r]) == FLT_MAX) { ends.lse[r] = fmaf(__log2f(ends.sum[r]), (float)FGQA_LN2, done_rows.m[r]); }
+                }
+            }
         }
         finish_rows<CAREFUL, CHAIN>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
