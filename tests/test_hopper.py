@@ -94,6 +94,18 @@ def test_tall_tiles_where_they_are_full(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tall_tiles_are_passed_over_with_alibi(dtype):
+    """At head dim 64, unless shorter ones are emptier by as much as they are faster."""
+    tall, plain = rows_for(dtype, 64, 64)
+    slopes = torch.rand(16, device="cuda")
+    q, k, v = qkv(4, 16, 4096, 64, hk=16, dtype=dtype)
+    assert flashgqa.explain(q, k, v)["kernel"] == tall
+    plan = flashgqa.explain(q, k, v, alibi_slopes=slopes)
+    assert plan["kernel"] == plain and "shorter tiles are faster with ALiBi" in dict(plan["refused"])[tall]
+    assert flashgqa.explain(*qkv(16, 16, 1024, 64, hk=16, dtype=dtype), alibi_slopes=slopes)["kernel"] == tall
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_of_odd_widths_are_refused(dtype):
     """16 bytes at a time would be stored behind the last row."""
     q, k, v = inputs(2, 4, 2, 300, 300, 64, 24, dtype=dtype)
