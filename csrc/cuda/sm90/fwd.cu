@@ -87,7 +87,7 @@ struct fwd_params {
     int32_t box_rows;                                            /* of K and V: what one copy brings, of one page */
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
     float inv_scale;
-    int32_t claim_early;                                         /* short tiles: schedule() */
+    uint32_t early_items;                                        /* of the list, whose claims do not wait: schedule() */
     float in_caps;                                               /* scale / softcap */
     score_terms terms;
 };
@@ -177,7 +177,8 @@ static __device__ __forceinline__ void write_unseen(const fwd_params &p, const t
 }
 
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
- * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once (claim_early), to hide the atomic. */
+ * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to early_items: of a mask's
+ * the last four of a block wait (2 to 4% where it has a dozen). */
 template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const bool leader = thread_index() % 32 == 0;
@@ -223,7 +224,7 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
         __syncwarp();
         place = following;
         if (AGAIN || !more) { continue; }
-        if (Q_STAGES > 1 && !p.claim_early) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
+        if (Q_STAGES > 1 && walk.item >= p.early_items) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
         walk.advance(counter);
     }
 }
@@ -523,8 +524,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t sections = (p.list.pairs + p.list.section - 1) / p.list.section, tiles = (int64_t)p.list.section * p.list.row_blocks;
     const int64_t joined = masked ? (3 * multiprocessors + tiles - 1) / tiles : 1;
     p.list.last = (uint32_t)(sections > joined ? sections - joined : 0);
-    p.claim_early = problem->sk <= 2048;
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
+    const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
+    p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
     kernel<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
     error = cudaGetLastError();
     return error == cudaSuccess && plan->splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)plan->splits, exec) : error;

@@ -198,7 +198,7 @@ struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
-    constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL;
+    constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL, ONLY_Q = Q_STAGES == 1 && !CAREFUL;
     constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED;      /* others' main loops have no registers left */
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
@@ -241,10 +241,14 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         rv.advance();
         v_at = desc_low(smem_address(sm.v[rv.stage]), BLOCK_K * 128);
     };
-    /* Each warp for itself: wait_pv() waits for the Q in use. */
+    /* Each warp for itself: wait_pv() waits for the Q in use, or for its tile. */
     auto release_q = [&](uint32_t stage) {
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_empty[stage])); }
+    };
+    /* Behind Q K^T of block j. Where there is no second Q the next one comes under the tile's last softmax, P V and stores of O. */
+    auto release_only_q = [&](int j) {
+        if (ONLY_Q && j == block_begin) { release_q(rq.stage); }
     };
     /* false: there are no more tiles */
     auto take_tile = [&] {
@@ -315,11 +319,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 
     /* Ends the P V in flight; waits for the next K of the tile, if any. The branch of the mbarrier wait is needed even
      * without one (the Q in use returns at once): ptxas moves arithmetic across a wgmma_wait, but not across a branch. Not the
-     * V in use: another warp may have released it, and a warp that comes two phases late waits for ever. */
+     * V in use: another warp may have released it, and a warp that comes two phases late waits for ever. Nor a Q that this warp has
+     * released: the tile in use, whose place is free only when O is stored. */
     auto wait_pv = [&](bool next_k) {
         wgmma_wait<0>();
         wgmma_pin(o);
-        mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : &sm.q_full[rq.stage]), next_k ? rk.parity : rq.parity);
+        uint64_t *const in_use = ONLY_Q ? &sm.tile_full[rt.stage] : &sm.q_full[rq.stage];
+        mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : in_use), next_k ? rk.parity : ONLY_Q ? rt.parity : rq.parity);
         release_v();
     };
     auto has_none = [&](float m) { return CHAIN == TERMS && !CAREFUL ? m < LOWEST_BASE : m == -INFINITY; };
@@ -420,6 +426,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
+        release_only_q(block_end - 1);
         score(s, block_end - 1, of_block);
         mask(s, block_end - 1, CAREFUL || block_end > full.end || block_end - 1 < full.begin, of_block);
         first_weights(s, rows.l);
@@ -440,6 +447,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         pass_turn();
         wgmma_pin(s);
         release_k();
+        release_only_q(j);
         score(s, j, of_block);
         if (decltype(masked)::value) { mask(s, j, bounded, of_block); }
         softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
@@ -466,7 +474,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     for (bool more = true; more;) {
         middle_blocks();
         const uint32_t slot = rt.stage, at = row_place, done = rq.stage;
-        if (!CAREFUL) { release_q(done); }
+        if (!CAREFUL && !ONLY_Q) { release_q(done); }
         const int accumulate = block_end - block_begin > 1;
         const softmax_rows done_rows = rows;
         row_ends ends;
