@@ -85,7 +85,7 @@ static void store_dq(const bwd_scratch *s, const bwd_shape *shape, const tile_se
 
 /* dk = |scale| * sum of splits (q carried the sign), dv = sum of splits, for keys [j0, j1) of sequence t; 0 for padding. */
 static void store_dk_dv(const tile_sequence *t, const bwd_shape *shape, int32_t splits, const real *dk, const real *dv,
-                        int64_t split_keys, int32_t j0, int32_t j1, real *row)
+                        int64_t split_keys, int32_t j0, int32_t j1, real *restrict row)
 {
     const fgqa_problem *p = t->p;
     for (int n = 0; n < 2; n++) {
@@ -95,11 +95,15 @@ static void store_dk_dv(const tile_sequence *t, const bwd_shape *shape, int32_t 
         for (int32_t j = j0; j < j1; j++) {
             const real *const from = (n ? dv : dk) + (ptrdiff_t)j * ld;
             const int32_t seen_splits = j < t->seq.mask.sk ? splits : 0;
-            memset(row, 0, (size_t)cols * sizeof(real));
-            for (int32_t split = 0; split < seen_splits; split++) {
-                for (int32_t c = 0; c < cols; c++) { row[c] += from[split * split_keys * ld + c]; }
+            if (seen_splits == 1) {
+                for (int32_t c = 0; c < cols; c++) { row[c] = (0 + from[c]) * factor; }    /* 0 +: as with several */
+            } else {
+                memset(row, 0, (size_t)cols * sizeof(real));
+                for (int32_t split = 0; split < seen_splits; split++) {
+                    for (int32_t c = 0; c < cols; c++) { row[c] += from[split * split_keys * ld + c]; }
+                }
+                for (int32_t c = 0; c < cols; c++) { row[c] *= factor; }
             }
-            for (int32_t c = 0; c < cols; c++) { row[c] *= factor; }
             row_store(view_at(to, t->b, t->kv_head, t->seq.k_row + j), to->dtype, to->stride_d, row, cols);
         }
     }

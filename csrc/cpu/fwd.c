@@ -23,8 +23,10 @@
 /* Parts: only for sequences of few packed rows, and never shorter than this many keys. */
 #define SPLIT_MAX_ROWS 512
 #define SPLIT_MIN_KEYS 512
-/* Tasks of a KV head from which on its keys are packed once for all: two pack them sooner than they get them from another core. */
-#define SHARED_BLOCKS 3
+#if FGQA_PAIRS
+/* Tasks of a KV head from which on its keys are packed once for all: a few pack them sooner than they get them from another core. */
+static int shared_blocks(const fgqa_problem *p) { return amx_parts(p) == 2 ? 2 : FGQA_TILES ? 5 : 3; }
+#endif
 /* AMX tiles beat vectors along d from a full group of rows on. */
 #define FEW_MOST (FGQA_TILES ? FEW_ROWS - 1 : FEW_ROWS)
 
@@ -96,7 +98,7 @@ void FGQA_ROW(fwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->scratch_bytes = carve(&unused, p, plan->block_q, NULL);
     plan->workspace_bytes = partial_bytes(plan, p);
 #if FGQA_PAIRS
-    if (superblocks(plan, p) >= SHARED_BLOCKS) { plan->workspace_bytes += amx_shared_bytes(p); }
+    if (superblocks(plan, p) >= shared_blocks(p)) { plan->workspace_bytes += amx_shared_bytes(p); }
 #endif
     plan->threads = tile_threads(plan, (double)heads * p->sk * (p->d + p->dv) * (double)fgqa_dtype_bytes(p->dtype));
 }
@@ -490,7 +492,7 @@ fgqa_status FGQA_ROW(fwd, run)(const fgqa_plan *plan, const fgqa_problem *p, voi
 {
     fwd_job job = {.plan = plan, .p = p, .partial = workspace, .end = (int64_t)p->b * p->hk};
 #if FGQA_PAIRS
-    if (superblocks(plan, p) >= SHARED_BLOCKS) {
+    if (superblocks(plan, p) >= shared_blocks(p)) {
         FGQA_TRY(run_waves(&job, (char *)workspace + partial_bytes(plan, p), exec));
     } else
 #endif
