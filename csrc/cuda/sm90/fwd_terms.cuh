@@ -14,7 +14,7 @@
 struct score_terms {
     int32_t some_bias, some_mask;
     int32_t wide_bias;                  /* float32 elements, not T */
-    int32_t bias_pairs, mask_vectors;   /* elements are next to each other and aligned: two, or 16, at once */
+    int32_t bias_pairs, bias_vectors, mask_vectors;              /* neighbours are aligned: two, or 16 bytes (of T), are read at once */
     int64_t bias_step, mask_step;       /* bytes from one key to the next */
 };
 
@@ -29,8 +29,9 @@ static inline score_terms score_terms_of(const fgqa_problem *p)
 {
     const fgqa_view &bias = p->view[FGQA_ARG_bias], &mask = p->view[FGQA_ARG_mask];
     const int64_t bytes = bias.dtype == FGQA_F32 ? 4 : 2;
-    score_terms t = {bias.data != NULL, mask.data != NULL, bias.dtype == FGQA_F32, 0, 0, bias.stride_d * bytes, mask.stride_d};
+    score_terms t = {bias.data != NULL, mask.data != NULL, bias.dtype == FGQA_F32, 0, 0, 0, bias.stride_d * bytes, mask.stride_d};
     t.bias_pairs = bias.data && bias.stride_d == 1 && (uintptr_t)bias.data % (2 * bytes) == 0 && (bias.stride_b | bias.stride_h | bias.stride_s) % 2 == 0;
+    t.bias_vectors = t.bias_pairs && bytes == 2 && (uintptr_t)bias.data % 16 == 0 && (bias.stride_b | bias.stride_h | bias.stride_s) % 8 == 0;
     t.mask_vectors = mask.data && mask.stride_d == 1 && (uintptr_t)mask.data % 16 == 0 && (mask.stride_b | mask.stride_h | mask.stride_s) % 16 == 0;
     return t;
 }
@@ -64,6 +65,27 @@ static __device__ __forceinline__ term_rows find_term_rows(const fgqa_problem &p
     return rows;
 }
 
+/* Vectors are read if the block from which on `end` is the first key does not end behind the last one. */
+static __device__ __forceinline__ bool has_vectors(const score_terms &terms, int32_t end, int32_t sk) { return terms.bias_vectors && end <= sk; }
+
+/* Pairs that four lanes have read as vectors -> those of their own columns: a 4 x 4 transpose. */
+template <int COUNT> static __device__ __forceinline__ void share_vectors(block_terms &x)
+{
+    const uint32_t quarter = thread_index() % 4;
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2) {
+        const bool upper = quarter & step;
+#pragma unroll
+        for (int i = 0; i < 2 * COUNT; i++) {                    /* word i / 2 of row i % 2 */
+            if (i / 2 & step) { continue; }
+            uint32_t &low = x.bias[i], &high = x.bias[i + 2 * step];
+            const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, upper ? low : high, step);
+            low = upper ? other : low;
+            high = upper ? high : other;
+        }
+    }
+}
+
 /* COUNT pairs of a lane's columns in each row, from 8 n0 on, of a block from key j0 on. Keys from sk on are not read. WORDS of a pair: 2
  * of float32. */
 template <int WORDS, int COUNT, int BLOCK_K>
@@ -71,6 +93,21 @@ static __device__ __forceinline__ void load_bias(block_terms &x, const term_rows
 {
     const int32_t first = j0 + 8 * n0 + (int32_t)(thread_index() % 4) * 2;
     const bool whole = terms.bias_pairs && j0 + BLOCK_K <= sk;
+    if (WORDS == 1 && has_vectors(terms, j0 + BLOCK_K, sk)) {
+        static_assert(WORDS == 2 || COUNT % 4 == 0, "a vector has pairs of four columns 8 n");
+#pragma unroll
+        for (int n = 0; n < COUNT; n += 4) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const uint4 v = load_4b32(rows.bias[r] + (int64_t)(j0 + 8 * (n0 + n)) * 2 + 16 * (thread_index() % 4));
+                x.bias[2 * n + r] = v.x;
+                x.bias[2 * n + 2 + r] = v.y;
+                x.bias[2 * n + 4 + r] = v.z;
+                x.bias[2 * n + 6 + r] = v.w;
+            }
+        }
+        return;
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const char *at = rows.bias[r] + first * terms.bias_step;
@@ -114,48 +151,57 @@ static __device__ __forceinline__ void add_bias(float (&s)[N], const block_terms
     }
 }
 
-/* Bytes that are not 0 -> bits. */
-static __device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x)
+/* Four bytes, those that are not 0 as bits, in front of the bits of later ones. */
+static __device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x, uint32_t later)
 {
-    x |= x >> 4 & 0x0F0F0F0Fu;
-    x |= x >> 2 & 0x03030303u;
-    x = (x | x >> 1) & 0x01010101u;
-    return x * 0x10204080u >> 28;
+    x = ((x & 0x7F7F7F7Fu) + 0x7F7F7F7Fu | x) & 0x80808080u;
+    return __funnelshift_l(x * 0x00204081u, later, 4);
 }
 
-/* block_terms.seen of one row. */
-template <int BLOCK_K> static __device__ __forceinline__ uint32_t load_mask(const char *row, const score_terms &terms, int32_t j0, int32_t sk)
+/* block_terms.seen */
+template <int BLOCK_K>
+static __device__ __forceinline__ void load_mask(uint32_t (&seen)[2], const term_rows &rows, const score_terms &terms, int32_t j0, int32_t sk)
 {
-    constexpr int OWN = BLOCK_K / 4;                             /* columns that a lane reads for all four of its row */
-    static_assert(OWN % 16 == 0 && OWN <= 32, "16 bytes at once, a bit each");
+    constexpr int OWN = BLOCK_K / 4, VECTORS = OWN / 16;         /* columns that a lane reads for all four of its row */
+    static_assert(OWN == 32, "a bit each, eight of own columns");
     const int32_t quarter = (int32_t)(thread_index() % 4);
-    uint32_t own = 0, seen = 0;
     if (terms.mask_vectors && j0 + BLOCK_K <= sk) {
-        uint4 x[OWN / 16];
+        uint4 x[2][VECTORS];
 #pragma unroll
-        for (int n = 0; n < OWN / 16; n++) { x[n] = load_4b32(row + j0 + OWN * quarter + 16 * n); }
+        for (int r = 0; r < 2; r++) {
 #pragma unroll
-        for (int n = 0; n < OWN / 16; n++) {
-            own |= (bits_of_bytes(x[n].x) | bits_of_bytes(x[n].y) << 4 | bits_of_bytes(x[n].z) << 8 | bits_of_bytes(x[n].w) << 12) << 16 * n;
+            for (int n = 0; n < VECTORS; n++) { x[r][n] = load_4b32(rows.mask[r] + j0 + OWN * quarter + 16 * n); }
         }
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            uint32_t pairs = __shfl_sync(0xFFFFFFFFu, own, n, 4) >> 2 * quarter & 0x03030303u;
-            pairs |= pairs >> 6;
-            seen |= ((pairs | pairs >> 12) & (1u << OWN / 4) - 1) << n * (OWN / 4);
+        for (int r = 0; r < 2; r++) {
+            uint32_t own = 0;
+#pragma unroll
+            for (int n = VECTORS - 1; n >= 0; n--) {
+                own = bits_of_bytes(x[r][n].x, bits_of_bytes(x[r][n].y, bits_of_bytes(x[r][n].z, bits_of_bytes(x[r][n].w, own))));
+            }
+            seen[r] = 0;
+#pragma unroll
+            for (int n = 3; n >= 0; n--) {                       /* of each byte two bits, which a product brings together at the top */
+                const uint32_t pairs = __shfl_sync(0xFFFFFFFFu, own, n, 4) >> 2 * quarter & 0x03030303u;
+                seen[r] = __funnelshift_l(pairs * 0x01041040u, seen[r], 8);
+            }
         }
-        return seen;
+        return;
     }
-    const char *at = row + (j0 + 2 * quarter) * terms.mask_step;
+#pragma unroll 1
+    for (int r = 0; r < 2; r++) {
+        const char *at = (r ? rows.mask[1] : rows.mask[0]) + (j0 + 2 * quarter) * terms.mask_step;
+        uint32_t bits = 0;
 #pragma unroll 4
-    for (int k = 0; k < BLOCK_K / 4; k++) {
-        const int32_t column = 2 * quarter + 8 * (k / 2) + k % 2;
-        uint32_t x = 0;
-        if (j0 + column < sk) { asm volatile("ld.global.u8 %0, [%1];" : "=r"(x) : "l"(at)); }
-        seen |= (x != 0 ? 1u : 0u) << k;
-        at += (k % 2 ? 7 : 1) * terms.mask_step;
+        for (int k = 0; k < BLOCK_K / 4; k++) {
+            const int32_t column = 2 * quarter + 8 * (k / 2) + k % 2;
+            uint32_t x = 0;
+            if (j0 + column < sk) { asm volatile("ld.global.u8 %0, [%1];" : "=r"(x) : "l"(at)); }
+            bits |= (x != 0 ? 1u : 0u) << k;
+            at += (k % 2 ? 7 : 1) * terms.mask_step;
+        }
+        if (r) { seen[1] = bits; } else { seen[0] = bits; }
     }
-    return seen;
 }
 
 /* What is read before the scores are there. */
@@ -170,8 +216,7 @@ static __device__ __forceinline__ void fetch_terms(block_terms &x, const term_ro
         }
     }
     if (terms.some_mask) {
-#pragma unroll
-        for (int r = 0; r < 2; r++) { x.seen[r] = load_mask<BLOCK_K>(rows.mask[r], terms, j0, sk); }
+        load_mask<BLOCK_K>(x.seen, rows, terms, j0, sk);
     } else {
         x.seen[0] = x.seen[1] = 0xFFFFFFFFu;
     }
@@ -186,6 +231,7 @@ static __device__ __forceinline__ void add_all_bias(float (&s)[BLOCK_K / 2], blo
 #pragma unroll
     for (int n0 = 0; n0 < BLOCK_K / 8; n0 += COUNT) {
         if (n0 > 0) { load_bias<WORDS, COUNT, BLOCK_K>(x, rows, terms, j0, n0, sk); }
+        if (WORDS == 1 && has_vectors(terms, j0 + BLOCK_K, sk)) { share_vectors<COUNT>(x); }
         add_bias<CAREFUL, T, WORDS, COUNT>(s, x, scale, n0);
     }
 }
