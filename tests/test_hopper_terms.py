@@ -114,6 +114,24 @@ def test_a_bias_as_a_mask(d, dtype, wide, low):
     assert_alike([masked * rows], [got[0] * rows], ["out"])
 
 
+@pytest.mark.parametrize("extents", [(2, 8, 2, 200, 390), (1, 4, 1, 30, 3000)], ids=["whole", "parts"])
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_a_sink_beside_the_least_number(d, wide, extents):
+    """Rows whose keys all have it, with sinks that add nothing, and with some that take all."""
+    b, hq, hk, sq, sk = extents
+    q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=torch.bfloat16)
+    bias = torch.zeros(b, 1, sq, sk, dtype=torch.float32 if wide else q.dtype, device="cuda")
+    lowest = torch.finfo(bias.dtype).min
+    bias[-1, :, :13] = lowest
+    sink = torch.tensor([-torch.inf, 1.5], device="cuda").repeat_interleave(hq // 2)
+    got, expected = both(q, k, v, bias=bias, sink=sink)
+    assert_alike(got[:1], expected[:1], ["out"])
+    torch.testing.assert_close(got[1], expected[1])
+    for heads, lse in ((slice(hq // 2), lowest), (slice(hq // 2, None), 1.5)):
+        torch.testing.assert_close(got[1][-1, heads, :13], torch.full((hq // 2, 13), lse, device="cuda"))
+
+
 @pytest.mark.parametrize("d", [64, 128])
 def test_poison_stays_where_it_is_seen(d):
     q, k, v = inputs(2, 8, 2, 260, 390, d)

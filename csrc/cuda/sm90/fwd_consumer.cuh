@@ -87,8 +87,13 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
 /* What ends two rows: base, -inf without a key; sum over their lanes; what O is multiplied with; LSE. */
 struct row_ends { float base[2], sum[2], factor[2], lse[2]; };
 
-/* What a part of the keys gives (any/fwd_split.h) -> global memory. LOWEST: of rows with a base that was cut, ends.lse tells the largest
- * score, which is all that counts there. True: an element is not finite. */
+/* A row's base in natural units. LOWEST: with one that was cut, ends.lse tells the largest score, which is all that counts there. */
+template <bool LOWEST> static __device__ __forceinline__ float natural_base(float base, float lse)
+{
+    return LOWEST && fabsf(base) == FLT_MAX ? lse : base * (float)FGQA_LN2;
+}
+
+/* What a part of the keys gives (any/fwd_split.h) -> global memory. True: an element is not finite. */
 template <bool LOWEST>
 static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends)
 {
@@ -107,7 +112,7 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
             poison = fmaf(x.x, 0.0f, fmaf(x.y, 0.0f, poison));
             if (8 * n < columns) { *(float2 *)(to + 8 * n) = x; }
         }
-        const float top = LOWEST && fabsf(ends.base[r]) == FLT_MAX ? ends.lse[r] : ends.base[r] * (float)FGQA_LN2;
+        const float top = natural_base<LOWEST>(ends.base[r], ends.lse[r]);
         if (lane % 4 == 0 && columns > 0) { ((float2 *)p.split.lse)[row] = make_float2(top, log2f(ends.sum[r])); }
     }
     return poison != 0.0f;
@@ -136,6 +141,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const int32_t first = row_in_tile(thread);
     const tile &t = sm.tiles[slot];
     const bool partial = p.list.splits > 1;
+    constexpr bool LOWEST = CAREFUL && CHAIN == TERMS;
     bool again = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) {                                /* the largest weight, about 1, is lost or has overflowed */
@@ -146,13 +152,14 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
         for (int r = 0; r < 2; r++) {
             const int32_t packed = t.row0 + first + 8 * r;
             const float sink = sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
-            float lse, factor = softmax_finish(r ? ends.base[1] : ends.base[0], r ? ends.sum[1] : ends.sum[0], 1.0f, sink, &lse);
+            const float top = natural_base<LOWEST>(r ? ends.base[1] : ends.base[0], r ? ends.lse[1] : ends.lse[0]);
+            float lse, factor = softmax_finish(top, r ? ends.sum[1] : ends.sum[0], sink, &lse);
             if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
         }
     }
     if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
     if (partial) {
-        again |= store_part<CAREFUL && CHAIN == TERMS>(p, t, o, ends);
+        again |= store_part<LOWEST>(p, t, o, ends);
     } else {
         char *const to[2] = {places.o[0] + t.out, places.o[1] + t.out};
         const int32_t there = problem.dv - first_column(), columns[2] = {first < t.valid ? there : 0, first + 8 < t.valid ? there : 0};
