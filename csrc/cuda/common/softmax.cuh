@@ -21,9 +21,3 @@ static __device__ __forceinline__ float softmax_finish(float top, float l, float
     *lse = sum == 0.0f ? -INFINITY : base + log2f(sum) * (float)FGQA_LN2;
     return sum == 0.0f ? 0.0f : rescale / sum;
 }
-
-/* The same of scores whose power of two is 2^(scale_log2 s): m in their units. */
-static __device__ __forceinline__ float softmax_finish(float m, float l, float scale_log2, float sink, float *lse)
-{
-    return softmax_finish(m * scale_log2 * (float)FGQA_LN2, l, sink, lse);
-}
