@@ -66,7 +66,6 @@ typedef struct {
 #include "kernels.def"
 #undef FGQA_KERNEL
 
-#define FGQA_VARIANT_tall 7      /* no source asks for it */
 #define IS_GENERAL(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_general || FGQA_VARIANT_##variant == FGQA_VARIANT_cache)
 #define IS_FLOAT8(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decodef8 || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewidef8)
 #define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide || IS_FLOAT8(variant))
