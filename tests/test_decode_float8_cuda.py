@@ -104,6 +104,18 @@ def test_rows_masks_sink_and_left_padding(sq, g):
         check(q, k, v, options | {"sink": torch.linspace(-2, 2, 2 * g, device="cuda"), "left_pad": int32([77, 2, 0, slots - 2])})
 
 
+@pytest.mark.parametrize(("sq", "g"), [(129, 1), (65, 2), (40, 8), (7, 71), (300, 4)])
+def test_more_rows_than_a_block_holds(sq, g):
+    """Blocks of rows take turns where no copy of the cache is made: of scaled elements, with batch_invariant."""
+    lens = int32([2500, sq, 0, 1300])
+    for dtype, window in itertools.product(DTYPES, ((None, None), (400, None))):
+        q, k, v, options = inputs(4, 2, g, sq, 2500, lens, dtype=dtype)
+        options |= {"causal": True, "window": window, "left_pad": int32([77, 2, 0, 1290])}
+        for invariant in (False, True):
+            check(q, k, v, options, invariant)
+        check(q, k, v, options | {"k_scale": options["k_scale"] * 1.4, "v_scale": options["v_scale"] * 0.7})
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("sq", "g"), [(1, 4), (2, 4), (1, 16), (1, 32), (4, 16), (3, 40)])
 def test_softcap_and_alibi(sq, g, dtype):

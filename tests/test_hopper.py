@@ -244,6 +244,8 @@ def test_keys_are_shared_out(d, dv, mask):
 
 
 CACHES = [{}, {"indexed": True}, {"left_pad": True}, *({"page": slots} for slots in (16, 48, 64, 128, 272, 512))]
+CACHES += [{"page": 1}, {"page": 24}, {"page": 48, "left_pad": True}]   # read from a copy, as float8 without scales is
+CACHES += [{"float8": True} | cache for cache in (*CACHES[:3], {"page": 7}, {"page": 64, "left_pad": True})]
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
@@ -274,7 +276,9 @@ def test_kv_caches(d, dv, cache):
             slot = torch.arange(int(lens[n]), device="cuda")
             x[table[n].long()[slot // page], :, slot % page] = random(len(slot), 2, x.shape[3], dtype=dtype, seed=n)
         if g == 6:
-            caches[1][table[0, 0], 1, 15, 3] = float("inf")
+            caches[1][table[0, 15 // page], 1, 15 % page, 3] = float("inf")             # of float8: NaN
+        if "float8" in cache:
+            caches = [x.to(torch.float8_e4m3fn) for x in caches]
         copies = [x.clone() for x in caches]
         names = rows_for(dtype, d, dv)
         got = [flashgqa.attention_with_kvcache(q, *caches, k_new, v_new, return_lse=True, kernel=name, **more) for name in names]
@@ -283,21 +287,38 @@ def test_kv_caches(d, dv, cache):
         expected = flashgqa.attention_with_kvcache(q, *copies, k_new, v_new, return_lse=True, kernel=general, **more)
         for result in got:
             assert_alike(result, expected)
-        assert all(torch.equal(x.view(torch.int16), y.view(torch.int16)) for x, y in zip(caches, copies, strict=True))
+        assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(caches, copies, strict=True))
 
 
-def test_what_of_caches_it_does_not_read():
+def test_what_of_caches_it_does_not_copy():
+    """Copies are for many query rows, of calls whose choice may depend on the batch, where they are not enormous."""
     q = random(2, 8, 200, 128, dtype=torch.float16)
-    caches = [random(40, 2, page, 128, dtype=torch.float16) for page in (24, 32, 32)]
+    pages = random(40, 2, 24, 128, dtype=torch.float16)
     table = torch.arange(40, dtype=torch.int32, device="cuda").view(2, 20)
     lens = torch.tensor([300, 400], dtype=torch.int32, device="cuda")
-    name, call = row_for(torch.float16, 128, 128), {"cache_lens": lens, "page_table": table}
-    plan = flashgqa.explain_with_kvcache(q, caches[1], caches[2], **call)
-    assert plan["kernel"] == name
-    for k_cache, more, reason in (
-        (caches[0], {}, "pages of a multiple of 16 slots"),
-        (caches[1], {"left_pad": lens - 200}, "left padding of paged caches"),
-        (caches[1].to(torch.float8_e4m3fn), {}, "another dtype than q"),
-    ):
-        plan = flashgqa.explain_with_kvcache(q, k_cache, k_cache, **call, **more)
-        assert plan["kernel"].endswith("cache") and reason in dict(plan["refused"])[name]
+    call = {"cache_lens": lens, "page_table": table}
+
+    def plan(q, cache, **more):
+        return flashgqa.explain_with_kvcache(q, cache, cache, **call | more)
+
+    def general(reason, q, cache, **more):
+        made = plan(q, cache, **more)
+        assert made["kernel"].endswith("cache") and reason in dict(made["refused"])[name]
+
+    name, float8 = row_for(torch.float16, 128, 128), torch.float8_e4m3fn
+    aligned = random(40, 2, 32, 128, dtype=torch.float16)
+    for cache, more in ((pages, {}), (aligned, {"left_pad": lens - 200}), (aligned.to(float8), {})):
+        made = plan(q, cache, **more)
+        assert made["kernel"] == name and made["workspace_bytes"] >= 2 * table.numel() * cache[0].numel() * 2
+        rows = name, "fwd_sm80_f16_d128_dv128_cache"
+        out, other = (flashgqa.attention_with_kvcache(q, cache, cache, **call, **more, kernel=row) for row in rows)
+        assert_alike([out], [other], ["out"])
+    general("too few to copy the cache for", q[:, :, :8], pages)
+    general("would depend on the batch", q, pages, batch_invariant=True)
+    scale = torch.ones(2, device="cuda")
+    general("rounded in a copy", q, pages.to(float8), v_scale=scale)
+    assert plan(q, aligned.to(float8), k_scale=scale)["kernel"].endswith("decodewidef8")
+    assert plan(q[:, :, :9], pages)["kernel"] == name
+    assert plan(q[:, :, :64], aligned.to(float8))["kernel"].endswith("decodewidef8")
+    assert plan(q[:, :, :65], aligned.to(float8))["kernel"] == name
+    general("more than 512 MiB", q, pages, page_table=table[:, :1].repeat(1, 12000))

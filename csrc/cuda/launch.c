@@ -3,6 +3,7 @@
 #include "kernel_table.h"
 #include "tensor_map.h"
 #include "any/bwd_plan.h"
+#include "any/cache_copy.h"
 #include "any/fwd_split.h"
 #include "any/score_units.h"
 #include "any/weights.h"
@@ -24,7 +25,8 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, STREAM_ROWS = 64, MOST_PARTS = 16 };
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, STREAM_ROWS = 64, MOST_PARTS = 16,
+       COPY_ROWS = 32, UNCOPIED_ROWS = 256, COPY_BYTES = 1 << 29 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
@@ -155,6 +157,34 @@ static const char *refuse_device(const cuda_kernel *k, int32_t index, char why[1
 
 static int is_paged(const fgqa_problem *p) { return p->cache.table != NULL && p->cache.page_size < p->cache.capacity; }
 
+static int is_hopper_forward(const cuda_kernel *k) { return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD && !k->row.most_rows; }
+
+/* Whether a plain row for Hopper reads a copy of the cache, which TMA can address, in q's dtype. */
+static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
+{
+    if (!is_hopper_forward(k) || p->cache.page_size == 0) { return 0; }
+    const int float8 = p->view[FGQA_ARG_k].dtype == FGQA_F8E4M3 || p->view[FGQA_ARG_v].dtype == FGQA_F8E4M3;
+    return float8 || (is_paged(p) && (p->cache.page_size % CACHE_PAGE != 0 || p->cache.left_pad));
+}
+
+/* Why there can be no copy: scales, which are exact on scores and results, would be rounded with every element; and memory that nobody
+ * expects a call to take. */
+static const char *refuse_copy(const fgqa_problem *p)
+{
+    fgqa_problem copy;
+    if (p->sk < 1) { return "a cache without slots"; }
+    if (p->view[FGQA_ARG_k].stride_d != 1 || p->view[FGQA_ARG_v].stride_d != 1) { return "elements of a row are not side by side"; }
+    if (p->cache.k_scale.data || p->cache.v_scale.data) { return "scaled elements of the cache would be rounded in a copy"; }
+    return (double)p->b * p->hk * p->sk > COPY_BYTES || fgqa_cache_copy(p, NULL, &copy) > COPY_BYTES ? "a copy of the cache would take more than 512 MiB" : NULL;
+}
+
+/* Where rows that read the cache as it is serve better: few query rows; and what must not depend on the batch, as the copy's size does. */
+static const char *pass_over_copy(const fgqa_problem *p, char why[128])
+{
+    if (p->batch_invariant) { return "whether the cache can be copied would depend on the batch"; }
+    return (int64_t)p->sq * p->g <= COPY_ROWS ? fgqa_reason(why, "%d query rows: too few to copy the cache for", p->sq) : NULL;
+}
+
 /* What TMA cannot address of a cache. */
 static const char *refuse_cache(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
@@ -176,13 +206,13 @@ static const char *refuse_cache(const cuda_kernel *k, const fgqa_problem *p, cha
 /* What TMA cannot address. A result that is still to be allocated will do. */
 static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
-    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out};
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_out, FGQA_ARG_k, FGQA_ARG_v};
+    const int copies = copies_cache(k, p);
     if (p->cache.page_size > 0) {
-        if (is_paged(p) && p->cache.left_pad) { return "has no left padding of paged caches"; }
-        const char *reason = refuse_cache(k, p, why);
+        const char *reason = copies ? refuse_copy(p) : refuse_cache(k, p, why);
         if (reason) { return reason; }
     }
-    for (int n = 0; n < 4; n++) {
+    for (int n = 0; n < (copies ? 2 : 4); n++) {
         const char *reason = tensors[n] == FGQA_ARG_out && p->view[FGQA_ARG_out].data == NULL ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
@@ -206,18 +236,28 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
     return (double)(rows / k->row.block_q + 1) * p->hk * p->b * (double)granules > INT32_MAX / 2 || p->sk > INT32_MAX - 4096 ? "too many keys" : NULL;
 }
 
+/* Whether query rows leave tiles of block_q mostly empty: tiles shared by groups of any size, not by powers of two, would be fuller. */
+static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
+{
+    const int32_t pack = fgqa_hopper_pack(p, block_q);
+    const int64_t usual = fgqa_usual_rows(p), own = ((usual << pack) + block_q - 1) / block_q * (p->g >> pack);
+    return own > 2 * ((usual * p->g + block_q - 1) / block_q);
+}
+
 /* Where other rows are faster than a decode row. */
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int tiles_serve = !refuse_options(p, HOPPER, 0, FGQA_HAS_ALIBI(k->row.d), 0) && !k->row.float8
-        && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
+    const int takes_options = !refuse_options(p, HOPPER, 0, FGQA_HAS_ALIBI(k->row.d), 0);
+    const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
+        && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     if (tiles_serve && (int64_t)p->sq * p->g > STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
         && (int64_t)MOST_PARTS * p->b * p->hk >= device.multiprocessors) {
         return fgqa_reason(why, "%d query rows: tiles hold them, and their keys in few parts", p->sq);
     }
-    if ((int64_t)p->sq * p->g > DECODE_ROWS) {
-        return fgqa_reason(why, "%d query rows: more than a memory stream can serve", p->sq);
+    if ((int64_t)p->sq * p->g > (k->row.float8 ? UNCOPIED_ROWS : DECODE_ROWS)) {
+        const int copy_serves = takes_options && !refuse_copy(p) && !pass_over_copy(p, NULL) && !leaves_tiles_empty(p, DECODE_ROWS);
+        if (!k->row.float8 || copy_serves) { return fgqa_reason(why, "%d query rows: more than a memory stream can serve", p->sq); }
     }
     if (p->sk < DECODE_KEYS) {
         return fgqa_reason(why, "%d keys: too few to be streamed", p->sk);
@@ -279,10 +319,12 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
         const char *reason = pass_over_tall(k, p);
         if (reason) { return reason; }
     }
-    const int32_t pack = fgqa_hopper_pack(p, k->row.block_q);
-    const int64_t rows = k->row.block_q, usual = fgqa_usual_rows(p), own = ((usual << pack) + rows - 1) / rows * (p->g >> pack);
-    if (own > 2 * ((usual * p->g + rows - 1) / rows)) {
-        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a whole group are fuller", (int)usual, k->row.block_q);
+    if (copies_cache(k, p)) {
+        const char *reason = pass_over_copy(p, why);
+        if (reason) { return reason; }
+    }
+    if (leaves_tiles_empty(p, k->row.block_q)) {
+        return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a whole group are fuller", (int)fgqa_usual_rows(p), k->row.block_q);
     }
     return NULL;
 }
@@ -320,7 +362,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         if (k->row.pass == FGQA_PASS_BWD && k->row.arch == HOPPER) { return refuse_hopper_backward(k, p, why); }
     }
     if (k->row.most_rows) { return refuse_decode(k, p, why); }
-    return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD ? refuse_tensors(k, p, why) : NULL;
+    return is_hopper_forward(k) ? refuse_tensors(k, p, why) : NULL;
 }
 
 static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *plan)
@@ -342,6 +384,8 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     if (k->row.arch == HOPPER) {
         plan->tasks = fgqa_hopper_tiles(p, k->row.block_q);
         fgqa_fwd_share(p, plan, plan->tasks, device.multiprocessors, plan->tasks == p->b * (int64_t)(p->hq >> fgqa_hopper_pack(p, k->row.block_q)));
+        fgqa_problem copy;
+        if (copies_cache(k, p)) { plan->workspace_bytes += fgqa_cache_copy(p, NULL, &copy); }
         return;
     }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;
@@ -378,12 +422,22 @@ static int run_empty(const fgqa_problem *p, cudaStream_t stream)
     return error;
 }
 
+/* Over a copy of the cache, which comes first in the workspace. */
+static int run_copied(const cuda_kernel *k, const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
+{
+    fgqa_problem copy;
+    const size_t bytes = fgqa_cache_copy(p, workspace, &copy);
+    const int error = fgqa_cache_copy_launch(p, &copy, exec->stream);
+    return error != cudaSuccess ? error : k->launch(plan, &copy, (char *)workspace + bytes, exec);
+}
+
 /* The problem's device is the current one. */
 static fgqa_status run(const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
 {
     const cuda_kernel *k = plan->kernel->row;
     if (plan->tasks == 0 && p->pass != FGQA_PASS_BWD) { return FGQA_OK; }
-    const int error = plan->tasks == 0 ? run_empty(p, exec->stream) : k->launch(plan, p, workspace, exec);
+    const int error = plan->tasks == 0 ? run_empty(p, exec->stream)
+        : copies_cache(k, p) ? run_copied(k, plan, p, workspace, exec) : k->launch(plan, p, workspace, exec);
     if (error != cudaSuccess) { cudaGetLastError(); }      /* the runtime keeps it, too: it is reported once */
     return fgqa_cuda_check(error, plan->kernel->name);
 }

@@ -3,7 +3,7 @@
  *
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
  * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, and one more
- * for batch_invariant.
+ * for batch_invariant; rows that read a copy of some caches bring the kernels that make it.
  */
 #include "../core/cache.h"
 #include "device.h"
@@ -49,13 +49,13 @@ static fgqa_status run_problem(const fgqa_kernel *kernel, fgqa_problem *problem,
 }
 
 /* One new key behind none, over the memory of the results, where nothing is lost. */
-static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
+static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, fgqa_dtype stored, const warmup_memory *memory, int64_t rows, int32_t invariant)
 {
-    const fgqa_dtype stored = row->float8 ? FGQA_F8E4M3 : row->dtype;
     const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv}, lens_shape[] = {1};
-    const int64_t new_shape[] = {1, 1, 1, row->d};
+    const int64_t k_new_shape[] = {1, 1, 1, row->d}, v_new_shape[] = {1, 1, 1, row->dv};
     const fgqa_tensor q = contiguous(memory->zeros, row->dtype, memory->device, 4, q_shape);
-    const fgqa_tensor new_row = contiguous(memory->zeros, row->dtype, memory->device, 4, new_shape);
+    const fgqa_tensor k_new = contiguous(memory->zeros, row->dtype, memory->device, 4, k_new_shape);
+    const fgqa_tensor v_new = contiguous(memory->zeros, row->dtype, memory->device, 4, v_new_shape);
     const fgqa_tensor lens = contiguous(memory->zeros, FGQA_I32, memory->device, 1, lens_shape);
     const fgqa_tensor k = contiguous(memory->results, stored, memory->device, 4, k_shape);
     const fgqa_tensor v = contiguous((float *)memory->results + BIGGEST / 2, stored, memory->device, 4, v_shape);
@@ -66,7 +66,8 @@ static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     request.base.tensor[FGQA_ARG_q] = &q;
     request.tensor[FGQA_CACHE_k_cache] = &k;
     request.tensor[FGQA_CACHE_v_cache] = &v;
-    request.tensor[FGQA_CACHE_k_new] = request.tensor[FGQA_CACHE_v_new] = &new_row;
+    request.tensor[FGQA_CACHE_k_new] = &k_new;
+    request.tensor[FGQA_CACHE_v_new] = &v_new;
     request.tensor[FGQA_CACHE_cache_lens] = &lens;
     FGQA_TRY(fgqa_cache_init(&request, &problem));
     FGQA_TRY(fgqa_cuda_append(&problem, &none, NULL));
@@ -82,7 +83,7 @@ static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *re
 
 static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
 {
-    if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, memory, rows, invariant); }
+    if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, rows, invariant); }
     const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
     const int64_t out_shape[] = {1, HEADS, rows, row->dv}, lse_shape[] = {1, HEADS, rows}, sink_shape[] = {HEADS}, bias_shape[] = {rows, KEYS};
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
@@ -141,6 +142,7 @@ static fgqa_status run_all(const warmup_memory *memory)
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0));
+            if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) { FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0)); }
             for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0)); }
             continue;
         }
