@@ -251,11 +251,13 @@ static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p,
     const int takes_options = !refuse_options(p, HOPPER, 0, FGQA_HAS_ALIBI(k->row.d), 0);
     const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
-    if (tiles_serve && (int64_t)p->sq * p->g > STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
-        && (int64_t)MOST_PARTS * p->b * p->hk >= device.multiprocessors) {
+    const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
+    if (tiles_serve && rows >= STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
+        && (rows > STREAM_ROWS ? MOST_PARTS * heads >= device.multiprocessors
+            : k->row.d > 64 && 3 * heads >= 2 * (int64_t)device.multiprocessors)) {
         return fgqa_reason(why, "%d query rows: tiles hold them, and their keys in few parts", p->sq);
     }
-    if ((int64_t)p->sq * p->g > (k->row.float8 ? UNCOPIED_ROWS : DECODE_ROWS)) {
+    if (rows > (k->row.float8 ? UNCOPIED_ROWS : DECODE_ROWS)) {
         const int copy_serves = takes_options && !refuse_copy(p) && !pass_over_copy(p, NULL) && !leaves_tiles_empty(p, DECODE_ROWS);
         if (!k->row.float8 || copy_serves) { return fgqa_reason(why, "%d query rows: more than a memory stream can serve", p->sq); }
     }
