@@ -3,6 +3,7 @@ and what is theirs alone: distances as a line, slopes that only the careful pass
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from cases import Case
@@ -13,6 +14,7 @@ from test_hopper_backward import assert_gradients_alike, backward_row
 from test_hopper_softcap import check_backward_row, check_forward_row, extents, general
 
 import flashgqa
+import flashgqa.reference
 
 NAMES, BACKWARD_NAMES = ([name for name in rows if extents(name)[1] in (64, 128)] for rows in (ROWS, BACKWARD_ROWS))
 pytestmark = pytest.mark.skipif(not NAMES, reason="needs a GPU of compute capability 9.0 and code for it")
@@ -76,6 +78,20 @@ def test_any_slope(variant):
             assert_alike(got, expected)
         else:
             assert got[0][:, 3].isnan().all() and expected[0][:, 3].isnan().all()
+
+
+@pytest.mark.parametrize("slope", [0.5, 8.0, 9.0, 100.0, 1e4, 1e6])
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall")])
+def test_steep_slopes(d, variant, slope):
+    """The diagonal is at a distance of exactly 0, wherever it lies in a block: there the score keeps its digits beside those of
+    slope times the block's width."""
+    q, k, v = inputs(1, 8, 8, 300, 300, d)
+    steep = torch.full((8,), slope, device="cuda")
+    out, lse = flashgqa.attention(q, k, v, alibi_slopes=steep, return_lse=True, kernel=row_for(q.dtype, d, d, variant=variant))
+    operands = (x.double().cpu().numpy() for x in (q, k, v))
+    expected = flashgqa.reference.attention(*operands, alibi_slopes=steep.cpu().numpy(), return_lse=True)
+    assert np.abs(lse.double().cpu().numpy() - expected[1]).max() < 3e-4
+    assert np.abs(out.double().cpu().numpy() - expected[0]).max() < 4e-3
 
 
 @pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall")])

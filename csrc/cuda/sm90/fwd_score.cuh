@@ -10,8 +10,17 @@
 /* Of a lane's two rows: slopes of their heads; the diagonal's key of the first, counted from this lane's first column. */
 struct alibi_rows { float slope[2]; int32_t diagonal; };
 
-/* Slopes in units of the scale that less_alibi() serves: no product of one overflows. All others become NaN: the tile is done again. */
-static __device__ __forceinline__ float moderate_slope(float slope) { return slope >= 0.0f && slope <= 0x1p60f ? slope : NAN; }
+/* What less_alibi() rounds is 2^-24 of slope times the distance of a block's first column, also at a key whose own distance is 0: with
+ * steeper slopes more than a float16 shows. */
+static constexpr float STEEPEST = 8.0f;
+
+/* A slope in units of the scale if less_alibi() serves it: not too steep, and no product of it overflows. All others become NaN: the tile
+ * is done again. */
+static __device__ __forceinline__ float moderate_slope(float slope, float inv_scale)
+{
+    const float scaled = slope * inv_scale;
+    return slope >= 0.0f && slope <= STEEPEST && scaled <= 0x1p60f ? scaled : NAN;
+}
 
 /* Two instructions. `at_first`: slope times the distance of the block's first column. */
 static __device__ __forceinline__ float less_alibi(float s, float slope, float at_first, int column)
@@ -34,7 +43,7 @@ template <int N> static __device__ __forceinline__ void add_any_alibi(float (&s)
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const int r = n / 2 % 2, column = 8 * (n / 4) + n % 2, first = rows.diagonal + (r ? further : 0) - j0;
-        const float slope = moderate_slope(rows.slope[r] * inv_scale);
+        const float slope = moderate_slope(rows.slope[r], inv_scale);
         if (slope == slope) {
             s[n] = less_alibi(s[n], slope, (float)first * slope, column);
         } else {
