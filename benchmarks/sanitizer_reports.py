@@ -18,7 +18,7 @@ class Known(NamedTuple):
 RACE = r"^(Error|Warning): Race reported between"
 
 KNOWN = (
-    Known("racecheck", "fwd_sm90_.*_(plain|tall)", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\b(consume<|add_seen_poison\()"),
+    Known("racecheck", "fwd_sm90_.*_(plain|tall)", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\b(consume<|add_seen_poison<)"),
           "The masker's lanes write rows and blocks, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
           "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
           "its lane 0 arrives at q_empty (in the careful pass behind add_seen_poison()), for which the masker waits; where each "
@@ -30,7 +30,7 @@ KNOWN = (
           "arrives at o_full; collector, tile_empty, scheduler, tile_full, masker. The same limit of the tool."),
     Known("racecheck", "fwd_sm90_.*_(plain|tall)", RACE,
           (r"Write .*\b(describe_tile|schedule)<",
-           r"Read .*\b(consume<|finish_rows<|add_seen_poison\(|find_rows\(|produce\(|describe_rows\()"),
+           r"Read .*\b(consume<|finish_rows<|add_seen_poison<|find_rows\(|produce\(|describe_rows\()"),
           "The scheduler's lane 0 writes tiles[t] and arrives at tile_full and q_full itself, for which the others wait. "
           "Before the next write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at "
           "o_full, the collector waits for it and arrives at tile_empty, for which the scheduler waits; lanes of the masker and "

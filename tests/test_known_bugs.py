@@ -156,13 +156,15 @@ def test_very_negative_scores_before_every_tail(sq, dtype, backend):
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_each_tensor_in_memory_of_its_own(dtype, rng, backend):
-    """q, k, v, dout, out and their gradients each in another order of axes, with gaps, backwards: the bits of plain memory."""
+    """q, k, v, dout, out and their gradients each in another order of axes, with gaps, backwards: the bits of plain memory.
+    With a soft cap beside the bias one kernel takes them all, wherever they lie."""
     call, _ = built(Case(b=2, hq=4, hk=2, sq=19, sk=40, d=24, dv=40, dtype=dtype, causal=True, bias="bhqk"))
     arrays = {name: np.ascontiguousarray(getattr(call, name)) for name in ("q", "k", "v", "dout")}
     bias = np.ascontiguousarray(call.options["bias"])
     q, k, v, dout = arrays.values()
-    out, lse = backend.attention(q, k, v, bias=bias, causal=True, return_lse=True)
-    expected = backend.attention_backward(dout, q, k, v, out, lse, bias=bias, causal=True)
+    options = {"causal": True, "softcap": 4.0}
+    out, lse = backend.attention(q, k, v, bias=bias, **options, return_lse=True)
+    expected = backend.attention_backward(dout, q, k, v, out, lse, bias=bias, **options)
     for _ in range(24):
         placed = []
         for x in (q, k, v, dout, bias, out):
@@ -171,9 +173,9 @@ def test_each_tensor_in_memory_of_its_own(dtype, rng, backend):
             flips = [bool(n) for n in rng.integers(0, 2, 3)] + [False]
             placed.append(place(x, (order, gaps, flips)))
         own_q, own_k, own_v, own_dout, own_bias, own_out = placed
-        mine = backend.attention(own_q, own_k, own_v, bias=own_bias, causal=True, return_lse=True)
+        mine = backend.attention(own_q, own_k, own_v, bias=own_bias, **options, return_lse=True)
         assert same_bits(mine[0], out) and same_bits(mine[1], lse)
-        got = backend.attention_backward(own_dout, own_q, own_k, own_v, own_out, lse, bias=own_bias, causal=True)
+        got = backend.attention_backward(own_dout, own_q, own_k, own_v, own_out, lse, bias=own_bias, **options)
         assert all(same_bits(a, b) for a, b in zip(got[:4], expected[:4], strict=True))
 
 
