@@ -37,7 +37,7 @@ class Case:
     bias: str = ""
     bias_dtype: str | None = None  # None: dtype
     score_storage: str | tuple = "contiguous"  # of mask and bias: as checking.place takes it, or "zero": expanded with stride 0
-    alibi: str = ""  # "h" or "bh"
+    alibi: str | float = ""  # "h" or "bh": the usual slopes of so many heads; a number: that of all
     sink: bool = False
     dropout: float = 0.0
     seed_offset: int | None = None
@@ -176,7 +176,9 @@ def build(case):
         options["bias"] = _score_tensor(case, case.bias, bias.astype(DTYPES[case.bias_dtype or case.dtype]), scores)
     if case.alibi:
         slopes = np.float32(2.0 ** (-8 * (np.arange(case.hq) + 1) / case.hq))
-        options["alibi_slopes"] = slopes if case.alibi == "h" else slopes / (np.arange(b, dtype=np.float32)[:, None] + 1)
+        of_sequences = slopes / (np.arange(b, dtype=np.float32)[:, None] + 1)
+        named = {"h": slopes, "bh": of_sequences}
+        options["alibi_slopes"] = named[case.alibi] if case.alibi in named else np.full(case.hq, case.alibi, np.float32)
     if case.sink:
         options["sink"] = rng.standard_normal(case.hq).astype(dtype)
     if case.dropout:

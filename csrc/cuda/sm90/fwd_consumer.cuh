@@ -179,7 +179,7 @@ template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const
     for (int r = 0; r < 2; r++) {
         const int32_t packed = t.row0 + first_row + 8 * r;
         const float slope = load_float(slopes.data, t.batch * slopes.stride_b + head_of(p, t, packed) * slopes.stride_h, slopes.dtype);
-        alibi.slope[r] = CAREFUL ? slope : moderate_slope(slope, p.inv_scale);
+        alibi.slope[r] = CAREFUL ? slope : moderate_slope(slope * p.inv_scale);
     }
     alibi.diagonal = (t.row0 + first_row >> p.list.pack) + t.diag - 2 * (int32_t)(thread_index() % 4);
 }

@@ -10,30 +10,22 @@
 /* Of a lane's two rows: slopes of their heads; the diagonal's key of the first, counted from this lane's first column. */
 struct alibi_rows { float slope[2]; int32_t diagonal; };
 
-/* What less_alibi() rounds is 2^-24 of slope times the distance of a block's first column, also at a key whose own distance is 0: with
- * steeper slopes more than a float16 shows. */
-static constexpr float STEEPEST = 8.0f;
+/* Slopes in units of the scale that less_alibi() serves: no product of one overflows. All others become NaN: the tile is done again. */
+static __device__ __forceinline__ float moderate_slope(float slope) { return slope >= 0.0f && slope <= 0x1p60f ? slope : NAN; }
 
-/* A slope in units of the scale if less_alibi() serves it: not too steep, and no product of it overflows. All others become NaN: the tile
- * is done again. */
-static __device__ __forceinline__ float moderate_slope(float slope, float inv_scale)
+/* Two instructions and one rounding, whatever the slope: distances below 2^24 are exact, so one of 0 leaves the score as it is. `first`:
+ * the diagonal, counted from the lane's first column of the block. */
+static __device__ __forceinline__ float less_alibi(float s, float slope, float first, int column)
 {
-    const float scaled = slope * inv_scale;
-    return slope >= 0.0f && slope <= STEEPEST && scaled <= 0x1p60f ? scaled : NAN;
-}
-
-/* Two instructions. `at_first`: slope times the distance of the block's first column. */
-static __device__ __forceinline__ float less_alibi(float s, float slope, float at_first, int column)
-{
-    return s - fabsf(fmaf(-(float)column, slope, at_first));
+    return fmaf(-slope, fabsf(first - (float)column), s);
 }
 
 /* Slopes in units of the scale, moderate or NaN. The diagonal of the second row is `further` than that of the first. */
 template <int N> static __device__ __forceinline__ void add_alibi(float (&s)[N], const alibi_rows &rows, int32_t further, int32_t j0)
 {
-    const float at_first[2] = {(float)(rows.diagonal - j0) * rows.slope[0], (float)(rows.diagonal + further - j0) * rows.slope[1]};
+    const float first[2] = {(float)(rows.diagonal - j0), (float)(rows.diagonal + further - j0)};
 #pragma unroll
-    for (int n = 0; n < N; n++) { s[n] = less_alibi(s[n], rows.slope[n / 2 % 2], at_first[n / 2 % 2], 8 * (n / 4) + n % 2); }
+    for (int n = 0; n < N; n++) { s[n] = less_alibi(s[n], rows.slope[n / 2 % 2], first[n / 2 % 2], 8 * (n / 4) + n % 2); }
 }
 
 /* The careful pass: any slopes, as they are given. Moderate ones give the bits of add_alibi(); with others a score that leaves float32
@@ -43,9 +35,9 @@ template <int N> static __device__ __forceinline__ void add_any_alibi(float (&s)
 #pragma unroll
     for (int n = 0; n < N; n++) {
         const int r = n / 2 % 2, column = 8 * (n / 4) + n % 2, first = rows.diagonal + (r ? further : 0) - j0;
-        const float slope = moderate_slope(rows.slope[r], inv_scale);
+        const float slope = moderate_slope(rows.slope[r] * inv_scale);
         if (slope == slope) {
-            s[n] = less_alibi(s[n], slope, (float)first * slope, column);
+            s[n] = less_alibi(s[n], slope, (float)first, column);
         } else {
             const float x = fmaf(FGQA_ALIBI(rows.slope[r], fabsf((float)(first - column))), inv_scale, s[n]);
             s[n] = x < -FLT_MAX ? -FLT_MAX : x;
