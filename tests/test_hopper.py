@@ -244,8 +244,9 @@ def test_keys_are_shared_out(d, dv, mask):
 
 
 CACHES = [{}, {"indexed": True}, {"left_pad": True}, *({"page": slots} for slots in (16, 48, 64, 128, 272, 512))]
-CACHES += [{"page": 1}, {"page": 24}, {"page": 48, "left_pad": True}]   # read from a copy, as float8 without scales is
+CACHES += [{"page": 1}, {"page": 24}, {"page": 48, "left_pad": True}]   # read from a copy, as float8 is
 CACHES += [{"float8": True} | cache for cache in (*CACHES[:3], {"page": 7}, {"page": 64, "left_pad": True})]
+CACHES += [{"float8": True, "scaled": True} | cache for cache in ({}, {"page": 64, "left_pad": True})]
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=str)
@@ -281,6 +282,11 @@ def test_kv_caches(d, dv, cache):
             caches = [x.to(torch.float8_e4m3fn) for x in caches]
         copies = [x.clone() for x in caches]
         names = rows_for(dtype, d, dv)
+        if "scaled" in cache:
+            more["k_scale"] = 0.3 + random(b, 2, dtype=torch.float32, seed=1).abs()
+            more["v_scale"] = 0.3 + random(2, dtype=torch.float32, seed=2).abs()
+            more["sink"] = torch.linspace(-2, 2, 2 * g, device="cuda")
+            names = scaled_rows(dtype, d, dv)
         got = [flashgqa.attention_with_kvcache(q, *caches, k_new, v_new, return_lse=True, kernel=name, **more) for name in names]
         wide = 128 if max(d, dv) <= 128 else 256
         general = f"fwd_sm80_bf16_d{wide}_dv{wide}_cache"
@@ -288,6 +294,44 @@ def test_kv_caches(d, dv, cache):
         for result in got:
             assert_alike(result, expected)
         assert all(torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(caches, copies, strict=True))
+
+
+def scaled_rows(dtype, d, dv):
+    """Rows for Hopper that take the scales of a float8 cache."""
+    widths = next(n for n in (64, 128, 256) if max(d, dv) <= n)
+    return [row_for(dtype, widths, widths)]
+
+
+@pytest.mark.parametrize(("d", "dtype"), list(itertools.product((64, 128, 256), DTYPES)), ids=str)
+def test_scales_of_a_float8_cache(d, dtype):
+    """Scales go to scores and results as they are: not a bit of theirs is lost. Keys in parts, NaN that few see."""
+    b, hk, g, slots = 2, 2, 4, 3000
+    lens = torch.tensor([slots, 700], dtype=torch.int32, device="cuda")
+    general = row_for(dtype, max(d, 128), max(d, 128), 80, variant="cache")
+    k, v = (random(b, hk, slots, d, dtype=torch.float16, seed=n).to(torch.float8_e4m3fn) for n in (1, 2))
+    scales = [torch.tensor(x, device="cuda") for x in ([[0.7, 2.0**-6], [1.9, 30.0]], [[1e-3, 3.1], [0.37, 2.0**5]])]
+    masks = ({}, {"causal": True, "window": (900, None)})
+    for name, sq, options in itertools.product(scaled_rows(dtype, d, d), (16, 200), masks):
+        q = random(b, hk * g, sq, d, dtype=dtype)
+        for names in (("k_scale",), ("v_scale",), ("k_scale", "v_scale")):
+            call = {"cache_lens": lens, "return_lse": True, **options, **dict(zip(("k_scale", "v_scale"), scales, strict=True))}
+            call = {key: x for key, x in call.items() if not key.endswith("_scale") or key in names}
+            got = flashgqa.attention_with_kvcache(q, k, v, kernel=name, **call)
+            assert_alike(got, flashgqa.attention_with_kvcache(q, k, v, kernel=general, **call))
+            ones = {key: 2.0 * torch.ones(hk, device="cuda") for key in names}      # a power of two changes no other bit
+            doubled = {"scale": 2.0 * d**-0.5} if "k_scale" in names else {}
+            plain = {key: x for key, x in call.items() if key not in names} | doubled
+            one = flashgqa.attention_with_kvcache(q, k, v, kernel=name, **plain)
+            two = flashgqa.attention_with_kvcache(q, k, v, kernel=name, **call | ones)
+            assert torch.equal(two[1], one[1])
+            if dtype == torch.bfloat16:             # small float16 results have fewer bits
+                assert torch.equal(two[0], 2 * one[0] if "v_scale" in names else one[0])
+        v.view(torch.uint8)[0, 0, 5, 3] = 127
+        call = {"cache_lens": lens, "return_lse": True, "k_scale": scales[0], "v_scale": scales[1], "causal": True}
+        got = flashgqa.attention_with_kvcache(q, k, v, kernel=name, **call)
+        assert got[0][0, :g, -1, 3].isnan().all() and got[0].isnan().sum() < got[0].numel() // 8
+        assert_alike(got, flashgqa.attention_with_kvcache(q, k, v, kernel=general, **call))
+        v.view(torch.uint8)[0, 0, 5, 3] = 0
 
 
 def test_what_of_caches_it_does_not_copy():
@@ -316,8 +360,11 @@ def test_what_of_caches_it_does_not_copy():
     general("too few to copy the cache for", q[:, :, :8], pages)
     general("would depend on the batch", q, pages, batch_invariant=True)
     scale = torch.ones(2, device="cuda")
-    general("rounded in a copy", q, pages.to(float8), v_scale=scale)
-    assert plan(q, aligned.to(float8), k_scale=scale)["kernel"].endswith("decodewidef8")
+    for more in ({"k_scale": scale}, {"v_scale": scale}):
+        assert plan(q, pages.to(float8), **more)["kernel"] == plan(q, aligned.to(float8), **more)["kernel"] == name
+        general("no softcap with k_scale", q, pages.to(float8), **more, softcap=9.0)
+        general("no alibi_slopes with k_scale", q, pages.to(float8), **more, alibi_slopes=torch.ones(8, device="cuda"))
+        assert plan(q, aligned.to(float8), **more, softcap=9.0)["kernel"].endswith("decodewidef8")
     assert plan(q[:, :, :9], pages)["kernel"] == name
     assert plan(q[:, :, :64], aligned.to(float8))["kernel"].endswith("decodewidef8")
     assert plan(q[:, :, :65], aligned.to(float8))["kernel"] == name

@@ -167,14 +167,17 @@ static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
     return float8 || (is_paged(p) && (p->cache.page_size % CACHE_PAGE != 0 || p->cache.left_pad));
 }
 
-/* Why there can be no copy: scales, which are exact on scores and results, would be rounded with every element; and memory that nobody
- * expects a call to take. */
+/* Scales of a float8 cache are not in its copy, where they would be rounded with every element: they go to scores and results. */
+static int has_scales(const fgqa_problem *p) { return p->cache.k_scale.data || p->cache.v_scale.data; }
+
+/* Why there can be no copy that a row reads: options that no row has together, and memory that nobody expects a call to take. */
 static const char *refuse_copy(const fgqa_problem *p)
 {
     fgqa_problem copy;
     if (p->sk < 1) { return "a cache without slots"; }
     if (p->view[FGQA_ARG_k].stride_d != 1 || p->view[FGQA_ARG_v].stride_d != 1) { return "elements of a row are not side by side"; }
-    if (p->cache.k_scale.data || p->cache.v_scale.data) { return "scaled elements of the cache would be rounded in a copy"; }
+    if (has_scales(p) && p->softcap != 0.0) { return "has no softcap with k_scale or v_scale"; }
+    if (has_scales(p) && p->view[FGQA_ARG_alibi_slopes].data) { return "has no alibi_slopes with k_scale or v_scale"; }
     return (double)p->b * p->hk * p->sk > COPY_BYTES || fgqa_cache_copy(p, NULL, &copy) > COPY_BYTES ? "a copy of the cache would take more than 512 MiB" : NULL;
 }
 
@@ -211,6 +214,7 @@ static const char *refuse_tensors(const cuda_kernel *k, const fgqa_problem *p, c
     if (p->cache.page_size > 0) {
         const char *reason = copies ? refuse_copy(p) : refuse_cache(k, p, why);
         if (reason) { return reason; }
+        if (has_scales(p) && !FGQA_HAS_SCALES(k->row.d, k->row.block_q)) { return "has no k_scale or v_scale"; }
     }
     for (int n = 0; n < (copies ? 2 : 4); n++) {
         const char *reason = tensors[n] == FGQA_ARG_out && p->view[FGQA_ARG_out].data == NULL ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);

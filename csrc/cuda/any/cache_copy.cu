@@ -1,4 +1,5 @@
-/* cache_copy.cu - what a call sees of its KV cache, copied. Elements of float8, which have no scale, are exact in q's dtype.
+/* cache_copy.cu - what a call sees of its KV cache, copied. Elements of float8 are exact in q's dtype; their scales
+ * are for the reader.
  * Lengths and the table are read here, on the device. A block takes runs of slots of one head of K or of V, 16 bytes a thread.
  */
 #include "cache_copy.h"

@@ -1,5 +1,5 @@
 /* cache_copy.h - the keys and values that a call sees of its KV cache, in contiguous memory and in q's dtype, for forward rows that
- * cannot read the cache as it is: float8 elements without scales, pages of any size, left padding in front of pages.
+ * cannot read the cache as it is: float8 elements, pages of any size, left padding in front of pages. Scales of a cache are not in it.
  */
 #ifndef FGQA_CACHE_COPY_H
 #define FGQA_CACHE_COPY_H
@@ -32,7 +32,7 @@ static inline size_t fgqa_cache_copy(const fgqa_problem *p, void *base, fgqa_pro
 #ifdef __cplusplus
 extern "C"
 #endif
-/* Rows of the cache start on 16 bytes, its elements have no scales, head dims are multiples of 8, q has 16-bit elements. A cudaError_t. */
+/* Rows of the cache start on 16 bytes, head dims are multiples of 8, q has 16-bit elements. A cudaError_t. */
 int fgqa_cache_copy_launch(const fgqa_problem *problem, const fgqa_problem *copy, void *stream);
 
 #endif

@@ -5,7 +5,7 @@
  *
  * A block owns one tile at a time, BLOCK_Q query rows of one head, or of a few that share a KV head (fwd_tiles.cuh), and walks
  * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values
- * may lie in a KV cache, contiguous or in pages.
+ * may lie in a KV cache, contiguous or in pages. Of a copy of a float8 cache, scales of heads go to the softmax's scale and to O / l.
  *
  *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q; tiles that see nothing are done there
  *                warp 1   producer:  TMA loads of K, V; of pages, a lane knows where one lies
@@ -47,6 +47,7 @@
 
 #ifndef FGQA_NO_CODE
 
+#include "../sm80/cache_tile.cuh"
 #include "careful.cuh"
 #include "fwd_score.cuh"
 #include "fwd_terms.cuh"
@@ -76,7 +77,7 @@ static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products:
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : 112;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum chain { PLAIN, CAPPED, ALIBI, TERMS };                      /* of scores, besides the scale and the mask: a kernel of its own each */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, SCALED };              /* of scores, besides the scale and the mask: a kernel of its own each */
 enum { TURN = 1, TOGETHER = TURN + WG_COUNT };                   /* named barriers TURN + n, TOGETHER + n of warpgroup n; 0 is __syncthreads */
 
 struct fwd_params {
@@ -475,6 +476,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
 #endif
+#if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _scaled)(const __grid_constant__ fwd_params p) { run_block<SCALED>(p); }
+#endif
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
@@ -482,16 +486,20 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state states[4];
+    static launch_state states[5];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const bool some_terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
-    const chain of_scores = problem->softcap > 0.0 ? CAPPED : problem->view[FGQA_ARG_alibi_slopes].data ? ALIBI : some_terms ? TERMS : PLAIN;
+    const bool some_scale = problem->cache.k_scale.data || problem->cache.v_scale.data;
+    const chain of_scores = problem->softcap > 0.0 ? CAPPED : problem->view[FGQA_ARG_alibi_slopes].data ? ALIBI : some_terms ? TERMS : some_scale ? SCALED : PLAIN;
     auto kernel = of_scores == CAPPED ? FGQA_SUFFIX(FGQA_ROW, _capped) : FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_ALIBI(FGQA_D)
     if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
 #endif
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
+#endif
+#if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
+    if (of_scores == SCALED) { kernel = FGQA_SUFFIX(FGQA_ROW, _scaled); }
 #endif
     int multiprocessors = 1;
     int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);

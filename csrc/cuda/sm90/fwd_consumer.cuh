@@ -93,9 +93,9 @@ template <bool LOWEST> static __device__ __forceinline__ float natural_base(floa
     return LOWEST && fabsf(base) == FLT_MAX ? lse : base * (float)FGQA_LN2;
 }
 
-/* What a part of the keys gives (any/fwd_split.h) -> global memory. True: an element is not finite. */
+/* What a part of the keys gives (any/fwd_split.h) -> global memory. v_scale: of values. True: an element is not finite. */
 template <bool LOWEST>
-static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends)
+static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends, float v_scale)
 {
     const int32_t lane = (int32_t)(thread_index() % 32), dv = p.common.problem.dv;
     float poison = 0.0f;                                         /* becomes NaN */
@@ -105,7 +105,7 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
         const int64_t row = row_of_part(p, t, head_of(p, t, packed), packed >> p.list.pack);
         const int32_t columns = local < t.valid ? dv - 2 * (lane % 4) : 0;
         float *const to = p.split.o + row * dv + 2 * (lane % 4);
-        const float factor = ends.sum[r] == 0.0f ? 0.0f : 1.0f / ends.sum[r];
+        const float factor = ends.sum[r] == 0.0f ? 0.0f : v_scale / ends.sum[r];
 #pragma unroll
         for (int n = 0; n < DV / 8; n++) {
             const float2 x = {o[4 * n + 2 * r] * factor, o[4 * n + 2 * r + 1] * factor};
@@ -158,8 +158,11 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
         }
     }
     if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
+    const float v_scale = CHAIN == SCALED ? cache_scale(problem.cache.v_scale, t.batch, fgqa_kv_head(t.head, problem.g)) : 1.0f;
+#pragma unroll
+    for (int r = 0; r < 2; r++) { ends.factor[r] *= v_scale; }
     if (partial) {
-        again |= store_part<LOWEST>(p, t, o, ends);
+        again |= store_part<LOWEST>(p, t, o, ends, v_scale);
     } else {
         char *const to[2] = {places.o[0] + t.out, places.o[1] + t.out};
         const int32_t there = problem.dv - first_column(), columns[2] = {first < t.valid ? there : 0, first + 8 < t.valid ? there : 0};
@@ -209,7 +212,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED;      /* others' main loops have no registers left */
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const float unit = CHAIN == CAPPED ? p.common.softcap : CHAIN == TERMS && p.terms.some_bias ? 1.0f : p.common.scale, scale_log2 = unit * (float)FGQA_LOG2E;
+    const float unit = CHAIN == CAPPED ? p.common.softcap : CHAIN == TERMS && p.terms.some_bias ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
+    float scale_log2 = unit_log2;                                /* with SCALED of the tile's keys */
     ring<Q_STAGES> &rq = rings.q;
     ring<T_STAGES> &rt = rings.t;
     ring<STAGES> &rk = rings.k;
@@ -284,6 +288,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
         if (CHAIN == ALIBI) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
+        if (CHAIN == SCALED) {
+            const tile &t = sm.tiles[rt.stage];
+            scale_log2 = unit_log2 * cache_scale(p.common.problem.cache.k_scale, t.batch, fgqa_kv_head(t.head, p.common.problem.g));
+        }
         if constexpr (CHAIN == TERMS) {
             const tile &t = sm.tiles[rt.stage];
             const int32_t packed[2] = {t.row0 + (int32_t)first_row, t.row0 + (int32_t)first_row + 8};
