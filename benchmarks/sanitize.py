@@ -37,6 +37,7 @@ FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
 ALIBI_HEAD_DIMS = 64, 128                       # of rows that have one for ALiBi, too, and plain ones for a bias and a mask
+ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have one for all of that together
 # query rows, of which a KV head has twice as many
 FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50), "decodewidef8": (20, 50)}
 
@@ -87,6 +88,9 @@ def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
             if variant == "plain" and q.shape[-1] == v.shape[-1]:
                 results += flashgqa.attention(q, k, v, bias=bias, return_lse=True, **where)
                 results += flashgqa.attention(q, k, v, bias=bias[..., :1], mask=bias > -1, return_lse=True, **where)
+        if variant == "plain" and q.shape[-1] == v.shape[-1] and q.shape[-1] in ALL_HEAD_DIMS:
+            terms = {"alibi_slopes": slopes, "bias": bias, "mask": bias > -1}
+            results += flashgqa.attention(q, k, v, **CAPPED, **terms, return_lse=True, **where)
         poisoned = v + 0
         poisoned[..., SK - 1, :] = float("inf")
         results.append(flashgqa.attention(q, k, poisoned, causal=True, **where)[:, :, : SQ - 1])

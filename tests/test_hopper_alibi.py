@@ -14,7 +14,8 @@ from test_hopper_softcap import check_backward_row, check_forward_row, extents, 
 
 import flashgqa
 
-NAMES, BACKWARD_NAMES = ([name for name in rows if extents(name)[1] in (64, 128)] for rows in (ROWS, BACKWARD_ROWS))
+NAMES = [name for name in ROWS if extents(name)[1] in (64, 128, 256)]
+BACKWARD_NAMES = [name for name in BACKWARD_ROWS if extents(name)[1] in (64, 128)]
 pytestmark = pytest.mark.skipif(not NAMES, reason="needs a GPU of compute capability 9.0 and code for it")
 CASES = [
     Case(b=2, sq=150, sk=200, causal=True, alibi="h", sink=True),
@@ -68,7 +69,7 @@ def both(q, k, v, variant="plain", **options):
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall")])
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall"), (256, "plain")])
 def test_heads_and_keys_are_shared(d, variant, dtype, mask):
     """Groups that share tiles, parts of the keys, long rows."""
     for b, hq, hk, sq, sk in ((2, 32, 1, 40, 300), (1, 4, 1, 30, 3000), (1, 6, 2, 700, 900)):
@@ -77,12 +78,12 @@ def test_heads_and_keys_are_shared(d, variant, dtype, mask):
             assert_alike(*both(q, k, v, variant, alibi_slopes=of, **MASKS[mask]))
 
 
-@pytest.mark.parametrize("variant", ["plain", "tall"])
-def test_any_slope(variant):
+@pytest.mark.parametrize(("d", "variant"), [(128, "plain"), (128, "tall"), (256, "plain")])
+def test_any_slope(d, variant):
     """Negative and enormous slopes, and those that are no number, leave the other heads alone."""
-    q, k, v = inputs(2, 8, 8, 300, 300, 128)
+    q, k, v = inputs(2, 8, 8, 300, 300, d)
     of = slopes(8)
-    clean = flashgqa.attention(q, k, v, alibi_slopes=of, causal=True, kernel=row_for(q.dtype, 128, 128, variant=variant))
+    clean = flashgqa.attention(q, k, v, alibi_slopes=of, causal=True, kernel=row_for(q.dtype, d, d, variant=variant))
     for value, causal in itertools.product((-0.3, -1e-3, 1e20, -1e20, -torch.inf, torch.inf, torch.nan), (True, False)):
         odd = of.clone()
         odd[3] = value
@@ -97,7 +98,7 @@ def test_any_slope(variant):
             assert got[0][:, 3].isnan().all() and expected[0][:, 3].isnan().all()
 
 
-@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall")])
+@pytest.mark.parametrize(("d", "variant"), [(64, "plain"), (64, "tall"), (128, "plain"), (128, "tall"), (256, "plain")])
 def test_what_is_done_again_has_the_same_bits(d, variant):
     """NaN in V that later rows alone see; heads of a group share tiles."""
     q, k, v = inputs(2, 8, 2, 260, 260, d)
@@ -110,7 +111,7 @@ def test_what_is_done_again_has_the_same_bits(d, variant):
 
 
 def test_plan_and_caches():
-    """Prompts behind a cache, paged; softcap beside ALiBi, and other head dims, run general rows."""
+    """Prompts behind a cache, paged; softcap beside it; head dims above 128."""
     q, k_new, v_new = inputs(3, 8, 2, 200, 200, 128)
     caches = [random(60, 2, 32, 128, dtype=q.dtype, seed=n) for n in (4, 5)]
     table = torch.randperm(60, generator=torch.Generator().manual_seed(0)).view(3, 20).int().cuda()
@@ -123,13 +124,13 @@ def test_plan_and_caches():
         for kernel in (name, "fwd_sm80_f16_d128_dv128_cache")
     )
     assert_alike(got, expected)
-    refused = dict(flashgqa.explain(q, k_new, v_new, alibi_slopes=slopes(8), softcap=5.0)["refused"])
-    assert "alibi_slopes with softcap" in refused[name]
+    plan = flashgqa.explain(q, k_new, v_new, alibi_slopes=slopes(8), softcap=5.0)
+    assert plan["kernel"] == name and "alibi_slopes with softcap" in dict(plan["refused"])[name.replace("plain", "tall")]
     wide = inputs(1, 8, 2, 200, 200, 256)
-    for which in ("fwd", "bwd"):
-        plan = flashgqa.explain(*wide, alibi_slopes=slopes(8), backward=which == "bwd")
-        assert plan["kernel"] == general(which, q.dtype, 256)
-        assert "alibi_slopes" in dict(plan["refused"])[row_for(q.dtype, 256, 256, which=which)]
+    assert flashgqa.explain(*wide, alibi_slopes=slopes(8))["kernel"] == row_for(q.dtype, 256, 256)
+    plan = flashgqa.explain(*wide, alibi_slopes=slopes(8), backward=True)
+    assert plan["kernel"] == general("bwd", q.dtype, 256)
+    assert "alibi_slopes" in dict(plan["refused"])[row_for(q.dtype, 256, 256, which="bwd")]
 
 
 def gradients(q, k, v, dout=None, rows=(90, 80), **options):

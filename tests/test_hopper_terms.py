@@ -1,5 +1,6 @@
-"""A bias and a mask tensor in the forward kernels for Hopper: each row that has them forced, against the oracle under the error
-rule, and what is theirs alone: pairs and single elements, blocks that end in the middle, numbers that are as low as masks are."""
+"""A bias and a mask tensor in the forward kernels for Hopper, alone and beside softcap and ALiBi: each row that has them forced,
+against the oracle under the error rule, and what is theirs alone: pairs and single elements, blocks that end in the middle,
+numbers that are as low as masks are."""
 
 import dataclasses
 import itertools
@@ -13,7 +14,8 @@ from test_hopper_softcap import check_forward_row, extents, general
 
 import flashgqa
 
-NAMES = [name for name in ROWS if extents(name)[1] in (64, 128) and name.endswith("plain")]
+DIMS = 64, 128, 256
+NAMES = [name for name in ROWS if extents(name)[1] in DIMS and name.endswith("plain")]
 pytestmark = pytest.mark.skipif(not NAMES, reason="needs a GPU of compute capability 9.0 and code for it")
 CASES = [
     Case(b=2, sq=150, sk=200, causal=True, bias="bhqk", sink=True),
@@ -25,16 +27,25 @@ CASES = [
     Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, bounds=True, bias="bhqk", mask="b1qk", sink=True),
     Case(packed=((130, 256), (3, 300)), bias="1h1k", bias_dtype="float32"),
 ]
+TOGETHER = [
+    Case(b=2, sq=150, sk=200, causal=True, softcap=20.0, alibi="h", sink=True),
+    Case(b=2, sq=140, sk=264, softcap=3.0, mask="b1qk", q_lens=(140, 0), kv_lens=(264, 33), data="large"),
+    Case(sq=70, sk=256, hq=3, hk=1, softcap=50.0, bias="bhqk", window=(90, 30)),
+    Case(b=2, sq=300, sk=140, align="top-left", alibi="bh", mask="b11k", scale=0.9, sink=True),
+    Case(sq=130, sk=300, alibi="h", bias="1hqk", bias_dtype="float32", data="shift"),
+    Case(sq=150, sk=150, alibi=100.0, mask="qk", data="large"),
+    Case(packed=((130, 200), (0, 5), (65, 64)), causal=True, bounds=True, softcap=5.0, alibi="bh", bias="bhqk", mask="b1qk"),
+]
 SHAPES = {
     "1hqk": (1, 8, 300, 520), "b1qk": (2, 1, 300, 520), "bhqk": (2, 8, 300, 520), "b11k": (2, 1, 1, 520), "qk": (300, 520),
     "1hq1": (1, 8, 300, 1),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *TOGETHER], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_within_the_error_rule(name, case):
-    if case.bias_dtype is None:
+    if case.bias and case.bias_dtype is None:
         case = dataclasses.replace(case, bias_dtype=extents(name)[0])
     check_forward_row(case, name)
 
@@ -61,7 +72,7 @@ def at_offset(x, elements, row=None):
 
 @pytest.mark.parametrize("options", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_every_way_of_sharing(d, dtype, options):
     """Heads that share a tile, parts of the keys, extents of 1; all dtypes of a bias."""
     q, k, v = inputs(2, 8, 2, 300, 520, d, dtype=dtype)
@@ -76,7 +87,7 @@ def test_every_way_of_sharing(d, dtype, options):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_the_same_bits_wherever_elements_lie(d, dtype):
     q, k, v = inputs(2, 4, 2, 200, 390, d, dtype=dtype)
     name = row_for(dtype, d, d)
@@ -95,7 +106,7 @@ def test_the_same_bits_wherever_elements_lie(d, dtype):
 @pytest.mark.parametrize("low", [-1e4, -1e9, "min", -torch.inf])
 @pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_a_bias_as_a_mask(d, dtype, wide, low):
     """Causal, with padding in front: the blocks that come first are hidden, some rows whole."""
     of = torch.float32 if wide else dtype
@@ -116,7 +127,7 @@ def test_a_bias_as_a_mask(d, dtype, wide, low):
 
 @pytest.mark.parametrize("extents", [(2, 8, 2, 200, 390), (1, 4, 1, 30, 3000)], ids=["whole", "parts"])
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_a_sink_beside_the_least_number(d, wide, extents):
     """Rows whose keys all have it, with sinks that add nothing, and with some that take all."""
     b, hq, hk, sq, sk = extents
@@ -132,7 +143,7 @@ def test_a_sink_beside_the_least_number(d, wide, extents):
         torch.testing.assert_close(got[1][-1, heads, :13], torch.full((hq // 2, 13), lse, device="cuda"))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_poison_stays_where_it_is_seen(d):
     q, k, v = inputs(2, 8, 2, 260, 390, d)
     name = row_for(q.dtype, d, d)
@@ -162,17 +173,41 @@ def test_poison_stays_where_it_is_seen(d):
         assert torch.equal(*hidden)
 
 
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+def test_all_that_there_is(d, dtype, options):
+    """Softcap, ALiBi, bias and mask, by twos and more; heads that share a tile, parts of the keys."""
+    for b, hq, hk, sq, sk in ((2, 8, 2, 300, 520), (2, 32, 1, 40, 300), (1, 4, 1, 30, 3000)):
+        q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
+        bias, mask, slopes = random(1, hq, sq, sk, dtype=dtype), bools(b, 1, sq, sk), 2.0 ** -torch.arange(hq, device="cuda")
+        given = {"softcap": 4.0, "alibi_slopes": slopes, "bias": bias, "mask": mask}
+        for count in (2, 3, 4):
+            for names in itertools.combinations(given, count):
+                assert_alike(*both(q, k, v, **{name: given[name] for name in names}, **MASKS[options]))
+
+
+@pytest.mark.parametrize("d", DIMS)
+def test_any_slope_beside_hidden_keys(d):
+    """Keys that a bias of -inf hides stay hidden, whatever the slope; those of the least number do not."""
+    q, k, v = inputs(2, 8, 8, 300, 300, d)
+    for low, value in itertools.product((-torch.inf, torch.finfo(q.dtype).min), (-0.3, 50.0, -50.0, 1e20, -1e20)):
+        bias = torch.zeros(300, 300, dtype=q.dtype, device="cuda").masked_fill_(~bools(300, 300), low)
+        slopes = torch.full((8,), value, device="cuda")
+        assert_alike(*both(q, k, v, bias=bias, alibi_slopes=slopes, causal=True))
+
+
 def test_plan():
-    q, k, v = inputs(2, 8, 2, 300, 300, 128)
-    bias, mask = random(300, 300, dtype=q.dtype), bools(300, 300)
-    name, fallback = row_for(q.dtype, 128, 128), general("fwd", q.dtype, 128)
-    for options in ({"bias": bias}, {"mask": mask}, {"bias": bias.float(), "mask": mask, "causal": True}):
-        assert flashgqa.explain(q, k, v, **options)["kernel"] == name
-    assert flashgqa.explain(*inputs(2, 8, 2, 300, 300, 96), bias=bias)["kernel"] == name
-    slopes = torch.rand(8, device="cuda")
-    for options, reason in (
-        ({"softcap": 5.0}, "with softcap"), ({"alibi_slopes": slopes}, "with alibi_slopes"),
-        ({"bias": bias.bfloat16()}, "of q's dtype"),
-    ):
-        plan = flashgqa.explain(q, k, v, **{"bias": bias, **options})
-        assert plan["kernel"] == fallback and reason in dict(plan["refused"])[name]
+    for d in DIMS:
+        q, k, v = inputs(2, 8, 2, 300, 300, d)
+        bias, mask, slopes = random(300, 300, dtype=q.dtype), bools(300, 300), torch.rand(8, device="cuda")
+        name, fallback = row_for(q.dtype, d, d), general("fwd", q.dtype, d)
+        alibi, capped = {"alibi_slopes": slopes}, {"softcap": 5.0}
+        for options in (
+            {"bias": bias}, {"mask": mask}, {"bias": bias.float(), "mask": mask, "causal": True}, {"mask": mask, **capped},
+            {"bias": bias, **alibi}, {**alibi, **capped}, {"bias": bias, "mask": mask, **alibi, **capped},
+        ):
+            assert flashgqa.explain(q, k, v, **options)["kernel"] == name
+        assert flashgqa.explain(*inputs(2, 8, 2, 300, 300, d - d // 4), bias=bias)["kernel"] == name
+        plan = flashgqa.explain(q, k, v, bias=bias.bfloat16())
+        assert plan["kernel"] == fallback and "of q's dtype" in dict(plan["refused"])[name]

@@ -86,21 +86,19 @@ static const cuda_kernel rows[] = {
 static const char *refuse_terms(const fgqa_problem *p)
 {
     const fgqa_view *bias = &p->view[FGQA_ARG_bias];
-    if (p->softcap != 0.0) { return "bias or mask with softcap"; }
-    if (p->view[FGQA_ARG_alibi_slopes].data) { return "bias or mask with alibi_slopes"; }
     if (p->cache.page_size > 0) { return "bias or mask with a KV cache"; }
     return bias->data && bias->dtype != p->dtype && bias->dtype != FGQA_F32 ? "bias that is neither float32 nor of q's dtype" : NULL;
 }
 
 /* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, not both;
- * some of the latter bias and mask. */
-static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_terms)
+ * some have all that there is, bias and mask, too. */
+static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
-        const char *reason = has_terms ? refuse_terms(p) : p->view[FGQA_ARG_mask].data ? "mask" : "bias";
+        const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data ? "mask" : "bias";
         if (reason) { return reason; }
     }
-    if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode) {
+    if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode && !has_all) {
         if (!has_alibi) { return "alibi_slopes"; }
         if (p->softcap != 0.0) { return "alibi_slopes with softcap"; }
     }
@@ -252,7 +250,7 @@ static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int takes_options = !refuse_options(p, HOPPER, 0, FGQA_HAS_ALIBI(k->row.d), 0);
+    const int takes_options = !refuse_options(p, HOPPER, 0, 1, 1);
     const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
@@ -353,8 +351,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const int has_alibi = k->row.arch == HOPPER && (k->row.pass == FGQA_PASS_FWD ? FGQA_HAS_ALIBI(k->row.d) : FGQA_BWD_HAS_ALIBI(k->row.d));
-        const int has_terms = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD && FGQA_HAS_TERMS(k->row.d, k->row.block_k);
-        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_terms);
+        const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
+        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all);
         if (option) {
             return fgqa_reason(why, "has no %s", option);
         }

@@ -77,7 +77,9 @@ static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products:
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : 112;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum chain { PLAIN, CAPPED, ALIBI, TERMS, SCALED };              /* of scores, besides the scale and the mask: a kernel of its own each */
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says. */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, SCALED, ALL };
+template <chain CHAIN> static constexpr bool WITH_TERMS = CHAIN == TERMS || CHAIN == ALL;
 enum { TURN = 1, TOGETHER = TURN + WG_COUNT };                   /* named barriers TURN + n, TOGETHER + n of warpgroup n; 0 is __syncthreads */
 
 struct fwd_params {
@@ -87,9 +89,9 @@ struct fwd_params {
     tile_list list;
     int32_t box_rows;                                            /* of K and V: what one copy brings, of one page */
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
-    float inv_scale;
+    float inv_unit;                                              /* of scores with ALiBi */
     uint32_t early_items;                                        /* of the list, whose claims do not wait: schedule() */
-    float in_caps;                                               /* scale / softcap */
+    float in_caps;                                               /* scale / softcap; 0: none */
     score_terms terms;
 };
 
@@ -479,6 +481,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _scaled)(const __grid_constant__ fwd_params p) { run_block<SCALED>(p); }
 #endif
+#if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _all)(const __grid_constant__ fwd_params p) { run_block<ALL>(p); }
+#endif
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
@@ -486,11 +491,13 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state states[5];
+    static launch_state states[ALL + 1];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
-    const bool some_terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
-    const bool some_scale = problem->cache.k_scale.data || problem->cache.v_scale.data;
-    const chain of_scores = problem->softcap > 0.0 ? CAPPED : problem->view[FGQA_ARG_alibi_slopes].data ? ALIBI : some_terms ? TERMS : some_scale ? SCALED : PLAIN;
+    const bool capped = problem->softcap > 0.0, alibi = problem->view[FGQA_ARG_alibi_slopes].data;
+    const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
+    const bool has_own = capped + alibi + terms < 2 && (FGQA_HAS_ALIBI(FGQA_D) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms);
+    const bool scaled = problem->cache.k_scale.data || problem->cache.v_scale.data;
+    const chain of_scores = !has_own ? ALL : capped ? CAPPED : alibi ? ALIBI : terms ? TERMS : scaled ? SCALED : PLAIN;
     auto kernel = of_scores == CAPPED ? FGQA_SUFFIX(FGQA_ROW, _capped) : FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_ALIBI(FGQA_D)
     if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
@@ -500,6 +507,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #endif
 #if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
     if (of_scores == SCALED) { kernel = FGQA_SUFFIX(FGQA_ROW, _scaled); }
+#endif
+#if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
+    if (of_scores == ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _all); }
 #endif
     int multiprocessors = 1;
     int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);
@@ -514,7 +524,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
-    p.inv_scale = (float)(1.0 / problem->scale);
+    p.inv_unit = of_scores == ALL ? 1.0f : (float)(1.0 / problem->scale);
     p.in_caps = fgqa_in_caps(problem);
     p.terms = score_terms_of(problem);
     p.slot = fgqa_stream_slot(stream);

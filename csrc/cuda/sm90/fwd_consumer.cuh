@@ -80,7 +80,7 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     rows.end = __reduce_max_sync(ALL_LANES, rows.end);
     overlay_poison<T, DV>(o, rows, lane, [&](int r, int32_t j) {
         const int32_t packed = t.row0 + row_in_tile(thread) + 8 * r;
-        return CHAIN != TERMS || terms_show(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack, j);
+        return !WITH_TERMS<CHAIN> || terms_show(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack, j);
     });
 }
 
@@ -141,7 +141,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const int32_t first = row_in_tile(thread);
     const tile &t = sm.tiles[slot];
     const bool partial = p.list.splits > 1;
-    constexpr bool LOWEST = CAREFUL && CHAIN == TERMS;
+    constexpr bool LOWEST = CAREFUL && WITH_TERMS<CHAIN>;
     bool again = false;
 #pragma unroll
     for (int r = 0; r < 2; r++) {                                /* the largest weight, about 1, is lost or has overflowed */
@@ -174,7 +174,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[slot])); }
 }
 
-/* ALiBi of the thread's rows: add_any_alibi() takes slopes as they are given, add_alibi() in units of the scale. */
+/* ALiBi of the thread's rows: add_any_alibi() takes slopes as they are given, add_alibi() in units of the scores. */
 template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const fwd_params &p, const tile &t, int32_t first_row, alibi_rows &alibi)
 {
     const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
@@ -182,7 +182,7 @@ template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const
     for (int r = 0; r < 2; r++) {
         const int32_t packed = t.row0 + first_row + 8 * r;
         const float slope = load_float(slopes.data, t.batch * slopes.stride_b + head_of(p, t, packed) * slopes.stride_h, slopes.dtype);
-        alibi.slope[r] = CAREFUL ? slope : moderate_slope(slope * p.inv_scale);
+        alibi.slope[r] = CAREFUL ? slope : moderate_slope(slope * p.inv_unit);
     }
     alibi.diagonal = (t.row0 + first_row >> p.list.pack) + t.diag - 2 * (int32_t)(thread_index() % 4);
 }
@@ -198,21 +198,21 @@ static constexpr int TERMS_RISE = 3;
 static constexpr float LOWEST_BASE = -0x1p26f;
 
 /* Largest exponent, relative to the base, of a weight that leaves it. */
-template <chain CHAIN> static constexpr float RISE = CHAIN == ALIBI ? (float)ALIBI_RISE : CHAIN == TERMS ? (float)TERMS_RISE : ALMOST_OVERFLOW;
-template <chain CHAIN> static constexpr bool ALL_MODERATE = (CHAIN == ALIBI || CHAIN == TERMS) && BLOCK_K / 4 * (1 << (int)RISE<CHAIN>) <= (int)MODERATE;
+template <chain CHAIN> static constexpr float RISE = CHAIN == ALIBI ? (float)ALIBI_RISE : WITH_TERMS<CHAIN> ? (float)TERMS_RISE : ALMOST_OVERFLOW;
+template <chain CHAIN> static constexpr bool ALL_MODERATE = (CHAIN == ALIBI || WITH_TERMS<CHAIN>) && BLOCK_K / 4 * (1 << (int)RISE<CHAIN>) <= (int)MODERATE;
 
 struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
- * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED, in natural ones with a bias. */
+ * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED, in natural ones with a bias and with ALL. */
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL, ONLY_Q = Q_STAGES == 1 && !CAREFUL;
-    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED;      /* others' main loops have no registers left */
+    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && CHAIN != ALL;      /* others' main loops have no registers left */
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const float unit = CHAIN == CAPPED ? p.common.softcap : CHAIN == TERMS && p.terms.some_bias ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
+    const float unit = CHAIN == CAPPED ? p.common.softcap : CHAIN == ALL || (CHAIN == TERMS && p.terms.some_bias) ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
     float scale_log2 = unit_log2;                                /* with SCALED of the tile's keys */
     ring<Q_STAGES> &rq = rings.q;
     ring<T_STAGES> &rt = rings.t;
@@ -222,6 +222,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     int begin[2], end[2];                                        /* keys that own rows see, less own column */
     uint32_t row_place;                                          /* of rows[] and blocks[] */
     fgqa_range full;                                             /* blocks that need no mask */
+    const bool some_alibi = p.common.problem.view[FGQA_ARG_alibi_slopes].data;
     alibi_rows alibi;
     term_rows terms;
     row_places places = {};
@@ -287,12 +288,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             begin[r] = seen.begin - 2 * (int32_t)(lane % 4);
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
-        if (CHAIN == ALIBI) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
+        if (CHAIN == ALIBI || (CHAIN == ALL && some_alibi)) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
         if (CHAIN == SCALED) {
             const tile &t = sm.tiles[rt.stage];
             scale_log2 = unit_log2 * cache_scale(p.common.problem.cache.k_scale, t.batch, fgqa_kv_head(t.head, p.common.problem.g));
         }
-        if constexpr (CHAIN == TERMS) {
+        if constexpr (WITH_TERMS<CHAIN>) {
             const tile &t = sm.tiles[rt.stage];
             const int32_t packed[2] = {t.row0 + (int32_t)first_row, t.row0 + (int32_t)first_row + 8};
             const int32_t head[2] = {head_of(p, t, packed[0]), head_of(p, t, packed[1])}, row[2] = {packed[0] >> p.list.pack, packed[1] >> p.list.pack};
@@ -300,21 +301,28 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
     };
     auto fetch = [&](block_terms &of_block, int j) {
-        if constexpr (CHAIN == TERMS) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
+        if constexpr (WITH_TERMS<CHAIN>) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
     };
     auto score = [&](float (&s)[BLOCK_K / 2], int j, block_terms &of_block) {
         if constexpr (CHAIN == TERMS) { add_terms<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, p.common.scale, j * BLOCK_K, p.common.problem.sk); }
         if (CHAIN == CAPPED) { cap_scores(s, p.in_caps); }
-        if (CHAIN == ALIBI && CAREFUL) { add_any_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K, p.inv_scale); }
-        if (CHAIN == ALIBI && !CAREFUL) { add_alibi(s, alibi, 8 >> p.list.pack, j * BLOCK_K); }
+        if constexpr (CHAIN == ALL) {
+            const bool capped = p.in_caps > 0.0f;
+            if (capped) { cap_scores(s, p.in_caps); }
+            add_terms_in_natural_units<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, capped ? p.common.softcap : p.common.scale, j * BLOCK_K, p.common.problem.sk);
+        }
+        if (CHAIN == ALIBI || (CHAIN == ALL && some_alibi)) {
+            const int32_t further = 8 >> p.list.pack;
+            if (CAREFUL) { add_any_alibi<CHAIN == ALL>(s, alibi, further, j * BLOCK_K, p.inv_unit); } else { add_alibi(s, alibi, further, j * BLOCK_K); }
+        }
     };
     auto in_interval = [&](int r, int j) { return columns_before(end[r] - j * BLOCK_K) & ~columns_before(begin[r] - j * BLOCK_K); };
     auto mask = [&](float (&s)[BLOCK_K / 2], int j, bool bounded, const block_terms &of_block) {
         uint32_t seen[2];
-        if (CHAIN == TERMS && !bounded && !p.terms.some_mask) { return; }
+        if (WITH_TERMS<CHAIN> && !bounded && !p.terms.some_mask) { return; }
 #pragma unroll
-        for (int r = 0; r < 2; r++) { seen[r] = CHAIN != TERMS ? in_interval(r, j) : bounded ? in_interval(r, j) & of_block.seen[r] : of_block.seen[r]; }
-        if (CHAIN == TERMS || bounded) { hide_others(s, seen); }
+        for (int r = 0; r < 2; r++) { seen[r] = !WITH_TERMS<CHAIN> ? in_interval(r, j) : bounded ? in_interval(r, j) & of_block.seen[r] : of_block.seen[r]; }
+        if (WITH_TERMS<CHAIN> || bounded) { hide_others(s, seen); }
     };
     auto await_turn = [&] {
         if (TURNS) { bar_sync(TURN + wg, 256); }
@@ -343,11 +351,11 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : in_use), next_k ? rk.parity : ONLY_Q ? rt.parity : rq.parity);
         release_v();
     };
-    auto has_none = [&](float m) { return CHAIN == TERMS && !CAREFUL ? m < LOWEST_BASE : m == -INFINITY; };
+    auto has_none = [&](float m) { return WITH_TERMS<CHAIN> && !CAREFUL ? m < LOWEST_BASE : m == -INFINITY; };
     auto take_base = [&](int r, float top) {
         set_base(rows, r, top, scale_log2);
-        if (CHAIN == TERMS && !CAREFUL && top < LOWEST_BASE) { rows.base[r] = 0.0f; }
-        if (CHAIN == TERMS && CAREFUL && fabsf(top) < INFINITY) { rows.base[r] = fminf(fmaxf(rows.base[r], -FLT_MAX), FLT_MAX); }
+        if (WITH_TERMS<CHAIN> && !CAREFUL && top < LOWEST_BASE) { rows.base[r] = 0.0f; }
+        if (WITH_TERMS<CHAIN> && CAREFUL && fabsf(top) < INFINITY) { rows.base[r] = fminf(fmaxf(rows.base[r], -FLT_MAX), FLT_MAX); }
     };
     /* Row by row: one's maximum passes between lanes under the other's exponentials. */
     auto first_weights = [&](float (&s)[BLOCK_K / 2], float (&sum)[2]) {
@@ -386,7 +394,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
      * accumulators take half of what registers can deliver. So nothing is asked of a block's scores (softmax_rows) and exponentials
      * begin at once, under P V; only their sums tell whether base has to go up. */
     auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
-        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI || CHAIN == TERMS);
+        constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI || WITH_TERMS<CHAIN>);
         float sum[2], alpha[2];
         if (FIRST) {
             first_weights(s, sum);
@@ -457,7 +465,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         qk(s);
         pv(accumulate);
         fetch(of_block, j);
-        if (CHAIN == TERMS && j > block_begin) { prefetch_terms<BLOCK_K>(terms, p.terms, (j - 1) * BLOCK_K); }
+        if (WITH_TERMS<CHAIN> && j > block_begin) { prefetch_terms<BLOCK_K>(terms, p.terms, (j - 1) * BLOCK_K); }
         wgmma_wait<1>();
         pass_turn();
         wgmma_pin(s);
@@ -469,7 +477,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     auto middle_blocks = [&] {
         int j = block_end - 2;
-        if constexpr (CHAIN == TERMS) {                          /* one copy of much code */
+        if constexpr (WITH_TERMS<CHAIN>) {                       /* one copy of much code */
 #pragma unroll 1
             for (; j >= block_begin; j--) { step(j, std::true_type{}, CAREFUL || j >= full.end || j < full.begin); }
         } else {
@@ -522,7 +530,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             wgmma_pin(o);
             release_v();
             end_rows(ends, done_rows);
-            if (CAREFUL && CHAIN == TERMS) {                     /* scores that have a base in natural units alone: take_base() has cut it */
+            if (CAREFUL && WITH_TERMS<CHAIN>) {                  /* scores that have a base in natural units alone: take_base() has cut it */
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     if (fabsf(done_rows.base[r]) == FLT_MAX) { ends.lse[r] = fmaf(__log2f(ends.sum[r]), (float)FGQA_LN2, done_rows.m[r]); }

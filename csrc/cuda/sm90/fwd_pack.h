@@ -9,6 +9,9 @@
 /* Those that take a bias and a mask tensor, plain rows alone: a kernel each, too. */
 #define FGQA_HAS_TERMS(d, block_k) (((d) == 64 || (d) == 128) && (block_k) == 128)
 
+/* Those that have a kernel for what others lack: softcap, ALiBi, a bias and a mask tensor, each or all together. */
+#define FGQA_HAS_ALL(d, block_k) (FGQA_HAS_TERMS(d, block_k) || (d) == 256)
+
 /* Those that take the scales of a float8 cache, of which they read a copy (any/cache_copy.h): so too. They serve any head dim. */
 #define FGQA_HAS_SCALES(d, block_q) ((d) == 64 ? (block_q) == 192 : ((d) == 128 || (d) == 256) && (block_q) == 128)
 

@@ -22,7 +22,7 @@ struct score_terms {
 struct term_rows { const char *bias[2], *mask[2]; };
 
 /* Of a block: what has been read of its bias; bit k: the mask lets the row see the lane's column 8 (k / 2) + k % 2. */
-static constexpr int TERM_WORDS = FGQA_D > 64 ? 16 : 8;          /* as many as registers are left beside the accumulators */
+static constexpr int TERM_WORDS = FGQA_D == 128 ? 16 : 8;         /* as many as registers are left beside the accumulators */
 struct block_terms { uint32_t bias[TERM_WORDS], seen[2]; };
 
 static inline score_terms score_terms_of(const fgqa_problem *p)
@@ -163,7 +163,8 @@ template <int BLOCK_K>
 static __device__ __forceinline__ void load_mask(uint32_t (&seen)[2], const term_rows &rows, const score_terms &terms, int32_t j0, int32_t sk)
 {
     constexpr int OWN = BLOCK_K / 4, VECTORS = OWN / 16;         /* columns that a lane reads for all four of its row */
-    static_assert(OWN == 32, "a bit each, eight of own columns");
+    static_assert(OWN == 32 || OWN == 16, "a bit each, a quarter of own columns");
+    constexpr uint32_t JOIN = OWN == 32 ? 0x01041040u : 0x10400000u;
     const int32_t quarter = (int32_t)(thread_index() % 4);
     if (terms.mask_vectors && j0 + BLOCK_K <= sk) {
         uint4 x[2][VECTORS];
@@ -183,7 +184,7 @@ static __device__ __forceinline__ void load_mask(uint32_t (&seen)[2], const term
 #pragma unroll
             for (int n = 3; n >= 0; n--) {                       /* of each byte two bits, which a product brings together at the top */
                 const uint32_t pairs = __shfl_sync(0xFFFFFFFFu, own, n, 4) >> 2 * quarter & 0x03030303u;
-                seen[r] = __funnelshift_l(pairs * 0x01041040u, seen[r], 8);
+                seen[r] = __funnelshift_l(pairs * JOIN, seen[r], OWN / 4);
             }
         }
         return;
@@ -248,6 +249,19 @@ static __device__ __forceinline__ void add_terms(float (&s)[BLOCK_K / 2], block_
     }
 }
 
+/* With a bias or without; `unit`: of the scores as they come. */
+template <bool CAREFUL, typename T, int BLOCK_K>
+static __device__ __forceinline__ void add_terms_in_natural_units(float (&s)[BLOCK_K / 2], block_terms &x, const term_rows &rows, const score_terms &terms,
+                                                                  float unit, int32_t j0, int32_t sk)
+{
+    if (terms.some_bias) {
+        add_terms<CAREFUL, T, BLOCK_K>(s, x, rows, terms, unit, j0, sk);
+    } else {
+#pragma unroll
+        for (int n = 0; n < BLOCK_K / 2; n++) { s[n] = with_bias<CAREFUL>(s[n], unit, 0.0f); }
+    }
+}
+
 /* What a block that other blocks follow will read -> L2, in lines of 128 bytes that a row's four lanes share out. */
 template <int BLOCK_K> static __device__ __forceinline__ void prefetch_terms(const term_rows &rows, const score_terms &terms, int32_t j0)
 {
@@ -255,7 +269,7 @@ template <int BLOCK_K> static __device__ __forceinline__ void prefetch_terms(con
     if (terms.bias_pairs) {
         const char *const at = (quarter / 2 ? rows.bias[1] : rows.bias[0]) + j0 * terms.bias_step + quarter % 2 * 128;
         prefetch_l2(at);
-        if (terms.wide_bias) { prefetch_l2(at + 256); }
+        if (terms.wide_bias && BLOCK_K > 64) { prefetch_l2(at + 256); }
     }
     if (terms.mask_vectors && quarter < 2) { prefetch_l2((quarter ? rows.mask[1] : rows.mask[0]) + j0); }
 }
