@@ -71,11 +71,11 @@ KNOWN = (
     Known("initcheck", "bwd_sm90_.*_(d64|d128)_.*_plain", r"^Uninitialized __global__ memory read",
           (r"\bload_relaxed_f32x4\(", r"\bfinish_units<", r"\bfinish_tile<", r"\b(schedule|bwd_kernel)<"),
           "Sums of dQ are stored by the first key tile and added to by the others in bulk copies, which the tool does not see; "
-          "they are read when the tile's word, acquired, tells that all have been added. What ran before in the process decides, "
-          "by what is not known (memory of torch's and of the driver's pool written before did not): of four runs of one module "
-          "over all rows three named head dim 128 and one 64, each in float16 alone; head dim 128 by itself, or behind two rows, "
-          "was not named. With a workspace full of NaN the results are the same bits "
-          "(test_results_do_not_depend_on_what_memory_held)."),
+          "they are read when the tile's word, acquired, tells that all have been added. Named where nothing else has written "
+          "that memory before: over NumPy arrays, whose workspace is new memory, each row by itself has thousands of them; over "
+          "tensors, with torch's pool filled before, seven processes of one to eight rows in any order had none. Where in a run "
+          "over all rows a workspace comes to lie outside of what was filled differs. With a workspace full of NaN the results "
+          "are the same bits (test_results_do_not_depend_on_what_memory_held)."),
 )
 
 
