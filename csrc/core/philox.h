@@ -13,14 +13,26 @@
 
 typedef struct { uint32_t x[4]; } fgqa_philox_block;
 
+/* a * b in halves. On a GPU one instruction; of the product in 64 bits nvcc makes sums of 64 bits, too. */
+FGQA_FN void fgqa_wide_product(uint32_t a, uint32_t b, uint32_t *high, uint32_t *low)
+{
+#if defined(__CUDA_ARCH__)
+    asm("{\n\t.reg .b64 x;\n\tmul.wide.u32 x, %2, %3;\n\tmov.b64 {%0, %1}, x;\n\t}" : "=r"(*low), "=r"(*high) : "r"(a), "r"(b));
+#else
+    const uint64_t x = (uint64_t)a * b;
+    *high = (uint32_t)(x >> 32);
+    *low = (uint32_t)x;
+#endif
+}
+
 FGQA_FN fgqa_philox_block fgqa_philox(uint64_t key, fgqa_philox_block counter)
 {
     uint32_t k0 = (uint32_t)key, k1 = (uint32_t)(key >> 32);
     for (int round = 0; round < FGQA_PHILOX_ROUNDS; round++) {
-        const uint64_t a = (uint64_t)FGQA_PHILOX_M0 * counter.x[0];
-        const uint64_t b = (uint64_t)FGQA_PHILOX_M1 * counter.x[2];
-        const fgqa_philox_block next = {{(uint32_t)(b >> 32) ^ counter.x[1] ^ k0, (uint32_t)b,
-                                         (uint32_t)(a >> 32) ^ counter.x[3] ^ k1, (uint32_t)a}};
+        uint32_t a[2], b[2];            /* high halves first */
+        fgqa_wide_product(FGQA_PHILOX_M0, counter.x[0], &a[0], &a[1]);
+        fgqa_wide_product(FGQA_PHILOX_M1, counter.x[2], &b[0], &b[1]);
+        const fgqa_philox_block next = {{b[0] ^ counter.x[1] ^ k0, b[1], a[0] ^ counter.x[3] ^ k1, a[1]}};
         counter = next;
         k0 += FGQA_PHILOX_W0;
         k1 += FGQA_PHILOX_W1;

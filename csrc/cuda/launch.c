@@ -91,11 +91,11 @@ static const char *refuse_terms(const fgqa_problem *p)
 }
 
 /* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, not both;
- * some have all that there is, bias and mask, too. */
-static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all)
+ * some have all that there is, bias and mask, too; some a mask and dropout, beside neither of the two. */
+static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
-        const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data ? "mask" : "bias";
+        const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has_bits ? "mask" : p->view[FGQA_ARG_bias].data ? "bias" : NULL;
         if (reason) { return reason; }
     }
     if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode && !has_all) {
@@ -104,7 +104,11 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
     }
     if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
     if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
-    if (p->dropout_threshold != 0) { return "dropout"; }
+    if (p->dropout_threshold != 0 && !has_bits) { return "dropout"; }
+    if (has_bits && (p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0)) {
+        if (p->softcap != 0.0) { return "mask or dropout with softcap"; }
+        if (p->view[FGQA_ARG_alibi_slopes].data) { return "mask or dropout with alibi_slopes"; }
+    }
     if (!(p->scale >= FLT_MIN && p->scale <= FLT_MAX)) { return "a scale that is not positive"; }
     return NULL;
 }
@@ -250,7 +254,7 @@ static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int takes_options = !refuse_options(p, HOPPER, 0, 1, 1);
+    const int takes_options = !refuse_options(p, HOPPER, 0, 1, 1, 0);
     const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
@@ -352,7 +356,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const int has_alibi = k->row.arch == HOPPER && (k->row.pass == FGQA_PASS_FWD ? FGQA_HAS_ALIBI(k->row.d) : FGQA_BWD_HAS_ALIBI(k->row.d));
         const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
-        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all);
+        const int has_bits = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BITS(k->row.d);
+        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all, has_bits);
         if (option) {
             return fgqa_reason(why, "has no %s", option);
         }

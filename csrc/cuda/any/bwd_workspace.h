@@ -47,12 +47,12 @@ typedef struct {
     uint32_t *first_task;
 } fgqa_bwd_workspace;
 
-/* Whether some row of some tile may not see some key of it; with a soft cap or ALiBi there is no kernel for tiles
+/* Whether some row of some tile may not see some key of it; with a soft cap, ALiBi, a mask tensor or dropout there is no kernel for tiles
  * without. */
 static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
 {
     return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->softcap > 0.0 || p->view[FGQA_ARG_alibi_slopes].data
-        || p->sk % block_k != 0;
+        || p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0 || p->sk % block_k != 0;
 }
 
 /* Whether dQ is made by a kernel of its own, which does all of a query tile: bwd_queries.cuh. */

@@ -6,7 +6,7 @@
 #pragma once
 #include <float.h>
 
-#include "../../core/philox.h"
+#include "dropout.cuh"
 #include "fragments.cuh"
 #include "numeric.cuh"
 #include "params.cuh"
@@ -98,21 +98,6 @@ static __device__ __forceinline__ void score_tile(const fgqa_params &params, int
     }
 }
 
-/* Zeroes dropped weights; survivors are scaled by params.dropout_scale at the end, with the row sum. One Philox block
- * decides the 8 keys of one row of an n8 accumulator, and a lane needs one of its four words: lane t of the four computes the
- * blocks n = t, t + 4, ..., and passes words around. j0 is a multiple of 8. */
-struct dropout_key { uint64_t seed, offset; uint32_t threshold; };
-
-static __device__ __forceinline__ dropout_key dropout_key_make(const fgqa_problem &p)
-{
-    dropout_key key = {p.seed, p.offset, p.dropout_threshold};
-    if (p.seed_on_device) {
-        key.seed = (uint64_t)p.seed_on_device[0];
-        key.offset = (uint64_t)p.seed_on_device[1];
-    }
-    return key;
-}
-
 /* word w of block n for this lane's own position in the quad: 4x4 transpose among four lanes */
 static __device__ __forceinline__ uint32_t quad_pick(const fgqa_philox_block &mine, int from, int lane)
 {
@@ -125,6 +110,9 @@ static __device__ __forceinline__ uint32_t quad_pick(const fgqa_philox_block &mi
     return word;
 }
 
+/* Zeroes dropped weights; survivors are scaled by params.dropout_scale at the end, with the row sum. One Philox block
+ * decides the 8 keys of one row of an n8 accumulator, and a lane needs one of its four words: lane t of the four computes the
+ * blocks n = t, t + 4, ..., and passes words around. j0 is a multiple of 8. */
 template <int NB>
 static __device__ __forceinline__ void dropout_tile(const dropout_key &key, float (&p)[NB][4], const score_row (&rows)[2], int32_t j0, int lane)
 {

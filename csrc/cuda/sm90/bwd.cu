@@ -36,6 +36,8 @@
  */
 #include "../any/bwd_plan.h"
 #include "../any/score_units.h"
+#include "../common/byte_bits.cuh"
+#include "../common/dropout.cuh"
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_bulk.cuh"
@@ -62,7 +64,9 @@ static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-enum score_kind { PLAIN, CAPPED, ALIBI };                            /* what happens to scores besides the scale and the mask: a kernel of its own each */
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. With dropout perhaps a mask tensor, too. */
+enum score_kind { PLAIN, CAPPED, ALIBI, MASK_TENSOR, DROPOUT };
+template <score_kind KIND> static constexpr bool HAS_BITS = KIND == MASK_TENSOR || KIND == DROPOUT;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
@@ -77,6 +81,8 @@ struct bwd_params {
     struct { uint32_t tiles, band, span, low; } finish;          /* numbered_tile() */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
     float in_caps;                                               /* scale / softcap */
+    int32_t mask_vectors;                                        /* eight elements of a row start on 8 bytes */
+    float inv_dropout_scale;
 };
 
 /* A pair of elements with 0 for those that are inf or NaN. */
@@ -86,6 +92,13 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
     if ((x & EXPONENT) == EXPONENT) { x &= 0xFFFF0000u; }
     if ((x >> 16 & EXPONENT) == EXPONENT) { x &= 0x0000FFFFu; }
     return x;
+}
+
+/* Element 2 (n % 2) + e of the four that a lane has of rows 16 (n / 2) .. in bwd_stats_slot() order. */
+static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int e)
+{
+    const float4 &four = x[n / 2];
+    return n % 2 ? e ? four.w : four.z : e ? four.y : four.x;
 }
 
 /* In quads of lanes: x[n] of lane c becomes x[c] of lane n. */
@@ -116,6 +129,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_finish.cuh"
 #endif
 #include "bwd_tasks.cuh"
+#include "bwd_bits.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_softcap.cuh"
 #include "bwd_alibi.cuh"
@@ -138,6 +152,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         prefetch_tensormap(&p.k_map);
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
+        if (KIND == DROPOUT) { sm.dropout = dropout_key_make(p.common.problem); }
         mbarrier_init(smem_address(&sm.task_full), 1);
         mbarrier_init(smem_address(&sm.task_free), (D == 256 ? 1 : 3) + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
@@ -174,7 +189,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(s
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_state;
+    static launch_state plain_state, masked_state, capped_state, alibi_state, tensor_state, dropout_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -199,6 +214,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.vector_dq = fgqa_view_is_vector(problem, FGQA_ARG_dq);
     p.vector_dk = fgqa_view_is_vector(problem, FGQA_ARG_dk);
     p.vector_dv = fgqa_view_is_vector(problem, FGQA_ARG_dv);
+    const fgqa_view &mask = problem->view[FGQA_ARG_mask];
+    p.mask_vectors = mask.stride_d == 1 && (uintptr_t)mask.data % 8 == 0 && (mask.stride_b | mask.stride_h | mask.stride_s) % 8 == 0;
 
     const int64_t key_tiles = problem->sk > 0 ? ((int64_t)problem->sk + BLOCK_K - 1) / BLOCK_K : 1;
     p.sections = (uint32_t)problem->b * (uint32_t)problem->hk * (uint32_t)p.w.splits;
@@ -215,6 +232,21 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (problem->view[FGQA_ARG_alibi_slopes].data) {
         kernel = bwd_kernel<true, ALIBI>;
         state = &alibi_state;
+    }
+#endif
+#if FGQA_BWD_HAS_BITS(FGQA_D)
+    if (problem->view[FGQA_ARG_mask].data) {
+        kernel = bwd_kernel<true, MASK_TENSOR>;
+        state = &tensor_state;
+    }
+    p.inv_dropout_scale = 1.0f;
+    if (problem->dropout_threshold != 0) {
+        kernel = bwd_kernel<true, DROPOUT>;
+        state = &dropout_state;
+        if (problem->dropout_threshold < 65536) {                /* else dS has nothing to be scaled */
+            p.inv_dropout_scale = 1.0f / p.common.dropout_scale;
+            p.common.scale *= p.common.dropout_scale;            /* of dK and dQ: that of scores is scale_log2 */
+        }
     }
 #endif
     const int64_t tasks = p.sections * key_tiles;

@@ -77,7 +77,7 @@ static __device__ __forceinline__ fgqa_range rows_of_key(const bwd_params &p, co
 }
 
 /* dV += what is not finite in dO, for the keys that its rows see: after a walk that met such tiles. */
-static __device__ __forceinline__ void add_poison(const bwd_params &p, const task &t, int key, int lane, float (&dv)[DV / 2])
+template <score_kind KIND> static __device__ __forceinline__ void add_poison(const bwd_params &p, const task &t, int key, int lane, float (&dv)[DV / 2])
 {
     const fgqa_problem &problem = p.common.problem;
     const fgqa_range seen[2] = {rows_of_key(p, t, key), rows_of_key(p, t, key + 8)};
@@ -90,6 +90,11 @@ static __device__ __forceinline__ void add_poison(const bwd_params &p, const tas
 #pragma unroll 1
         for (int32_t i = at.tile * BLOCK_Q; i < end; i++) {
             const char *row = fgqa_row_address(view, sizeof(T), t.b, t.kv_head * problem.g + at.head, t.q_row + i);
+            bool counted[2] = {true, true};
+            if constexpr (HAS_BITS<KIND>) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) { counted[half] = seen[half].begin <= i && i < seen[half].end && counts<KIND>(p, t, at.head, i, key + 8 * half); }
+            }
 #pragma unroll
             for (int n = 0; n < DV / 2; n += 4) {
 #pragma unroll
@@ -98,7 +103,7 @@ static __device__ __forceinline__ void add_poison(const bwd_params &p, const tas
                     const float x = column < problem.dv ? to_float(((const T *)row)[column]) : 0.0f;
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        if (!isfinite(x) && seen[half].begin <= i && i < seen[half].end) { dv[n + 2 * half + e] += x; }
+                        if (!isfinite(x) && seen[half].begin <= i && i < seen[half].end && counted[half]) { dv[n + 2 * half + e] += x; }
                     }
                 }
             }
@@ -107,12 +112,13 @@ static __device__ __forceinline__ void add_poison(const bwd_params &p, const tas
 }
 
 /* Gradients of keys that are inf or NaN themselves and that some row sees. */
-template <typename... SUMS> static __device__ __forceinline__ void overwrite_poisoned(const bwd_params &p, const shared &sm, const task &t, int key, SUMS &...sums)
+template <score_kind KIND, typename... SUMS> static __device__ __forceinline__ void overwrite_poisoned(const bwd_params &p, const shared &sm, const task &t, int key, SUMS &...sums)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const fgqa_range seen = rows_of_key(p, t, key + 8 * half);
         if (!is_poisoned(sm, key + 8 * half) || seen.begin >= seen.end) { continue; }
+        if (HAS_BITS<KIND> && !mask_shows_some(p, t, seen, key + 8 * half)) { continue; }
 #pragma unroll
         for (int n = 2 * half; n < D / 2; n += 4) { ((sums[n] = sums[n + 1] = NAN), ...); }
     }
@@ -207,13 +213,6 @@ static __device__ __forceinline__ void write_part(const bwd_params &p, const tas
 }
 
 /* ---- the consumer ---- */
-
-/* Element 2 (n % 2) + e of the four that a lane has of rows 16 (n / 2) .. in bwd_stats_slot() order. */
-static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int e)
-{
-    const float4 &four = x[n / 2];
-    return n % 2 ? e ? four.w : four.z : e ? four.y : four.x;
-}
 
 /* Has the rows of a step cleaned if they need it; whether they did. */
 static __device__ __forceinline__ bool clean_step(shared &sm, const ring2 &r, int32_t care, uint32_t &state, int thread)

@@ -145,20 +145,21 @@ template <bool MASKED, score_kind KIND> static __device__ void consume(const bwd
 #pragma unroll
         for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
 
-        take_steps<MASKED, KIND>(p, sm, consumer, thread, keys, r, steps, state, dk, dv);
+        take_steps<MASKED, KIND>(p, sm, t, consumer, thread, keys, r, steps, state, dk, dv);
         if (steps > 0) { last_dq(sm, consumer, lane, keys, r.before()); }
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }
 
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
-        if (MASKED && state & CARE_POISON) { add_poison(p, t, last_key, last_lane, dv); }
-        if (MASKED && state & KEYS_POISONED) { overwrite_poisoned(p, sm, t, last_key, dk, dv); }
+        if (MASKED && state & CARE_POISON) { add_poison<KIND>(p, t, last_key, last_lane, dv); }
+        if (MASKED && state & KEYS_POISONED) { overwrite_poisoned<KIND>(p, sm, t, last_key, dk, dv); }
+        const float dv_scale = KIND == DROPOUT ? p.common.dropout_scale : 1.0f;
         if (p.w.splits > 1) {
             write_part(p, t, p.w.dk, dk, scale, j0 + last_key, last_lane);
-            write_part(p, t, p.w.dv, dv, 1.0f, j0 + last_key, last_lane);
+            write_part(p, t, p.w.dv, dv, dv_scale, j0 + last_key, last_lane);
         } else {
-            write_keys(dv, 1.0f, p, t, j0 + last_key, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last_lane);
+            write_keys(dv, dv_scale, p, t, j0 + last_key, FGQA_ARG_dv, p.common.problem.dv, p.vector_dv, last_lane);
             write_keys(dk, scale, p, t, j0 + last_key, FGQA_ARG_dk, p.common.problem.d, p.vector_dk, last_lane);
         }
     }

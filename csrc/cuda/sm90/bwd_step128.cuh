@@ -1,12 +1,13 @@
 /* bwd_step128.cuh - part of bwd.cu: what a consumer does with a query tile of 64 rows, head dim 128. */
 #pragma once
 
-/* What a step leaves to the next one: S, made; of its tile the first row and whether some row does not see all keys; dQ of the step
- * before, if it is not staged yet. */
+/* What a step leaves to the next one: S, made; of its tile the first row, whether some row does not see all keys, and the bits; dQ of
+ * the step before, if it is not staged yet. */
 struct left_over {
     float s[32], dq[32];
     int32_t row0;
     bool partial;
+    lane_bits shown, kept;
 };
 
 /* S of the tile of a stage. */
@@ -35,7 +36,7 @@ static __device__ __forceinline__ void first_products(float (&s)[32], const shar
  * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas of
  * their warp. That is why what is to be known about the next tile comes with this one. Registers: dK 64, dV 64, S 32, dP and later dQ 32,
  * P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
-template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, int32_t count, bool goes_on,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, const ring2 &r, int32_t count, bool goes_on,
                                                                    uint32_t &state, left_over &left, float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
@@ -53,6 +54,8 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     int2 following = {0, 0};
     const alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     if (MASKED) { following = make_int2(sm.about[r.stage].z, sm.about[r.stage].w); }
+    int32_t next_head = 0;
+    if (HAS_BITS<KIND>) { next_head = sm.heads[r.stage].y; }
     mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
     const uint64_t dout_rows = wgmma_desc_sw128(dout_tile, 0, 1024);
     wgmma_fence();
@@ -82,14 +85,18 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     if (MASKED) { announce_dq(sm, r, staged_late, lane); }
     if (MASKED && left.partial) { hide(weights, tile_mask(sm.rows + consumer * 64, left.row0)); }
+    if (has_mask<KIND>(p)) { keep(weights, weights, left.shown); }
+    uint32_t dropped[16];
+    if (KIND == DROPOUT) { keep(dropped, weights, left.kept); }
     wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, weights + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
+    for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, (KIND == DROPOUT ? dropped : weights) + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
     wgmma_commit();
 
     wgmma_wait<1>();
+    if (KIND == DROPOUT) { dropout_gradients(gradients, weights, dp, delta, left.kept, p.inv_dropout_scale); }
 #pragma unroll
-    for (int n = 0; n < 8; n++) {
+    for (int n = 0; n < 8 && KIND != DROPOUT; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float2 weight = unpack2((KIND == CAPPED ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
@@ -97,6 +104,9 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         }
     }
     if (MASKED && left.partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, left.row0)); }
+    if (has_mask<KIND>(p)) { keep(gradients, gradients, left.shown); }
+    mask_bytes bytes = {};
+    if (has_mask<KIND>(p)) { bytes = load_mask_bytes(p, t, next_head, following.x, consumer, thread); }
     mbarrier_wait(smem_address(&sm.ds_empty[r.stage]), r.parity ^ 1);
     store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
     fence_proxy_async();
@@ -110,6 +120,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     mbarrier_wait(smem_address(&sm.ds_full[before.stage]), before.parity);
     wgmma_fence();
     query_products(dq, smem_address(sm.ds[before.stage]), k_columns);
+    uint32_t drawn = 0;
+    if (KIND == DROPOUT) {
+        wgmma_wait<2>();                                         /* dV needs its operands no longer */
+        drawn = draw_blocks(p, sm, t, next_head, following.x, consumer, thread);
+    }
 
     ring2 next = r;
     next.advance();
@@ -129,6 +144,8 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     first_products(s, sm, keys, next.stage);
     wgmma_wait<1>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[before.stage])); }
+    if (has_mask<KIND>(p)) { left.shown = bits_of_mask(bytes); }
+    if (KIND == DROPOUT) { left.kept = bits_of_blocks(drawn); }
     if (!MASKED) {
         store_dq(sm, before, dq, follows, consumer);
         announce_dq(sm, before, follows, lane);
@@ -137,7 +154,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 }
 
 /* All steps of a task, but dQ of the last one. */
-template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
                                                                          float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
@@ -152,10 +169,12 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
         }
         wgmma_fence();
         first_products(left.s, sm, keys, r.stage);
+        if (KIND == DROPOUT) { left.kept = bits_of_blocks(draw_blocks(p, sm, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
+        if (has_mask<KIND>(p)) { left.shown = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
         wgmma_wait<0>();
     }
     for (int32_t n = 0; n < steps; n++) {
-        step<MASKED, KIND>(p, sm, consumer, thread, keys, r, n, n + 1 < steps, state, left, dk, dv);
+        step<MASKED, KIND>(p, sm, t, consumer, thread, keys, r, n, n + 1 < steps, state, left, dk, dv);
         r.advance();
     }
     if (MASKED) {

@@ -65,20 +65,31 @@ static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16],
     }
 }
 
+/* What a step makes for the next one. */
+struct bits_ahead { lane_bits shown[2]; };
+
 /* follows: whether the step before was of the same task. */
-template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state, bits_ahead &ahead,
                                                                    float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     const int lane = thread & 31;
     const uint64_t q_rows = wgmma_desc_sw128(smem_address(sm.q[r.stage]), 0, 1024), dout_rows = wgmma_desc_sw128(smem_address(sm.dout[r.stage]), 0, 1024);
     constexpr uint64_t NEXT = HALF * 128 / 16;                  /* from half A to half B of a tile; by columns, too: D is one chunk */
     float s_a[32], s_b[32], dp_a[32], dp_b[32], dq[32];
-    uint32_t weights_a[16], weights_b[16], sloped_a[16], sloped_b[16], gradients_a[16], gradients_b[16];
+    uint32_t weights_a[16], weights_b[16], sloped_a[16], sloped_b[16], gradients_a[16], gradients_b[16], dropped_a[16], dropped_b[16];
+    lane_bits kept_a = {}, kept_b = {};
     float4 lse2[4], delta[4];
 
     int32_t row0 = 0;
+    const lane_bits shown_a = ahead.shown[0], shown_b = ahead.shown[1];
     const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0, [&] { load_stats(lse2, sm.lse2[r.stage], 0, lane); });
     const ring2 before = r.before();
+    int32_t next_row0 = 0, next_head = 0, own_head = 0;
+    if (KIND == DROPOUT) { own_head = sm.heads[r.stage].x; }
+    if (has_mask<KIND>(p)) {
+        next_row0 = sm.about[r.stage].z;
+        next_head = sm.heads[r.stage].y;
+    }
     alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     load_stats(delta, sm.delta[r.stage], 0, lane);
     mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
@@ -86,20 +97,30 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     score_products(s_a, keys.k_rows, q_rows);
     score_products(dp_a, keys.v_rows, dout_rows);
     query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
+    uint32_t drawn = 0;
+    if (KIND == DROPOUT) { drawn = draw_blocks(p, sm, t, own_head, row0, consumer, thread); }
 
     wgmma_wait<2>();
+    if (KIND == DROPOUT) { kept_a = bits_of_blocks(drawn); }
     if (KIND == CAPPED) { capped_weights(weights_a, sloped_a, s_a, lse2, p); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
     load_stats(lse2, sm.lse2[r.stage], 1, lane);
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
+    if (has_mask<KIND>(p)) { keep(weights_a, weights_a, shown_a); }
+    if (KIND == DROPOUT) { keep(dropped_a, weights_a, kept_a); }
     wgmma_fence();
     score_products(s_b, keys.k_rows, q_rows + NEXT);
-    key_products(dv, weights_a, dout_rows);
+    key_products(dv, KIND == DROPOUT ? dropped_a : weights_a, dout_rows);
 
     wgmma_wait<3>();
-    make_gradients(gradients_a, KIND == CAPPED ? sloped_a : weights_a, dp_a, delta);
+    if (KIND == DROPOUT) {
+        dropout_gradients(gradients_a, weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
+    } else {
+        make_gradients(gradients_a, KIND == CAPPED ? sloped_a : weights_a, dp_a, delta);
+    }
     load_stats(delta, sm.delta[r.stage], 1, lane);
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
+    if (has_mask<KIND>(p)) { keep(gradients_a, gradients_a, shown_a); }
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
     wgmma_wait<2>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
@@ -107,25 +128,43 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     announce_dq(sm, before, follows, lane);
     mbarrier_wait(smem_address(&sm.ds_empty[0]), before.stage);
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
+    mask_bytes bytes_a = {}, bytes_b = {};
+    if (has_mask<KIND>(p)) {
+        bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
+        bytes_b = load_mask_bytes(p, t, next_head, next_row0 + HALF, consumer, thread);
+    }
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
+    if (KIND == DROPOUT) { drawn = draw_blocks(p, sm, t, own_head, row0 + HALF, consumer, thread); }
 
     wgmma_wait<3>();
+    if (KIND == DROPOUT) { kept_b = bits_of_blocks(drawn); }
     if (KIND == CAPPED) { capped_weights(weights_b, sloped_b, s_b, lse2, p); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
+    if (has_mask<KIND>(p)) { keep(weights_b, weights_b, shown_b); }
+    if (KIND == DROPOUT) { keep(dropped_b, weights_b, kept_b); }
     wgmma_fence();
-    key_products(dv, weights_b, dout_rows + NEXT);
+    key_products(dv, KIND == DROPOUT ? dropped_b : weights_b, dout_rows + NEXT);
 
     wgmma_wait<2>();
-    make_gradients(gradients_b, KIND == CAPPED ? sloped_b : weights_b, dp_b, delta);
+    if (KIND == DROPOUT) {
+        dropout_gradients(gradients_b, weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
+    } else {
+        make_gradients(gradients_b, KIND == CAPPED ? sloped_b : weights_b, dp_b, delta);
+    }
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
+    if (has_mask<KIND>(p)) { keep(gradients_b, gradients_b, shown_b); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[0])); }
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
+    if (has_mask<KIND>(p)) {
+        ahead.shown[0] = bits_of_mask(bytes_a);
+        ahead.shown[1] = bits_of_mask(bytes_b);
+    }
 
     wgmma_wait<0>();
     if (thread == 0) {
@@ -135,11 +174,16 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 }
 
 /* All steps of a task, but dQ of the last one. */
-template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void take_steps(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, ring2 &r, int32_t steps, uint32_t &state,
                                                                          float (&dk)[D / 2], float (&dv)[DV / 2])
 {
+    bits_ahead ahead = {};
+    if (has_mask<KIND>(p) && steps > 0) {
+        mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
+        for (int half = 0; half < 2; half++) { ahead.shown[half] = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, sm.about[r.stage].x + half * HALF, consumer, thread)); }
+    }
     for (int32_t n = 0; n < steps; n++) {
-        step<MASKED, KIND>(p, sm, consumer, thread, keys, r, n > 0, state, dk, dv);
+        step<MASKED, KIND>(p, sm, t, consumer, thread, keys, r, n > 0, state, ahead, dk, dv);
         r.advance();
     }
 }

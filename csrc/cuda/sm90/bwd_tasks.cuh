@@ -47,6 +47,8 @@ struct shared {
     uint64_t dq_full[2], dq_empty[2], ds_full[D / 64], ds_empty[D / 64];
 #endif
     alibi_tile alibi[2];                                         /* of a stage */
+    int2 heads[2];                                               /* of a stage: query head of its tile, and of that of the next step */
+    dropout_key dropout;
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
 
@@ -274,6 +276,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
                 if (MASKED) { sm.about[r.stage] = make_int4(about.x, about.y, following.x, following.y); }
                 about = following;
                 if (KIND == ALIBI) { sm.alibi[r.stage] = own_alibi; }
+                if (HAS_BITS<KIND>) { sm.heads[r.stage] = make_int2(head, step + 1 < t.steps ? t.kv_head * problem.g + at.head : head); }
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }
             if (step == 0) {

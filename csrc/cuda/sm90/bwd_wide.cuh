@@ -112,8 +112,8 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
         warp_arrive(&sm.kv_empty, lane);
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = last / 32 * 16 + last_lane / 4;      /* anew: fewer registers in the loop */
-        if (MASKED && OWN_ROLE == VALUES && state & CARE_POISON) { add_poison(p, t, last_key, last_lane, sum); }
-        if (MASKED && state & KEYS_POISONED) { overwrite_poisoned(p, sm, t, last_key, sum); }
+        if (MASKED && OWN_ROLE == VALUES && state & CARE_POISON) { add_poison<KIND>(p, t, last_key, last_lane, sum); }
+        if (MASKED && state & KEYS_POISONED) { overwrite_poisoned<KIND>(p, sm, t, last_key, sum); }
         const float factor = OWN_ROLE == VALUES ? 1.0f : p.common.scale;
         if (p.w.splits > 1) {
             write_part(p, t, OWN_ROLE == VALUES ? p.w.dv : p.w.dk, sum, factor, j0 + last_key, last_lane);

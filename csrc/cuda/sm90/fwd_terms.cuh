@@ -8,6 +8,7 @@
 #pragma once
 #include <float.h>
 
+#include "../common/byte_bits.cuh"
 #include "../common/params.cuh"
 
 /* What they are, for all rows. */
@@ -149,13 +150,6 @@ static __device__ __forceinline__ void add_bias(float (&s)[N], const block_terms
             to[1] = with_bias<CAREFUL>(to[1], scale, bias.y);
         }
     }
-}
-
-/* Four bytes, those that are not 0 as bits, in front of the bits of later ones. */
-static __device__ __forceinline__ uint32_t bits_of_bytes(uint32_t x, uint32_t later)
-{
-    x = ((x & 0x7F7F7F7Fu) + 0x7F7F7F7Fu | x) & 0x80808080u;
-    return __funnelshift_l(x * 0x00204081u, later, 4);
 }
 
 /* block_terms.seen */
