@@ -45,6 +45,11 @@ OWN_BIAS = [
     Case(hq=4, hk=2, packed=((20, 33), (0, 5), (41, 140)), bias="bhqk", alibi="h"),
     Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="1hqk", bias_dtype="float32", dtype="float16"),
     Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="bhqk", softcap=5.0),
+    Case(b=5, hq=4, hk=2, sq=37, sk=140, bias="1hqk", q_lens=(5, 37, 0, 20, 36), kv_lens=(140, 70, 9, 0, 140)),
+    Case(b=5, hq=4, hk=2, sq=37, sk=140, bias="1hqk", kv_lens=(140, 70, 9, 0, 140), dtype="bfloat16", layout="bshd"),
+    Case(b=3, hq=4, hk=2, sq=45, sk=150, bias="b1qk", causal=True, dropout=0.3, dtype="bfloat16"),
+    Case(b=3, hq=4, hk=4, sq=45, sk=50, bias="11qk", mask="b11k", dtype="float16"),
+    Case(hq=4, hk=2, packed=((20, 33), (0, 5), (41, 140)), bias="11qk", dtype="bfloat16"),
 ]
 
 

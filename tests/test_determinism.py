@@ -22,6 +22,7 @@ CASES = [
     Case(b=3, hq=6, hk=3, sq=200, sk=260, d=40, dtype="float64", dropout=0.2, bias="1h1k", sink=True, softcap=5.0),
     Case(b=2, hq=4, hk=1, sq=250, sk=250, d=33, bias="11qk", alibi="bh", mask="b11k", layout="bshd"),
     Case(b=3, hq=16, hk=8, sq=150, sk=170, bias="1hqk", q_lens=(20, 150, 99)),  # dbias is summed by the tasks that have dS
+    Case(b=7, hq=4, hk=2, sq=90, sk=170, bias="1hqk", dtype="bfloat16"),        # and of parts of the batch
     Case(hq=8, hk=2, packed=((200, 200), (3, 2000), (0, 0), (350, 350)), causal=True, d=48),
 ]
 

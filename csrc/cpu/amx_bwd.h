@@ -347,7 +347,7 @@ static int is_special(const bwd_scratch *s, const tile_sequence *t, const bwd_pa
 }
 
 /* dbias of a panel from dS^T as ds_t has it, whose first key is j0 and last one before j1. */
-static void store_dbias(const bwd_scratch *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1)
+static void store_dbias(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1)
 {
     _Alignas(64) bf16 rows[AMX_TILE];          /* [lane][key] */
     const int64_t stride = t->p->view[FGQA_ARG_dbias].stride_d;
@@ -356,11 +356,14 @@ static void store_dbias(const bwd_scratch *s, const tile_sequence *t, const tile
         for (int32_t v = 0; v < panel->nv; v++) {
             amx_transpose_pairs(rows, AMX_DEPTH, s->ds_t.at + ((j - j0) / AMX_DEPTH * panel->nv + v) * AMX_TILE, AMX_DEPTH);
             for (int32_t lane = 0; lane < VL && v * VL + lane < panel->rows; lane++) {
-                bf16 *const to = dbias_at(t, panel->r0 + v * VL + lane, j);
-                if (stride == 1) {
-                    memcpy(to, rows + lane * AMX_DEPTH, (size_t)n * sizeof(bf16));
+                void *const to = dbias_at(t, panel->r0 + v * VL + lane, j);
+                const bf16 *const row = rows + lane * AMX_DEPTH;
+                if (job->dbias.way == DBIAS_ADDED) {
+                    for (int32_t k = 0; k < n; k++) { ((real *)to)[k] += float_from_bf16(row[k]); }
+                } else if (stride == 1) {
+                    memcpy(to, row, (size_t)n * sizeof(bf16));
                 } else {
-                    for (int32_t k = 0; k < n; k++) { to[k * stride] = rows[lane * AMX_DEPTH + k]; }
+                    for (int32_t k = 0; k < n; k++) { ((bf16 *)to)[k * stride] = row[k]; }
                 }
             }
         }
@@ -425,7 +428,7 @@ static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const ti
             amx_any_weights(0, &beside, all, (real)fgqa_dropout_scale(p->dropout_threshold), flags);
         }
     }
-    if (job->dbias == DBIAS_STORED) { store_dbias(s, t, &bp->panel, block->j0 + from, j1); }
+    if (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED) { store_dbias(job, s, t, &bp->panel, block->j0 + from, j1); }
     const amx_buffer *const columns = partial && block_bad_keys(s, t, block) ? &s->k_t_clean : &s->k_t;
     const amx_operand k_t = {columns->at + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, columns->low, 0};
     const amx_operand ds_t = {s->ds_t.at, nv * AMX_TILE, AMX_TILE, 0, 0, s->ds_t.low, 0};

@@ -9,8 +9,8 @@
  *         dQ = scale * dQ^T, written once, by its only owner
  *
  * dK and dV grow in a private buffer of the split, which all heads of the group share, so that the sum over the group
- * costs nothing. A second job adds the splits in order and converts. dbias is dS where one task has all of an element, else a third
- * job recomputes its tiles, each task owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for
+ * costs nothing. A second job adds the splits in order and converts. dbias is dS where one task has all of an element; where heads or
+ * sequences share it, a third job adds what tasks have of it, or else recomputes its tiles, each task owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for
  * any number of threads.
  *
  * Rows with NaN or infinity must not reach others through 0 * NaN. K and Q: zeroed in the products with dS, which is NaN
@@ -58,12 +58,16 @@ static int32_t splits_of(const fgqa_problem *p, const bwd_shape *shape)
 
 static bwd_workspace workspace_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
 {
-    bwd_workspace w = {NULL, NULL, NULL};
+    const dbias_plan dbias = dbias_plan_of(p, splits);
+    bwd_workspace w = {NULL, NULL, NULL, NULL};
     w.delta = fgqa_arena_take(arena, (size_t)p->hq * (size_t)p->total_q, sizeof(real));
     if (splits > 1) {
         const size_t rows = (size_t)splits * (size_t)p->hk * (size_t)p->total_k;
         w.dk = fgqa_arena_take(arena, rows * (size_t)shape->ldk, sizeof(real));
         w.dv = fgqa_arena_take(arena, rows * (size_t)shape->ldv, sizeof(real));
+    }
+    if (dbias.way == DBIAS_ADDED && !dbias.in_place) {
+        w.dbias = fgqa_arena_take(arena, (size_t)dbias.parts * (size_t)p->hq * (size_t)p->sq * (size_t)p->sk, sizeof(real));
     }
     return w;
 }
@@ -132,12 +136,10 @@ static void zero_dbias(const tile_sequence *t, int64_t r0, int64_t r1)
     }
 }
 
-/* One split of sequence b and a KV head. */
-static void split_head(const bwd_job *job, int32_t split, int32_t b, int32_t kv_head, const fgqa_worker *worker)
+/* One split of sequence b and a KV head. `p` is the job's problem, whose dbias may lie elsewhere. */
+static void split_head(const bwd_job *job, const fgqa_problem *p, int32_t split, int32_t b, int32_t kv_head, int clear_dbias, const fgqa_worker *worker)
 {
-    const fgqa_problem *const p = job->p;
     const bwd_shape *const shape = &job->shape;
-    const int clear_dbias = job->dbias == DBIAS_STORED || (job->dbias == DBIAS_ADDED && b == 0);
     const tile_sequence t = tile_sequence_init(p, b, kv_head);
     fgqa_arena arena = fgqa_arena_begin(worker->scratch);
     const bwd_scratch s = scratch_carve(&arena, p, shape, job->splits);
@@ -173,13 +175,26 @@ static void split_head(const bwd_job *job, int32_t split, int32_t b, int32_t kv_
     if (job->splits == 1) { store_dk_dv(&t, shape, 1, dk, dv, 0, 0, result_keys(p, &t.seq), s.row); }
 }
 
+/* Where a part of the batch is added up. */
+static fgqa_view dbias_part(const bwd_job *job, int32_t part)
+{
+    const int64_t row = job->p->sk, head = row * job->p->sq;
+    const fgqa_view view = {job->workspace.dbias + part * job->p->hq * head, FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32, 0, head, row, 1};
+    return view;
+}
+
 static void split_task(void *context, int64_t task, const fgqa_worker *worker)
 {
     const bwd_job *const job = context;
-    const fgqa_problem *const p = job->p;
-    const int32_t batch = job->dbias == DBIAS_ADDED ? 1 : p->b, kv_head = (int32_t)(task % p->hk);
-    const int32_t split = (int32_t)(task / p->hk / batch), own_b = (int32_t)(task / p->hk % batch);
-    for (int32_t b = own_b; b < own_b + p->b / batch; b++) { split_head(job, split, b, kv_head, worker); }
+    const dbias_plan *const dbias = &job->dbias;
+    const int32_t kv_head = (int32_t)(task % job->p->hk), part = (int32_t)(task / job->p->hk % dbias->parts);
+    const int32_t split = (int32_t)(task / job->p->hk / dbias->parts), first = first_of_part(part, dbias->parts, job->p->b);
+    fgqa_problem p = *job->p;
+    if (dbias->way == DBIAS_ADDED && !dbias->in_place) { p.view[FGQA_ARG_dbias] = dbias_part(job, part); }
+    for (int32_t b = first; b < first_of_part(part + 1, dbias->parts, p.b); b++) {
+        const int clear_dbias = dbias->way == DBIAS_STORED || (dbias->way == DBIAS_ADDED && b == first);
+        split_head(job, &p, split, b, kv_head, clear_dbias, worker);
+    }
 }
 
 /* ---- finishing job: the sum over splits ---- */
@@ -218,7 +233,46 @@ static void sink_task(void *context, int64_t h, const fgqa_worker *worker)
     row_store(view_at(dsink, 0, h, 0), dsink->dtype, 1, &result, 1);
 }
 
-/* ---- dbias job ----
+/* ---- dbias job: the sum over parts ----
+ * Task = (batch, head, SUM_ROWS rows) of dbias. */
+
+#define SUM_ROWS 16
+
+static int64_t bias_sum_tasks(const fgqa_problem *p) { return (int64_t)p->bias_shape[0] * p->bias_shape[1] * ((p->sq + SUM_ROWS - 1) / SUM_ROWS); }
+
+static void bias_sum_row(const bwd_job *job, int32_t own_b, int32_t own_h, int32_t i)
+{
+    const fgqa_problem *const p = job->p;
+    const fgqa_view *const dbias = &p->view[FGQA_ARG_dbias];
+    const int all_b = p->bias_shape[0] == 1, all_h = p->bias_shape[1] == 1;
+    char *const to = view_at(dbias, own_b, own_h, i);
+    real sum[KEYS];
+    for (int32_t j = 0; j < p->sk; j += KEYS) {
+        const int32_t n = p->sk - j < KEYS ? p->sk - j : KEYS;
+        memset(sum, 0, sizeof sum);
+        for (int32_t part = all_b ? 0 : own_b; part < (all_b ? job->dbias.parts : own_b + 1); part++) {
+            const fgqa_view from = dbias_part(job, part);
+            for (int32_t h = all_h ? 0 : own_h; h < (all_h ? p->hq : own_h + 1); h++) {
+                const real *const row = (const real *)view_at(&from, 0, h, i) + j;
+                for (int32_t c = 0; c < n; c++) { sum[c] += row[c]; }
+            }
+        }
+        row_store(to + j * dbias->stride_d * (int64_t)fgqa_dtype_bytes(dbias->dtype), dbias->dtype, dbias->stride_d, sum, n);
+    }
+}
+
+static void bias_sum_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    const bwd_job *const job = context;
+    const fgqa_problem *const p = job->p;
+    const int64_t steps = (p->sq + SUM_ROWS - 1) / SUM_ROWS, head = task / steps;
+    const int32_t i0 = (int32_t)(task % steps) * SUM_ROWS, i1 = i0 + SUM_ROWS < p->sq ? i0 + SUM_ROWS : p->sq;
+    for (int32_t i = i0; i < i1 && !fgqa_poll(worker); i++) {
+        bias_sum_row(job, (int32_t)(head / p->bias_shape[1]), (int32_t)(head % p->bias_shape[1]), i);
+    }
+}
+
+/* ---- dbias job: dS once more ----
  * Task = (batch, head, PANEL rows, KEYS keys) of dbias, each only where bias has that axis; it walks what bias is
  * broadcast over in order. Here every query head is a group of its own, so that lanes are rows of one head. */
 
@@ -369,7 +423,7 @@ void FGQA_ROW(bwd, tile)(const fgqa_problem *p, fgqa_plan *plan)
     plan->block_q = shape.panels * PANEL;
     plan->block_k = KEYS;
     plan->splits = splits_of(p, &shape);
-    plan->tasks = (int64_t)plan->splits * (dbias_way_of(p, plan->splits) == DBIAS_ADDED ? 1 : p->b) * p->hk;
+    plan->tasks = (int64_t)plan->splits * dbias_plan_of(p, plan->splits).parts * p->hk;
     plan->threads = tile_threads(plan, 0);
     plan->scratch_bytes = scratch_bytes_of(p, &shape, plan->splits);
     workspace_carve(&workspace, p, &shape, plan->splits);
@@ -392,13 +446,14 @@ fgqa_status FGQA_ROW(bwd, run)(const fgqa_plan *plan, const fgqa_problem *p, voi
     bwd_job job = {.p = p, .shape = shape_of(p), .splits = plan->splits};
     fgqa_arena arena = fgqa_arena_begin(workspace);
     job.workspace = workspace_carve(&arena, p, &job.shape, job.splits);
-    job.dbias = dbias_way_of(p, job.splits);
+    job.dbias = dbias_plan_of(p, job.splits);
     FGQA_TRY(fgqa_parallel(split_on_tiles, &job, plan->tasks, plan->threads, plan->scratch_bytes, exec));
     if (job.splits > 1) {
         const int64_t chunks = (p->sk + FINISH_KEYS - 1) / FINISH_KEYS;
         FGQA_TRY(fgqa_parallel(finish_task, &job, chunks * p->b * p->hk, plan->threads, plan->scratch_bytes, exec));
     }
     if (p->want_dsink) { FGQA_TRY(fgqa_parallel(sink_task, &job, p->hq, plan->threads, 0, exec)); }
-    if (job.dbias == DBIAS_AGAIN) { FGQA_TRY(fgqa_parallel(bias_task, &job, bias_tasks(p), plan->threads, plan->scratch_bytes, exec)); }
+    if (job.workspace.dbias) { FGQA_TRY(fgqa_parallel(bias_sum_task, &job, bias_sum_tasks(p), plan->threads, 0, exec)); }
+    if (job.dbias.way == DBIAS_AGAIN) { FGQA_TRY(fgqa_parallel(bias_task, &job, bias_tasks(p), plan->threads, plan->scratch_bytes, exec)); }
     return FGQA_OK;
 }

@@ -97,7 +97,7 @@ static void store_dbias(const bwd_job *job, const tile_sequence *t, const tile_p
         for (int32_t j = first / VL * VL; j < first + n; j += VL) { v_transpose(rows + j, KEYS, ds + (ptrdiff_t)j * ldt + lane0, ldt); }
         for (int32_t lane = 0; lane < VL && lane0 + lane < panel->rows; lane++) {
             real *const row = rows + lane * KEYS + first, *const to = dbias_at(t, panel->r0 + lane0 + lane, keys.begin);
-            for (int32_t j = 0; job->dbias == DBIAS_ADDED && j < n; j++) { row[j] += to[j * dbias->stride_d]; }
+            for (int32_t j = 0; job->dbias.way == DBIAS_ADDED && j < n; j++) { row[j] += to[j * dbias->stride_d]; }
             row_store(to, dbias->dtype, dbias->stride_d, row, n);
         }
     }
@@ -133,7 +133,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
                 k_checked = 1;
             }
         }
-        if (r.begin < r.end && (job->dbias == DBIAS_STORED || job->dbias == DBIAS_ADDED)) {
+        if (r.begin < r.end && (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED)) {
             store_dbias(job, t, &bp->panel, j0, r, ds, s->tiles.rows);
         }
         zero_rows(weight, shape->ldt, e.j0 - j0, r.begin - j0, w);

@@ -29,21 +29,38 @@ static bwd_shape shape_of_lanes(const fgqa_problem *p, int32_t lane_bytes)
 
 static int32_t row_reals(const bwd_shape *shape) { return shape->ldk > shape->ldv ? shape->ldk : shape->ldv; }
 
-/* How dbias is made. DBIAS_STORED: of each of its elements one task has dS, and stores it. DBIAS_ADDED: the tasks that have it are the
- * batch's, which one task does one after the other, adding to what it finds. Else by a job of its own, which computes dS again. */
+/* How dbias is made. DBIAS_STORED: of each of its elements one task has dS, and stores it. DBIAS_ADDED: several have it, heads or
+ * sequences that share a bias; each adds what it has of a part of the batch, and a job of its own adds the parts. Else that job
+ * computes dS again. */
 typedef enum { DBIAS_NONE, DBIAS_STORED, DBIAS_ADDED, DBIAS_AGAIN } dbias_way;
+typedef struct {
+    dbias_way way;
+    int32_t parts;               /* of the batch: tasks of a split and a KV head */
+    int in_place;                /* DBIAS_ADDED: the only part is dbias itself, else [parts][hq][sq][sk] in the workspace */
+} dbias_plan;
 
 #define ADDED_TASKS 8            /* fewer would leave too many workers idle */
+#define ADDED_BYTES (64 << 20)   /* of the parts */
 
-static dbias_way dbias_way_of(const fgqa_problem *p, int32_t splits)
+static int32_t first_of_part(int32_t part, int32_t parts, int32_t b) { return (int32_t)((int64_t)b * part / parts); }
+
+/* A part for every sequence where each has its own bias, else one, or where that makes few tasks enough for 16; from the shape alone. */
+static dbias_plan dbias_plan_of(const fgqa_problem *p, int32_t splits)
 {
     const fgqa_dtype dtype = p->view[FGQA_ARG_bias].dtype;     /* and that of dbias, which need not be there yet */
     const int32_t *const shape = p->bias_shape;
-    if (!p->want_dbias) { return DBIAS_NONE; }
-    if (shape[1] != p->hq || shape[2] != p->sq || shape[3] != p->sk || p->softcap > 0) { return DBIAS_AGAIN; }   /* softcap: dS is not by the score */
-    if (FGQA_PAIRS && (p->dtype != FGQA_BF16 || dtype != FGQA_BF16)) { return DBIAS_AGAIN; }      /* dS is rounded */
-    if (shape[0] == p->b) { return DBIAS_STORED; }
-    return dtype == (FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32) && p->b > 0 && splits * p->hk >= ADDED_TASKS ? DBIAS_ADDED : DBIAS_AGAIN;
+    const dbias_plan none = {DBIAS_NONE, p->b, 0}, stored = {DBIAS_STORED, p->b, 0}, again = {DBIAS_AGAIN, p->b, 0};
+    if (!p->want_dbias) { return none; }
+    if (p->b == 0 || shape[2] != p->sq || shape[3] != p->sk || p->softcap > 0) { return again; }   /* softcap: dS is not by the score */
+    if (FGQA_PAIRS && (p->dtype != FGQA_BF16 || dtype != FGQA_BF16)) { return again; }      /* dS is rounded */
+    if (shape[0] == p->b && shape[1] == p->hq) { return stored; }
+    const int64_t heads = (int64_t)splits * p->hk, wanted = heads < ADDED_TASKS ? (16 + heads - 1) / heads : 1;
+    const double bytes = (double)p->hq * p->sq * p->sk * sizeof(real);
+    dbias_plan added = {DBIAS_ADDED, shape[0] == p->b || wanted > p->b ? p->b : (int32_t)wanted, 0};
+    added.in_place = added.parts == 1 && shape[1] == p->hq && dtype == (FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32);
+    if (shape[0] == 1 && !added.in_place && added.parts * bytes > ADDED_BYTES) { added.parts = (int32_t)(ADDED_BYTES / bytes); }
+    const int enough = added.parts == p->b || heads * added.parts >= ADDED_TASKS;
+    return added.parts > 0 && enough && (added.in_place || added.parts * bytes <= ADDED_BYTES) ? added : again;
 }
 
 /* dbias of packed row r, key j. */
@@ -57,6 +74,7 @@ static void *dbias_at(const tile_sequence *t, int64_t r, int32_t j)
 typedef struct {
     real *delta;                               /* [hq][total_q] */
     real *dk, *dv;                             /* [splits][hk][total_k][ldk or ldv]; only where there are several */
+    real *dbias;                               /* [parts][hq][sq][sk]; dbias_plan */
 } bwd_workspace;
 
 typedef struct {
@@ -64,7 +82,7 @@ typedef struct {
     bwd_shape shape;
     bwd_workspace workspace;
     int32_t splits;
-    dbias_way dbias;
+    dbias_plan dbias;
 } bwd_job;
 
 /* Rows before sequence b in buffers that hold the whole batch. */

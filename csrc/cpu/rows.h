@@ -74,8 +74,26 @@ SIMD uint16_t bf16_from_real(real x) { return bf16_from_float(row_float(x)); }
 SIMD uint16_t f16_from_real(real x) { return f16_from_float(row_float(x)); }
 SIMD uint8_t f8_from_real(real x) { return f8_from_float(row_float(x)); }
 
-/* to[n] = from[0], from[stride], ... as reals. */
-FGQA_SHARED void row_load(real *restrict to, const void *from, fgqa_dtype dtype, int64_t stride, int32_t n)
+/* Rows are short: the call of memcpy that a plain loop becomes takes as long as the copy. */
+SIMD void row_copy(real *to, const real *from, int32_t n)
+{
+    int32_t i = 0;
+#define ROW_KEEP_LOOP __asm__ volatile("" : : : "memory")
+    for (; i + VL <= n; i += VL) {
+        v_store(to + i, v_load(from + i));
+        ROW_KEEP_LOOP;
+    }
+    for (; i < n; i++) {
+        to[i] = from[i];
+        ROW_KEEP_LOOP;
+    }
+#undef ROW_KEEP_LOOP
+}
+
+/* Whether a row lies in memory as reals do. */
+SIMD int row_is_own(fgqa_dtype dtype, int64_t stride) { return dtype == (FGQA_REAL_F64 ? FGQA_F64 : FGQA_F32) && stride == 1; }
+
+FGQA_SHARED void row_widen(real *restrict to, const void *from, fgqa_dtype dtype, int64_t stride, int32_t n)
 {
 #define ROW_LOAD(type, value)                                                          \
     do {                                                                               \
@@ -112,7 +130,17 @@ FGQA_SHARED void row_load(real *restrict to, const void *from, fgqa_dtype dtype,
 #undef ROW_LOAD
 }
 
-FGQA_SHARED void row_store(void *to, fgqa_dtype dtype, int64_t stride, const real *restrict from, int32_t n)
+/* to[n] = from[0], from[stride], ... as reals. */
+SIMD void row_load(real *restrict to, const void *from, fgqa_dtype dtype, int64_t stride, int32_t n)
+{
+    if (row_is_own(dtype, stride)) {
+        row_copy(to, from, n);
+    } else {
+        row_widen(to, from, dtype, stride, n);
+    }
+}
+
+FGQA_SHARED void row_narrow(void *to, fgqa_dtype dtype, int64_t stride, const real *restrict from, int32_t n)
 {
 #define ROW_STORE(type, value)                                                                   \
     do {                                                                                         \
@@ -147,6 +175,15 @@ FGQA_SHARED void row_store(void *to, fgqa_dtype dtype, int64_t stride, const rea
     default: break;
     }
 #undef ROW_STORE
+}
+
+SIMD void row_store(void *to, fgqa_dtype dtype, int64_t stride, const real *restrict from, int32_t n)
+{
+    if (row_is_own(dtype, stride)) {
+        row_copy(to, from, n);
+    } else {
+        row_narrow(to, dtype, stride, from, n);
+    }
 }
 
 #endif

@@ -125,13 +125,20 @@ FGQA_SHARED void tile_panel_init(tile_panel *panel, const tile_sequence *t, int6
     panel->keys = fgqa_kv_range(&t->seq.mask, panel->i0, panel->i1);
     const int alibi = p->view[FGQA_ARG_alibi_slopes].data != NULL;
     const int32_t first_head = fgqa_packed_row_head(0, t->kv_head, p->g), end_head = first_head + p->g;
+    const ureal last_head = (ureal)(uint32_t)(t->b * p->hq + fgqa_packed_row_head(r0 + panel->rows - 1, t->kv_head, p->g));
     int32_t i = panel->i0, h = fgqa_packed_row_head(r0, t->kv_head, p->g), begin = fgqa_kv_begin(&t->seq.mask, i), end = fgqa_kv_end(&t->seq.mask, i);
-    for (int32_t lane = 0; lane < panel->w; lane++) {
-        const int used = lane < panel->rows;
-        panel->begin[lane] = used ? begin : 0;
-        panel->end[lane] = used ? end : 0;
+    for (int32_t lane = panel->w - VL; lane < panel->w; lane++) {     /* idle ones; used ones follow */
+        panel->begin[lane] = panel->end[lane] = 0;
+        panel->diag[lane] = panel->i1 - 1 + t->seq.mask.diag;
+        panel->slope[lane] = 0;
+        panel->row[lane] = (ureal)(panel->i1 - 1);
+        panel->head[lane] = last_head;
+    }
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        panel->begin[lane] = begin;
+        panel->end[lane] = end;
         panel->diag[lane] = i + t->seq.mask.diag;
-        panel->slope[lane] = alibi ? tile_head_value(t, FGQA_ARG_alibi_slopes, r0 + (used ? lane : 0)) * (real)FGQA_LOG2E : 0;
+        panel->slope[lane] = alibi ? tile_head_value(t, FGQA_ARG_alibi_slopes, r0 + lane) * (real)FGQA_LOG2E : 0;
         panel->row[lane] = (ureal)i;
         panel->head[lane] = (ureal)(uint32_t)(t->b * p->hq + h);
         if (lane + 1 < panel->rows && ++h == end_head) {     /* packed rows: heads of the group, then the next query row */
