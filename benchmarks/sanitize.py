@@ -118,7 +118,10 @@ def run_row(name, where, put, everything=lambda x: x):
             results += run_forward(*map(everything, (q, k, v)), moved, slopes, bias, variant, arch, where)
     passes = [options, {}, CAPPED] if which == "bwd" else []
     if passes and int(d[1:]) in ALIBI_HEAD_DIMS:
-        passes.append({"causal": True, "alibi_slopes": np.linspace(0.05, 0.5, HQ, dtype=np.float32)})
+        slopes = np.linspace(0.05, 0.5, HQ, dtype=np.float32)
+        shown = rng.random((B, 1, SQ, SK)) < 0.9
+        passes += [{"causal": True, "alibi_slopes": slopes}, {**CAPPED, "alibi_slopes": slopes}]
+        passes += [{"causal": True, "mask": shown}, {"mask": shown, "dropout_p": 0.2, "seed": 7}]
     for given in passes:
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

@@ -24,6 +24,12 @@ CASES = [
     Case(sq=300, sk=140, align="top-left", alibi="h", data="shift"),
     Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, alibi="bh", sink=True),
 ]
+CAPPED = [
+    Case(b=2, sq=150, sk=200, causal=True, alibi="h", softcap=20.0, sink=True),
+    Case(b=2, sq=140, sk=210, window=(70, 9), alibi="bh", softcap=5.0, data="large", q_lens=(140, 0), kv_lens=(210, 33)),
+    Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, alibi="bh", softcap=50.0, sink=True),
+    Case(sq=150, sk=150, hq=2, hk=1, alibi=1e4, softcap=5.0),
+]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -32,7 +38,7 @@ def test_within_the_error_rule(name, case):
     check_forward_row(case, name)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, *CAPPED], ids=str)
 @pytest.mark.parametrize("name", BACKWARD_NAMES)
 def test_backward_within_the_error_rule(name, case):
     check_backward_row(case, name)
@@ -152,19 +158,21 @@ def test_backward_runs_where_the_forward_does(d, dtype):
     for options in ({}, {"causal": True}, {"window": (100, 0)}, {"deterministic": False}, {"sink": sink}):
         options["alibi_slopes"] = slopes(16)
         assert flashgqa.explain(*x, backward=True, **options)["kernel"] == backward_row(dtype, d)
-        assert flashgqa.explain(*x, backward=True, softcap=3.0, **options)["kernel"] == general("bwd", dtype, d)
-    assert_gradients_alike(*gradients(*x, alibi_slopes=slopes(2, 16)))
+        assert flashgqa.explain(*x, backward=True, softcap=3.0, **options)["kernel"] == backward_row(dtype, d)
+    for options in ({}, {"softcap": 3.0}):
+        assert_gradients_alike(*gradients(*x, alibi_slopes=slopes(2, 16), **options))
 
 
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 32])
 @pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}], ids=["", "capped"])
 @pytest.mark.parametrize("d", [64, 128])
-def test_gradients_of_groups(d, mask, group):
+def test_gradients_of_groups(d, more, mask, group):
     """Rows and keys of several tiles, more queries than keys and more keys than queries; twice the same bits."""
     for b, sq, sk in ((2, 300, 300), (1, 900, 260), (1, 200, 1100)):
         x = inputs(b, 32, 32 // group, sq, sk, d, dtype=torch.bfloat16)
         for of in (slopes(32), slopes(b, 32)):
-            options = {"alibi_slopes": of, **MASKS[mask]}
+            options = {"alibi_slopes": of, **MASKS[mask], **more}
             got, again, expected = gradients(*x, rows=(90, 90, 80), **options)
             assert_gradients_alike(got, expected)
             assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
@@ -198,13 +206,14 @@ def test_gradients_of_long_passes(d):
 
 
 @pytest.mark.parametrize(("sq", "sk"), [(300, 300), (300, 140), (140, 300)])
+@pytest.mark.parametrize("more", [{}, {"softcap": 2.0}], ids=["", "capped"])
 @pytest.mark.parametrize("d", [64, 128])
-def test_gradients_of_any_slope(d, sq, sk):
+def test_gradients_of_any_slope(d, more, sq, sk):
     """The same as those of the general kernel, and the other heads' as if nothing had happened. LSEs of up to 1e22 hold neither
     the products q.k nor a sum. Rows that see no key at a distance of 0 are left out where a slope is infinite."""
     for group, causal in itertools.product((1, 4), (True, False)):
         x = inputs(2, 8, 8 // group, sq, sk, d)
-        options = {"causal": causal, "rows": (90, 80)}
+        options = {"causal": causal, "rows": (90, 80), **more}
         clean, _ = gradients(*x, alibi_slopes=slopes(8), **options)
         others = torch.arange(8, device="cuda") != 3
         other_keys = torch.arange(8 // group, device="cuda") != 3 // group

@@ -90,8 +90,8 @@ static const char *refuse_terms(const fgqa_problem *p)
     return bias->data && bias->dtype != p->dtype && bias->dtype != FGQA_F32 ? "bias that is neither float32 nor of q's dtype" : NULL;
 }
 
-/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, not both;
- * some have all that there is, bias and mask, too; some a mask and dropout, beside neither of the two. */
+/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, forward
+ * ones not both; some have all that there is, bias and mask, too; some a mask and dropout, beside neither of the two. */
 static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
@@ -100,7 +100,7 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
     }
     if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode && !has_all) {
         if (!has_alibi) { return "alibi_slopes"; }
-        if (p->softcap != 0.0) { return "alibi_slopes with softcap"; }
+        if (p->softcap != 0.0 && p->pass == FGQA_PASS_FWD) { return "alibi_slopes with softcap"; }
     }
     if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
     if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }

@@ -75,7 +75,9 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
 {
     const fgqa_problem &p = params.problem;
     const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes];
-    const float slope_log2 = load_float(slopes.data, b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E, scale_log2 = params.scale * (float)FGQA_LOG2E;
+    const float slope_log2 = load_float(slopes.data, b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E;
+    const bool capped = params.softcap > 0.0f;
+    const float in_caps = params.scale * params.inv_softcap, scale_log2 = (capped ? params.softcap : params.scale) * (float)FGQA_LOG2E;
     int32_t rows;
     const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
     const int32_t i0 = tile * w.block_q, end = min(sequence.mask.sq, i0 + w.block_q);
@@ -83,7 +85,7 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
         const float lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, sequence.q_row + i);
         if (!is_large(lse, LARGEST_LSE)) { continue; }
         const row_sum own = sum_row<T>(params, sequence, b, h, i, row_range(sequence.mask, i), 1.0f, [&](int32_t j, float qk) {
-            return bwd_less_alibi(qk, scale_log2, slope_log2, (float)(i + sequence.mask.diag - j));
+            return bwd_less_alibi(capped ? tanh_score(qk * in_caps) : qk, scale_log2, slope_log2, (float)(i + sequence.mask.diag - j));
         });
         float *lse2 = bwd_tiled_stats(w, bwd_q_tile(p, w, b, h, sequence.q_row, tile), i);
         if (threadIdx.x % HALF == 0 && own.top == -INFINITY) { *lse2 = -FLT_MAX; }

@@ -65,8 +65,10 @@ static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. With dropout perhaps a mask tensor, too. */
-enum score_kind { PLAIN, CAPPED, ALIBI, MASK_TENSOR, DROPOUT };
+enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT };
 template <score_kind KIND> static constexpr bool HAS_BITS = KIND == MASK_TENSOR || KIND == DROPOUT;
+template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI;
+template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
@@ -131,8 +133,8 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_tasks.cuh"
 #include "bwd_bits.cuh"
 #include "bwd_consumer.cuh"
-#include "bwd_softcap.cuh"
 #include "bwd_alibi.cuh"
+#include "bwd_softcap.cuh"
 #if FGQA_D == 256
 #include "bwd_wide.cuh"
 #include "bwd_queries.cuh"
@@ -189,7 +191,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(s
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_state, tensor_state, dropout_state;
+    static launch_state plain_state, masked_state, capped_state, alibi_states[2], tensor_state, dropout_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -230,8 +232,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     launch_state *state = capped ? &capped_state : masked ? &masked_state : &plain_state;
 #if FGQA_BWD_HAS_ALIBI(FGQA_D)
     if (problem->view[FGQA_ARG_alibi_slopes].data) {
-        kernel = bwd_kernel<true, ALIBI>;
-        state = &alibi_state;
+        kernel = capped ? bwd_kernel<true, CAPPED_ALIBI> : bwd_kernel<true, ALIBI>;
+        state = &alibi_states[capped];
     }
 #endif
 #if FGQA_BWD_HAS_BITS(FGQA_D)

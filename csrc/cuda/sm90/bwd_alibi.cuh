@@ -1,6 +1,6 @@
 /* bwd_alibi.cuh - part of bwd.cu: exponents of weights, with ALiBi or without. dS is the same: slopes have no gradient.
  *
- *     P = 2^(scale log2(e) S - slope log2(e) |diag(i) - j| - lse2)
+ *     P = 2^(scale log2(e) S - slope log2(e) |diag(i) - j| - lse2)      with a soft cap S is t of bwd_softcap.cuh, scale the cap
  *
  * In this order, so that numbers that leave no digits to S cancel: of a row whose LSE is that large, lse2 is made of the same products
  * (bwd_delta_tiled.cu). Any slopes: NaN, and an infinite one where it meets the diagonal, make weights NaN.
@@ -13,7 +13,7 @@ struct alibi_lane { float slope_log2, first; };
 template <score_kind KIND> static __device__ __forceinline__ alibi_lane alibi_of_lane(const shared &sm, uint32_t stage, int consumer, int thread)
 {
     alibi_lane alibi = {};
-    if constexpr (KIND == ALIBI) {
+    if constexpr (WITH_ALIBI<KIND>) {
         const alibi_tile tile = sm.alibi[stage];
         alibi.slope_log2 = tile.slope_log2;
         alibi.first = (float)(tile.first + thread % 4 * 2 - (consumer * 64 + thread / 32 * 16 + thread % 32 / 4));
@@ -24,6 +24,6 @@ template <score_kind KIND> static __device__ __forceinline__ alibi_lane alibi_of
 /* Of register 4 n + e. Keys 8 further are as far as rows 8 before: of 32 distances 18 are different. */
 template <score_kind KIND> static __device__ __forceinline__ float exponent(float s, float lse2, float scale_log2, const alibi_lane &alibi, int n, int e)
 {
-    if constexpr (KIND == ALIBI) { return bwd_less_alibi(s, scale_log2, alibi.slope_log2, alibi.first + (float)(8 * (n - e / 2) + e % 2)) - lse2; }
+    if constexpr (WITH_ALIBI<KIND>) { return bwd_less_alibi(s, scale_log2, alibi.slope_log2, alibi.first + (float)(8 * (n - e / 2) + e % 2)) - lse2; }
     return fmaf(s, scale_log2, -lse2);
 }

@@ -67,13 +67,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     const float4 *delta_of_lane = (const float4 *)sm.delta[r.stage] + (lane & 3);
     float4 delta[4];
-    if (KIND == CAPPED) {
-        capped_weights(weights, sloped, s, lse2, p);
+    if (WITH_CAP<KIND>) {
+        capped_weights<KIND>(weights, sloped, s, lse2, p, alibi);
 #pragma unroll
         for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
     }
 #pragma unroll
-    for (int n = 0; n < 8 && KIND != CAPPED; n++) {
+    for (int n = 0; n < 8 && !WITH_CAP<KIND>; n++) {
         if (n == 4) {
 #pragma unroll
             for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
@@ -99,7 +99,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     for (int n = 0; n < 8 && KIND != DROPOUT; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float2 weight = unpack2((KIND == CAPPED ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
+            const float2 weight = unpack2((WITH_CAP<KIND> ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
             gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
         }
     }

@@ -102,7 +102,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<2>();
     if (KIND == DROPOUT) { kept_a = bits_of_blocks(drawn); }
-    if (KIND == CAPPED) { capped_weights(weights_a, sloped_a, s_a, lse2, p); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
+    if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
     load_stats(lse2, sm.lse2[r.stage], 1, lane);
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
@@ -116,7 +116,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (KIND == DROPOUT) {
         dropout_gradients(gradients_a, weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
     } else {
-        make_gradients(gradients_a, KIND == CAPPED ? sloped_a : weights_a, dp_a, delta);
+        make_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
     load_stats(delta, sm.delta[r.stage], 1, lane);
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
@@ -140,7 +140,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<3>();
     if (KIND == DROPOUT) { kept_b = bits_of_blocks(drawn); }
-    if (KIND == CAPPED) { capped_weights(weights_b, sloped_b, s_b, lse2, p); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
+    if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (has_mask<KIND>(p)) { keep(weights_b, weights_b, shown_b); }
     if (KIND == DROPOUT) { keep(dropped_b, weights_b, kept_b); }
@@ -151,7 +151,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (KIND == DROPOUT) {
         dropout_gradients(gradients_b, weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
     } else {
-        make_gradients(gradients_b, KIND == CAPPED ? sloped_b : weights_b, dp_b, delta);
+        make_gradients(gradients_b, WITH_CAP<KIND> ? sloped_b : weights_b, dp_b, delta);
     }
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (has_mask<KIND>(p)) { keep(gradients_b, gradients_b, shown_b); }

@@ -254,7 +254,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
             if (t.steps > 0) { about = about_tile(p, t, at); }
         }
         alibi_tile alibi = {};
-        if constexpr (KIND == ALIBI) {
+        if constexpr (WITH_ALIBI<KIND>) {
             if (t.steps > 0) { alibi = alibi_of_tile(p, t, at); }
         }
         for (int32_t step = 0; step == 0 || step < t.steps; step++) {
@@ -269,13 +269,13 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
                     if (step + 1 < t.steps) { following = about_tile(p, t, at); }
                 }
                 const alibi_tile own_alibi = alibi;
-                if constexpr (KIND == ALIBI) {
+                if constexpr (WITH_ALIBI<KIND>) {
                     if (step + 1 < t.steps) { alibi = alibi_of_tile(p, t, at); }
                 }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
                 if (MASKED) { sm.about[r.stage] = make_int4(about.x, about.y, following.x, following.y); }
                 about = following;
-                if (KIND == ALIBI) { sm.alibi[r.stage] = own_alibi; }
+                if (WITH_ALIBI<KIND>) { sm.alibi[r.stage] = own_alibi; }
                 if (HAS_BITS<KIND>) { sm.heads[r.stage] = make_int2(head, step + 1 < t.steps ? t.kv_head * problem.g + at.head : head); }
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }

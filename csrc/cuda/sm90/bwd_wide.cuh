@@ -67,7 +67,7 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
                 mbarrier_wait(smem_address(&sm.weights_empty[r.stage]), r.parity ^ 1);
                 wgmma_wait<0>();
                 if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
-                if (KIND == CAPPED) { capped_weights(pairs, sloped, x, stats, p); }
+                if (KIND == CAPPED) { capped_weights<KIND>(pairs, sloped, x, stats, p, {}); }
 #pragma unroll
                 for (int n = 0; n < 8 && KIND != CAPPED; n++) {
 #pragma unroll
