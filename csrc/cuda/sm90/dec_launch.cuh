@@ -37,7 +37,7 @@ static bool has_slow_memory(int32_t device)
     return fgqa_cuda_device_properties(device, &properties) == FGQA_OK && properties.memory_gbs < 4000;
 }
 
-/* deep_pieces: of a tile in pieces, the chunks of one follow each other. joins_halves: the kernel can, of 17 to 32 rows. */
+/* deep_pieces: of a tile in pieces, the chunks of one follow each other. joins_halves: the kernel can, of 17 rows or more. */
 static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec, bool deep_pieces, bool joins_halves)
 {
     p->common = fgqa_params_make(problem);
@@ -56,7 +56,7 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->by_page_size = fast_div_make(problem->cache.page_size);
     p->split = split_of(*p, p->uniform ? (int32_t)pairs * p->units : 1, true);
     const bool even = p->uniform && p->layout.chunk == 0 && p->split.longer == 0;
-    p->halves = even && joins_halves && p->layout.tile_rows == 32 && 2 * p->split.share == p->units;
+    p->halves = even && joins_halves && p->layout.tile_rows >= 32 && 2 * p->split.share == p->units;
     p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
     p->folds = BLOCK_Q > 8 && p->counters && p->layout.chunk && p->layout.tile_rows <= FOLD_ROWS && pairs >= p->blocks_aligned;      /* blocks may have whole pairs */
     const bool whole_pairs = leaves_no_records(*p, p->split, p->units);

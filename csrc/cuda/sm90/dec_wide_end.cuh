@@ -10,25 +10,6 @@
 static __device__ __forceinline__ int item_row(int item) { return row_of(item / 128, item % 32); }
 static __device__ __forceinline__ int item_column(int item, int e) { return out_column(e / 2, e % 2, item / 32 % 4, item % 32); }
 
-/* Of N / 4 numbers of each lane the sums over lanes of equal lane % 4. Number lane / 4 + 8 n comes to be x[n], of 4 numbers lane / 4 % 4. */
-template <int COUNT> static __device__ __forceinline__ void sum_by_rows(float (&x)[COUNT], int lane)
-{
-    constexpr int BITS = COUNT >= 8 ? 3 : 2;
-#pragma unroll
-    for (int bit = BITS - 1; bit >= 0; bit--) {         /* numbers with and without the bit change places with those of the other lane */
-        const bool upper = lane >> (2 + bit) & 1;
-#pragma unroll
-        for (int n = 0; n < COUNT; n++) {
-            if (n >> bit & 1 || n % 8 >= 2 << bit) { continue; }
-            const float keep = upper ? x[n | 1 << bit] : x[n], give = upper ? x[n] : x[n | 1 << bit];
-            x[n] = keep + __shfl_xor_sync(0xFFFFFFFFu, give, 4 << bit);
-        }
-    }
-    if (BITS == 2) { x[0] += __shfl_xor_sync(0xFFFFFFFFu, x[0], 16); }
-#pragma unroll
-    for (int n = 1; n < COUNT / 8; n++) { x[n] = x[8 * n]; }
-}
-
 /* Sums l of a warp's keys, and m, to shared memory. */
 template <class Shared, int N> static __device__ __forceinline__ void share_sums(Shared &mem, const dec_actor &actor, const state<N> &st, int group)
 {
@@ -37,7 +18,7 @@ template <class Shared, int N> static __device__ __forceinline__ void share_sums
     float l[COUNT];
 #pragma unroll
     for (int j = 0; j < COUNT; j++) { l[j] = st.l[j]; }
-    sum_by_rows(l, lane);
+    join_by_rows(l, lane, [](float a, float b) { return a + b; });
     if (actor.rehearsal || lane >= 4 * COUNT) { return; }
 #pragma unroll
     for (int n = 0; n < KEPT; n++) { mem.warp_part[group][warp][row_of(number + 8 * n, lane)] = l[n]; }
@@ -64,17 +45,19 @@ template <class Shared> static __device__ __forceinline__ float2 sums_of_row(con
     return make_float2(m, l);
 }
 
-/* The end of two blocks that have half of a pair's keys each: rank r gets the sums of rows 8 r to 8 r + 7 of either group from the other
- * block, in the place of its Q and chain, and makes the result of them. o: the group's rows over the own keys. Records took 3 us. */
-template <class Shared, int COUNT> static __device__ __forceinline__ void join_halves(const dec_params &p, Shared &mem, const dec_actor &actor, const row_end &end,
-                                                                                      const float (&o)[COUNT][ITEM], const pair_rows &rows, int group)
+/* The end of two blocks that have half of a pair's keys each: rank r gets the sums of half r of either group's rows from the other
+ * block, in the place of its Q and chain, and makes the result of them. o: the group's rows over the own keys; row, end: of the thread,
+ * if it makes the sums of one. Records took 3 us. */
+template <class Shared, int COUNT> static __device__ __forceinline__ void join_halves(const dec_params &p, Shared &mem, const dec_actor &actor, const row_end &end, int row,
+                                                                                      bool has_row, const float (&o)[COUNT][ITEM], const pair_rows &rows, int group)
 {
-    constexpr int KEPT = COUNT / 2;
+    constexpr int KEPT = COUNT / 2, KEPT_ROWS = 4 * KEPT;
     typedef typename std::conditional<ITEM == 4, float4, float2>::type vector;
-    static_assert(sizeof(mem.q) >= sizeof(vector) * 2 * KEPT * 128 && COUNT == 4, "two sets of 8 rows a group, and room for one");
-    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, at = actor.thread % 128, row = actor.thread, row0 = group * 4 * COUNT;
+    static_assert(sizeof(mem.q) >= sizeof(vector) * 2 * KEPT * 128 && COUNT % 4 == 0, "pairs of rows, and room for half of a group's");
+    const int lane = (int)thread_index() % 32, warp = actor.thread / 32 % 4, at = actor.thread % 128;
     const uint32_t rank = blockIdx.x % 2;
-    const bool has_row = row < Shared::ROWS, owns_row = (uint32_t)row / 8 % 2 == rank;
+    const int first_row = group * 4 * COUNT + (int)rank * KEPT_ROWS;     /* of those that the group makes the result of */
+    const bool owns_row = (uint32_t)row / KEPT_ROWS % 2 == rank;
     float2 ml = make_float2(0.0f, 0.0f);
     if (has_row) { ml = sums_of_row(p, mem, actor, row); }
     if (!actor.rehearsal) {
@@ -105,18 +88,21 @@ template <class Shared, int COUNT> static __device__ __forceinline__ void join_h
     float kept[KEPT][ITEM];
 #pragma unroll
     for (int n = 0; n < KEPT; n++) {
-        const int own_row = row0 + 8 * (int)rank + row_of(n, lane);
+        const int own_row = first_row + row_of(n, lane);
         const float scale = actor.read(mem.row_scale[own_row]), others = actor.read(mem.unit[own_row]);
         const vector x = actor.read(((const vector *)mem.q)[(group * KEPT + n) * 128 + at]);
 #pragma unroll
         for (int e = 0; e < ITEM; e++) { kept[n][e] = scale * (rank ? o[n + KEPT][e] : o[n][e]) + others * ((const float *)&x)[e]; }
     }
-    const int local = row0 + 8 * (int)rank + lane / 4;
 #pragma unroll
-    for (int e = 0; e < ITEM; e++) {            /* two rows of a column; turned */
-        const uint32_t pair = movmatrix_trans(pack2(kept[0][e], kept[1][e], T()));
-        const int column = 64 * (e / 2) + 16 * warp + 8 * (e % 2) + 2 * (lane % 4);
-        if (local < rows.valid && column < p.common.problem.dv && !actor.rehearsal) { *(uint32_t *)(mem.row_out[local] + column * (int)sizeof(T)) = pair; }
+    for (int n = 0; n < KEPT; n += 2) {
+        const int local = first_row + 4 * n + lane / 4;
+#pragma unroll
+        for (int e = 0; e < ITEM; e++) {        /* two rows of a column; turned */
+            const uint32_t pair = movmatrix_trans(pack2(kept[n][e], kept[n + 1][e], T()));
+            const int column = 64 * (e / 2) + 16 * warp + 8 * (e % 2) + 2 * (lane % 4);
+            if (local < rows.valid && column < p.common.problem.dv && !actor.rehearsal) { *(uint32_t *)(mem.row_out[local] + column * (int)sizeof(T)) = pair; }
+        }
     }
 }
 
@@ -151,7 +137,7 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
     const int row = STREAMS == 2 ? actor.thread : group * N + at;
     const bool has_row = (STREAMS == 2 ? actor.thread : at) < N;       /* of each row one thread makes the sums */
     row_end end;
-    const bool halves = N == 32 && STREAMS == 2 && !FLOAT8 && p.halves;
+    const bool halves = N >= 32 && !FLOAT8 && !FOLDS && p.halves;
     if (halves && !actor.rehearsal) { cluster_arrive(); }
     if ((record < 0 || halves) && has_row) { end = row_end_of(p, b, rows, sq, row, true); }
     float o[COUNT][ITEM];
@@ -199,9 +185,9 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
             return;
         }
     }
-    if constexpr (N == 32 && STREAMS == 2 && !FLOAT8) {
+    if constexpr (N >= 32 && !FLOAT8 && !FOLDS) {
         if (halves) {
-            join_halves(p, mem, actor, end, o, rows, group);
+            join_halves(p, mem, actor, end, row, has_row, o, rows, group);
             return;
         }
     }

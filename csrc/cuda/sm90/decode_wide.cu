@@ -132,8 +132,8 @@ template <int ROWS> struct q_pieces {
     template <class Shared> __device__ __forceinline__ void begin_place(Shared &mem, const dec_params &p, int32_t b, const pair_rows &rows) const
     {
         if (!KEPT) {
-#pragma unroll 4
-            for (int n = 0; n < COUNT; n++) {   /* some at once: an address is a chain of multiplications */
+#pragma unroll 1
+            for (int n = 0; n < COUNT; n++) {   /* an address takes less time than the instructions of four would take to arrive */
                 const uint4 *x = from(p, b, rows, n);
                 cp_async_16(smem_address(to(mem, n)), x ? (const void *)x : p.common.problem.view[FGQA_ARG_q].data, x ? 16 : 0);
             }
@@ -162,32 +162,73 @@ template <int ROWS> struct q_pieces {
     }
 };
 
-/* New reference maximum over the tile, and o and l relative to it. Rare after the first tiles. */
-template <class Shared, int N> static __device__ __forceinline__ void raise_max(const dec_params &p, Shared &mem, int group, const float (&s)[N / 2], state<N> &st)
+/* Of N / 4 numbers of each lane those over lanes of equal lane % 4, added up or otherwise joined. Number lane / 4 + 8 n comes to be x[n],
+ * of 4 numbers lane / 4 % 4. */
+template <int COUNT, class Join> static __device__ __forceinline__ void join_by_rows(float (&x)[COUNT], int lane, const Join &join)
 {
+    constexpr int BITS = COUNT >= 8 ? 3 : 2;
+#pragma unroll
+    for (int bit = BITS - 1; bit >= 0; bit--) {         /* numbers with and without the bit change places with those of the other lane */
+        const bool upper = lane >> (2 + bit) & 1;
+#pragma unroll
+        for (int n = 0; n < COUNT; n++) {
+            if (n >> bit & 1 || n % 8 >= 2 << bit) { continue; }
+            const float keep = upper ? x[n | 1 << bit] : x[n], give = upper ? x[n] : x[n | 1 << bit];
+            x[n] = join(keep, __shfl_xor_sync(0xFFFFFFFFu, give, 4 << bit));
+        }
+    }
+    if (BITS == 2) { x[0] = join(x[0], __shfl_xor_sync(0xFFFFFFFFu, x[0], 16)); }
+#pragma unroll
+    for (int n = 1; n < COUNT / 8; n++) { x[n] = x[8 * n]; }
+}
+
+/* New reference maximum over the tile, and o and l relative to it. Rare after the first tiles; at the first one, for which all wait,
+ * there is nothing yet to be relative. */
+template <class Shared, int N> static __device__ __forceinline__ void raise_max(const dec_params &p, Shared &mem, int group, bool first, const float (&s)[N / 2], state<N> &st)
+{
+    constexpr int COUNT = N / 4, KEPT = COUNT >= 8 ? COUNT / 8 : 1;
     const int lane = (int)thread_index() % 32, warp = (int)thread_index() / 32 % 4;
+    float top[COUNT];
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const int r = 4 * (j / 2) + j % 2;
-        float m = fmaxf(s[r], s[r + 2]);
+    for (int j = 0; j < COUNT; j++) { top[j] = fmaxf(s[4 * (j / 2) + j % 2], s[4 * (j / 2) + j % 2 + 2]); }
+    join_by_rows(top, lane, [](float a, float b) { return fmaxf(a, b); });
+    if (lane < 4 * COUNT) {
 #pragma unroll
-        for (int d = 4; d < 32; d *= 2) { m = fmaxf(m, __shfl_xor_sync(0xFFFFFFFFu, m, d)); }
-        if (lane < 4) { mem.warp_part[group][warp][row_of(j, lane)] = m; }
+        for (int n = 0; n < KEPT; n++) { mem.warp_part[group][warp][row_of(lane / 4 + 8 * n, lane)] = top[n]; }
     }
     bar_sync((uint32_t)(READY + group), 128);
+    const auto raised = [&](int j) {
+        float2 m = make_float2(st.m[j], st.m[j + 1]);
 #pragma unroll
-    for (int j = 0; j < N / 4; j++) {
-        const int r = 4 * (j / 2) + j % 2;
-        float m = st.m[j];
+        for (int w = 0; w < 4; w++) {
+            const float2 part = *(const float2 *)&mem.warp_part[group][w][row_of(j, lane)];
+            m = make_float2(fmaxf(m.x, part.x), fmaxf(m.y, part.y));
+        }
+        return m;
+    };
+    if (first) {
 #pragma unroll
-        for (int w = 0; w < 4; w++) { m = fmaxf(m, mem.warp_part[group][w][row_of(j, lane)]); }
-        const float alpha = m == -INFINITY ? 1.0f : ex2((st.m[j] - m) * p.scale_log2);
-        st.m[j] = m;
-        st.l[j] *= alpha;
+        for (int j = 0; j < COUNT; j += 2) {
+            const float2 m = raised(j);
+            st.m[j] = m.x;
+            st.m[j + 1] = m.y;
+        }
+        return;
+    }
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            st.o[chunk][r] *= alpha;
-            st.o[chunk][r + 2] *= alpha;
+    for (int j = 0; j < COUNT; j += 2) {
+        const float2 m = raised(j);
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int r = 2 * j + e;
+            const float own = e ? m.y : m.x, alpha = own == -INFINITY ? 1.0f : ex2((st.m[j + e] - own) * p.scale_log2);
+            st.m[j + e] = own;
+            st.l[j + e] *= alpha;
+#pragma unroll
+            for (int chunk = 0; chunk < CHUNKS; chunk++) {
+                st.o[chunk][r] *= alpha;
+                st.o[chunk][r + 2] *= alpha;
+            }
         }
     }
 }
@@ -247,7 +288,7 @@ template <class Shared, int N> static __device__ __forceinline__ void take_poiso
 struct tile_mask { int32_t first; fgqa_range seen, full; bool rows_differ; };
 
 /* One tile. K's barriers; V's tile and barriers follow. */
-template <class Shared, int N> static __device__ __forceinline__ void attend_tile(const dec_params &p, Shared &mem, int group, uint32_t k_tile, uint32_t k_bar,
+template <class Shared, int N> static __device__ __forceinline__ void attend_tile(const dec_params &p, Shared &mem, int group, bool first, uint32_t k_tile, uint32_t k_bar,
                                                                                   uint32_t empty_bar, uint32_t parity, const tile_mask &mask, state<N> &st)
 {
     constexpr int TEAM_THREADS = 128 * Shared::GROUPS;
@@ -306,7 +347,7 @@ template <class Shared, int N> static __device__ __forceinline__ void attend_til
     }
 #pragma unroll
     for (int r = 0; r < N / 2; r++) { grows |= s[r] > st.m[r / 4 * 2 + r % 2] + lazy; }
-    if (bar_any((uint32_t)(VOTE + group), 128, grows)) { raise_max(p, mem, group, s, st); }
+    if (bar_any((uint32_t)(VOTE + group), 128, grows)) { raise_max(p, mem, group, first, s, st); }
 #pragma unroll
     for (int r = 0; r < N / 2; r++) {
         const int j = r / 4 * 2 + r % 2;
@@ -418,7 +459,7 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
             const int32_t first = (segment.span.first + g) * GRANULE;
             const tile_mask mask = {first, {slots.seen.begin - first, slots.seen.end - first}, {slots.full.begin - first, slots.full.end - first},
                                     p.common.problem.sq > 1};
-            attend_tile(p, mem, group, smem_address(mem.ring[stream][stage][0]), smem_address(&mem.full[stream][stage][0]),
+            attend_tile(p, mem, group, g < segment.g0 + STREAMS, smem_address(mem.ring[stream][stage][0]), smem_address(&mem.full[stream][stage][0]),
                         smem_address(&mem.empty[stream][stage][0]), parity, mask, st);
             if (++stage == Shared::STAGES) {
                 stage = 0;
