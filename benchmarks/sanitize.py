@@ -76,11 +76,28 @@ def run_cached(q, k, v, options, put, where, stored):
     )
 
 
+def run_dropout(q, k, v, options, bias, where):
+    drops = {"dropout_p": 0.2, "seed": 7, **where}
+    results = list(flashgqa.attention(q, k, v, **options, **drops, return_lse=True))
+    results += flashgqa.attention(q, k, v, **drops, return_lse=True)
+    results += flashgqa.attention(q, k, v, bias=bias, mask=bias > -1, **drops, return_lse=True)
+    return [*results, attention_beside_inf(q, k, v, drops)]
+
+
+def attention_beside_inf(q, k, v, options):
+    """A tile of which few rows see an inf in V: done twice."""
+    poisoned = v + 0
+    poisoned[..., SK - 1, :] = float("inf")
+    return flashgqa.attention(q, k, poisoned, causal=True, **options)[:, :, : SQ - 1]
+
+
 def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
+    if variant == "dropout":
+        return run_dropout(q, k, v, options, bias, where)
     results = list(flashgqa.attention(q, k, v, **options, return_lse=True, **where))
     if variant in FEW_ROWS:                     # merged by a kernel of its own
         results += flashgqa.attention(q, k, v, **options, return_lse=True, batch_invariant=True, **where)
-    elif arch == "sm90":                        # without a mask; and a tile of which few rows see an inf in V: done twice
+    elif arch == "sm90":
         results += flashgqa.attention(q, k, v, return_lse=True, **where)
         results += flashgqa.attention(q, k, v, **CAPPED, return_lse=True, **where)
         if q.shape[-1] in ALIBI_HEAD_DIMS:
@@ -91,9 +108,7 @@ def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
         if variant == "plain" and q.shape[-1] == v.shape[-1] and q.shape[-1] in ALL_HEAD_DIMS:
             terms = {"alibi_slopes": slopes, "bias": bias, "mask": bias > -1}
             results += flashgqa.attention(q, k, v, **CAPPED, **terms, return_lse=True, **where)
-        poisoned = v + 0
-        poisoned[..., SK - 1, :] = float("inf")
-        results.append(flashgqa.attention(q, k, poisoned, causal=True, **where)[:, :, : SQ - 1])
+        results.append(attention_beside_inf(q, k, v, where))
     return results
 
 
@@ -107,7 +122,7 @@ def run_row(name, where, put, everything=lambda x: x):
         extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
         q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
         options = options_of(variant, rng)
-        if variant == "cache" or (which, arch) == ("fwd", "sm90"):
+        if variant == "cache" or ((which, arch) == ("fwd", "sm90") and variant != "dropout"):
             dtypes = [FLOAT8] if variant.endswith("f8") else [q.dtype] if variant in (*FEW_ROWS, "cache") else [q.dtype, FLOAT8]
             for stored in dtypes:               # of float8 a copy, if the row is not for it
                 results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, stored)
@@ -220,7 +235,7 @@ def run_tool(tool, names, filled, logs):
 def run_tools(tools, names, logs):
     """All of it; about.json says of what."""
     logs.mkdir(parents=True, exist_ok=True)
-    blind = [name for name in names if "_sm90_" in name and name.endswith(("plain", "tall"))]
+    blind = [name for name in names if "_sm90_" in name and name.endswith(("plain", "tall", "dropout"))]
     jobs, start = [], time.monotonic()
     for tool in tools:
         groups = [(names, False)]

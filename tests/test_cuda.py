@@ -55,7 +55,7 @@ def test_config_and_kernels_name_the_gpu():
 def test_explain_names_kernel_and_reasons():
     q, k, v = qkv()
     plan = flashgqa.explain(q, k, v, dropout_p=0.5, seed=1)
-    assert plan["device"] == "cuda" and plan["kernel"].endswith("general")
+    assert plan["device"] == "cuda" and plan["kernel"].endswith(("general", "dropout"))
     assert any("dropout" in reason for _, reason in plan["refused"])
     assert flashgqa.explain(q, k, v, backward=True)["kernel"].startswith(("bwd_sm80_f16", "bwd_sm90_f16"))
     numpy_plan = flashgqa.explain(*(x.float().cpu().numpy() for x in (q, k, v)), device="cuda")
@@ -196,6 +196,8 @@ EVERYTHING = {"softcap": 8.0, "dropout_p": 0.2, "seed": 7, "window": (150, 20), 
 
 
 def options_of_row(name):
+    if name.endswith("dropout"):
+        return {"causal": True, "dropout_p": 0.2, "seed": 7}
     if not name.endswith("general"):
         return {"causal": True}
     options = dict(EVERYTHING)

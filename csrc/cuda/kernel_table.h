@@ -14,6 +14,7 @@ typedef struct {
     int32_t most_rows;                  /* packed query rows of a KV head that share a block of a decode row; 0: not one */
     int32_t cached;                     /* FGQA_CACHE_..: whether it reads KV caches */
     int32_t float8;                     /* 1: those of float8 elements, and nothing else */
+    int32_t dropout;                    /* 1: calls with dropout, and nothing else */
 } fgqa_cuda_row;
 
 enum { FGQA_CACHE_NEVER, FGQA_CACHE_ONLY, FGQA_CACHE_ALSO };
@@ -36,6 +37,7 @@ typedef int32_t fgqa_cuda_smem(void);
 #define FGQA_VARIANT_decodef8 5
 #define FGQA_VARIANT_decodewidef8 6
 #define FGQA_VARIANT_tall 7
+#define FGQA_VARIANT_dropout 8
 
 /* fgqa_fwd_sm80_bf16_d128_dv128_plain: the symbol of a row, and the stem of every name that belongs to it. */
 #define FGQA_ROW_CAT_(pass, arch, dtype, d, dv, variant) fgqa_##pass##_sm##arch##_##dtype##_d##d##_dv##dv##_##variant

@@ -75,7 +75,8 @@ typedef struct {
     : FGQA_PASS_##pass == FGQA_PASS_FWD && arch == HOPPER ? FGQA_CACHE_ALSO : FGQA_CACHE_NEVER)
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
-      IS_DECODE(variant) ? block_q : 0, READS_CACHE(pass, arch, variant), IS_FLOAT8(variant)}, \
+      IS_DECODE(variant) ? block_q : 0, READS_CACHE(pass, arch, variant), IS_FLOAT8(variant), \
+      FGQA_VARIANT_##variant == FGQA_VARIANT_dropout}, \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
@@ -331,7 +332,7 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
         const char *reason = pass_over_copy(p, why);
         if (reason) { return reason; }
     }
-    if (leaves_tiles_empty(p, k->row.block_q)) {
+    if (!k->row.dropout && leaves_tiles_empty(p, k->row.block_q)) {
         return fgqa_reason(why, "%d query rows leave its tiles of %d mostly empty; tiles shared by a whole group are fuller", (int)fgqa_usual_rows(p), k->row.block_q);
     }
     return NULL;
@@ -351,12 +352,13 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (reason) { return reason; }
     if (k->row.cached == FGQA_CACHE_ONLY && p->cache.page_size == 0) { return "for KV caches only"; }
     if (k->row.cached == FGQA_CACHE_NEVER && p->cache.page_size > 0) { return "reads no KV cache"; }
+    if (k->row.dropout && p->dropout_threshold == 0) { return "for dropout only"; }
     if (k->row.float8 && p->view[FGQA_ARG_k].dtype != FGQA_F8E4M3) { return "for float8 KV caches only"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const int has_alibi = k->row.arch == HOPPER && (k->row.pass == FGQA_PASS_FWD ? FGQA_HAS_ALIBI(k->row.d) : FGQA_BWD_HAS_ALIBI(k->row.d));
         const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
-        const int has_bits = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BITS(k->row.d);
+        const int has_bits = k->row.dropout || (k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BITS(k->row.d));
         const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all, has_bits);
         if (option) {
             return fgqa_reason(why, "has no %s", option);
@@ -414,7 +416,7 @@ static void tile_weights(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_
     fgqa_weights_tile(p, plan);
 }
 
-#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0, 0, 0}
+#define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0, 0, 0, 0}
 static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), fgqa_weights_rows, fgqa_weights_smem};
 static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), fgqa_weights_keysum, fgqa_weights_smem};
 #undef WEIGHTS

@@ -44,11 +44,13 @@
 #include "fwd_pack.h"
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
+#define FGQA_DROPOUT (FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_dropout)
 
 #ifndef FGQA_NO_CODE
 
 #include "../sm80/cache_tile.cuh"
 #include "careful.cuh"
+#include "fwd_dropout.cuh"
 #include "fwd_score.cuh"
 #include "fwd_terms.cuh"
 #include "fwd_tiles.cuh"
@@ -77,6 +79,7 @@ static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products:
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : 112;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
+static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says. */
 enum chain { PLAIN, CAPPED, ALIBI, TERMS, SCALED, ALL };
 template <chain CHAIN> static constexpr bool WITH_TERMS = CHAIN == TERMS || CHAIN == ALL;
@@ -471,18 +474,20 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<PLAIN>(p); }
+#if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
+#endif
+#if !FGQA_DROPOUT
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
 #if FGQA_HAS_ALIBI(FGQA_D)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _alibi)(const __grid_constant__ fwd_params p) { run_block<ALIBI>(p); }
-#endif
-#if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
-extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
 #endif
 #if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _scaled)(const __grid_constant__ fwd_params p) { run_block<SCALED>(p); }
 #endif
 #if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _all)(const __grid_constant__ fwd_params p) { run_block<ALL>(p); }
+#endif
 #endif
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
@@ -498,18 +503,21 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const bool has_own = capped + alibi + terms < 2 && (FGQA_HAS_ALIBI(FGQA_D) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms);
     const bool scaled = problem->cache.k_scale.data || problem->cache.v_scale.data;
     const chain of_scores = !has_own ? ALL : capped ? CAPPED : alibi ? ALIBI : terms ? TERMS : scaled ? SCALED : PLAIN;
-    auto kernel = of_scores == CAPPED ? FGQA_SUFFIX(FGQA_ROW, _capped) : FGQA_SUFFIX(FGQA_ROW, _kernel);
-#if FGQA_HAS_ALIBI(FGQA_D)
-    if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
-#endif
+    auto kernel = FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
+#endif
+#if !FGQA_DROPOUT
+    if (of_scores == CAPPED) { kernel = FGQA_SUFFIX(FGQA_ROW, _capped); }
+#if FGQA_HAS_ALIBI(FGQA_D)
+    if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
 #endif
 #if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
     if (of_scores == SCALED) { kernel = FGQA_SUFFIX(FGQA_ROW, _scaled); }
 #endif
 #if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _all); }
+#endif
 #endif
     int multiprocessors = 1;
     int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);

@@ -4,8 +4,8 @@
 /* A consumer's first row; its second is 8 further on. */
 static __device__ __forceinline__ int32_t row_in_tile(uint32_t thread) { return (int32_t)((thread / 32 - 4) * 16 + thread % 32 / 4); }
 
-/* Query head of a packed row. */
-static __device__ __forceinline__ int32_t head_of(const fwd_params &p, const tile &t, int32_t packed) { return t.head + (packed & (1 << p.list.pack) - 1); }
+/* Query head of a packed row of a tile whose first one is `first`. */
+static __device__ __forceinline__ int32_t head_of(const fwd_params &p, int32_t first, int32_t packed) { return first + (packed & (1 << p.list.pack) - 1); }
 
 /* Of a row of O a lane stores 8 bytes every 32, after a swap of pairs with its neighbour: the first element of its own. A sector of
  * memory is written at once; 16 bytes take twice the shuffles and are as fast, 4 bytes half the speed of the stores. */
@@ -80,7 +80,7 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     rows.end = __reduce_max_sync(ALL_LANES, rows.end);
     overlay_poison<T, DV>(o, rows, lane, [&](int r, int32_t j) {
         const int32_t packed = t.row0 + row_in_tile(thread) + 8 * r;
-        return !WITH_TERMS<CHAIN> || terms_show(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack, j);
+        return !WITH_TERMS<CHAIN> || terms_show(problem, t.batch, head_of(p, t.head, packed), packed >> p.list.pack, j);
     });
 }
 
@@ -102,7 +102,7 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int32_t local = row_in_tile(thread_index()) + 8 * r, packed = t.row0 + local;
-        const int64_t row = row_of_part(p, t, head_of(p, t, packed), packed >> p.list.pack);
+        const int64_t row = row_of_part(p, t, head_of(p, t.head, packed), packed >> p.list.pack);
         const int32_t columns = local < t.valid ? dv - 2 * (lane % 4) : 0;
         float *const to = p.split.o + row * dv + 2 * (lane % 4);
         const float factor = ends.sum[r] == 0.0f ? 0.0f : v_scale / ends.sum[r];
@@ -151,14 +151,14 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
 #pragma unroll 1
         for (int r = 0; r < 2; r++) {
             const int32_t packed = t.row0 + first + 8 * r;
-            const float sink = sink_logit(problem, t.batch, head_of(p, t, packed), packed >> p.list.pack >= t.sq);
+            const float sink = sink_logit(problem, t.batch, head_of(p, t.head, packed), packed >> p.list.pack >= t.sq);
             const float top = natural_base<LOWEST>(r ? ends.base[1] : ends.base[0], r ? ends.lse[1] : ends.lse[0]);
             float lse, factor = softmax_finish(top, r ? ends.sum[1] : ends.sum[0], sink, &lse);
             if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
         }
     }
     if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
-    const float v_scale = CHAIN == SCALED ? cache_scale(problem.cache.v_scale, t.batch, fgqa_kv_head(t.head, problem.g)) : 1.0f;
+    const float v_scale = DROPOUT ? p.common.dropout_scale : CHAIN == SCALED ? cache_scale(problem.cache.v_scale, t.batch, fgqa_kv_head(t.head, problem.g)) : 1.0f;
 #pragma unroll
     for (int r = 0; r < 2; r++) { ends.factor[r] *= v_scale; }
     if (partial) {
@@ -181,7 +181,7 @@ template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int32_t packed = t.row0 + first_row + 8 * r;
-        const float slope = load_float(slopes.data, t.batch * slopes.stride_b + head_of(p, t, packed) * slopes.stride_h, slopes.dtype);
+        const float slope = load_float(slopes.data, t.batch * slopes.stride_b + head_of(p, t.head, packed) * slopes.stride_h, slopes.dtype);
         alibi.slope[r] = CAREFUL ? slope : moderate_slope(slope * p.inv_unit);
     }
     alibi.diagonal = (t.row0 + first_row >> p.list.pack) + t.diag - 2 * (int32_t)(thread_index() % 4);
@@ -225,6 +225,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     const bool some_alibi = p.common.problem.view[FGQA_ARG_alibi_slopes].data;
     alibi_rows alibi;
     term_rows terms;
+    dropout_key of_call;
     row_places places = {};
     softmax_rows rows = {};
     float o[DV / 2] = {};
@@ -296,12 +297,33 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if constexpr (WITH_TERMS<CHAIN>) {
             const tile &t = sm.tiles[rt.stage];
             const int32_t packed[2] = {t.row0 + (int32_t)first_row, t.row0 + (int32_t)first_row + 8};
-            const int32_t head[2] = {head_of(p, t, packed[0]), head_of(p, t, packed[1])}, row[2] = {packed[0] >> p.list.pack, packed[1] >> p.list.pack};
+            const int32_t head[2] = {head_of(p, t.head, packed[0]), head_of(p, t.head, packed[1])}, row[2] = {packed[0] >> p.list.pack, packed[1] >> p.list.pack};
             terms = find_term_rows(p.common.problem, p.terms, t.batch, head, row);
         }
     };
     auto fetch = [&](block_terms &of_block, int j) {
         if constexpr (WITH_TERMS<CHAIN>) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
+    };
+    /* ptxas moves arithmetic in front of products, but no volatile read that it begins with; and behind the wait for them, among the
+     * exponentials, which is where it costs least. */
+    auto draw = [&](uint32_t (&kept)[2], int j) {
+        if constexpr (DROPOUT) {
+            const volatile tile &t = sm.tiles[rt.stage];
+            const int32_t packed = t.row0 + (int32_t)first_row, head = t.head;
+            const uint32_t heads_before = (uint32_t)t.batch * (uint32_t)p.common.problem.hq;
+            drop_rows rows;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                rows.i[r] = (uint32_t)(packed + 8 * r >> p.list.pack);
+                rows.batch_head[r] = heads_before + (uint32_t)head_of(p, head, packed + 8 * r);
+            }
+            draw_kept<BLOCK_K>(kept, of_call, rows, j * BLOCK_K);
+            asm volatile("" : "+r"(kept[0]), "+r"(kept[1]));
+        }
+    };
+    auto pack = [&](const float (&s)[BLOCK_K / 2], const uint32_t (&kept)[2]) {
+        pack_weights<T>(pr, s);
+        if constexpr (DROPOUT) { drop_weights<BLOCK_K>(pr, kept); }
     };
     auto score = [&](float (&s)[BLOCK_K / 2], int j, block_terms &of_block) {
         if constexpr (CHAIN == TERMS) { add_terms<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, p.common.scale, j * BLOCK_K, p.common.problem.sk); }
@@ -393,7 +415,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     /* S -> P. The chain from the end of Q K^T to the next one decides the speed, and in it the number of instructions: the tensor core's
      * accumulators take half of what registers can deliver. So nothing is asked of a block's scores (softmax_rows) and exponentials
      * begin at once, under P V; only their sums tell whether base has to go up. */
-    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], auto masked, auto first, bool next_k) {
+    auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], const uint32_t (&kept)[2], auto masked, auto first, bool next_k) {
         constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI || WITH_TERMS<CHAIN>);
         float sum[2], alpha[2];
         if (FIRST) {
@@ -414,7 +436,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
 #pragma unroll
         for (int r = 0; r < 2; r++) { rows.l[r] = FIRST ? sum[r] : rows.l[r] + sum[r]; }
-        pack_weights<T>(pr, s);
+        pack(s, kept);
         if (!FIRST) { wait_v(); }
     };
     auto wait_operands = [&] {                                   /* of the next step, or of the last P V */
@@ -442,10 +464,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     auto first_block = [&] {
         float s[BLOCK_K / 2];
         block_terms of_block;
+        uint32_t kept[2];
         wait_k();
         qk(s);
         take_rows();
         fetch(of_block, block_end - 1);
+        draw(kept, block_end - 1);
         wgmma_wait<0>();
         wgmma_pin(s);
         release_k();
@@ -453,19 +477,21 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         score(s, block_end - 1, of_block);
         mask(s, block_end - 1, CAREFUL || block_end > full.end || block_end - 1 < full.begin, of_block);
         first_weights(s, rows.l);
-        pack_weights<T>(pr, s);
+        pack(s, kept);
         wait_operands();
     };
     /* block j < block_end - 1; on entry K(j) and V(j + 1) are there and P holds block j + 1 */
     auto step = [&](int j, auto masked, bool bounded) {
         float s[BLOCK_K / 2];
         block_terms of_block;
+        uint32_t kept[2];
         const int accumulate = j < block_end - 2;
         await_turn();
         qk(s);
         pv(accumulate);
         fetch(of_block, j);
         if (WITH_TERMS<CHAIN> && j > block_begin) { prefetch_terms<BLOCK_K>(terms, p.terms, (j - 1) * BLOCK_K); }
+        draw(kept, j);
         wgmma_wait<1>();
         pass_turn();
         wgmma_pin(s);
@@ -473,7 +499,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_only_q(j);
         score(s, j, of_block);
         if (decltype(masked)::value) { mask(s, j, bounded, of_block); }
-        softmax_under_pv(s, masked, std::false_type{}, j > block_begin);
+        softmax_under_pv(s, kept, masked, std::false_type{}, j > block_begin);
     };
     auto middle_blocks = [&] {
         int j = block_end - 2;
@@ -491,6 +517,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     if (wg == WG_COUNT - 1) { pass_turn(); }
     if (KEEP_PLACES) { places = place_rows(p); }
+    if (DROPOUT) { of_call = dropout_key_make(p.common.problem); }
     if (!take_tile()) { return; }
     skip_blocks(true, true);
     first_block();
@@ -507,6 +534,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (CROSS && more) {                                /* as step(), but S belongs to the next tile and O is finished */
             float s[BLOCK_K / 2];
             block_terms of_block;
+            uint32_t kept[2];
             skip_blocks(true, false);
             wait_k();
             await_turn();
@@ -514,6 +542,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             pv(accumulate);
             take_rows();
             fetch(of_block, block_end - 1);
+            draw(kept, block_end - 1);
             wgmma_wait<1>();
             pass_turn();
             wgmma_pin(s);
@@ -521,7 +550,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             score(s, block_end - 1, of_block);
             mask(s, block_end - 1, block_end > full.end || block_end - 1 < full.begin, of_block);
             end_rows(ends, done_rows);
-            softmax_under_pv(s, std::true_type{}, std::true_type{}, false);
+            softmax_under_pv(s, kept, std::true_type{}, std::true_type{}, false);
             skip_blocks(false, true);
         } else {
             wgmma_fence();
