@@ -3,7 +3,8 @@
  *
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
  * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, and one more
- * for batch_invariant; rows that read a copy of some caches bring the kernels that make it.
+ * for batch_invariant; rows that read a copy of some caches bring the kernels that make it. Rows for Hopper have kernels of their own for
+ * some options, and for some that come together.
  */
 #include "../core/cache.h"
 #include "device.h"
@@ -12,6 +13,7 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
+enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16 };
 enum { HEADS = 2, ROWS = 512, KEYS = 2048, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
@@ -81,7 +83,19 @@ static fgqa_status run_request(const fgqa_kernel *kernel, const fgqa_request *re
     return run_problem(kernel, &problem, request, memory);
 }
 
-static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant)
+/* A row does not serve every set of options. */
+static fgqa_status run_if_served(const fgqa_kernel *kernel, const fgqa_request *request, const warmup_memory *memory)
+{
+    fgqa_problem problem;
+    FGQA_TRY(fgqa_problem_init(request, &problem));
+    return kernel->refuse(kernel, &problem, NULL) ? FGQA_OK : run_problem(kernel, &problem, request, memory);
+}
+
+/* What makes a row's first kernel run. */
+static int32_t own_options(const fgqa_cuda_row *row) { return row->general ? WITH_BIAS : row->dropout ? WITH_DROPOUT : 0; }
+
+static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant,
+                              int32_t options)
 {
     if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, rows, invariant); }
     const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
@@ -89,20 +103,34 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
     const fgqa_tensor out = ZEROS(row->dtype, 4, out_shape), lse = ZEROS(FGQA_F32, 3, lse_shape);
-    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), bias = ZEROS(FGQA_F32, 2, bias_shape);
+    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), slopes = sink, bias = ZEROS(FGQA_F32, 2, bias_shape), mask = ZEROS(FGQA_BOOL, 2, bias_shape);
 #undef ZEROS
     const int backward = row->pass == FGQA_PASS_BWD;
     fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
                             .want_lse = 1, .want_dsink = backward, .want_dbias = backward && row->general, .deterministic = 1,
-                            .batch_invariant = invariant};
+                            .batch_invariant = invariant, .has_softcap = (options & WITH_SOFTCAP) != 0, .softcap = options & WITH_SOFTCAP ? 1.0 : 0.0,
+                            .dropout_p = options & WITH_DROPOUT ? 0.5 : 0.0, .has_seed = (options & WITH_DROPOUT) != 0};
     request.tensor[FGQA_ARG_q] = &q;
     request.tensor[FGQA_ARG_k] = &k;
     request.tensor[FGQA_ARG_v] = &v;
     request.tensor[FGQA_ARG_sink] = &sink;
-    request.tensor[FGQA_ARG_bias] = row->general ? &bias : NULL;
+    request.tensor[FGQA_ARG_bias] = options & WITH_BIAS ? &bias : NULL;
+    request.tensor[FGQA_ARG_mask] = options & WITH_MASK ? &mask : NULL;
+    request.tensor[FGQA_ARG_alibi_slopes] = options & WITH_ALIBI ? &slopes : NULL;
     if (backward) { request.tensor[FGQA_ARG_dout] = request.tensor[FGQA_ARG_out] = &out; }
     if (backward) { request.tensor[FGQA_ARG_lse] = &lse; }
-    return run_request(kernel, &request, memory);
+    return options == own_options(row) ? run_request(kernel, &request, memory) : run_if_served(kernel, &request, memory);
+}
+
+/* A row's kernels for options, beside that for none of them. */
+static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
+{
+    static const int32_t sets[] = {WITH_BIAS, WITH_SOFTCAP, WITH_ALIBI, WITH_SOFTCAP | WITH_BIAS, WITH_SOFTCAP | WITH_ALIBI,
+                                   WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK};
+    for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
+        if (sets[n] != own_options(row)) { FGQA_TRY(run_kernel(kernel, row, memory, ROWS, 0, sets[n])); }
+    }
+    return FGQA_OK;
 }
 
 /* Kernels of weights, which serve all dtypes. */
@@ -141,9 +169,10 @@ static fgqa_status run_all(const warmup_memory *memory)
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
-            FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0));
+            FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0, own_options(row)));
             if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) { FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0)); }
-            for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0)); }
+            for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, own_options(row))); }
+            if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) { FGQA_TRY(run_options(&kernels[n], row, memory)); }
             continue;
         }
         for (fgqa_dtype dtype = FGQA_F32; dtype <= FGQA_BF16; dtype++) { FGQA_TRY(run_weights(&kernels[n], dtype, memory)); }
