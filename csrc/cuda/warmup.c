@@ -170,7 +170,7 @@ static fgqa_status run_all(const warmup_memory *memory)
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0, own_options(row)));
-            if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) { FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0)); }
+            if (row->cached == FGQA_CACHE_ALSO && !row->most_rows && !row->dropout) { FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0)); }
             for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, own_options(row))); }
             if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) { FGQA_TRY(run_options(&kernels[n], row, memory)); }
             continue;
