@@ -16,6 +16,7 @@ class Known(NamedTuple):
 
 
 RACE = r"^(Error|Warning): Race reported between"
+OF_DROPOUT = r"bwd_kernel<\(bool\)1, \(score_kind\)5>"       # bwd.cu's DROPOUT
 
 KNOWN = (
     Known("racecheck", "fwd_sm90_.*_(plain|tall|dropout)", RACE,
@@ -45,16 +46,21 @@ KNOWN = (
           "Consumer warpgroups clean the same V buffer, each all of it before its own product. A word that is written "
           "becomes what every other warpgroup makes of it, too: whether it is read before or after, the result is the same "
           "word."),
+    Known("racecheck", "fwd_sm90_.*_decodewide", RACE, (r"Write .*\bcp_async_16\(", r"Write .*\bstore_cluster\("),
+          "A block's threads copy Q, wait for their copies, meet, go through its tiles and arrive at the cluster's barrier. The "
+          "other block of the cluster waits there before it stores its sums into the place of Q; a block of these clusters has "
+          "one segment, so no Q follows. The tool does not follow cluster barriers to another block's stores."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
-          (r"Write .*\bbulk_load\(", r"Read .*\b(load_stats\(|step<|consume_as<|begin_step<)"),
+          (r"Write .*\bbulk_load\(", rf"Read .*\b(load_stats\(|step<|consume_as<|begin_step<|{OF_DROPOUT})"),
           "Bulk copies write lse2 and delta of a stage and complete on q_full and dout_full, for which consumers wait. "
           "Before the next copy: all their reads lie before a product of all four warps, behind which one thread of each "
-          "consumer arrives at dout_empty and q_empty; the producer waits for both. The same limit of the tool."),
+          "consumer arrives at dout_empty and q_empty; the producer waits for both. The same limit of the tool. Of the "
+          "kernel for dropout, loads at the head of step() are named without their line, as the kernel's own."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
-          (r"Write .*\bproduce<", r"Read .*\b(begin_step|take_steps|step|alibi_of_lane)<"),
-          "The producer's thread writes about[s] and, with ALiBi, alibi[s] and arrives at q_full. Before the next write: the "
-          "reads lie before a product of all four warps, behind which one thread of each consumer arrives at q_empty, for which "
-          "the producer waits. The same limit."),
+          (r"Write .*\bproduce<", rf"Read .*\b((begin_step|take_steps|step|alibi_of_lane)<|{OF_DROPOUT})"),
+          "The producer's thread writes about[s], with ALiBi alibi[s], with dropout heads[s], and arrives at q_full. Before the "
+          "next write: the reads lie before a product of all four warps, behind which one thread of each consumer arrives at "
+          "q_empty, for which the producer waits. The same limit."),
     Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bconsume_as<", r"Read .*\bconsume_as<"),
           "One consumer writes P into weights[s], each of its warps meets at __syncwarp and lane 0 arrives at weights_full[s], "
           "for which the other waits before it reads; that one's warps arrive the same way at weights_empty[s], for which the "
