@@ -1,4 +1,5 @@
-"""The C unit tests: plain C11 programs in tests/c, built with the system's compiler and run. No Python.h, no CUDA.
+"""The C unit tests: plain C11 programs in tests/c, built with the system's compiler and run. No Python.h, no CUDA: tests/c/cuda
+has what two files of the host's side of it need of its header.
 
 Each runs as it is and under the address and undefined-behaviour sanitizers, where the compiler has them.
 """
@@ -17,6 +18,7 @@ CORE = sorted((ROOT / "csrc" / "core").glob("*.c"))
 # What a test links besides the core.
 MORE_SOURCES = {
     "test_threads": ["csrc/cpu/threads.c"],
+    "test_warmup": ["csrc/cuda/launch.c", "csrc/cuda/warmup.c"],
     "test_xla": ["csrc/xla/handler.c", "csrc/cpu/memory.c", "csrc/cuda/absent.c"],
     "test_xla_cuda": ["csrc/xla/handler.c", "csrc/cpu/memory.c"],
 }
@@ -54,11 +56,12 @@ def sanitizers(tmp_path_factory):
 @pytest.mark.parametrize("mode", ["plain", "sanitized"])
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.stem)
 def test_c(path, mode, tmp_path, request):
-    extra = []
+    extra = [f"-I{ROOT / 'tests' / 'c' / 'cuda'}"]
     if mode == "sanitized":
-        extra = request.getfixturevalue("sanitizers")
-        if extra is None:
+        sanitizers = request.getfixturevalue("sanitizers")
+        if sanitizers is None:
             pytest.skip("this compiler has no address and undefined-behaviour sanitizers")
+        extra += sanitizers
     sources = [path, *CORE, *(ROOT / more for more in MORE_SOURCES.get(path.stem, []))]
     built = build(sources, tmp_path / path.stem, extra)
     assert built.returncode == 0, built.stderr

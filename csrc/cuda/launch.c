@@ -72,7 +72,7 @@ typedef struct {
 #define IS_FLOAT8(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decodef8 || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewidef8)
 #define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide || IS_FLOAT8(variant))
 #define READS_CACHE(pass, arch, variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_cache || IS_FLOAT8(variant) ? FGQA_CACHE_ONLY \
-    : FGQA_PASS_##pass == FGQA_PASS_FWD && arch == HOPPER ? FGQA_CACHE_ALSO : FGQA_CACHE_NEVER)
+    : FGQA_PASS_##pass == FGQA_PASS_FWD && arch == HOPPER && FGQA_VARIANT_##variant != FGQA_VARIANT_dropout ? FGQA_CACHE_ALSO : FGQA_CACHE_NEVER)
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
       IS_DECODE(variant) ? block_q : 0, READS_CACHE(pass, arch, variant), IS_FLOAT8(variant), \

@@ -13,7 +13,7 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16 };
+enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32 };
 enum { HEADS = 2, ROWS = 512, KEYS = 2048, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
@@ -50,15 +50,17 @@ static fgqa_status run_problem(const fgqa_kernel *kernel, fgqa_problem *problem,
     return status;
 }
 
-/* One new key behind none, over the memory of the results, where nothing is lost. */
-static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, fgqa_dtype stored, const warmup_memory *memory, int64_t rows, int32_t invariant)
+/* One new key behind none, over the memory of the results, where nothing is lost. Scales: if the row serves them. */
+static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, fgqa_dtype stored, const warmup_memory *memory, int64_t rows, int32_t invariant,
+                              int32_t options)
 {
     const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv}, lens_shape[] = {1};
-    const int64_t k_new_shape[] = {1, 1, 1, row->d}, v_new_shape[] = {1, 1, 1, row->dv};
+    const int64_t k_new_shape[] = {1, 1, 1, row->d}, v_new_shape[] = {1, 1, 1, row->dv}, scale_shape[] = {1};
     const fgqa_tensor q = contiguous(memory->zeros, row->dtype, memory->device, 4, q_shape);
     const fgqa_tensor k_new = contiguous(memory->zeros, row->dtype, memory->device, 4, k_new_shape);
     const fgqa_tensor v_new = contiguous(memory->zeros, row->dtype, memory->device, 4, v_new_shape);
     const fgqa_tensor lens = contiguous(memory->zeros, FGQA_I32, memory->device, 1, lens_shape);
+    const fgqa_tensor scale = contiguous(memory->zeros, FGQA_F32, memory->device, 1, scale_shape);
     const fgqa_tensor k = contiguous(memory->results, stored, memory->device, 4, k_shape);
     const fgqa_tensor v = contiguous((float *)memory->results + BIGGEST / 2, stored, memory->device, 4, v_shape);
     fgqa_cache_request request = {.base = {.window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1, .want_lse = 1,
@@ -71,7 +73,9 @@ static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     request.tensor[FGQA_CACHE_k_new] = &k_new;
     request.tensor[FGQA_CACHE_v_new] = &v_new;
     request.tensor[FGQA_CACHE_cache_lens] = &lens;
+    request.tensor[FGQA_CACHE_k_scale] = request.tensor[FGQA_CACHE_v_scale] = options & WITH_SCALES ? &scale : NULL;
     FGQA_TRY(fgqa_cache_init(&request, &problem));
+    if (options & WITH_SCALES && kernel->refuse(kernel, &problem, NULL)) { return FGQA_OK; }
     FGQA_TRY(fgqa_cuda_append(&problem, &none, NULL));
     return run_problem(kernel, &problem, &request.base, memory);
 }
@@ -97,7 +101,7 @@ static int32_t own_options(const fgqa_cuda_row *row) { return row->general ? WIT
 static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant,
                               int32_t options)
 {
-    if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, rows, invariant); }
+    if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, rows, invariant, 0); }
     const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
     const int64_t out_shape[] = {1, HEADS, rows, row->dv}, lse_shape[] = {1, HEADS, rows}, sink_shape[] = {HEADS}, bias_shape[] = {rows, KEYS};
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
@@ -170,7 +174,10 @@ static fgqa_status run_all(const warmup_memory *memory)
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0, own_options(row)));
-            if (row->cached == FGQA_CACHE_ALSO && !row->most_rows && !row->dropout) { FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0)); }
+            if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) {
+                FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, 0));
+                FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, WITH_SCALES));
+            }
             for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, own_options(row))); }
             if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) { FGQA_TRY(run_options(&kernels[n], row, memory)); }
             continue;
