@@ -64,9 +64,11 @@ static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-/* What happens to scores besides the scale and the interval mask: a kernel of its own each. With dropout perhaps a mask tensor, too. */
-enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT };
-template <score_kind KIND> static constexpr bool HAS_BITS = KIND == MASK_TENSOR || KIND == DROPOUT;
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. */
+enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT };
+template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT;
+template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT;
+template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI;
 template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
@@ -154,7 +156,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         prefetch_tensormap(&p.k_map);
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
-        if (KIND == DROPOUT) { sm.dropout = dropout_key_make(p.common.problem); }
+        if (DROPS<KIND>) { sm.dropout = dropout_key_make(p.common.problem); }
         mbarrier_init(smem_address(&sm.task_full), 1);
         mbarrier_init(smem_address(&sm.task_free), (D == 256 ? 1 : 3) + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
@@ -191,7 +193,7 @@ extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(s
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_states[2], tensor_state, dropout_state;
+    static launch_state plain_state, masked_state, capped_state, alibi_states[2], tensor_state, dropout_state, both_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -243,8 +245,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     }
     p.inv_dropout_scale = 1.0f;
     if (problem->dropout_threshold != 0) {
-        kernel = bwd_kernel<true, DROPOUT>;
-        state = &dropout_state;
+        const bool some_mask = problem->view[FGQA_ARG_mask].data;
+        kernel = some_mask ? bwd_kernel<true, MASK_AND_DROPOUT> : bwd_kernel<true, DROPOUT>;
+        state = some_mask ? &both_state : &dropout_state;
         if (problem->dropout_threshold < 65536) {                /* else dS has nothing to be scaled */
             p.inv_dropout_scale = 1.0f / p.common.dropout_scale;
             p.common.scale *= p.common.dropout_scale;            /* of dK and dQ: that of scores is scale_log2 */

@@ -50,11 +50,6 @@ struct bit_place { int32_t row, block; };
 
 /* ---- mask tensors ---- */
 
-template <score_kind KIND> static __device__ __forceinline__ bool has_mask(const bwd_params &p)
-{
-    return KIND == MASK_TENSOR || (KIND == DROPOUT && p.common.problem.view[FGQA_ARG_mask].data);
-}
-
 /* Eight bytes of each of the four rows. */
 struct mask_bytes { uint32_t x[4][2]; };
 
@@ -103,6 +98,16 @@ static __device__ __forceinline__ lane_bits bits_of_mask(const mask_bytes &bytes
 #pragma unroll
     for (int n = 7; n >= 0; n--) { bits = bits_of_bytes(bytes.x[n % 4][n / 4], bits); }
     return {exchange_bits<4, 1>(exchange_bits<8, 2>(exchange_bits<16, 16>(bits)))};
+}
+
+/* Whether it hides something from the warp. */
+template <score_kind KIND> static __device__ __forceinline__ bool mask_hides(const lane_bits &shown) { return HAS_MASK<KIND> && __any_sync(ALL_LANES, ~shown.bits != 0); }
+
+/* Whether the tile from row `next` on, of another head perhaps, has the bits of that from `row0` on: heads of a group often share a mask. */
+static __device__ __forceinline__ bool same_mask(const bwd_params &p, int32_t row0, int32_t next)
+{
+    const fgqa_view &mask = p.common.problem.view[FGQA_ARG_mask];
+    return mask.stride_h == 0 && (mask.stride_s == 0 || row0 == next);
 }
 
 /* ---- dropout ---- */
@@ -161,7 +166,7 @@ template <score_kind KIND> static __device__ __forceinline__ bool counts(const b
     const fgqa_view &mask = problem.view[FGQA_ARG_mask];
     head += t.kv_head * problem.g;
     key += t.n * BLOCK_K;
-    if (KIND == DROPOUT) {
+    if (DROPS<KIND>) {
         const dropout_key drop = dropout_key_make(problem);
         const fgqa_philox_block bits = fgqa_dropout_bits(drop.seed, drop.offset, (uint32_t)key / 8, (uint32_t)i, (uint32_t)t.b * (uint32_t)problem.hq + (uint32_t)head);
         if (!fgqa_dropout_keeps(fgqa_dropout_half(&bits, key % 8), drop.threshold)) { return false; }

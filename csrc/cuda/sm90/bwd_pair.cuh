@@ -154,7 +154,7 @@ template <bool MASKED, score_kind KIND> static __device__ void consume(const bwd
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
         if (MASKED && state & CARE_POISON) { add_poison<KIND>(p, t, last_key, last_lane, dv); }
         if (MASKED && state & KEYS_POISONED) { overwrite_poisoned<KIND>(p, sm, t, last_key, dk, dv); }
-        const float dv_scale = KIND == DROPOUT ? p.common.dropout_scale : 1.0f;
+        const float dv_scale = DROPS<KIND> ? p.common.dropout_scale : 1.0f;
         if (p.w.splits > 1) {
             write_part(p, t, p.w.dk, dk, scale, j0 + last_key, last_lane);
             write_part(p, t, p.w.dv, dv, dv_scale, j0 + last_key, last_lane);

@@ -52,6 +52,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     for (int n = 0; n < 4; n++) { lse2[n] = of_lane[4 * n]; }
     if (MASKED) { store_dq(sm, r, dq, staged_late, consumer); }                          /* of two steps before: the same buffer */
     int2 following = {0, 0};
+    const bool hides = mask_hides<KIND>(left.shown);
     const alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     if (MASKED) { following = make_int2(sm.about[r.stage].z, sm.about[r.stage].w); }
     int32_t next_head = 0;
@@ -85,18 +86,18 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     if (MASKED) { announce_dq(sm, r, staged_late, lane); }
     if (MASKED && left.partial) { hide(weights, tile_mask(sm.rows + consumer * 64, left.row0)); }
-    if (has_mask<KIND>(p)) { keep(weights, weights, left.shown); }
+    if (hides) { keep(weights, weights, left.shown); }
     uint32_t dropped[16];
-    if (KIND == DROPOUT) { keep(dropped, weights, left.kept); }
+    if (DROPS<KIND>) { keep(dropped, weights, left.kept); }
     wgmma_fence();
 #pragma unroll
-    for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, (KIND == DROPOUT ? dropped : weights) + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
+    for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, (DROPS<KIND> ? dropped : weights) + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
     wgmma_commit();
 
     wgmma_wait<1>();
-    if (KIND == DROPOUT) { dropout_gradients(gradients, weights, dp, delta, left.kept, p.inv_dropout_scale); }
+    if (DROPS<KIND>) { dropout_gradients(gradients, weights, dp, delta, left.kept, p.inv_dropout_scale); }
 #pragma unroll
-    for (int n = 0; n < 8 && KIND != DROPOUT; n++) {
+    for (int n = 0; n < 8 && !DROPS<KIND>; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float2 weight = unpack2((WITH_CAP<KIND> ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
@@ -104,9 +105,10 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         }
     }
     if (MASKED && left.partial) { hide(gradients, tile_mask(sm.rows + consumer * 64, left.row0)); }
-    if (has_mask<KIND>(p)) { keep(gradients, gradients, left.shown); }
+    if (hides) { keep(gradients, gradients, left.shown); }
     mask_bytes bytes = {};
-    if (has_mask<KIND>(p)) { bytes = load_mask_bytes(p, t, next_head, following.x, consumer, thread); }
+    const bool other_mask = HAS_MASK<KIND> && !same_mask(p, left.row0, following.x);
+    if (other_mask) { bytes = load_mask_bytes(p, t, next_head, following.x, consumer, thread); }
     mbarrier_wait(smem_address(&sm.ds_empty[r.stage]), r.parity ^ 1);
     store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
     fence_proxy_async();
@@ -121,7 +123,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     wgmma_fence();
     query_products(dq, smem_address(sm.ds[before.stage]), k_columns);
     uint32_t drawn = 0;
-    if (KIND == DROPOUT) {
+    if (DROPS<KIND>) {
         wgmma_wait<2>();                                         /* dV needs its operands no longer */
         drawn = draw_blocks(p, sm, t, next_head, following.x, consumer, thread);
     }
@@ -144,8 +146,8 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     first_products(s, sm, keys, next.stage);
     wgmma_wait<1>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[before.stage])); }
-    if (has_mask<KIND>(p)) { left.shown = bits_of_mask(bytes); }
-    if (KIND == DROPOUT) { left.kept = bits_of_blocks(drawn); }
+    if (other_mask) { left.shown = bits_of_mask(bytes); }
+    if (DROPS<KIND>) { left.kept = bits_of_blocks(drawn); }
     if (!MASKED) {
         store_dq(sm, before, dq, follows, consumer);
         announce_dq(sm, before, follows, lane);
@@ -169,8 +171,8 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
         }
         wgmma_fence();
         first_products(left.s, sm, keys, r.stage);
-        if (KIND == DROPOUT) { left.kept = bits_of_blocks(draw_blocks(p, sm, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
-        if (has_mask<KIND>(p)) { left.shown = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
+        if (DROPS<KIND>) { left.kept = bits_of_blocks(draw_blocks(p, sm, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
+        if (HAS_MASK<KIND>) { left.shown = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
         wgmma_wait<0>();
     }
     for (int32_t n = 0; n < steps; n++) {

@@ -82,11 +82,12 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     int32_t row0 = 0;
     const lane_bits shown_a = ahead.shown[0], shown_b = ahead.shown[1];
+    const bool hides_a = mask_hides<KIND>(shown_a), hides_b = mask_hides<KIND>(shown_b);
     const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0, [&] { load_stats(lse2, sm.lse2[r.stage], 0, lane); });
     const ring2 before = r.before();
     int32_t next_row0 = 0, next_head = 0, own_head = 0;
-    if (KIND == DROPOUT) { own_head = sm.heads[r.stage].x; }
-    if (has_mask<KIND>(p)) {
+    if (DROPS<KIND>) { own_head = sm.heads[r.stage].x; }
+    if (HAS_MASK<KIND>) {
         next_row0 = sm.about[r.stage].z;
         next_head = sm.heads[r.stage].y;
     }
@@ -98,29 +99,30 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     score_products(dp_a, keys.v_rows, dout_rows);
     query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
     uint32_t drawn = 0;
-    if (KIND == DROPOUT) { drawn = draw_blocks(p, sm, t, own_head, row0, consumer, thread); }
+    if (DROPS<KIND>) { drawn = draw_blocks(p, sm, t, own_head, row0, consumer, thread); }
 
     wgmma_wait<2>();
-    if (KIND == DROPOUT) { kept_a = bits_of_blocks(drawn); }
+    if (DROPS<KIND>) { kept_a = bits_of_blocks(drawn); }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
-    load_stats(lse2, sm.lse2[r.stage], 1, lane);
+    if (!HAS_BITS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
-    if (has_mask<KIND>(p)) { keep(weights_a, weights_a, shown_a); }
-    if (KIND == DROPOUT) { keep(dropped_a, weights_a, kept_a); }
+    if (hides_a) { keep(weights_a, weights_a, shown_a); }
+    if (DROPS<KIND>) { keep(dropped_a, weights_a, kept_a); }
     wgmma_fence();
     score_products(s_b, keys.k_rows, q_rows + NEXT);
-    key_products(dv, KIND == DROPOUT ? dropped_a : weights_a, dout_rows);
+    key_products(dv, DROPS<KIND> ? dropped_a : weights_a, dout_rows);
 
     wgmma_wait<3>();
-    if (KIND == DROPOUT) {
+    if (DROPS<KIND>) {
         dropout_gradients(gradients_a, weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
     } else {
         make_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
     load_stats(delta, sm.delta[r.stage], 1, lane);
+    if (HAS_BITS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits take its registers before */
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
-    if (has_mask<KIND>(p)) { keep(gradients_a, gradients_a, shown_a); }
+    if (hides_a) { keep(gradients_a, gradients_a, shown_a); }
     if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
     wgmma_wait<2>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
@@ -129,39 +131,40 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     mbarrier_wait(smem_address(&sm.ds_empty[0]), before.stage);
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
     mask_bytes bytes_a = {}, bytes_b = {};
-    if (has_mask<KIND>(p)) {
+    const bool other_mask = HAS_MASK<KIND> && !same_mask(p, row0, next_row0);
+    if (other_mask) {
         bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
         bytes_b = load_mask_bytes(p, t, next_head, next_row0 + HALF, consumer, thread);
     }
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
-    if (KIND == DROPOUT) { drawn = draw_blocks(p, sm, t, own_head, row0 + HALF, consumer, thread); }
+    if (DROPS<KIND>) { drawn = draw_blocks(p, sm, t, own_head, row0 + HALF, consumer, thread); }
 
     wgmma_wait<3>();
-    if (KIND == DROPOUT) { kept_b = bits_of_blocks(drawn); }
+    if (DROPS<KIND>) { kept_b = bits_of_blocks(drawn); }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
-    if (has_mask<KIND>(p)) { keep(weights_b, weights_b, shown_b); }
-    if (KIND == DROPOUT) { keep(dropped_b, weights_b, kept_b); }
+    if (hides_b) { keep(weights_b, weights_b, shown_b); }
+    if (DROPS<KIND>) { keep(dropped_b, weights_b, kept_b); }
     wgmma_fence();
-    key_products(dv, KIND == DROPOUT ? dropped_b : weights_b, dout_rows + NEXT);
+    key_products(dv, DROPS<KIND> ? dropped_b : weights_b, dout_rows + NEXT);
 
     wgmma_wait<2>();
-    if (KIND == DROPOUT) {
+    if (DROPS<KIND>) {
         dropout_gradients(gradients_b, weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
     } else {
         make_gradients(gradients_b, WITH_CAP<KIND> ? sloped_b : weights_b, dp_b, delta);
     }
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
-    if (has_mask<KIND>(p)) { keep(gradients_b, gradients_b, shown_b); }
+    if (hides_b) { keep(gradients_b, gradients_b, shown_b); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[0])); }
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
-    if (has_mask<KIND>(p)) {
+    if (other_mask) {
         ahead.shown[0] = bits_of_mask(bytes_a);
         ahead.shown[1] = bits_of_mask(bytes_b);
     }
@@ -178,7 +181,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
                                                                          float (&dk)[D / 2], float (&dv)[DV / 2])
 {
     bits_ahead ahead = {};
-    if (has_mask<KIND>(p) && steps > 0) {
+    if (HAS_MASK<KIND> && steps > 0) {
         mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
         for (int half = 0; half < 2; half++) { ahead.shown[half] = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, sm.about[r.stage].x + half * HALF, consumer, thread)); }
     }
