@@ -1,4 +1,4 @@
-"""Keys of which several tiles are taken at once (in products of bfloat16: spans of 256), whole and in part; no LSE is asked."""
+"""Keys of which several tiles are taken at once (bfloat16: spans of 256 or 512), whole and in part; no LSE is asked."""
 
 import ml_dtypes
 import numpy as np
@@ -10,13 +10,16 @@ import flashgqa
 from flashgqa import reference
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
-# hq, hk, sq, sk, d, dv: spans of 256 keys and panels of 32 packed rows, whole and in part.
+# hq, hk, sq, sk, d, dv: spans of 256 keys (on tiles with d + dv up to 128: 512) and panels of 32 packed rows, whole and in part.
 SHAPES = [
     (1, 1, 64, 128, 64, 64),
     (4, 1, 24, 300, 128, 128),
     (2, 2, 96, 512, 40, 72),
     (8, 2, 33, 260, 16, 256),
     (3, 1, 43, 385, 200, 24),
+    (2, 1, 70, 1100, 64, 64),
+    (2, 2, 64, 1024, 32, 64),
+    (8, 1, 80, 640, 33, 40),      # several tasks a KV head, which share their packed keys
 ]
 
 
@@ -38,6 +41,20 @@ def check(backend, q, k, v, **options):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_within_the_error_rule(shape, factor, causal, rng, backend):
     check(backend, *inputs(shape, rng, factor), causal=causal)
+
+
+def test_packed_sequences_whose_spans_are_shared(rng, backend):
+    """Several tasks a KV head share the packed keys of sequences that begin and end anywhere."""
+    lens = (700, 0, 513, 100, 1024)
+    ends = np.cumsum((0, *lens)).astype(np.int32)
+    q, k, v = (rng.standard_normal((ends[-1], h, d)).astype(BF16) for h, d in ((4, 64), (2, 64), (2, 48)))
+    out = backend.attention(q, k, v, cu_seqlens_q=ends, cu_seqlens_kv=ends, causal=True)
+    for a, e in zip(ends[:-1], ends[1:], strict=True):
+        alone = [np.ascontiguousarray(x[a:e].transpose(1, 0, 2))[None] for x in (q, k, v)]
+        if a < e:
+            expected = reference.attention(*(x.astype(np.float64) for x in alone), causal=True)
+            naive = (out for out, _ in naive_forward(*alone, causal=True))
+            assert_within("out", out[a:e].transpose(1, 0, 2)[None], expected, naive, BF16, 2)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "one tall key"])

@@ -4,7 +4,7 @@
  *     P^T = 2^(S^T - m)   written as bfloat16, pairs of keys interleaved
  *     O^T += V^T P^T
  *
- * K and V^T are packed once for all panels of the task, AMX_SPAN keys at a time, as whole tiles in the order of use. Two phases
+ * K and V^T are packed once for all panels of the task, a span at a time, as whole tiles in the order of use. Two phases
  * of a panel and these keys, each of which leaves its operands in the first-level cache: first scores of AMX_DEPTH keys after
  * those of others, beside weights; then values of all of them, beside the first weights of the next panel (amx_weights.h). Scores
  * and values in turn, product by product, need more than that cache holds and take a third longer.
@@ -19,7 +19,6 @@
 #include "amx_keys.h"
 
 #define SMALLEST_SCALE 0x1p-126f
-#define BLOCK_KEYS AMX_SPAN      /* of fwd.c's loop */
 
 /* ---- weights ---- */
 
@@ -157,7 +156,7 @@ SIMD void amx_values(const amx_rows *to, const tile_sequence *t, const amx_keys 
     for (int32_t c = 0; add && grown && c < t->p->dv; c++) {
         for (ptrdiff_t v = 0; v < w; v += VL) { v_store(to->o + c * w + v, v_load(to->o + c * w + v) * v_load(factor + v)); }
     }
-    const amx_operand values = {v_t + AMX_PAIR(first), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(AMX_SPAN), AMX_DEPTH, keys->v_t_low, 0};
+    const amx_operand values = {v_t + AMX_PAIR(first), 2 * AMX_TILE, AMX_TILE, keys->v_pair, AMX_DEPTH, keys->v_t_low, 0};
     const amx_operand weights = {p, nv * AMX_TILE, AMX_TILE, 0, 0, keys->p_low, 0};
     if (add) {
         amx_product_beside(1, amx_tiles(t->p->dv), (int)nv, n / AMX_DEPTH, &values, &weights, to->o, w, amx_share_of(beside, low), beside);
@@ -247,7 +246,7 @@ SIMD void amx_run_score(const amx_run *of, int32_t strip, const tile_sequence *t
 /* The weights of a run begin; of two in turn each has its own p and factor. */
 SIMD amx_beside amx_run_weights(const amx_run *of, int side, int32_t slot, const amx_scratch *scratch, const tile_sequence *t)
 {
-    amx_beside w = {.p = of->keys->p + side * (of->keys->p_low ? 2 : 1) * AMX_SPAN * PANEL, .m = of->to.m, .factor = scratch->factor + side * PANEL,
+    amx_beside w = {.p = of->keys->p + side * (ptrdiff_t)amx_parts(t->p) * amx_span_keys(t->p) * PANEL, .m = of->to.m, .factor = scratch->factor + side * PANEL,
                     .ring = scratch->ring, .slot = slot, .end = AMX_AHEAD * AMX_DEPTH, .score_scale = t->score_scale};
     amx_weights_begin(NV, &w);
     return w;
@@ -317,8 +316,8 @@ static int32_t amx_attend(amx_line *line, const amx_scratch *scratch, const tile
                           int32_t span_end, int plain_only)
 {
     amx_run run = {*to, NULL, 0};
-    const int32_t origin = j0 / AMX_SPAN * AMX_SPAN;
-    for (int32_t n = (j0 - origin) / KEYS; n < AMX_BLOCKS && origin + n * KEYS < j1; n++) {
+    const int32_t span = amx_span_keys(t->p), origin = j0 / span * span;
+    for (int32_t n = (j0 - origin) / KEYS; n < span / KEYS && origin + n * KEYS < j1; n++) {
         const int32_t block = origin + n * KEYS, end = block + KEYS;
         amx_tile tile;
         if (!amx_tile_begin(&tile, scratch, t, to, &keys[n], j0 > block ? j0 : block, j1 < end ? j1 : end, span_end < end ? span_end : end)) { continue; }

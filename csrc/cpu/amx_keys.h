@@ -1,4 +1,4 @@
-/* amx_keys.h - K and V^T as forward's products on tiles take them: AMX_SPAN keys at a time, of one task or shared by all tasks of a
+/* amx_keys.h - K and V^T as forward's products on tiles take them: a span of keys at a time, of one task or shared by all tasks of a
  * KV head.
  *
  * Where a KV head has several tasks, a job of its own packs each span once, before them, into the workspace: one copy of K and V
@@ -11,37 +11,47 @@
 #include "amx_panel.h"
 #include "threads.h"
 
-#define AMX_BLOCKS 2
-#define AMX_SPAN (AMX_BLOCKS * KEYS)
+#define AMX_SPAN (2 * KEYS)      /* keys of a span; of narrow heads AMX_WIDEST */
+#define AMX_WIDEST (4 * KEYS)
+#define AMX_BLOCKS (AMX_WIDEST / KEYS)
 #define SHARED_BYTES ((size_t)64 << 20)
 
-/* A block of KEYS keys at `origin`, one of the AMX_BLOCKS of a span, which follow each other in k and alternate in v_t. */
+/* A block of KEYS keys at `origin`, one of those of a span, which follow each other in k and alternate in v_t. */
 typedef struct {
     bf16 *k;                  /* A: [two tiles of keys][step][2] */
     bf16 *rows, *v;           /* rows of K, until they are packed, and of V */
-    bf16 *v_t, *v_t_clean;    /* A: [two tiles of columns][AMX_SPAN/AMX_DEPTH][2]; without the rows that hold a NaN or an infinity */
-    bf16 *p;                  /* B: [AMX_SPAN/AMX_DEPTH][nv], of the panel at hand; twice */
+    bf16 *v_t, *v_t_clean;    /* A: [two tiles of columns][span/AMX_DEPTH][2]; without the rows that hold a NaN or an infinity */
+    bf16 *p;                  /* B: [span/AMX_DEPTH][nv], of the panel at hand; twice */
+    ptrdiff_t v_pair;         /* from two tiles of columns of v_t to the next */
     ptrdiff_t k_low, rows_low, v_low, v_t_low, p_low;   /* from the high parts of each */
     tile_bad_rows bad_keys;   /* of K, where there are two parts, counted from origin */
     tile_bad_rows bad;        /* of V */
     int32_t origin, end, searched, unread;   /* end: of its keys; unread: v is not filled */
 } amx_keys;
 
+/* Where K and V^T of a span leave room for it in the caches, a longer one: O is read and written once a span. */
+SIMD int32_t amx_span_keys(const fgqa_problem *p)
+{
+    return FGQA_TILES && amx_parts(p) == 1 && AMX_PAD(p->d) + AMX_PAD(p->dv) <= 128 ? AMX_WIDEST : AMX_SPAN;
+}
+
 static void amx_keys_carve(amx_keys *keys, fgqa_arena *arena, const fgqa_problem *p)
 {
+    const int32_t span = amx_span_keys(p);
     const size_t d = (size_t)AMX_PAD(p->d), dv = (size_t)AMX_PAD(p->dv), parts = amx_parts(p);
     amx_keys all = {0};
-    all.k = fgqa_arena_take(arena, parts * AMX_SPAN * d, sizeof(bf16));
+    all.k = fgqa_arena_take(arena, parts * (size_t)span * d, sizeof(bf16));
     all.rows = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * d, sizeof(bf16));
-    all.v_t = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
-    all.v_t_clean = fgqa_arena_take(arena, parts * AMX_SPAN * dv, sizeof(bf16));
-    all.p = fgqa_arena_take(arena, 2 * parts * AMX_SPAN * PANEL, sizeof(bf16));
+    all.v_t = fgqa_arena_take(arena, parts * (size_t)span * dv, sizeof(bf16));
+    all.v_t_clean = fgqa_arena_take(arena, parts * (size_t)span * dv, sizeof(bf16));
+    all.p = fgqa_arena_take(arena, 2 * parts * (size_t)span * PANEL, sizeof(bf16));
+    all.v_pair = AMX_PAIR(span);
     all.k_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)d);
     all.rows_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)d);
     all.v_low = amx_low_of(p, AMX_BLOCK_ROWS * (ptrdiff_t)dv);
     all.v_t_low = amx_low_of(p, AMX_SPAN * (ptrdiff_t)dv);
     all.p_low = amx_low_of(p, AMX_SPAN * PANEL);
-    for (int32_t n = 0; n < AMX_BLOCKS; n++) {
+    for (int32_t n = 0; n < span / KEYS; n++) {
         bf16 *const v = fgqa_arena_take(arena, parts * AMX_BLOCK_ROWS * dv, sizeof(bf16));
         if (!all.k) { continue; }
         keys[n] = all;
@@ -91,8 +101,8 @@ static void amx_load_key_tiles(bf16 *to, const tile_sequence *t, const fgqa_view
 static void amx_pack_values(const amx_keys *keys, bf16 *to, int32_t dv)
 {
     const int32_t n = amx_block_keys(keys->end);
-    amx_pack_keys(to, AMX_PAIR(AMX_SPAN), keys->v, AMX_PAD(dv), n, dv);
-    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, AMX_PAIR(AMX_SPAN), keys->v + keys->v_low, AMX_PAD(dv), n, dv); }
+    amx_pack_keys(to, keys->v_pair, keys->v, AMX_PAD(dv), n, dv);
+    if (keys->v_low) { amx_pack_keys(to + keys->v_t_low, keys->v_pair, keys->v + keys->v_low, AMX_PAD(dv), n, dv); }
 }
 
 /* The block of V as it lies in memory, if it can be packed from there; else NULL. Rows 4 KB apart would evict each other. */
@@ -125,7 +135,7 @@ static void amx_keys_load(amx_keys *keys, const tile_sequence *t, int32_t j0, in
         if (keys->k_low) { amx_pack_key_rows(keys->k + keys->k_low, keys->rows + keys->rows_low, n, p->d); }
     }
     if (in_place) {
-        amx_pack_keys(keys->v_t, AMX_PAIR(AMX_SPAN), in_place, v->stride_s, KEYS, p->dv);
+        amx_pack_keys(keys->v_t, keys->v_pair, in_place, v->stride_s, KEYS, p->dv);
     } else {
         amx_load_keys(keys->v, keys->v_low, t, v, j0, j1, p->dv);
         amx_pack_values(keys, keys->v_t, p->dv);
@@ -149,31 +159,32 @@ typedef struct { bf16 *k, *v_t; tile_bad_rows *bad_keys; } amx_span;
 /* Of a wave, which begins with head `first`; head n is KV head n % hk of sequence n / hk. */
 typedef struct { const fgqa_problem *p; char *spans; int64_t first; } amx_shared;
 
-SIMD int64_t amx_spans(int64_t keys) { return (keys + AMX_SPAN - 1) / AMX_SPAN; }
+SIMD int64_t amx_spans(const fgqa_problem *p) { return ((int64_t)p->sk + amx_span_keys(p) - 1) / amx_span_keys(p); }   /* of a KV head */
 
 static size_t amx_span_carve(amx_span *span, const fgqa_problem *p, void *base)
 {
     fgqa_arena arena = fgqa_arena_begin(base);
-    span->k = fgqa_arena_take(&arena, amx_parts(p) * AMX_SPAN * (size_t)AMX_PAD(p->d), sizeof(bf16));
-    span->v_t = fgqa_arena_take(&arena, amx_parts(p) * AMX_SPAN * (size_t)AMX_PAD(p->dv), sizeof(bf16));
-    span->bad_keys = fgqa_arena_take(&arena, amx_parts(p) > 1 ? AMX_BLOCKS : 0, sizeof(tile_bad_rows));
+    const size_t keys = amx_parts(p) * (size_t)amx_span_keys(p);
+    span->k = fgqa_arena_take(&arena, keys * (size_t)AMX_PAD(p->d), sizeof(bf16));
+    span->v_t = fgqa_arena_take(&arena, keys * (size_t)AMX_PAD(p->dv), sizeof(bf16));
+    span->bad_keys = fgqa_arena_take(&arena, amx_parts(p) > 1 ? AMX_SPAN / KEYS : 0, sizeof(tile_bad_rows));
     return ROUND_UP(arena.used, FGQA_ALIGNMENT);
 }
 
 /* Spans of all heads before head n, or a few more: of packed sequences each may begin a span before the last one ends. */
 static int64_t amx_spans_before(const fgqa_problem *p, int64_t n)
 {
-    const int64_t b = n / p->hk, kv_head = n % p->hk;
-    if (!p->varlen) { return n * amx_spans(p->sk); }
-    const int64_t first = p->cu_seqlens_kv[b] / AMX_SPAN + b;
-    return first * p->hk + (kv_head ? kv_head * (p->cu_seqlens_kv[b + 1] / AMX_SPAN + b + 1 - first) : 0);
+    const int64_t b = n / p->hk, kv_head = n % p->hk, span = amx_span_keys(p);
+    if (!p->varlen) { return n * amx_spans(p); }
+    const int64_t first = p->cu_seqlens_kv[b] / span + b;
+    return first * p->hk + (kv_head ? kv_head * (p->cu_seqlens_kv[b + 1] / span + b + 1 - first) : 0);
 }
 
 static amx_span amx_shared_span(const amx_shared *shared, int64_t head, int32_t j0)
 {
     amx_span span;
     const size_t bytes = amx_span_carve(&span, shared->p, NULL);
-    const int64_t n = amx_spans_before(shared->p, head) - amx_spans_before(shared->p, shared->first) + j0 / AMX_SPAN;
+    const int64_t n = amx_spans_before(shared->p, head) - amx_spans_before(shared->p, shared->first) + j0 / amx_span_keys(shared->p);
     amx_span_carve(&span, shared->p, shared->spans + (size_t)n * bytes);
     return span;
 }
@@ -194,7 +205,7 @@ static size_t amx_shared_bytes(const fgqa_problem *p)
     amx_span unused;
     const int64_t bytes = (int64_t)amx_span_carve(&unused, p, NULL), all = amx_spans_before(p, (int64_t)p->b * p->hk);
     int64_t most = (int64_t)SHARED_BYTES / bytes;
-    if (most < amx_spans(p->sk) + 1) { most = amx_spans(p->sk) + 1; }
+    if (most < amx_spans(p) + 1) { most = amx_spans(p) + 1; }
     return (size_t)((all < most ? all : most) * bytes);
 }
 
@@ -203,11 +214,11 @@ static void amx_share_task(void *context, int64_t task, const fgqa_worker *worke
 {
     const amx_shared *const shared = context;
     const fgqa_problem *const p = shared->p;
-    const int64_t head = shared->first + task / amx_spans(p->sk);
-    const int32_t j0 = (int32_t)(task % amx_spans(p->sk)) * AMX_SPAN;
+    const int64_t head = shared->first + task / amx_spans(p);
+    const int32_t span_keys = amx_span_keys(p), j0 = (int32_t)(task % amx_spans(p)) * span_keys;
     const tile_sequence t = tile_sequence_init(p, (int32_t)(head / p->hk), (int32_t)(head % p->hk));
     const fgqa_range seen = fgqa_kv_range(&t.seq.mask, 0, t.seq.mask.sq);
-    const int32_t j1 = t.seq.mask.sk - j0 < AMX_SPAN ? t.seq.mask.sk : j0 + AMX_SPAN;
+    const int32_t j1 = t.seq.mask.sk - j0 < span_keys ? t.seq.mask.sk : j0 + span_keys;
     if (t.rows == 0 || j0 >= seen.end || j1 <= seen.begin) { return; }
     const amx_span span = amx_shared_span(shared, head, j0);
     amx_keys keys[AMX_BLOCKS];

@@ -110,15 +110,16 @@ SIMD void load_keys(fwd_scratch *scratch, const tile_sequence *t, key_block *blo
     const fgqa_problem *p = t->p;
 #if FGQA_PAIRS
     if (!scratch->panel->few && scratch->shared) {
-        block->j0 = block->j0 / AMX_SPAN * AMX_SPAN;
-        block->j1 = t->seq.mask.sk - block->j0 < AMX_SPAN ? t->seq.mask.sk : block->j0 + AMX_SPAN;
+        const int32_t span = amx_span_keys(p);
+        block->j0 = block->j0 / span * span;
+        block->j1 = t->seq.mask.sk - block->j0 < span ? t->seq.mask.sk : block->j0 + span;
         amx_keys_use(scratch->keys, scratch->shared, t, block->j0, block->j1);
         return;
     }
     if (!scratch->panel->few) {
         for (int32_t j = block->j0, end; j < block->j1; j = end) {
             end = (j / KEYS + 1) * KEYS < block->j1 ? (j / KEYS + 1) * KEYS : block->j1;
-            amx_keys_load(&scratch->keys[j / KEYS % AMX_BLOCKS], t, j, end);
+            amx_keys_load(&scratch->keys[j % amx_span_keys(p) / KEYS], t, j, end);
         }
         return;
     }
@@ -385,7 +386,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
         range.end = panel->keys.end > range.end ? panel->keys.end : range.end;
     }
 
-    const int32_t step = scratch.panel->few ? KEYS : BLOCK_KEYS;
+    const int32_t step = loop_keys(p, scratch.panel->few);
     for (int32_t j0 = range.begin < range.end ? range.begin / step * step : range.end; j0 < range.end; j0 += step) {
         if (fgqa_poll(worker)) { return; }
         key_block block;
@@ -481,7 +482,7 @@ static fgqa_status run_waves(const fwd_job *all, char *spans, const fgqa_exec *e
         shared.first = first;
         fwd_job job = {plan, p, all->partial, first, end, &shared};
         const int64_t wave = end - first;
-        FGQA_TRY(fgqa_parallel(amx_share_task, &shared, wave * amx_spans(p->sk), plan->threads, plan->scratch_bytes, exec));
+        FGQA_TRY(fgqa_parallel(amx_share_task, &shared, wave * amx_spans(p), plan->threads, plan->scratch_bytes, exec));
         FGQA_TRY(fgqa_parallel(forward_on_tiles, &job, wave * superblocks(plan, p) * plan->splits, plan->threads, plan->scratch_bytes, exec));
     }
     return FGQA_OK;

@@ -5,9 +5,18 @@
 #include "tile.h"
 #if FGQA_PAIRS
 #include "amx_fwd.h"
-#else
-#define BLOCK_KEYS KEYS          /* of the loop */
 #endif
+
+/* Keys that all panels attend to before the next. */
+SIMD int32_t loop_keys(const fgqa_problem *p, int few)
+{
+#if FGQA_PAIRS
+    return few ? KEYS : amx_span_keys(p);
+#else
+    (void)p, (void)few;
+    return KEYS;
+#endif
+}
 
 static int32_t columns(int32_t n) { return ROUND_UP(n, VL); }
 /* Of packed q, in reals a lane: on tiles there is room for two bfloat16 numbers each. */
