@@ -44,6 +44,7 @@ OWN_BIAS = [
     Case(hq=8, hk=8, packed=((20, 33), (0, 5), (41, 140)), bounds=True, bias="1hqk", causal=True),
     Case(hq=4, hk=2, packed=((20, 33), (0, 5), (41, 140)), bias="bhqk", alibi="h"),
     Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="1hqk", bias_dtype="float32", dtype="float16"),
+    Case(bias="bhqk", bias_dtype="float32", dtype="bfloat16", data="shift", sink=True, softcap=30.0),
     Case(b=2, hq=8, hk=8, sq=20, sk=33, bias="bhqk", softcap=5.0),
     Case(b=5, hq=4, hk=2, sq=37, sk=140, bias="1hqk", q_lens=(5, 37, 0, 20, 36), kv_lens=(140, 70, 9, 0, 140)),
     Case(b=5, hq=4, hk=2, sq=37, sk=140, bias="1hqk", kv_lens=(140, 70, 9, 0, 140), dtype="bfloat16", layout="bshd"),

@@ -109,11 +109,11 @@ FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const til
     if (bp->exact) { bwd_own_lse(bp, t, kv, scratch); }
 }
 
-/* What a tile's scores are turned into; the flags are constants where it pays. `split`: on tiles, of two bfloat16 numbers each. */
+/* What a tile's scores are turned into; the flags are constants where it pays. `split`: to the digits of
+ * float32, which tiles take as two bfloat16 numbers each. */
 typedef struct { int partial, capped, dropped, exact, split; } bwd_flags;
 typedef struct { vreal weight, ds; } bwd_score;
 
-#define BWD_SPLIT(p) (FGQA_TILES && (p)->dtype != FGQA_BF16)
 #if FGQA_PAIRS
 SIMD vreal bwd_exp2(vreal x, int split) { return split ? amx_exp2(x) : amx_exp2_short(x); }   /* rounded to bfloat16 for every use, or not */
 #else
@@ -181,10 +181,11 @@ FGQA_SHARED tile_kind bwd_tile(const bwd_tiles *tiles, const tile_sequence *t, c
     scale = tile_scores_end(tiles->s, t, &bp->panel, j0, j1, kind, used_add, tiles->tanh);
     if (bp->exact) { tile_scale(tiles->s, (j1 - j0) * w, &scale); }
     gemm_row_set(j1 - j0, nv, p->dv, v->data, v->stride, bp->dout_t, w, tiles->dp, w, NULL);
-    const bwd_flags plain = {0, 0, 0, 0, 0};
-    const bwd_flags flags = {kind == TILE_PARTIAL, p->softcap > 0 && !by_score, p->dropout_threshold != 0, bp->exact, BWD_SPLIT(p)};
+    /* Of sources with FGQA_PAIRS this makes dbias only, whose sums and elements may be float32. */
+    const bwd_flags plain = {0, 0, 0, 0, FGQA_PAIRS};
+    const bwd_flags flags = {kind == TILE_PARTIAL, p->softcap > 0 && !by_score, p->dropout_threshold != 0, bp->exact, FGQA_PAIRS};
     if (flags.dropped) { tile_dropout(tiles->keep, t, &bp->panel, j0, j1); }
-    if (flags.partial || flags.capped || flags.dropped || flags.exact || flags.split) {
+    if (flags.partial || flags.capped || flags.dropped || flags.exact) {
         bwd_weights(bp, tiles, j1 - j0, scale, (real)fgqa_dropout_scale(p->dropout_threshold), flags, weight, ds, ld);
     } else {
         bwd_weights(bp, tiles, j1 - j0, scale, 1, plain, weight, ds, ld);
