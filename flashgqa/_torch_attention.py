@@ -2,7 +2,7 @@
 
 import torch
 
-from ._torch_eager import attend
+from ._torch_eager import attend, check_tensors
 
 WIDEST = 256  # the greatest head dim of values
 
@@ -116,6 +116,8 @@ cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, ch
     )
     if cu_seqlens_q is not None:
         max_q, max_kv = whole(max_q), whole(max_kv)
+    if isinstance(alibi_slopes, torch.Tensor) and alibi_slopes.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError("alibi_slopes requires grad: it has no gradient; pass alibi_slopes.detach()")
     if dropout_p == 0:
         seed = None
     elif seed is None:
@@ -157,6 +159,9 @@ def merge(outs, lses, *, layout=None):
     """
     if layout not in (None, "bhsd", "bshd"):
         raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')
+    outs, lses = tuple(outs), tuple(lses)
+    for n, x in enumerate(outs + lses):
+        check_tensors({f"outs[{n}]" if n < len(outs) else f"lses[{n - len(outs)}]": x})
     if len(outs) != len(lses) or not len(outs):
         raise ValueError(f"merge got {len(outs)} outs and {len(lses)} lses: it needs one lse for each out, and at least one pair")
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):
@@ -166,7 +171,7 @@ def merge(outs, lses, *, layout=None):
                 f"outs[{n}] is {out.dtype} {list(out.shape)} with lse {list(lse.shape)}: all must be as outs[0], {outs[0].dtype} "
                 f"{list(outs[0].shape)}, with lse [b, hq, sq] (without b for rank 3)"
             )
-    parts = torch.stack(tuple(lses))
+    parts = torch.stack(lses)
     # Rows that no part sees are kept out of the arithmetic: -inf - -inf is NaN, and so is its gradient.
     highest = parts.detach().amax(0)
     highest = torch.where(highest == -torch.inf, 0, highest)

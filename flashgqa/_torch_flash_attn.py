@@ -16,6 +16,8 @@ def _run(
     q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs, layout=None,
     cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
 ):  # fmt: skip
+    if isinstance(alibi_slopes, torch.Tensor):
+        alibi_slopes = alibi_slopes.detach()    # flash_attn gives them no gradient without a word
     options = (
         causal, bounds(window_size), "bottom-right", None, softmax_scale,
         softcap if softcap != 0 else None, None, None, alibi_slopes, None, None, None, cu_seqlens_q, cu_seqlens_k,

@@ -36,8 +36,10 @@ class LayerCache:
     def reset(self):
         self.length = 0
 
-    def append(self, k, v):
-        """Puts k and v [batch, n, num_kv_heads, head_dim] behind what is there; views of all that is there then."""
+    def put(self, k, v):
+        """Puts k and v [batch, n, num_kv_heads, head_dim] behind what is there; views of all that is there then. They count once
+        ``length`` says so, which a call that fails does not do.
+        """
         batch, capacity = self.k.shape[:2]
         end = self.length + k.shape[1]
         if k.shape[0] != batch or end > capacity:
@@ -49,7 +51,6 @@ class LayerCache:
             raise RuntimeError("a cache is for inference: call the layer under torch.no_grad() or torch.inference_mode()")
         self.k[:, self.length : end] = k
         self.v[:, self.length : end] = v
-        self.length = end
         return self.k[:, :end], self.v[:, :end]
 
 
@@ -179,6 +180,8 @@ class FlashGQA(nn.Module):
             raise ValueError("cu_seqlens is given: x_kv, key_padding_mask, mask and cache do not go with it")
         if cache is not None and x_kv is not None:
             raise ValueError("cache and x_kv are given: a cache is for attention of x to itself")
+        if need_weights and cu_seqlens is not None:
+            raise ValueError("need_weights and cu_seqlens are given: weights are for padded sequences")
         check_input(self.embed_dim, cu_seqlens is not None, x=x, x_kv=x_kv)
         q, k, v = self._heads(x, x if x_kv is None else x_kv)
         if self.rotary is not None:
@@ -190,7 +193,7 @@ class FlashGQA(nn.Module):
                 raise ValueError("cache is a KVCache: need_weights, mask and key_padding_mask do not go with it")
             return self._joined(self._paged(q, k, v, cache).flatten(-2))
         if cache is not None:
-            k, v = cache.append(k, v)
+            k, v = cache.put(k, v)
         if key_padding_mask is not None:
             mask = _join(key_padding_mask, mask, k)
         options = self._options() | dict(mask=mask)
@@ -200,11 +203,11 @@ class FlashGQA(nn.Module):
             options.update(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_q=max_seqlen, max_kv=max_seqlen)
         dropout_p = self.dropout_p if self.training else 0.0
         out = self._joined(attention(q, k, v, dropout_p=dropout_p, **options).flatten(-2))
-        if not need_weights:
-            return out
-        if cu_seqlens is not None:
-            raise ValueError("need_weights and cu_seqlens are given: weights are for padded sequences")
-        return out, attention_matrix(q, k, lambda unit: attention(q, k, unit, **options))
+        if need_weights:
+            out = out, attention_matrix(q, k, lambda unit: attention(q, k, unit, **options))
+        if cache is not None:
+            cache.length = k.shape[1]
+        return out
 
     def _options(self):
         slopes = None if self.alibi_slopes is None else self.alibi_slopes.float()   # narrow after module.half()

@@ -54,6 +54,8 @@ def _c_options(tensors, values):
 def operator_options(options):
     """Options in the order of ``_C``, which all eager calls use, as those of an operator."""
     causal, window, align, chunk, scale, softcap, *tensors, max_q, max_kv, dropout_p, seed, layout = options[:19]
+    if not isinstance(window, tuple | list) or len(window) != 2:
+        raise TypeError(f"window is {window!r}: it must be None or a pair (left, right) of integers or None")
     return (
         *tensors, seed, causal, *window, align, chunk, scale, softcap, max_q, max_kv, dropout_p, layout, *options[20:24]
     )  # fmt: skip

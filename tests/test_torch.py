@@ -166,9 +166,27 @@ def test_wrong_arguments():
         fg.attention(q, k, v, chunk=0)
     with pytest.raises(ValueError, match="align"):
         fg.attention(q, k, v, align="left")
+    for tensors in ((q, k, v), (q.to("meta"), k.to("meta"), v.to("meta"))):
+        with pytest.raises(TypeError, match="window is 3: it must be None or a pair"):
+            fg.attention(*tensors, window=3)
 
 
 # ---- derivatives that do not exist ----
+
+
+def test_slopes_have_no_gradient():
+    """An error, for a gradient that is None or 0 would only look as if they were trained. flash_attn gives None."""
+    q, k, v = inputs(dtype=torch.float32)
+    slopes = torch.rand(4, requires_grad=True)
+    for call in (fg.attention, torch.compile(fg.attention, backend="eager")):
+        with pytest.raises(NotImplementedError, match="alibi_slopes requires grad"):
+            call(q, k, v, alibi_slopes=slopes)
+    with pytest.raises(NotImplementedError, match="alibi_slopes requires grad"):
+        torch.func.grad(lambda slopes: fg.attention(q, k, v, alibi_slopes=slopes).sum())(slopes.detach())
+    with torch.no_grad():
+        fg.attention(q, k, v, alibi_slopes=slopes)
+    fg.flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), alibi_slopes=slopes).sum().backward()
+    assert slopes.grad is None and q.grad is not None
 
 
 def test_second_derivative_is_an_error():
@@ -541,3 +559,7 @@ def test_merge_agrees_with_the_array_function_and_rows_may_be_empty():
         fg.merge(list(outs), list(lses)[:1])
     with pytest.raises(ValueError, match=r"outs\[1\]"):
         fg.merge(list(outs), [lses[0], lses[1, :1], lses[2]])
+    with pytest.raises(TypeError, match=r"lses\[0\] is ndarray: it must be a torch.Tensor"):
+        fg.merge(outs, [lses[0].detach().numpy(), *lses[1:]])
+    for a, b in zip(fg.merge(iter(outs), iter(lses)), got, strict=True):
+        assert a.equal(b)

@@ -113,6 +113,12 @@ def test_flash_gqa_cache_is_the_whole_sequence_piece_by_piece(device, options):
                 layer(x[:, :2], cache=cache)
             assert cache.length == 11
             cache.reset()
+        layer(x[:, :5], cache=cache)
+        for wrong in (dict(key_padding_mask=torch.ones(2, 5, dtype=torch.bool)), dict(mask=torch.ones(2, 1, 6, 7))):
+            with pytest.raises((TypeError, ValueError), match="mask"):
+                layer(x[:, 5:6], cache=cache, **wrong)
+            assert cache.length == 5
+        cache.reset()
     with pytest.raises(RuntimeError, match="inference"):
         layer(x, cache=cache)
 
