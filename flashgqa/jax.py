@@ -115,7 +115,7 @@ def _seed_words(seed):
     try:
         words = jax.random.bits(seed, (3,), "uint32")
     except (TypeError, ValueError) as error:
-        fix = "it must be an integer, or one key of jax.random"
+        fix = "it must be an integer, or one key of jax.random, as jax.random.key(seed)"
         raise TypeError(f"seed has dtype {seed.dtype} and shape {seed.shape}: {fix}") from error
     return jnp.concatenate([words, jnp.zeros(1, "uint32")])
 

@@ -247,6 +247,7 @@ def test_what_has_no_gradient_says_so(inputs):
         ({"chunk": 0}, "chunk is 0"),
         ({"causal": 1}, "causal is 1: it must be True or False"),
         ({"dropout_p": 0.5}, "seed is missing"),
+        ({"mask": np.ones((SQ, SK), "uint8")}, r"mask has dtype uint8: it must be bool .*; convert it to bool"),
         ({"mask": np.ones((3, 3), bool)}, r"mask has shape \(3, 3\): it must broadcast"),
         ({"kv_lens": np.ones(3, "int32")}, r"kv_lens has shape \(3,\): it must be \[b\] = \(2,\)"),
         ({"kernel": "fwd_none"}, "kernel is \"fwd_none\": no forward kernel"),

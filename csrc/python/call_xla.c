@@ -31,13 +31,14 @@ static int read_arg(PyObject *name, fgqa_arg *arg)
     return -1;
 }
 
-static int read_dtype(PyObject *name, fgqa_arg arg, fgqa_dtype *dtype)
+static int read_dtype(PyObject *name, fgqa_pass pass, fgqa_arg arg, fgqa_dtype *dtype)
 {
+    const fgqa_slot slot = fgqa_arg_slot(pass, arg);
     for (int n = 0; n < FGQA_DTYPE_COUNT; n++) {
         *dtype = (fgqa_dtype)n;
         if (PyUnicode_CompareWithASCIIString(name, fgqa_dtype_name(*dtype)) == 0) { return 0; }
     }
-    PyErr_Format(PyExc_TypeError, "%s has dtype %U: attention takes no such array", fgqa_arg_name(arg), name);
+    PyErr_Format(PyExc_TypeError, "%s has dtype %U: it must be %s; convert it to %s", slot.name, name, slot.dtypes, slot.example);
     return -1;
 }
 
@@ -72,7 +73,7 @@ static int read_specs(PyObject *given, fgqa_request *request, specs *s)
         if (read_arg(name, &arg) < 0 || !PyArg_ParseTuple(spec, "UO!", &dtype, &PyTuple_Type, &shape)) { return -1; }
         fgqa_tensor *tensor = &s->tensor[arg];
         tensor->data = nothing;
-        if (read_dtype(dtype, arg, &tensor->dtype) < 0 || read_shape(shape, arg, tensor) < 0) { return -1; }
+        if (read_dtype(dtype, request->pass, arg, &tensor->dtype) < 0 || read_shape(shape, arg, tensor) < 0) { return -1; }
         request->tensor[arg] = tensor;
         used += (size_t)snprintf(s->names + used, sizeof s->names - used, "%s ", fgqa_arg_name(arg));
     }
@@ -171,11 +172,12 @@ PyObject *fgqa_py_xla_call(PyObject *module, PyObject *const *args, Py_ssize_t n
         PyErr_SetString(PyExc_TypeError, "_C.xla_call takes a dict of arrays");
         return NULL;
     }
-    int failed = fgqa_read_bool(args[1], "backward", &backward) < 0 || fgqa_read_bool(args[2], "return_lse", &request.want_lse) < 0
+    int failed = fgqa_read_bool(args[1], "backward", &backward) < 0;
+    request.pass = backward ? FGQA_PASS_BWD : FGQA_PASS_FWD;
+    failed = failed || fgqa_read_bool(args[2], "return_lse", &request.want_lse) < 0
                  || fgqa_read_bool(args[3], "want_dbias", &request.want_dbias) < 0
                  || fgqa_read_bool(args[4], "want_dsink", &request.want_dsink) < 0 || fgqa_read_options(args + 5, &request, &extras) < 0
                  || read_specs(args[0], &request, &s) < 0;
-    request.pass = backward ? FGQA_PASS_BWD : FGQA_PASS_FWD;
     for (size_t at = 0; at < sizeof contents / sizeof contents[0] && !failed; at++) { failed = stand_in(&request, &s, contents[at]) < 0; }
     if (!failed && fgqa_raise(fgqa_problem_init(&request, &problem)) == 0) {
         attributes = attributes_of(&request, &extras, &s);

@@ -162,6 +162,21 @@ void fgqa_find_type(fgqa_state *state, PyTypeObject *type, fgqa_type *found)
 
 /* ---- copies ---- */
 
+/* `n` elements that are `stride` bytes apart; of a size that the compiler knows, for it makes a call of a copy of any other. */
+static char *pack_row(char *to, const char *from, int64_t n, int64_t stride, size_t bytes)
+{
+#define PACK(size) for (int64_t at = 0; at < n; at++, to += size, from += stride) { memcpy(to, from, size); }
+    switch (bytes) {
+    case 1: PACK(1) break;
+    case 2: PACK(2) break;
+    case 4: PACK(4) break;
+    case 8: PACK(8) break;
+    default: PACK(bytes) break;
+    }
+#undef PACK
+    return to;
+}
+
 void fgqa_pack(void *to, const fgqa_tensor *from)
 {
     const size_t bytes = fgqa_dtype_bytes(from->dtype);
@@ -178,7 +193,7 @@ void fgqa_pack(void *to, const fgqa_tensor *from)
             for (int64_t c = 0; c < shape[2]; c++) {
                 const char *row = base + a * stride[0] + b * stride[1] + c * stride[2];
                 if (row_bytes > 0) { memcpy(packed, row, row_bytes); packed += row_bytes; continue; }
-                for (int64_t d = 0; d < shape[3]; d++, packed += bytes) { memcpy(packed, row + d * stride[3], bytes); }
+                packed = pack_row(packed, row, shape[3], stride[3], bytes);
             }
         }
     }
@@ -199,6 +214,20 @@ int fgqa_same_form(const fgqa_tensor *a, const fgqa_tensor *b)
     return a->dtype == b->dtype && a->ndim == b->ndim && memcmp(a->shape, b->shape, bytes) == 0 && memcmp(a->stride, b->stride, bytes) == 0;
 }
 
+/* A copy of many bytes takes seconds, in which other threads run and after which Ctrl-C is heard. */
+static int pack_aside(void *to, const fgqa_tensor *from, int64_t size)
+{
+    const int64_t many = 1 << 20;
+    if (size < many) {
+        fgqa_pack(to, from);
+        return 0;
+    }
+    PyThreadState *thread = PyEval_SaveThread();
+    fgqa_pack(to, from);
+    PyEval_RestoreThread(thread);
+    return PyErr_CheckSignals();
+}
+
 /* Replaces the tensor by a contiguous copy in memory of the import. */
 static int copy_contiguous(fgqa_import *in, const fgqa_slot *slot)
 {
@@ -211,7 +240,7 @@ static int copy_contiguous(fgqa_import *in, const fgqa_slot *slot)
                      : "%s is not contiguous, and a copy of it does not fit into memory: pass one that is contiguous, or smaller", slot->name);
         return -1;
     }
-    fgqa_pack(in->memory, &in->tensor);
+    if (pack_aside(in->memory, &in->tensor, size) < 0) { return -1; }
     in->copied = 1;
     in->tensor.data = in->memory;
     fgqa_contiguous_strides(&in->tensor);
