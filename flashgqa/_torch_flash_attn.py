@@ -133,15 +133,15 @@ def flash_attn_varlen_func(
     ------
     TypeError, ValueError, NotImplementedError
         As in `flash_attn_func`. On the CPU also for a max_seqlen that is too small, but for max_seqlen_k where pages are read in
-        place (lengths come from cu_seqlens_k there), and for offsets that decrease.
+        place (lengths come from cu_seqlens_k there), for offsets that do not divide all rows, and for pages that do not exist.
     """
     if block_table is not None:
         recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
         if not recorded and dropout_p == 0:
             out, lse = with_kvcache(
-                padded_rows(q, cu_seqlens_q, max_seqlen_q), k, v, cache_lens=cu_seqlens_k.diff(), q_lens=cu_seqlens_q.diff(),
-                page_table=block_table, scale=softmax_scale, causal=causal, window=window_size,
-                softcap=softcap if softcap != 0 else None, alibi_slopes=alibi_slopes,
+                padded_rows(q, cu_seqlens_q, max_seqlen_q, "cu_seqlens_q", "q"), k, v,
+                cache_lens=cu_seqlens_k.diff(), q_lens=cu_seqlens_q.diff(), page_table=block_table, scale=softmax_scale,
+                causal=causal, window=window_size, softcap=softcap if softcap != 0 else None, alibi_slopes=alibi_slopes,
             )  # fmt: skip
             out, lse = (packed_again(x, cu_seqlens_q, q.shape[0]) for x in (out, lse.transpose(1, 2)))
             return (out, lse.T, None) if return_attn_probs else out

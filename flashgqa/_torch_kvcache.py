@@ -6,6 +6,7 @@ import torch
 
 from ._torch_attention import bounds
 from ._torch_eager import as_autocast
+from ._torch_packing import check_offsets, is_readable
 from ._torch_rotary import apply_rotary_emb
 from .kvcache import attention_with_kvcache
 
@@ -86,8 +87,9 @@ def _turned(q, k, rotary, interleaved, offsets, options, more):
 # ---- packed queries ----
 
 
-def padded_rows(x, cu_seqlens, longest):
-    """x [total, ...] as [sequences, longest, ...]; behind the end of a sequence any rows."""
+def padded_rows(x, cu_seqlens, longest, name, of):
+    """x [total, ...] as [sequences, longest, ...]; behind the end of a sequence any rows. name: of cu_seqlens; of: of x."""
+    check_offsets(name, cu_seqlens, of, x.shape[0])
     rows = cu_seqlens[:-1, None] + torch.arange(longest, device=x.device)
     if x.shape[0] == 0:
         return x.new_zeros(cu_seqlens.shape[0] - 1, longest, *x.shape[1:])
@@ -112,4 +114,21 @@ def gathered_pages(cache, page_table, cu_seqlens, longest):
     sequence = torch.searchsorted(cu_seqlens[1:], row, right=True).clamp(max=max(sequences - 1, 0))
     slot = (row - cu_seqlens[sequence]).clamp(max=page_table.shape[1] * page_size - 1)
     page = page_table[sequence, slot // page_size]
+    if is_readable(page):
+        _check_pages(page, page_table, cu_seqlens, cache.shape[:2])
     return cache[page.clamp(0, cache.shape[0] - 1), slot % page_size]
+
+
+def _check_pages(used, page_table, cu_seqlens, shape):
+    """What the kernel for pages checks on the CPU: that there are pages for all slots, and that they exist."""
+    (pages, page_size), longest = shape, int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    if longest > page_table.shape[1] * page_size:
+        raise ValueError(
+            f"block_table is {list(page_table.shape)}, with pages of {page_size} slots, and a sequence of cu_seqlens_k has "
+            f"{longest} keys: it must have columns for all of them"
+        )
+    wrong = used[(used < 0) | (used >= pages)]
+    if wrong.numel():
+        raise ValueError(
+            f"block_table has page {int(wrong[0])} and the cache {pages} pages: entries for slots in use must be 0 to {pages - 1}"
+        )

@@ -34,6 +34,39 @@ def split_qkv(qkv, num_heads_q, *, to_write=False):
     return qkv.split((hq, hk, hk), 2)
 
 
+def is_readable(numbers):
+    """Whether a tensor of numbers can be looked at: on the CPU, and not while torch.compile traces."""
+    return numbers.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def check_offsets(name, cu_seqlens, tensor, total):
+    """That cu_seqlens, where they can be read, divide all rows of a tensor, total of them."""
+    if not is_readable(cu_seqlens) or not cu_seqlens.numel():
+        return
+    first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if first != 0 or last != total or (cu_seqlens.diff() < 0).any():
+        raise ValueError(
+            f"{name} goes from {first} to {last} and {tensor} has {total} rows: it must start at 0, never decrease and end at "
+            "that number; pass running sums of the lengths"
+        )
+
+
+def check_lengths(name, lengths, cu_seqlens):
+    """That lengths, where they can be read, are one for each sequence of cu_seqlens and no longer than it."""
+    sequences = cu_seqlens.shape[0] - 1
+    if lengths.shape != (sequences,):
+        raise ValueError(f"{name} is {list(lengths.shape)}: it must be [b] = [{sequences}], one length for each sequence")
+    if not is_readable(lengths):
+        return
+    wrong = ((lengths < 0) | (lengths > cu_seqlens.diff())).nonzero().flatten()
+    if wrong.numel():
+        n = int(wrong[0])
+        raise ValueError(
+            f"{name}[{n}] is {int(lengths[n])} and sequence {n} has {int(cu_seqlens[n + 1] - cu_seqlens[n])} rows: it must be 0 "
+            "to that number"
+        )
+
+
 def packed_rows(x, starts, lengths):
     """Of x [total, ...] the rows starts[n] to starts[n] + lengths[n], one sequence behind the other, and their cu_seqlens.
 

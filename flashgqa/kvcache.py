@@ -196,7 +196,7 @@ def _in_order_of(stream, library, device):
 
 def _lengths(q, given, stream):
     """cache_lens; of an int, as many int32 as there are sequences, where q is (C says so if q is no array)."""
-    if not hasattr(given, "__index__") or hasattr(given, "__dlpack__"):
+    if not hasattr(given, "__index__") or hasattr(given, "__dlpack__") or isinstance(given, bool):
         return given
     length, (count, *_) = index(given), getattr(q, "shape", None) or (1,)
     if not 0 <= length < 2**31:

@@ -87,6 +87,7 @@ def test_an_integer_for_all_lengths():
     assert Call().run(cache_lens=10).shape == (B, HQ, NEW, D)
     for length in (-1, 2**31, 2**70):
         refused(ValueError, f"cache_lens is {length}: it must be 0 to", cache_lens=length)
+    refused(TypeError, "cache_lens is bool: it must be a NumPy array", cache_lens=True)
     refused(TypeError, "q is list: it must be a NumPy array", q=[1], cache_lens=3)
     refused(TypeError, "q is None", q=None, cache_lens=3)
     refused(ValueError, "q has 0 dimensions", q=np.float32(1)[...], cache_lens=3)

@@ -226,3 +226,50 @@ def test_signatures_and_errors():
     out = fg.flash_attn_with_kvcache(q.requires_grad_(), cache, cache.clone(), new, new, cache_seqlens=2)
     with pytest.raises(NotImplementedError, match="no gradient"):
         out.sum().backward()
+
+
+def ints(*numbers):
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["in place", "gathered"])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(cu_seqlens_q=ints(0, 3, 5)), "cu_seqlens_q (goes from 0 to|ends at) 5 .* q has 7 rows"),
+        (dict(cu_seqlens_q=ints(1, 3, 7)), r"cu_seqlens_q(\[0\] is| goes from) 1"),
+        (dict(block_table=torch.tensor([[0, 9], [2, 3]], dtype=torch.int32)), "9 .* 4 pages"),
+        (dict(cu_seqlens_k=ints(0, 4, 14), max_seqlen_k=10), "slots"),
+    ],
+    ids=["rows left over", "rows before", "no such page", "too few columns"],
+)
+def test_contents_that_do_not_fit_a_block_table(change, message, grad):
+    q, pages = make("cpu", 7, 4, 8).requires_grad_(grad), make("cpu", 4, 3, 2, 8)
+    given = dict(
+        cu_seqlens_q=ints(0, 3, 7), cu_seqlens_k=ints(0, 4, 9), max_seqlen_q=4, max_seqlen_k=5,
+        block_table=torch.tensor([[0, 1], [2, 3]], dtype=torch.int32),
+    )  # fmt: skip
+    assert fg.flash_attn_varlen_func(q, pages, pages, **given).shape == (7, 4, 8)
+    with pytest.raises(ValueError, match=message):
+        fg.flash_attn_varlen_func(q, pages, pages, **given | change)
+
+
+def test_contents_that_do_not_fit_flash_attention_3():
+    q, k, lens = make("cpu", 7, 4, 8), make("cpu", 9, 2, 8), (ints(0, 3, 7), ints(0, 4, 9), 4, 5)
+    for used, message in (
+        (dict(seqused_k=ints(5, 5)), r"seqused_k\[0\] is 5 and sequence 0 has 4 rows"),
+        (dict(seqused_q=ints(3, -1)), r"seqused_q\[1\] is -1 and sequence 1 has 4 rows"),
+        (dict(seqused_q=ints(3)), r"seqused_q is \[1\]: it must be \[b\] = \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fa3.flash_attn_varlen_func(q, k, k, *lens, **used)
+    cache = make("cpu", 2, 20, 2, 8)
+    for given, message in (
+        (dict(cu_seqlens_q=ints(0, 3, 6), max_seqlen_q=4), "cu_seqlens_q goes from 0 to 6 and q has 7 rows"),
+        (
+            dict(k=k, v=k, cu_seqlens_k_new=ints(0, 4, 8), cu_seqlens_q=lens[0], max_seqlen_q=4),
+            "cu_seqlens_k_new goes from 0 to 8 and k has 9 rows",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fa3.flash_attn_with_kvcache(q, cache, cache.clone(), cache_seqlens=ints(3, 5), **given)

@@ -9,7 +9,7 @@ import torch
 from .._torch_attention import attention, bounds
 from .._torch_attention import merge as _merge
 from .._torch_kvcache import packed_again, padded_rows, with_kvcache
-from .._torch_packing import packed_rows, split_qkv, unpacked_rows
+from .._torch_packing import check_lengths, packed_rows, split_qkv, unpacked_rows
 from .._torch_rotary import rotary_tables
 
 __all__ = [
@@ -83,6 +83,9 @@ def flash_attn_varlen_func(
     """
     _refuse(qv, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
     total, starts = q.shape[0], cu_seqlens_q[:-1]
+    for name, used, cu_seqlens in (("seqused_q", seqused_q, cu_seqlens_q), ("seqused_k", seqused_k, cu_seqlens_k)):
+        if used is not None:
+            check_lengths(name, used, cu_seqlens)
     if seqused_k is not None:
         rows = [packed_rows(x, cu_seqlens_k[:-1], seqused_k) for x in (k, v)]
         (k, cu_seqlens_k), (v, _) = rows
@@ -124,11 +127,11 @@ def flash_attn_with_kvcache(
     if cu_seqlens_q is not None:
         if max_seqlen_q is None:
             raise ValueError("cu_seqlens_q is given without max_seqlen_q: it must say how long the longest sequence is")
-        q, q_lens = padded_rows(q, cu_seqlens_q, max_seqlen_q), cu_seqlens_q.diff()
+        q, q_lens = padded_rows(q, cu_seqlens_q, max_seqlen_q, "cu_seqlens_q", "q"), cu_seqlens_q.diff()
     if cu_seqlens_k_new is not None and k is not None:
         new_lens = cu_seqlens_k_new.diff()
         longest = int(new_lens.max()) if new_lens.numel() else 0
-        k, v = (padded_rows(x, cu_seqlens_k_new, longest) for x in (k, v))
+        k, v = (padded_rows(x, cu_seqlens_k_new, longest, "cu_seqlens_k_new", name) for x, name in ((k, "k"), (v, "v")))
     out, lse = with_kvcache(
         q, k_cache, v_cache, k, v, cache_lens=cache_seqlens, new_lens=new_lens, q_lens=q_lens, batch_index=cache_batch_idx,
         left_pad=cache_leftpad, page_table=page_table, rotary=rotary_tables(rotary_cos, rotary_sin, rotary_seqlens),
