@@ -320,12 +320,20 @@ def _edges():
         yield Case(b=2, hq=6, hk=2, sq=sq, sk=300, d=d, softcap=10.0, alibi="bh", bias="1hqk", mask="b11k", layout="bshd")
         yield Case(hq=6, hk=2, d=d, packed=((sq, 300), (1, 1), (sq, 260)), causal=True, window=(200, 0), dropout=0.3)
         yield Case(b=2, hq=6, hk=2, sq=sq, sk=300, d=d, dtype="bfloat16", storage="transposed", data="large", chunk=90)
+    # A few rows left over by panels of 24 and 48 packed rows.
+    for sq, dtype in itertools.product((17, 49), FLOATS):
+        yield Case(b=2, hq=6, hk=2, sq=sq, sk=150, d=40, dv=24, dtype=dtype, causal=True, sink=True, kv_lens=(150, 61))
+        yield Case(hq=3, hk=3, sq=sq, sk=sq, d=33, dtype=dtype, bias="1hqk", mask="b11k", alibi="bh", softcap=10.0, layout="bshd")
+        packed = ((sq, 300), (1, 1), (sq + 1, 49))
+        yield Case(hq=6, hk=2, d=64, dtype=dtype, packed=packed, window=(100, 20), dropout=0.3, data="large")
     for rank, layout in itertools.product((3, 4), ("bhsd", "bshd")):
         yield Case(rank=rank, layout=layout, causal=True, dv=24)
         yield Case(rank=rank, layout=layout, sink=True, softcap=5.0, storage="negative", dtype="float64")
     for b, sq, sk in ((0, 5, 5), (2, 0, 5), (2, 5, 0), (0, 0, 0)):
         yield Case(b=b, sq=sq, sk=sk, sink=True, bias="bhqk", alibi="bh", dropout=0.5, causal=True)
-    yield Case(scale=0.0)
+    for sq in (33, 3, 1):
+        yield Case(scale=0.0, sq=sq)
+        yield Case(scale=1e-42, sq=sq, sk=70, d=64, dtype="bfloat16")
     yield Case(scale=-0.25, causal=True)
     yield Case(scale=2.0, softcap=3.0, dtype="float64")
     yield Case(dlse=False, causal=True)

@@ -144,8 +144,9 @@ def hide(how, sq, sk, dtype):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("how", ["mask", "bias", "kv_lens", "window", "top-left causal"])
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
-def test_poison_in_unseen_keys_changes_no_bit(how, poison, dtype, rng, backend):
-    sq, sk = 21, 150
+@pytest.mark.parametrize("sq", [21, 25])  # 25: two packed rows are left over by panels of 24 and 48
+def test_poison_in_unseen_keys_changes_no_bit(sq, how, poison, dtype, rng, backend):
+    sk = 150
     q, dout = (rng.standard_normal((2, 4, sq, 24)).astype(DTYPES[dtype]) for _ in range(2))
     k, v = (rng.standard_normal((2, 2, sk, 24)).astype(DTYPES[dtype]) for _ in range(2))
     options, hidden = hide(how, sq, sk, DTYPES[dtype])

@@ -18,8 +18,6 @@
 #define FGQA_AMX_FWD_H
 #include "amx_keys.h"
 
-#define SMALLEST_SCALE 0x1p-126f
-
 /* ---- weights ---- */
 
 /* p = 2^(s*scale - m) of n keys, a multiple of AMX_DEPTH, with m as it is after them; l = l*factor + sum p. Returns whether

@@ -147,7 +147,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         tile_extent step;
         end = step_end(s->panels, panels, j, e.j1, &step);
         if (step.first >= step.last) { continue; }
-        const int32_t lanes = (step.last - step.first - 1) * PANEL + s->panels[step.last - 1].panel.w, lane0 = step.first * PANEL;
+        const int32_t lanes = (step.last - step.first - 1) * PANEL + s->panels[step.last - 1].panel.rows, lane0 = step.first * PANEL;
         const ptrdiff_t at = (ptrdiff_t)(j - j0) * shape->ldt + lane0;
         accumulate(end - j, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
                    dv + (ptrdiff_t)j * shape->ldv, shape->ldv);

@@ -7,7 +7,8 @@
  *     memory   Q^T and O^T of the superblock and one block of KEYS keys stay in L2, one tile of weights in L1
  *     loop     key blocks outside, panels inside:  s = K q;  p = 2^(s - m);  o = o*2^(m_old - m) + V^T p
  *
- * A sequence of a handful of rows (decode: one token, the heads of a group) has tiles of its own (fwd_few.h).
+ * A sequence of a handful of rows (decode: one token, the heads of a group), and a handful left over by panels, have tiles of their
+ * own (fwd_few.h).
  * Where a sequence has few rows its keys are split into parts; each writes (o, m, l) to the workspace, and a second
  * round of tasks combines them in the order of the parts. The parts follow from the shape of the sequence alone, so the
  * bits depend neither on the number of threads nor on the rest of the batch.
@@ -286,8 +287,8 @@ static void attend_all(fwd_scratch *scratch, const tile_sequence *t, int32_t pan
     for (int32_t n = 0; n < panels; n++) {
         const fgqa_range range = panel_block(scratch, n, block);
         if (range.begin >= range.end) { continue; }
-        if (scratch->panel->few) {
-            attend_few(scratch, t, block, range.begin, range.end);
+        if (scratch->panel[n].few) {
+            attend_few(scratch, t, n, block, range.begin, range.end);
         } else {
             attend(scratch, t, n, block, range.begin, range.end);
         }
@@ -343,6 +344,13 @@ static fwd_place task_place(const fwd_job *job, int64_t task)
     return at;
 }
 
+/* Whether a panel is computed by fwd_few.h: all rows of a sequence, or the rest of them behind full panels, for which a vector of lanes
+ * would do as much as for VL rows. On tiles, and by pairs, a rest has a whole panel's products for less. */
+SIMD int is_few(const tile_sequence *t, const tile_panel *panel, const key_parts *parts)
+{
+    return t->rows <= FEW_MOST || (!FGQA_PAIRS && parts->count == 1 && panel->rows <= FEW_ROWS);
+}
+
 static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
 {
     const fwd_job *job = context;
@@ -364,10 +372,11 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     for (int32_t n = 0; n < panels; n++) {
         tile_panel *panel = &scratch.panel[n];
         tile_panel_init(panel, &t, at.r0 + (int64_t)n * PANEL, r1);
-        if (t.rows <= FEW_MOST) {
+        if (is_few(&t, panel, &parts)) {
+            real *const q = scratch.q + (size_t)n * PANEL * (size_t)d;
             panel->few = 1;
-            tile_pack_rows(scratch.q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
-            rotate_rows(scratch.q, d, &t, panel);
+            tile_pack_rows(q, d, &t, panel, &p->view[FGQA_ARG_q], p->d, t.q_sign);
+            rotate_rows(q, d, &t, panel);
         } else {
             pack_q(&scratch, &t, n);
         }
@@ -396,11 +405,7 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
     }
 
     real *partial = parts.count > 1 ? partial_at(job, at.b, at.kv_head, at.part) : NULL;
-    if (scratch.panel->few && !partial) {
-        finish_panel(&t, scratch.panel, NULL, scratch.m, scratch.l, scratch.o);
-        return;
-    }
-    if (scratch.panel->few) {
+    if (scratch.panel->few && partial) {
         const int32_t used = few_lanes(scratch.panel->rows) * dv;
         memcpy(scratch.rows, scratch.o, (size_t)used * sizeof(real));
         memset(scratch.rows + used, 0, (size_t)(VL * dv - used) * sizeof(real));
@@ -412,9 +417,10 @@ static void forward_task(void *context, int64_t task, const fgqa_worker *worker)
 #if FGQA_PAIRS
         if (!panel->few && scratch.o_empty[n]) { clear_o(&scratch, n, dv); }
 #endif
-        const real *o = scratch.o + (size_t)n * PANEL * (size_t)dv, *m = scratch.m + n * PANEL, *l = scratch.l + n * PANEL;
+        real *const o = scratch.o + (size_t)n * PANEL * (size_t)dv;
+        const real *m = scratch.m + n * PANEL, *l = scratch.l + n * PANEL;
         if (!partial) {
-            finish_panel(&t, panel, o, m, l, scratch.rows);
+            finish_panel(&t, panel, panel->few ? NULL : o, m, l, panel->few ? o : scratch.rows);
             continue;
         }
         memcpy(partial + panel->r0, m, (size_t)panel->w * sizeof(real));

@@ -122,7 +122,7 @@ static tile_kind few_weights(const few_tile *tile, const tile_sequence *t, const
     if (kind == TILE_UNSEEN) { return kind; }
     if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
     few_scores(panel->rows, n, p->d, k, q, ROUND_UP(p->d, VL), tile->s, KEYS);
-    const int transformed = kind == TILE_PARTIAL || t->needs_transform;
+    const int transformed = kind == TILE_PARTIAL || t->needs_transform || !(t->score_scale >= SMALLEST_SCALE);
     if (transformed) { few_transform(tile->s, t, panel, j0, n, *used_add); }
     few_softmax(tile->s, panel->rows, n, transformed ? 1 : t->score_scale, m, l, tile->factor);
     if (p->dropout_threshold) { few_dropout(tile->s, tile->keep, t, panel, j0, n); }
@@ -139,34 +139,36 @@ static void few_add_bad_row(const tile_panel *panel, const real *add, int32_t j,
     }
 }
 
-/* The only panel, of few rows, attends to keys [j0, j1) of a block. Whether unseen rows of V that are not finite have spoiled o is
+/* Panel n, of few rows, attends to keys [j0, j1) of a block. Whether unseen rows of V that are not finite have spoiled o is
  * found by looking at o: V itself is read once. */
-static void attend_few(fwd_scratch *scratch, const tile_sequence *t, key_block *block, int32_t j0, int32_t j1)
+static void attend_few(fwd_scratch *scratch, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
     const fgqa_problem *const p = t->p;
-    const tile_panel *const panel = scratch->panel;
+    const tile_panel *const panel = &scratch->panel[n];
     const int32_t keys = j1 - j0, first = j0 - block->j0, ld = columns(p->dv), used = panel->rows * ld;
+    const real *const q = scratch->q + (size_t)n * PANEL * (size_t)columns(p->d);
+    real *const o = scratch->o + (size_t)n * PANEL * (size_t)ld, *const m = scratch->m + n * PANEL, *const l = scratch->l + n * PANEL;
     const few_tile tile = {scratch->s, scratch->add, scratch->factor, scratch->keep};
     const tile_block k = block->k_list ? block->k : block_from(&block->k, first);
     const few_source k_rows = {k.data, k.stride, block->k_list ? block->k_list + first : NULL, block->k_list ? block->form : FEW_BLOCK};
     const real *add;
-    const tile_kind kind = few_weights(&tile, t, panel, j0, j1, &k_rows, scratch->q, scratch->m, scratch->l, &add);
+    const tile_kind kind = few_weights(&tile, t, panel, j0, j1, &k_rows, q, m, l, &add);
     if (kind == TILE_UNSEEN) { return; }
-    if (kind == TILE_PARTIAL) { memcpy(scratch->rows, scratch->o, (size_t)used * sizeof(real)); }
+    if (kind == TILE_PARTIAL) { memcpy(scratch->rows, o, (size_t)used * sizeof(real)); }
     const tile_block v = block->v_list ? block->v : block_from(&block->v, first);
     const few_source v_rows = {v.data, v.stride, block->v_list ? block->v_list + first : NULL, block->v_list ? block->form : FEW_BLOCK};
-    few_accumulate(panel->rows, keys, p->dv, tile.s, KEYS, &v_rows, scratch->o, ld, tile.factor);
-    if (kind != TILE_PARTIAL || row_is_finite(scratch->o, used)) { return; }
+    few_accumulate(panel->rows, keys, p->dv, tile.s, KEYS, &v_rows, o, ld, tile.factor);
+    if (kind != TILE_PARTIAL || row_is_finite(o, used)) { return; }
 
     search_values(scratch, t, block);
     const tile_block clean = block_from(block->bad.count ? &block->clean : &block->v, first);
     const few_source clean_rows = {clean.data, clean.stride, NULL, FEW_BLOCK};
-    memcpy(scratch->o, scratch->rows, (size_t)used * sizeof(real));
-    few_accumulate(panel->rows, keys, p->dv, tile.s, KEYS, &clean_rows, scratch->o, ld, tile.factor);
+    memcpy(o, scratch->rows, (size_t)used * sizeof(real));
+    few_accumulate(panel->rows, keys, p->dv, tile.s, KEYS, &clean_rows, o, ld, tile.factor);
     for (int32_t i = 0; i < block->bad.count; i++) {
         const int32_t j = block->j0 + block->bad.row[i];
         if (j < j0 || j >= j1) { continue; }
-        few_add_bad_row(panel, add, j, j - j0, tile.s, block->v.data + block->bad.row[i] * block->v.stride, p->dv, scratch->o, ld);
+        few_add_bad_row(panel, add, j, j - j0, tile.s, block->v.data + block->bad.row[i] * block->v.stride, p->dv, o, ld);
     }
 }
 

@@ -445,6 +445,8 @@ FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const til
 
 /* ---- scores ---- */
 
+#define SMALLEST_SCALE ((real)(FGQA_REAL_F64 ? 0x1p-1022 : 0x1p-126))   /* vectors of a smaller one are 0, and 0 * -inf is NaN */
+
 /* What a sequence does to its scores. A copy on the stack is in registers where scores are stored. */
 typedef struct { real scale, cap_inner, cap_outer; int alibi; } tile_chain;
 
