@@ -13,7 +13,7 @@
 #define FGQA_HAS_ALL(d, block_k) (FGQA_HAS_TERMS(d, block_k) || (d) == 256)
 
 /* Those that take the scales of a float8 cache, of which they read a copy (any/cache_copy.h): so too. They serve any head dim. */
-#define FGQA_HAS_SCALES(d, block_q) ((d) == 64 ? (block_q) == 192 : ((d) == 128 || (d) == 256) && (block_q) == 128)
+#define FGQA_HAS_SCALES(d, block_q) ((d) == 64 || (((d) == 128 || (d) == 256) && (block_q) == 128))
 
 /* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
 enum { FGQA_MOST_PACKED = 64 };
