@@ -18,18 +18,22 @@ examples:
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 
-def _positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+def _number(kind, text, what):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not {what} above 0")
     return value
+
+
+def _positive(text):
+    return _number(int, text, "a whole number")
 
 
 def _seconds(text):
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a time above 0")
-    return value
+    return _number(float, text, "a time")
 
 
 def _heads(text):

@@ -11,7 +11,8 @@ softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attenti
 
 - Masks stay intervals and lengths (`flashgqa._transformers_masks`); only one that is something else is a [b, 1, sq, sk] bool
   tensor, as it is for transformers' own "sdpa". A padding token's row that sees no key gives 0; in "eager" it gives the mean
-  of all values. What a model makes of it differs at padding tokens only.
+  of all values. What a model makes of it differs at padding tokens only, the last of which, where padding is on the left,
+  predicts a sequence's first token: a loss that counts that label differs, too.
 - ``output_attentions=True`` given to a call returns the weights, and they have gradients. Of a config transformers refuses it;
   of transformers 4, models that keep the argument to themselves (GPT-2) give None.
 - Compiled training without an attention_mask has a dense mask: transformers then assumes packed sequences.

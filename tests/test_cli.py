@@ -98,7 +98,8 @@ def test_demo_finds_wrong_results(monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", [("demo", "--tokens", "0"), ("demo", "--tokens", "x"), ("demo", "--threads", "-1")])
 def test_bad_arguments(arguments):
-    assert arguments[1] in run(*arguments, code=2)
+    text = run(*arguments, code=2)
+    assert f"argument {arguments[1]}: {arguments[2]} is not a whole number above 0" in text
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends SIGINT")
