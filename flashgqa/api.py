@@ -466,7 +466,7 @@ def explain(
     q, k, v : array
         As in `attention`.
     backward : bool
-        Explain `attention_backward` instead of `attention`.
+        Explain `attention_backward` instead of `attention`, with the gradients of bias and sink.
     causal, window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink, q_lens, kv_lens, cu_seqlens_q, \
 cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, return_lse, out, stream, deterministic, batch_invariant, precision, \
 check, device, kernel

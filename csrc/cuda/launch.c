@@ -91,12 +91,28 @@ static const char *refuse_terms(const fgqa_problem *p)
     return bias->data && bias->dtype != p->dtype && bias->dtype != FGQA_F32 ? "bias that is neither float32 nor of q's dtype" : NULL;
 }
 
+/* The same in the backward. */
+static const char *refuse_bias(const fgqa_problem *p)
+{
+    const fgqa_view *bias = &p->view[FGQA_ARG_bias];
+    if (p->dropout_threshold != 0) { return "bias with dropout"; }
+    if (p->softcap != 0.0) { return "bias with softcap"; }
+    if (p->view[FGQA_ARG_alibi_slopes].data) { return "bias with alibi_slopes"; }
+    if (bias->dtype != p->dtype) { return "bias that is not of q's dtype"; }
+    if (bias->stride_d != 1) { return "bias whose keys are not side by side"; }
+    if (!p->want_dbias) { return NULL; }
+    if (p->bias_shape[2] != p->sq) { return "gradient of a bias that query rows share"; }
+    if (p->view[FGQA_ARG_mask].data && (p->bias_shape[0] != p->b || p->bias_shape[1] != p->hq)) { return "gradient of a shared bias with a mask"; }
+    return p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
+}
+
 /* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, forward
- * ones not both; some have all that there is, bias and mask, too; some a mask and dropout, beside neither of the two. */
-static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits)
+ * ones not both; some have all that there is, bias and mask, too; some a mask and dropout, or a bias, beside neither of the two. */
+static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
-        const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has_bits ? "mask" : p->view[FGQA_ARG_bias].data ? "bias" : NULL;
+        const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has_bits ? "mask"
+            : !p->view[FGQA_ARG_bias].data ? NULL : has_bias ? refuse_bias(p) : "bias";
         if (reason) { return reason; }
     }
     if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode && !has_all) {
@@ -117,9 +133,9 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
 /* What the backward rows for Hopper cannot address. */
 static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
-    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_dout};
-    for (int n = 0; n < 4; n++) {
-        const char *reason = fgqa_tensor_map_refuse(p, tensors[n]);
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_dout, FGQA_ARG_bias};
+    for (int n = 0; n < 5; n++) {
+        const char *reason = tensors[n] == FGQA_ARG_bias && !p->view[FGQA_ARG_bias].data ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
@@ -255,7 +271,7 @@ static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int takes_options = !refuse_options(p, HOPPER, 0, 1, 1, 0);
+    const int takes_options = !refuse_options(p, HOPPER, 0, 1, 1, 0, 0);
     const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
@@ -359,7 +375,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         const int has_alibi = k->row.arch == HOPPER && (k->row.pass == FGQA_PASS_FWD ? FGQA_HAS_ALIBI(k->row.d) : FGQA_BWD_HAS_ALIBI(k->row.d));
         const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
         const int has_bits = k->row.dropout || (k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BITS(k->row.d));
-        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all, has_bits);
+        const int has_bias = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BIAS(k->row.d);
+        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all, has_bits, has_bias);
         if (option) {
             return fgqa_reason(why, "has no %s", option);
         }

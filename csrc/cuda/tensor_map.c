@@ -52,8 +52,9 @@ static int replace_address(CUtensorMap *map, void *address)
 
 static int keep_map(void *map, const fgqa_problem *p, fgqa_arg arg, const map_form *form)
 {
-    static _Thread_local struct { CUtensorMap map; map_form form; void *address; } kept[2][5];      /* q, k, v, out, dout of either pass */
-    const int pass = p->pass == FGQA_PASS_BWD, place = arg <= FGQA_ARG_v ? (int)arg - FGQA_ARG_q : arg == FGQA_ARG_out ? 3 : 4;
+    static _Thread_local struct { CUtensorMap map; map_form form; void *address; } kept[2][7];      /* q, k, v, out, dout, bias, dbias of either pass */
+    const int pass = p->pass == FGQA_PASS_BWD;
+    const int place = arg <= FGQA_ARG_v ? (int)arg - FGQA_ARG_q : arg == FGQA_ARG_out ? 3 : arg == FGQA_ARG_dout ? 4 : arg == FGQA_ARG_bias ? 5 : 6;
     void *address = p->view[arg].data;
     CUtensorMap *known = &kept[pass][place].map;
     if (memcmp(&kept[pass][place].form, form, sizeof *form) != 0 || (kept[pass][place].address != address && !replace_address(known, address))) {
@@ -73,10 +74,10 @@ typedef struct { int64_t extent[3], stride[3]; } axes;
 static axes axes_of(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *view = &p->view[arg];
-    const int keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v;
-    const int64_t bytes = (int64_t)fgqa_dtype_bytes(keys ? view->dtype : p->dtype), rows = p->varlen ? (keys ? p->total_k : p->total_q) : keys ? p->sk : p->sq;
+    const int keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v, bias = arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias;
+    const int64_t bytes = (int64_t)fgqa_dtype_bytes(keys ? view->dtype : p->dtype), rows = p->varlen && !bias ? (keys ? p->total_k : p->total_q) : keys ? p->sk : p->sq;
     axes a = {{keys ? p->hk : p->hq, keys && p->cache.page_size ? p->cache.page_size : rows,
-               keys && p->cache.page_size ? p->cache.pages : p->varlen ? 1 : p->b}, {bytes * view->stride_h, bytes * view->stride_s, bytes * view->stride_b}};
+               keys && p->cache.page_size ? p->cache.pages : p->varlen && !bias ? 1 : p->b}, {bytes * view->stride_h, bytes * view->stride_s, bytes * view->stride_b}};
     for (int n = 0; n < 3; n++) {
         if (a.extent[n] == 1) { a.stride[n] = 512; }
     }
@@ -91,7 +92,7 @@ const char *fgqa_tensor_map_refuse(const fgqa_problem *p, fgqa_arg arg)
         if (a.extent[n] < 1) { return "a tensor is empty"; }
         if (a.extent[n] > INT32_MAX / 2) { return "TMA counts rows in 31 bits"; }
         if (a.stride[n] % 16 != 0) { return "rows must start on 16 bytes"; }
-        if (a.stride[n] <= 0 || a.stride[n] >= (int64_t)1 << 40) { return "TMA takes strides above 0 and below 2^40 bytes"; }
+        if (a.stride[n] < (arg != FGQA_ARG_bias) || a.stride[n] >= (int64_t)1 << 40) { return "TMA takes strides above 0 and below 2^40 bytes"; }
     }
     return NULL;
 }
@@ -105,7 +106,7 @@ static cuuint32_t type_of(fgqa_dtype dtype)
 int fgqa_tensor_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)
 {
     const axes a = axes_of(p, arg);
-    const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv);
+    const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias ? p->sk : arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv);
     const map_form form = {
         .dims = {columns, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[1], (cuuint64_t)a.extent[2]},
         .strides = {(cuuint64_t)a.stride[0], (cuuint64_t)a.stride[1], (cuuint64_t)a.stride[2]},

@@ -107,11 +107,12 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
     const fgqa_tensor out = ZEROS(row->dtype, 4, out_shape), lse = ZEROS(FGQA_F32, 3, lse_shape);
-    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), slopes = sink, bias = ZEROS(FGQA_F32, 2, bias_shape), mask = ZEROS(FGQA_BOOL, 2, bias_shape);
-#undef ZEROS
+    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), slopes = sink, mask = ZEROS(FGQA_BOOL, 2, bias_shape);
     const int backward = row->pass == FGQA_PASS_BWD;
+    const fgqa_tensor bias = ZEROS(backward && !row->general ? row->dtype : FGQA_F32, 2, bias_shape);
+#undef ZEROS
     fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
-                            .want_lse = 1, .want_dsink = backward, .want_dbias = backward && row->general, .deterministic = 1,
+                            .want_lse = 1, .want_dsink = backward, .want_dbias = backward && (options & (WITH_BIAS | WITH_MASK)) == WITH_BIAS, .deterministic = 1,
                             .batch_invariant = invariant, .has_softcap = (options & WITH_SOFTCAP) != 0, .softcap = options & WITH_SOFTCAP ? 1.0 : 0.0,
                             .dropout_p = options & WITH_DROPOUT ? 0.5 : 0.0, .has_seed = (options & WITH_DROPOUT) != 0};
     request.tensor[FGQA_ARG_q] = &q;
@@ -130,7 +131,7 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
 static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
 {
     static const int32_t sets[] = {WITH_BIAS, WITH_SOFTCAP, WITH_ALIBI, WITH_SOFTCAP | WITH_BIAS, WITH_SOFTCAP | WITH_ALIBI,
-                                   WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK};
+                                   WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK, WITH_BIAS | WITH_MASK};
     for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
         if (sets[n] != own_options(row)) { FGQA_TRY(run_kernel(kernel, row, memory, ROWS, 0, sets[n])); }
     }

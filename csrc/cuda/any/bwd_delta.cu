@@ -17,7 +17,7 @@ static constexpr float LARGEST_LSE = 0x1p17f;      /* beyond, an LSE may be off 
 template <typename T> static __device__ __noinline__ void own_stats(general_stats *stats, const fgqa_params &params, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t i)
 {
     const score_row row = score_row_make(params, sequence.mask, b, h, i);
-    const row_sum own = sum_row<T>(params, sequence, b, h, i, {row.begin, row.end}, (float)FGQA_LOG2E, [&](int32_t j, float qk) { return score_chain(params, sequence.mask.diag, row, j, qk); });
+    const row_sum own = sum_row<T>(params, sequence, b, h, i, {row.begin, row.end}, (float)FGQA_LOG2E, 0.0f, [&](int32_t j, float qk) { return score_chain(params, sequence.mask.diag, row, j, qk); });
     if (all_of(stats->top, own.top + own.log_sum * (float)FGQA_LN2, 4.0f)) {
         stats->top = own.top;
         stats->log_sum = own.log_sum;

@@ -5,7 +5,7 @@
 #include "bwd_rows.cuh"
 
 static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_LANES = 32, MOST_SORTED = 1024;      /* 16-byte loads of a thread and tensor at a time; rows of a tile; lanes of a row; sequences */
-static constexpr float LARGEST_LSE = 0x1p15f;      /* with ALiBi: beyond, LSE and slope times distance, rounded in base 2, may be apart by more than 1/256 */
+static constexpr float LARGEST_LSE = 0x1p15f;      /* with ALiBi or a bias: beyond, LSE and what is added to scores, rounded in base 2, may be apart by more than 1/256 */
 
 /* rowsum(dO O) of a tile's rows, LANES lanes a row. */
 template <typename T, int LANES, bool VECTOR>
@@ -84,12 +84,53 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
     for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < end; i += AT_ONCE) {
         const float lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, sequence.q_row + i);
         if (!is_large(lse, LARGEST_LSE)) { continue; }
-        const row_sum own = sum_row<T>(params, sequence, b, h, i, row_range(sequence.mask, i), 1.0f, [&](int32_t j, float qk) {
+        const row_sum own = sum_row<T>(params, sequence, b, h, i, row_range(sequence.mask, i), 1.0f, 0.0f, [&](int32_t j, float qk) {
             return bwd_less_alibi(capped ? tanh_score(qk * in_caps) : qk, scale_log2, slope_log2, (float)(i + sequence.mask.diag - j));
         });
         float *lse2 = bwd_tiled_stats(w, bwd_q_tile(p, w, b, h, sequence.q_row, tile), i);
         if (threadIdx.x % HALF == 0 && own.top == -INFINITY) { *lse2 = -FLT_MAX; }
         if (threadIdx.x % HALF == 0 && all_of(*lse2, own.top + own.log_sum, 8.0f)) { *lse2 = own.top + own.log_sum; }
+    }
+}
+
+/* With a bias, of rows whose LSE is large the base, which is the largest bias that the row has, and lse2 of scores from which it has been
+ * taken: they hold what the LSE does not. */
+template <typename T> static __device__ __noinline__ void base_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
+{
+    const fgqa_problem &p = params.problem;
+    const fgqa_view &bias = p.view[FGQA_ARG_bias], &mask = p.view[FGQA_ARG_mask];
+    const int part = (int)threadIdx.x % HALF;
+    int32_t rows;
+    const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
+    const int64_t q_tile = bwd_q_tile(p, w, b, h, sequence.q_row, tile);
+    const int32_t i0 = tile * w.block_q;
+    for (int32_t i = i0 + (int32_t)threadIdx.x / HALF; i < i0 + w.block_q; i += AT_ONCE) {
+        const float lse = i < sequence.mask.sq ? *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, sequence.q_row + i) : 0.0f;
+        float base = 0.0f;
+        if (is_large(lse, LARGEST_LSE)) {
+            const fgqa_range seen = row_range(sequence.mask, i);
+            const auto bias_of = [&](int32_t j) {
+                if (mask.data && !*(fgqa_row_address(mask, 1, b, h, i) + j * mask.stride_d)) { return -INFINITY; }
+                return load_float(bias.data, b * bias.stride_b + h * bias.stride_h + i * bias.stride_s + j * bias.stride_d, bias.dtype);
+            };
+            float most = -INFINITY;
+            for (int32_t j = seen.begin + part; j < seen.end; j += HALF) { most = fmaxf(most, bias_of(j)); }
+#pragma unroll
+            for (int step = HALF / 2; step > 0; step /= 2) { most = fmaxf(most, __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), most, step)); }
+            if (fabsf(most) < INFINITY) {
+                base = most;
+                const row_sum own = sum_row<T>(params, sequence, b, h, i, seen, (float)FGQA_LOG2E, base, [&](int32_t j, float qk) {
+                    const float x = bias_of(j);
+                    return x == -INFINITY ? x : fmaf(qk, params.scale, x) - base;
+                });
+                const float log_sum = own.log_sum * (float)FGQA_LN2;
+                if (part == 0) {
+                    *bwd_tiled_stats(w, q_tile, i) = all_of(lse, base + (own.top + log_sum), 8.0f) ? fmaf(own.top, (float)FGQA_LOG2E, own.log_sum)
+                                                                                                    : (lse - base) * (float)FGQA_LOG2E;
+                }
+            }
+        }
+        if (part == 0) { w.bases[q_tile * w.block_q + i - i0] = base; }
     }
 }
 
@@ -192,7 +233,14 @@ bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_
     if (thread == 0) { w.turn[q_tile] = (dirty ? FGQA_BWD_DIRTY : 0) | (w.chain ? 0 : order.begin) | FGQA_BWD_FRESH; }
     const int32_t written = order.begin == order.end ? 0 : real;           /* rows that the main kernel or the one behind it writes */
     if (written < count) { zero_rows<T>(p, b, h, first_row, written, count); }
-    if (p.view[FGQA_ARG_alibi_slopes].data && __syncthreads_or(thread < real && is_large(lse, LARGEST_LSE))) { large_rows<T>(params, w, b, h, tile); }
+    if (!p.view[FGQA_ARG_alibi_slopes].data && !w.bases) { return; }
+    const bool large = __syncthreads_or(thread < real && is_large(lse, LARGEST_LSE));
+    if (w.bases && thread == 0) { w.based[q_tile] = large; }
+    if (large && w.bases) {
+        base_rows<T>(params, w, b, h, tile);
+    } else if (large) {
+        large_rows<T>(params, w, b, h, tile);
+    }
 }
 
 template <typename T, int LANES> static void (*delta_kernel(bool vector))(fgqa_params, fgqa_bwd_workspace, uint32_t)

@@ -75,10 +75,10 @@ static __device__ __forceinline__ float half_warp_sum(float x)
 /* A row's largest score and log2 of the sum of its weights, the sink among them. */
 struct row_sum { float top, log_sum; };
 
-/* From the scores of its keys, score(j, q.k). Weights are 2^(unit score). */
+/* From the scores of its keys, score(j, q.k), from which `base` has been taken. Weights are 2^(unit score). */
 template <typename T, typename SCORE>
 static __device__ __forceinline__ row_sum sum_row(const fgqa_params &params, const fgqa_sequence &sequence, int32_t b, int32_t h, int32_t i, fgqa_range seen, float unit,
-                                                  const SCORE &score)
+                                                  float base, const SCORE &score)
 {
     const fgqa_problem &p = params.problem;
     const int part = threadIdx.x % HALF;
@@ -96,7 +96,7 @@ static __device__ __forceinline__ row_sum sum_row(const fgqa_params &params, con
         top = larger;
     }
     if (sink.data && part == 0) {
-        const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype) * ((float)FGQA_LOG2E / unit), larger = fmaxf(top, logit);
+        const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype) * ((float)FGQA_LOG2E / unit) - base, larger = fmaxf(top, logit);
         if (larger > -INFINITY) {
             sum = sum * ex2((top - larger) * unit) + ex2((logit - larger) * unit);
             top = larger;

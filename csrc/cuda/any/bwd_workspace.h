@@ -12,6 +12,8 @@
  *   control  ticket of the next task; key tiles of a sequence, of kernels without tiled statistics the longest one; query tiles whose
  *            dQ is converted or about to be, of kernels with tiled statistics
  *   sequences, first_task [b], [b + 1]   of packed sequences, with tiled statistics: those with most rows first, and the tasks before each
+ *   bases    [q_tiles][block_q], with a bias and tiled statistics: what is taken off scores of a row before lse2 is, in natural units;
+ *            only of tiles whose word in `based` [q_tiles] is 1
  *   dk, dv   [splits][k_rows][d or dv]   float32, when the query rows of a KV head are split over blocks
  */
 #ifndef FGQA_BWD_WORKSPACE_H
@@ -45,14 +47,16 @@ typedef struct {
     int32_t chain;                        /* order of the key tiles: bwd_key_tile_at() */
     int32_t *sequences;
     uint32_t *first_task;
+    float *bases;
+    int32_t *based;
 } fgqa_bwd_workspace;
 
-/* Whether some row of some tile may not see some key of it; with a soft cap, ALiBi, a mask tensor or dropout there is no kernel for tiles
- * without. */
+/* Whether some row of some tile may not see some key of it; with a soft cap, ALiBi, a bias, a mask tensor or dropout there is no kernel for
+ * tiles without. */
 static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
 {
     return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->softcap > 0.0 || p->view[FGQA_ARG_alibi_slopes].data
-        || p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0 || p->sk % block_k != 0;
+        || p->view[FGQA_ARG_bias].data || p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0 || p->sk % block_k != 0;
 }
 
 /* Whether dQ is made by a kernel of its own, which does all of a query tile: bwd_queries.cuh. */
@@ -92,6 +96,10 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     if (stats_kind == FGQA_BWD_TILED && p->varlen) {
         w->sequences = (int32_t *)fgqa_arena_take(&arena, (size_t)p->b, sizeof(int32_t));
         w->first_task = (uint32_t *)fgqa_arena_take(&arena, (size_t)p->b + 1, sizeof(uint32_t));
+    }
+    if (stats_kind == FGQA_BWD_TILED && p->view[FGQA_ARG_bias].data) {
+        w->bases = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)block_q, sizeof(float));
+        w->based = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
     }
     if (splits > 1) {
         w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));

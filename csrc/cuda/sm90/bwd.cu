@@ -3,7 +3,7 @@
  *
  *     S = Q K^T   P = 2^(S - LSE)   dP = dO V^T   dS = P (dP - delta)
  *     dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K              interval masks of semantics.h; with a soft cap bwd_softcap.cuh,
- *                                                                    with ALiBi bwd_alibi.cuh
+ *                                                                    with ALiBi bwd_alibi.cuh, with a bias bwd_bias.cuh
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
@@ -31,6 +31,8 @@
  * ds_full[s]            consumer warps (8)                          consumers                  dS of both is stored; d 64: one buffer
  * ds_empty[s]           consumer warps (8)                          consumers                  dQ of both was made of it
  * named BOTH            256                                         consumers                  both are here
+ * bias_full[slot]       producer + bytes (1)                        consumers                  with a bias: its tile is there
+ * bias_empty[slot]      consumer warps (8)                          producer                   it was used by all, dbias was read
  * weights_full[s]       warps of consumer 0 (4)                     consumer 1, d 256          P is stored
  * weights_empty[s]      warps of consumer 1 (4)                     consumer 0, d 256          P was read
  */
@@ -65,15 +67,17 @@ static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. */
-enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT };
-template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT;
+enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, MASKED_BIAS };
+template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || KIND == MASKED_BIAS;
 template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI;
 template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI;
+template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == MASKED_BIAS;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
-/* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys are inf or NaN. */
-enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16 };
+/* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
+ * inf or NaN. With a bias: rows whose scores count from a base. */
+enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16, VALUES_POISONED = 32, CARE_BASES = 64 };
 
 struct bwd_params {
     CUtensorMap q_map, k_map, v_map, dout_map;                   /* dims (column, head, row, batch); box 64 columns x a tile's rows */
@@ -87,6 +91,8 @@ struct bwd_params {
     float in_caps;                                               /* scale / softcap */
     int32_t mask_vectors;                                        /* eight elements of a row start on 8 bytes */
     float inv_dropout_scale;
+    CUtensorMap bias_map, dbias_map;                             /* dims (key, head, row, batch); box 64 keys x 64 rows */
+    int32_t some_dbias;
 };
 
 /* A pair of elements with 0 for those that are inf or NaN. */
@@ -133,6 +139,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_finish.cuh"
 #endif
 #include "bwd_tasks.cuh"
+#include "bwd_bias.cuh"
 #include "bwd_bits.cuh"
 #include "bwd_consumer.cuh"
 #include "bwd_alibi.cuh"
@@ -142,6 +149,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_queries.cuh"
 #else
 #include "bwd_pair.cuh"
+#include "bwd_dbias.cuh"
 #endif
 
 template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
@@ -157,6 +165,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
         if (DROPS<KIND>) { sm.dropout = dropout_key_make(p.common.problem); }
+        if (HAS_BIAS<KIND>) { prefetch_tensormap(&p.bias_map); }
         mbarrier_init(smem_address(&sm.task_full), 1);
         mbarrier_init(smem_address(&sm.task_free), (D == 256 ? 1 : 3) + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
@@ -169,6 +178,10 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
             mbarrier_init(smem_address(&sm.dout_empty[s]), 2);
         }
         init_more_barriers(sm);
+        for (int s = 0; s < 2 && HAS_BIAS<KIND>; s++) {
+            mbarrier_init(smem_address(&sm.bias_full[s]), 1);
+            mbarrier_init(smem_address(&sm.bias_empty[s]), CONSUMERS / 32);
+        }
         fence_mbarrier_init();
     }
     __syncthreads();
@@ -177,7 +190,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         if (warp == 0 && lane == 0) { produce<MASKED, KIND>(p, sm); }
         if (warp == 1) { schedule<MASKED>(p, sm); }
 #if FGQA_D != 256
-        if (warp >= 2 && lane == 0) { write_dq<MASKED>(p, sm, (uint32_t)warp - 2); }
+        if (warp >= 2 && lane == 0) { write_dq<MASKED, KIND>(p, sm, (uint32_t)warp - 2); }
 #endif
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
@@ -191,9 +204,17 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
+/* Whether no row may see some tile: tensors hide no tiles as such. */
+static bool skips_tiles(const fgqa_problem *problem)
+{
+    fgqa_problem of_masks = *problem;
+    of_masks.view[FGQA_ARG_bias].data = of_masks.view[FGQA_ARG_mask].data = NULL;
+    return fgqa_bwd_hides(&of_masks, 1);
+}
+
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_states[2], tensor_state, dropout_state, both_state;
+    static launch_state plain_state, masked_state, capped_state, alibi_states[2], tensor_state, dropout_state, both_state, bias_states[2];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -254,6 +275,25 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
         }
     }
 #endif
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+    bool sums_dbias = false;
+    if (problem->view[FGQA_ARG_bias].data) {
+        const fgqa_map_box box = {64, 1, 64};
+        const bool wanted = problem->view[FGQA_ARG_dbias].data != NULL;
+        sums_dbias = wanted && (problem->bias_shape[0] != problem->b || problem->bias_shape[1] != problem->hq);
+        p.some_dbias = wanted && !sums_dbias;
+        error = fgqa_tensor_map(&p.bias_map, problem, FGQA_ARG_bias, box);
+        if (error == cudaSuccess && wanted) { error = fgqa_tensor_map(&p.dbias_map, problem, FGQA_ARG_dbias, box); }
+        if (error == cudaSuccess && p.some_dbias && skips_tiles(problem)) {
+            const int64_t elements = (int64_t)problem->b * problem->hq * problem->sq * problem->sk;
+            error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * sizeof(T), stream);
+        }
+        if (error != cudaSuccess) { return error; }
+        const bool also_masked = problem->view[FGQA_ARG_mask].data != NULL;
+        kernel = also_masked ? bwd_kernel<true, MASKED_BIAS> : bwd_kernel<true, BIASED>;
+        state = &bias_states[also_masked];
+    }
+#endif
     const int64_t tasks = p.sections * key_tiles;
     /* More blocks than chains have members would take tickets out of step. */
     const int64_t members = (int64_t)p.band * p.w.chain, most = 10 * members >= 9 * multiprocessors ? min(members, (int64_t)multiprocessors) : multiprocessors;
@@ -265,6 +305,10 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     error = launch_kernel(kernel, blocks, THREADS, sizeof(shared), stream, p);
 #if FGQA_D == 256
     if (error == cudaSuccess) { error = finish(p, device, multiprocessors, stream); }
+#endif
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+    p.some_dbias |= sums_dbias;
+    if (error == cudaSuccess && sums_dbias) { error = sum_dbias(p, device, multiprocessors, stream); }
 #endif
     if (error == cudaSuccess && p.w.splits > 1) { error = fgqa_bwd_reduce(problem, &p.w, D, DV, stream); }
     if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = fgqa_bwd_dsink(problem, &p.w, stream); }

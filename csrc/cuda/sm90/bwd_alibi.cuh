@@ -1,4 +1,5 @@
-/* bwd_alibi.cuh - part of bwd.cu: exponents of weights, with ALiBi or without. dS is the same: slopes have no gradient.
+/* bwd_alibi.cuh - part of bwd.cu: exponents of weights, with ALiBi or without. dS is the same: slopes have no gradient. With a bias,
+ * scores are in natural units (bwd_bias.cuh).
  *
  *     P = 2^(scale log2(e) S - slope log2(e) |diag(i) - j| - lse2)      with a soft cap S is t of bwd_softcap.cuh, scale the cap
  *
@@ -25,5 +26,5 @@ template <score_kind KIND> static __device__ __forceinline__ alibi_lane alibi_of
 template <score_kind KIND> static __device__ __forceinline__ float exponent(float s, float lse2, float scale_log2, const alibi_lane &alibi, int n, int e)
 {
     if constexpr (WITH_ALIBI<KIND>) { return bwd_less_alibi(s, scale_log2, alibi.slope_log2, alibi.first + (float)(8 * (n - e / 2) + e % 2)) - lse2; }
-    return fmaf(s, scale_log2, -lse2);
+    return fmaf(s, HAS_BIAS<KIND> ? (float)FGQA_LOG2E : scale_log2, -lse2);
 }

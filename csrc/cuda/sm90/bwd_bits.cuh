@@ -164,6 +164,7 @@ template <score_kind KIND> static __device__ __forceinline__ bool counts(const b
 {
     const fgqa_problem &problem = p.common.problem;
     const fgqa_view &mask = problem.view[FGQA_ARG_mask];
+    if (HAS_BIAS<KIND> && !bias_shows(p, t, head, i, key)) { return false; }
     head += t.kv_head * problem.g;
     key += t.n * BLOCK_K;
     if (DROPS<KIND>) {
@@ -185,6 +186,18 @@ static __device__ __noinline__ bool mask_shows_some(const bwd_params &p, const t
         const char *at = fgqa_row_address(mask, 1, t.b, t.kv_head * p.common.problem.g + head, first) + (t.n * BLOCK_K + key) * mask.stride_d;
 #pragma unroll 8
         for (int32_t i = first; i < rows.end; i += 4, at += 4 * mask.stride_s) { some |= *at != 0; }
+    }
+    return __ballot_sync(0xFu << (lane & ~3), some) != 0;
+}
+
+/* The same with a bias, and perhaps a mask. */
+static __device__ __noinline__ bool bias_shows_some(const bwd_params &p, const task &t, fgqa_range rows, int32_t key)
+{
+    const int32_t lane = (int32_t)(thread_index() % 32);
+    bool some = false;
+    for (int32_t head = 0; head < p.common.problem.g; head++) {
+#pragma unroll 4
+        for (int32_t i = rows.begin + lane % 4; i < rows.end && !some; i += 4) { some = counts<BIASED>(p, t, head, i, key); }
     }
     return __ballot_sync(0xFu << (lane & ~3), some) != 0;
 }

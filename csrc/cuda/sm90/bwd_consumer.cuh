@@ -48,12 +48,13 @@ static __device__ __forceinline__ void clean_rows(shared &sm, uint32_t stage, in
     barrier_sync(BOTH, CONSUMERS);
 }
 
-static __device__ __forceinline__ bool keys_poisoned(shared &sm, int thread)
+/* Whether K or V has an inf or NaN. */
+static __device__ __forceinline__ bool keys_poisoned(shared &sm, const T (&keys)[CHUNKS][BLOCK_K * CHUNK], int thread)
 {
     uint32_t sum = 0;
 #pragma unroll
-    for (int n = thread; n < (int)sizeof(sm.k) / 16; n += CONSUMERS) {
-        const uint4 x = ((const uint4 *)sm.k)[n];
+    for (int n = thread; n < (int)sizeof(keys) / 16; n += CONSUMERS) {
+        const uint4 x = ((const uint4 *)keys)[n];
         sum = poison_test(x.x, sum, T());
         sum = poison_test(x.y, sum, T());
         sum = poison_test(x.z, sum, T());
@@ -91,7 +92,7 @@ template <score_kind KIND> static __device__ __forceinline__ void add_poison(con
         for (int32_t i = at.tile * BLOCK_Q; i < end; i++) {
             const char *row = fgqa_row_address(view, sizeof(T), t.b, t.kv_head * problem.g + at.head, t.q_row + i);
             bool counted[2] = {true, true};
-            if constexpr (HAS_BITS<KIND>) {
+            if constexpr (HAS_BITS<KIND> || HAS_BIAS<KIND>) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) { counted[half] = seen[half].begin <= i && i < seen[half].end && counts<KIND>(p, t, at.head, i, key + 8 * half); }
             }
@@ -118,11 +119,34 @@ template <score_kind KIND, typename... SUMS> static __device__ __forceinline__ v
     for (int half = 0; half < 2; half++) {
         const fgqa_range seen = rows_of_key(p, t, key + 8 * half);
         if (!is_poisoned(sm, key + 8 * half) || seen.begin >= seen.end) { continue; }
-        if (HAS_BITS<KIND> && !mask_shows_some(p, t, seen, key + 8 * half)) { continue; }
+        if (HAS_BIAS<KIND> ? !bias_shows_some(p, t, seen, key + 8 * half) : HAS_BITS<KIND> && !mask_shows_some(p, t, seen, key + 8 * half)) { continue; }
 #pragma unroll
         for (int n = 2 * half; n < D / 2; n += 4) { ((sums[n] = sums[n + 1] = NAN), ...); }
     }
     barrier_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
+}
+
+/* For dbias: dS of keys that are inf or NaN themselves is NaN in the rows that see them. dQ has it as 0 then, and dK of such a key is
+ * overwritten in the end. */
+template <score_kind KIND> static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, uint32_t (&gradients)[16])
+{
+    const int thread = (int)thread_index() & 127;
+    const int32_t own = row0 + thread % 4 * 2, head = sm.bias_at[stage].z - t.kv_head * p.common.problem.g;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int key = consumer * 64 + thread / 32 * 16 + thread % 32 / 4 + 8 * half;
+        uint32_t seen = 0;
+        if (is_poisoned(sm, key)) {
+            const fgqa_range rows = rows_of_key(p, t, key);
+#pragma unroll 1
+            for (int n = 0; n < 16; n++) {
+                const int32_t i = own + n / 2 * 8 + n % 2;
+                if (rows.begin <= i && i < rows.end && counts<KIND>(p, t, head, i, key)) { seen |= 1u << n; }
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 8; n++) { gradients[2 * n + half] |= (seen >> 2 * n & 1) * 0x7FFFu | (seen >> (2 * n + 1) & 1) * 0x7FFF0000u; }
+    }
 }
 
 /* ---- interval masks ---- */
@@ -243,7 +267,7 @@ static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, ui
 
 /* Waits for K and V, cleans K, and notes for this warp which rows see each of its lanes' keys: asked for while K is on its way. V is
  * awaited last, it comes behind K. */
-template <bool MASKED> static __device__ __forceinline__ void begin_keys(const bwd_params &p, shared &sm, const task &t, uint32_t &state, int thread, int key)
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void begin_keys(const bwd_params &p, shared &sm, const task &t, uint32_t &state, int thread, int key)
 {
     const int lane = thread % 32, mine = key + lane % 4 * 8;
     const bool notes = MASKED && lane % 4 < 2;
@@ -252,7 +276,7 @@ template <bool MASKED> static __device__ __forceinline__ void begin_keys(const b
     if (notes) { rows = rows_of_key(p, t, mine); }
     mbarrier_wait(smem_address(&sm.k_full), state & 1);
     if (MASKED) {
-        if (keys_poisoned(sm, thread)) {
+        if (keys_poisoned(sm, sm.k, thread)) {
             clean_keys(sm, thread);
             state |= KEYS_POISONED;
         }
@@ -260,4 +284,5 @@ template <bool MASKED> static __device__ __forceinline__ void begin_keys(const b
         __syncwarp();
     }
     mbarrier_wait(smem_address(&sm.v_full), state & 1);
+    if (HAS_BIAS<KIND> && keys_poisoned(sm, sm.v, thread)) { state |= VALUES_POISONED; }
 }

@@ -15,11 +15,24 @@ static __device__ __forceinline__ void init_more_barriers(shared &sm)
     }
 }
 
+/* With a bias there is one buffer of dQ, which has the barriers of two: it is free when the step before's was read. */
+template <score_kind KIND> static __device__ __forceinline__ float (&dq_buffer(shared &sm, const ring2 &r))[BLOCK_Q * D] { return sm.dq[HAS_BIAS<KIND> ? 0 : r.stage]; }
+
+template <score_kind KIND> static __device__ __forceinline__ void wait_for_dq_buffer(shared &sm, const ring2 &r)
+{
+    if constexpr (HAS_BIAS<KIND>) {
+        const ring2 last = r.before();
+        mbarrier_wait(smem_address(&sm.dq_empty[last.stage]), last.parity);
+    } else {
+        mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
+    }
+}
+
 /* ---- writers: a thread for each of the two buffers ---- */
 
 /* Adds staged dQ tiles to those in memory. In order: a word a query tile says whose turn it is, the first one stores. Blocks only
  * wait for blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
-template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t buffer)
+template <bool MASKED, score_kind KIND> static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t buffer)
 {
     const fgqa_problem &problem = p.common.problem;
     /* the next block adds to a tile soon; at head dim 64 the builds that kept them were not faster beyond 1,024 keys */
@@ -38,7 +51,7 @@ template <bool MASKED> static __device__ void write_dq(const bwd_params &p, shar
             const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
             float *const to = p.w.dq + tile * (BLOCK_Q * D);
             int32_t *const turn = p.w.turn + tile;
-            const uint32_t staged = smem_address(sm.dq[r.stage]);
+            const uint32_t staged = smem_address(dq_buffer<KIND>(sm, r));
             bool first = false;
             if (p.ordered) {                                     /* mostly it has come before the tile has */
                 const int32_t own_turn = turn_at<MASKED>(p, t, at.tile);
@@ -71,9 +84,9 @@ static __device__ __forceinline__ void store_if(bool yes, uint32_t to, float x, 
 }
 
 /* dQ, 64 x 64, without its scale, for the writer; or nothing. */
-static __device__ __forceinline__ void store_dq(shared &sm, const ring2 &r, const float (&dq)[32], bool exists, int consumer)
+template <score_kind KIND> static __device__ __forceinline__ void store_dq(shared &sm, const ring2 &r, const float (&dq)[32], bool exists, int consumer)
 {
-    const uint32_t staged = smem_address(sm.dq[r.stage]) + consumer * 16384 + ((int)thread_index() & 127) * 16;
+    const uint32_t staged = smem_address(dq_buffer<KIND>(sm, r)) + consumer * 16384 + ((int)thread_index() & 127) * 16;
 #pragma unroll
     for (int n = 0; n < 8; n++) { store_if(exists, staged + 2048 * n, dq[4 * n], dq[4 * n + 1], dq[4 * n + 2], dq[4 * n + 3]); }
 }
@@ -112,17 +125,17 @@ static __device__ __forceinline__ void query_products(float (&dq)[32], uint32_t 
 #endif
 
 /* dQ of the last step of a task. */
-static __device__ __forceinline__ void last_dq(shared &sm, int consumer, int lane, const key_tile &keys, const ring2 &r)
+template <score_kind KIND> static __device__ __forceinline__ void last_dq(shared &sm, int consumer, int lane, const key_tile &keys, const ring2 &r)
 {
     const uint32_t buffer = D == 64 ? 0 : r.stage, parity = D == 64 ? r.stage : r.parity;      /* one dS or two */
     float dq[32];
     mbarrier_wait(smem_address(&sm.ds_full[buffer]), parity);
     wgmma_fence();
     query_products(dq, smem_address(sm.ds[buffer][D == 64 ? consumer : 0]), keys.k_columns);
-    mbarrier_wait(smem_address(&sm.dq_empty[r.stage]), r.parity ^ 1);
+    wait_for_dq_buffer<KIND>(sm, r);
     wgmma_wait<0>();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[buffer])); }
-    store_dq(sm, r, dq, true, consumer);
+    store_dq<KIND>(sm, r, dq, true, consumer);
     announce_dq(sm, r, true, lane);
 }
 
@@ -140,13 +153,13 @@ template <bool MASKED, score_kind KIND> static __device__ void consume(const bwd
         const int32_t steps = t.steps;
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.task_free)); }
-        begin_keys<MASKED>(p, sm, t, state, consumer * 128 + thread, key);
+        begin_keys<MASKED, KIND>(p, sm, t, state, consumer * 128 + thread, key);
         float dk[D / 2], dv[DV / 2];
 #pragma unroll
         for (int n = 0; n < D / 2; n++) { dk[n] = dv[n] = 0.0f; }
 
         take_steps<MASKED, KIND>(p, sm, t, consumer, thread, keys, r, steps, state, dk, dv);
-        if (steps > 0) { last_dq(sm, consumer, lane, keys, r.before()); }
+        if (steps > 0) { last_dq<KIND>(sm, consumer, lane, keys, r.before()); }
         __syncwarp();
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty)); }
 

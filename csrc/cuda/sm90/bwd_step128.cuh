@@ -50,7 +50,14 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     const float4 *of_lane = (const float4 *)sm.lse2[r.stage] + (lane & 3);
 #pragma unroll
     for (int n = 0; n < 4; n++) { lse2[n] = of_lane[4 * n]; }
-    if (MASKED) { store_dq(sm, r, dq, staged_late, consumer); }                          /* of two steps before: the same buffer */
+    if (MASKED) { store_dq<KIND>(sm, r, dq, staged_late, consumer); }                    /* of two steps before: the same buffer */
+    if constexpr (HAS_BIAS<KIND>) {
+        uint32_t bias[16];
+        mbarrier_wait(smem_address(&sm.bias_full[r.stage]), r.parity);
+        load_bias_pairs(bias, bias_tile(sm, r.stage, consumer));
+        add_bias(s, bias, p.common.scale);
+        if (sm.about[r.stage].y & CARE_BASES) { lower_scores(s, bases_of(p, sm, r.stage)); }
+    }
     int2 following = {0, 0};
     const bool hides = mask_hides<KIND>(left.shown);
     const alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
@@ -89,6 +96,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (hides) { keep(weights, weights, left.shown); }
     uint32_t dropped[16];
     if (DROPS<KIND>) { keep(dropped, weights, left.kept); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights, bias_tile(sm, r.stage, consumer)); }
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, (DROPS<KIND> ? dropped : weights) + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
@@ -109,11 +117,14 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     mask_bytes bytes = {};
     const bool other_mask = HAS_MASK<KIND> && !same_mask(p, left.row0, following.x);
     if (other_mask) { bytes = load_mask_bytes(p, t, next_head, following.x, consumer, thread); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients, bias_tile(sm, r.stage, consumer)); }
     mbarrier_wait(smem_address(&sm.ds_empty[r.stage]), r.parity ^ 1);
     store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
+    if (HAS_BIAS<KIND> && state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, r.stage, left.row0, consumer, gradients); }
+    if constexpr (HAS_BIAS<KIND>) { store_dbias(p, sm, r.stage, r.stage, gradients, consumer); }
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
@@ -136,11 +147,12 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         clean_step(sm, next, following.y, state, consumer * 128 + thread);
         left.partial = (following.y | state) & (PARTIAL | KEYS_POISONED);
     }
-    if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
+    if (follows) { wait_for_dq_buffer<KIND>(sm, before); }
     wgmma_wait<1>();
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
+        if constexpr (HAS_BIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
     }
     wgmma_fence();
     first_products(s, sm, keys, next.stage);
@@ -149,7 +161,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (other_mask) { left.shown = bits_of_mask(bytes); }
     if (DROPS<KIND>) { left.kept = bits_of_blocks(drawn); }
     if (!MASKED) {
-        store_dq(sm, before, dq, follows, consumer);
+        store_dq<KIND>(sm, before, dq, follows, consumer);
         announce_dq(sm, before, follows, lane);
     }
     wgmma_wait<0>();
@@ -180,7 +192,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
         r.advance();
     }
     if (MASKED) {
-        store_dq(sm, r, left.dq, steps > 1, consumer);
+        store_dq<KIND>(sm, r, left.dq, steps > 1, consumer);
         announce_dq(sm, r, steps > 1, lane);
     }
 }

@@ -93,6 +93,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     load_stats(delta, sm.delta[r.stage], 0, lane);
+    uint32_t bias[16];
+    bool lowers = false;
+    if constexpr (HAS_BIAS<KIND>) {
+        lowers = sm.about[r.stage].y & CARE_BASES;
+        mbarrier_wait(smem_address(&sm.bias_full[0]), r.stage);
+        load_bias_pairs(bias, bias_tile(sm, 0, consumer));
+    }
     mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
     score_products(s_a, keys.k_rows, q_rows);
@@ -103,12 +110,21 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<2>();
     if (DROPS<KIND>) { kept_a = bits_of_blocks(drawn); }
+    if constexpr (HAS_BIAS<KIND>) {
+        add_bias(s_a, bias, p.common.scale);
+        if (lowers) { lower_scores(s_a, bases_of(p, sm, r.stage)); }
+    }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
     if (!HAS_BITS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
+    if constexpr (HAS_BIAS<KIND>) {
+        mbarrier_wait(smem_address(&sm.bias_full[1]), r.stage);
+        load_bias_pairs(bias, bias_tile(sm, 1, consumer));
+    }
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(weights_a, weights_a, shown_a); }
     if (DROPS<KIND>) { keep(dropped_a, weights_a, kept_a); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights_a, bias_tile(sm, 0, consumer)); }
     wgmma_fence();
     score_products(s_b, keys.k_rows, q_rows + NEXT);
     key_products(dv, DROPS<KIND> ? dropped_a : weights_a, dout_rows);
@@ -123,10 +139,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (HAS_BITS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits take its registers before */
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(gradients_a, gradients_a, shown_a); }
-    if (follows) { mbarrier_wait(smem_address(&sm.dq_empty[before.stage]), before.parity ^ 1); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients_a, bias_tile(sm, 0, consumer)); }
+    if (follows) { wait_for_dq_buffer<KIND>(sm, before); }
     wgmma_wait<2>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
-    store_dq(sm, before, dq, follows, consumer);
+    store_dq<KIND>(sm, before, dq, follows, consumer);
     announce_dq(sm, before, follows, lane);
     mbarrier_wait(smem_address(&sm.ds_empty[0]), before.stage);
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
@@ -136,16 +153,24 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
         bytes_b = load_mask_bytes(p, t, next_head, next_row0 + HALF, consumer, thread);
     }
+    if (HAS_BIAS<KIND> && state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, r.stage, row0, consumer, gradients_a); }
+    if constexpr (HAS_BIAS<KIND>) { store_dbias(p, sm, 0, r.stage, gradients_a, consumer); }
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
     if (DROPS<KIND>) { drawn = draw_blocks(p, sm, t, own_head, row0 + HALF, consumer, thread); }
 
     wgmma_wait<3>();
+    if constexpr (HAS_BIAS<KIND>) {
+        if (thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
+        add_bias(s_b, bias, p.common.scale);
+        if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
+    }
     if (DROPS<KIND>) { kept_b = bits_of_blocks(drawn); }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(weights_b, weights_b, shown_b); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights_b, bias_tile(sm, 1, consumer)); }
     if (DROPS<KIND>) { keep(dropped_b, weights_b, kept_b); }
     wgmma_fence();
     key_products(dv, DROPS<KIND> ? dropped_b : weights_b, dout_rows + NEXT);
@@ -158,10 +183,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(gradients_b, gradients_b, shown_b); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients_b, bias_tile(sm, 1, consumer)); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[0])); }
+    if (HAS_BIAS<KIND> && state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, r.stage, row0 + HALF, consumer, gradients_b); }
+    if constexpr (HAS_BIAS<KIND>) { store_dbias(p, sm, 1, r.stage, gradients_b, consumer); }
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
     if (other_mask) {
@@ -173,6 +201,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
+        if constexpr (HAS_BIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
     }
 }
 

@@ -49,8 +49,16 @@ struct shared {
     alibi_tile alibi[2];                                         /* of a stage */
     int2 heads[2];                                               /* of a stage: query head of its tile, and of that of the next step */
     dropout_key dropout;
+    uint64_t bias_full[2], bias_empty[2];                        /* bwd_bias.cuh */
+    int32_t q_tile[2];                                           /* of a stage, with a bias: in the workspace */
+    int4 bias_at[2];                                             /* of a stage: key, row, head, batch */
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
+
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+/* Of a slot and a consumer: 64 rows x 64 keys of a bias, where other kernels have their second buffer for dQ. */
+static __device__ __forceinline__ uint32_t bias_tile(const shared &sm, uint32_t slot, int consumer) { return smem_address(sm.dq[1]) + slot * 16384 + consumer * 8192; }
+#endif
 
 template <bool MASKED> struct walk {
     int32_t tile, head;
@@ -226,12 +234,34 @@ static __device__ __forceinline__ int2 about_tile(const bwd_params &p, const tas
                          | (row0 < t.full_begin || row0 + BLOCK_Q > t.full_end ? PARTIAL : 0));
 }
 
+/* Those with a bias have CARE_BASES, too. */
+template <score_kind KIND> static __device__ __forceinline__ int2 about_tile(const bwd_params &p, const task &t, const walk<true> &at)
+{
+    int2 about = about_tile(p, t, at);
+    if (HAS_BIAS<KIND> && p.w.based[t.q_tile + at.head * p.w.head_tiles + at.tile]) { about.y |= CARE_BASES; }
+    return about;
+}
+
 static __device__ __forceinline__ alibi_tile alibi_of_tile(const bwd_params &p, const task &t, const walk<true> &at)
 {
     const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
     const float slope = load_float(slopes.data, t.b * slopes.stride_b + (t.kv_head * p.common.problem.g + at.head) * slopes.stride_h, slopes.dtype);
     return {slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
 }
+
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+/* Tiles of a step: of both consumers in one slot, or head dim 64, of each half of the rows in its own. */
+static __device__ __forceinline__ void load_bias(const bwd_params &p, shared &sm, const ring2 &r, uint64_t policy, int key, int row, int head, int batch)
+{
+#pragma unroll
+    for (uint32_t half = 0; half < BLOCK_Q / 64; half++) {
+        const uint32_t slot = D == 64 ? half : r.stage, parity = D == 64 ? r.stage : r.parity, bar = smem_address(&sm.bias_full[slot]);
+        mbarrier_wait(smem_address(&sm.bias_empty[slot]), parity ^ 1);
+        mbarrier_arrive_expect_tx(bar, 16384);
+        for (int c = 0; c < 2; c++) { tma_load_4d(bias_tile(sm, slot, c), &p.bias_map, bar, policy, key + 64 * c, head, row + 64 * (int)half, batch); }
+    }
+}
+#endif
 
 /* The next task is asked for when this many tiles of the present one are still to be loaded: a ticket and a description take longer than
  * the two steps that the ring holds. */
@@ -251,7 +281,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
         walk<MASKED> at(t);
         int2 about = {0, 0};
         if constexpr (MASKED) {
-            if (t.steps > 0) { about = about_tile(p, t, at); }
+            if (t.steps > 0) { about = about_tile<KIND>(p, t, at); }
         }
         alibi_tile alibi = {};
         if constexpr (WITH_ALIBI<KIND>) {
@@ -266,7 +296,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
                 at.next(t, p.w.splits, problem.g);
                 int2 following = {0, 0};
                 if constexpr (MASKED) {
-                    if (step + 1 < t.steps) { following = about_tile(p, t, at); }
+                    if (step + 1 < t.steps) { following = about_tile<KIND>(p, t, at); }
                 }
                 const alibi_tile own_alibi = alibi;
                 if constexpr (WITH_ALIBI<KIND>) {
@@ -277,6 +307,10 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
                 about = following;
                 if (WITH_ALIBI<KIND>) { sm.alibi[r.stage] = own_alibi; }
                 if (HAS_BITS<KIND>) { sm.heads[r.stage] = make_int2(head, step + 1 < t.steps ? t.kv_head * problem.g + at.head : head); }
+                if (HAS_BIAS<KIND>) {
+                    sm.q_tile[r.stage] = (int32_t)tile;
+                    sm.bias_at[r.stage] = make_int4(t.n * BLOCK_K, row - t.q_row, head, t.b);
+                }
                 load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q, &sm.q_full[r.stage], keep, head, row, batch);
             }
             if (step == 0) {
@@ -287,6 +321,9 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
             if (exists) {
                 mbarrier_wait(smem_address(&sm.dout_empty[r.stage]), r.parity ^ 1);
                 load_rows(&p.dout_map, sm.dout[r.stage], sm.delta[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q + BLOCK_Q, &sm.dout_full[r.stage], keep, head, row, batch);
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+                if (HAS_BIAS<KIND>) { load_bias(p, sm, r, createpolicy_evict_normal(), t.n * BLOCK_K, row - t.q_row, head, t.b); }
+#endif
                 r.advance();
             }
         }

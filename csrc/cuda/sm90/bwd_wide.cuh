@@ -38,7 +38,7 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
         if (t.done) { return; }
         int32_t steps = t.steps;
         warp_arrive(&sm.task_free, lane);
-        begin_keys<MASKED>(p, sm, t, state, OWN_ROLE * 128 + thread, key);
+        begin_keys<MASKED, PLAIN>(p, sm, t, state, OWN_ROLE * 128 + thread, key);
         if (MASKED && OWN_ROLE == VALUES && thread == 0) {
             p.w.poisoned[bwd_k_tile(p.common.problem, p.w, t.b, t.kv_head, t.k_row, t.n)] = (state & KEYS_POISONED) != 0;
         }

@@ -1,0 +1,126 @@
+/* bwd_bias.cuh - part of bwd.cu, head dims 64 and 128: a bias tensor of q's dtype.
+ *
+ *     x = scale S + bias    P = 2^(log2(e) (x - base) - lse2)
+ *
+ * The producer loads it in tiles of 64 rows x 64 keys (bias_tile()); ldmatrix transposes them. Rows whose LSE is so large that it holds
+ * no digits of their sum have a base other than 0, from which lse2 counts (bwd_delta_tiled.cu); x is rounded as it was in the forward
+ * pass. Tiles without such rows do not ask.
+ * Its gradient, if it is asked for and not shared (bwd_dbias.cuh), takes the tile's place: dS as it is rounded for dK and dQ, transposed
+ * once more, and stored by TMA. Tiles that nobody sees are cleared before.
+ * A bias of -inf hides a key whatever its score is. Of finite numbers that is arithmetic; where dO, Q, K or V hold others, weights and
+ * dS of such keys are set to 0 once more.
+ */
+#pragma once
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+
+enum { OF_CONSUMER_TILE = 2 };                                       /* named barriers, and the next: a consumer has changed its tile */
+static constexpr uint32_t HIDDEN = __is_same(T, bf16) ? 0xFF80FF80u : 0xFC00FC00u;      /* twice -inf */
+
+/* For ldmatrix: of 16 rows from `tile` on, the lane's address. */
+static __device__ __forceinline__ uint32_t bias_of_lane(uint32_t tile)
+{
+    const uint32_t here = thread_index() & 127, piece = here / 32 * 2 + (here >> 3 & 1);
+    return tile + ((here >> 4 & 1) * 8 + (here & 7)) * 128 + ((piece ^ (here & 7)) << 4);
+}
+
+/* Pair 2 n + half: rows 8 n + 2 (lane % 4) + {0, 1} of the lane's key, or the one 8 further. */
+static __device__ __forceinline__ void load_bias_pairs(uint32_t (&pairs)[16], uint32_t tile)
+{
+    const uint32_t from = bias_of_lane(tile);
+#pragma unroll
+    for (int n = 0; n < 4; n++) { ldmatrix_x4_trans((uint32_t (&)[4])pairs[4 * n], from + 2048 * n); }
+}
+
+/* S -> scores in natural units. */
+static __device__ __forceinline__ void add_bias(float (&s)[32], const uint32_t (&pairs)[16], float scale)
+{
+#pragma unroll
+    for (int n = 0; n < 16; n++) {
+        const float2 bias = unpack2(pairs[n], T());
+        s[2 * n] = fmaf(s[2 * n], scale, bias.x);
+        s[2 * n + 1] = fmaf(s[2 * n + 1], scale, bias.y);
+    }
+}
+
+/* Pairs of weights or dS of keys whose bias is -inf become 0, whatever they are. */
+static __device__ __forceinline__ void hide_by_bias(uint32_t (&pairs)[16], uint32_t tile)
+{
+    const uint32_t from = bias_of_lane(tile);
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        uint32_t bias[4];
+        ldmatrix_x4_trans(bias, from + 2048 * n);
+#pragma unroll
+        for (int m = 0; m < 4; m++) { pairs[4 * n + m] &= __vcmpne2(bias[m], HIDDEN); }
+    }
+}
+
+/* Takes the bases of 64 rows off scores. */
+static __device__ __forceinline__ void lower_scores(float (&s)[32], const float *bases)
+{
+    const float *of_lane = bases + thread_index() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 32; n++) { s[n] -= of_lane[n / 4 * 8 + n % 2]; }
+}
+
+/* Those of the rows of a step. */
+static __device__ __forceinline__ const float *bases_of(const bwd_params &p, const shared &sm, uint32_t stage) { return p.w.bases + (int64_t)sm.q_tile[stage] * BLOCK_Q; }
+
+/* Shared `src` -> box at (c0, c1, c2, c3), in this thread's bulk group; what is out of range is left out. */
+PTX_FN void tma_store_4d(const CUtensorMap *map, uint32_t src, int c0, int c1, int c2, int c3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"((uint64_t)map), "r"(src),
+                 "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
+PTX_FN void stmatrix_x4_trans_if(bool yes, uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3)
+{
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %0, 0;\n\t@p stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%1], {%2, %3, %4, %5};\n\t}"
+                 ::"r"((int)yes), "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
+}
+
+/* dS -> dbias in a consumer's tile, and from there to `at`: key, row, head, sequence. The tile is free then (`empty`), but for the thread
+ * that still has to wait for its store. */
+static __device__ __forceinline__ void store_dbias(const bwd_params &p, uint32_t tile, uint64_t *empty, const int4 &at, const uint32_t (&gradients)[16], int consumer)
+{
+    const uint32_t to = bias_of_lane(tile), here = thread_index() & 127;
+    const bool wanted = p.some_dbias;
+#pragma unroll
+    for (int n = 0; n < 4; n++) { stmatrix_x4_trans_if(wanted, to + 2048 * n, gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]); }
+    if (wanted) {
+        fence_proxy_async();
+        bar_sync(OF_CONSUMER_TILE + consumer, CONSUMERS / 2);
+        if (here == 0) {
+            tma_store_4d(&p.dbias_map, tile, at.x, at.z, at.y, at.w);
+            tma_store_commit();
+        }
+    }
+    __syncwarp();
+    if (here % 32 == 0 && !(wanted && here == 0)) { mbarrier_arrive(smem_address(empty)); }
+}
+
+/* The same of a slot of a step. */
+static __device__ __forceinline__ void store_dbias(const bwd_params &p, shared &sm, uint32_t slot, uint32_t stage, const uint32_t (&gradients)[16], int consumer)
+{
+    const int4 at = sm.bias_at[stage];
+    store_dbias(p, bias_tile(sm, slot, consumer), &sm.bias_empty[slot], make_int4(at.x + 64 * consumer, at.y + (D == 64 ? 64 * (int)slot : 0), at.z, at.w), gradients, consumer);
+}
+
+/* By the thread that stored it, some time later. */
+static __device__ __forceinline__ void free_dbias(const bwd_params &p, uint64_t *empty)
+{
+    if (!p.some_dbias) { return; }
+    tma_store_wait_read();
+    mbarrier_arrive(smem_address(empty));
+}
+
+/* Whether weights and dS have to be hidden once more. */
+static __device__ __forceinline__ bool hides_by_bias(uint32_t state) { return state & (CARE_POISON | VALUES_POISONED); }
+#endif
+
+/* Whether row i of a query head of the group sees key `key` of the task's tile as far as the bias says. */
+static __device__ __forceinline__ bool bias_shows(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
+{
+    const fgqa_problem &problem = p.common.problem;
+    return to_float(((const T *)fgqa_row_address(problem.view[FGQA_ARG_bias], sizeof(T), t.b, t.kv_head * problem.g + head, i))[t.n * BLOCK_K + key]) != -INFINITY;
+}

@@ -1,0 +1,280 @@
+/* bwd_dbias.cuh - part of bwd.cu, head dims 64 and 128: the gradient of a bias that sequences or heads share, by a kernel of its own.
+ *
+ *     dbias = sum of P (dP - delta) over those that share it
+ *
+ * A block owns a tile of 128 rows x 128 keys of it and computes S and dP of all that add to it once more, in a fixed order: the sums
+ * stay in registers, and there is neither an atomic nor memory for parts. No product mixes rows or keys, so that what is inf or NaN
+ * stays where it is: it is hidden in the end.
+ *
+ *   warpgroup 0, warp 0   producer: the tile of the bias, then K, V, Q, dO and the statistics of each head of each sequence that meets it
+ *   warpgroups 1, 2       consumers: 64 keys each, scores transposed (bwd_consumer.cuh), a half of 64 rows after the other
+ */
+#pragma once
+
+static constexpr int TILE = 128, ITEMS = TILE / BLOCK_Q, HALVES = BLOCK_Q / 64;      /* rows of a tile of dbias; query tiles of it; halves of one */
+
+/* Tiles of dbias; its heads and sequences. */
+struct dbias_extent { int32_t row_tiles, key_tiles, heads, sequences; };
+
+struct dbias_shared {
+    T k[2][CHUNKS][BLOCK_K * CHUNK], v[2][CHUNKS][BLOCK_K * CHUNK];
+    T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
+    T bias[2][2][64 * 64];                                       /* half, consumer; in the end dbias */
+    float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];
+    fgqa_range rows[2 * 64];                                     /* that see each key of each consumer, where not all do */
+    int4 about[2];                                               /* of K and V: sequence (-1: the tile is done), head, CARE_ bits, query tile */
+    uint64_t k_full[2], v_full[2], kv_empty[2], q_full[2], dout_full[2], rows_empty[2], bias_full[2], bias_empty[2];
+};
+static_assert(sizeof(dbias_shared) <= SM_BYTES, "the tiles do not fit into shared memory");
+
+/* A tile of dbias. */
+struct dbias_place {
+    int32_t i0, j0, head, batch, halves;
+    __device__ __forceinline__ dbias_place(const fgqa_problem &problem, const dbias_extent &extent, int64_t n)
+    {
+        j0 = (int32_t)(n % extent.key_tiles) * BLOCK_K;
+        n /= extent.key_tiles;
+        i0 = (int32_t)(n % extent.row_tiles) * TILE;
+        n /= extent.row_tiles;
+        head = (int32_t)(n % extent.heads);
+        batch = (int32_t)(n / extent.heads);
+        halves = problem.sq - i0 > 64 ? 2 : 1;
+    }
+};
+
+/* Whether some row of the tile sees some key of it. whole: all see all. */
+static __device__ __forceinline__ bool meets(const bwd_params &p, const fgqa_sequence &sequence, int32_t b, const dbias_place &at, bool *whole)
+{
+    const fgqa_mask &mask = sequence.mask;
+    const int32_t i1 = min(mask.sq, at.i0 + TILE), j1 = min(mask.sk, at.j0 + BLOCK_K);
+    *whole = false;
+    if (at.i0 >= i1 || at.j0 >= j1) { return false; }
+    const fgqa_range *key_rows = bwd_key_rows(p.common.problem, p.w, b, sequence.k_row);
+    const fgqa_range first = key_rows[at.j0], last = key_rows[j1 - 1];
+    *whole = j1 - at.j0 == BLOCK_K && last.begin <= at.i0 && first.end >= at.i0 + TILE;
+    return max(first.begin, at.i0) < min(last.end, i1);
+}
+
+static __device__ void produce_dbias(const bwd_params &p, dbias_shared &sm, const dbias_extent &extent)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const uint64_t policy = createpolicy_evict_normal();
+    const int64_t tiles = (int64_t)extent.row_tiles * extent.key_tiles * extent.heads * extent.sequences;
+    const int32_t sequences = extent.sequences == 1 ? problem.b : 1, heads = extent.heads == 1 ? problem.hq : 1;
+    ring2 kv, r;
+    uint32_t parity = 0;
+    for (int64_t n = blockIdx.x; n < tiles; n += gridDim.x, parity ^= 1) {
+        const dbias_place at(problem, extent, n);
+        for (int half = 0; half < at.halves; half++) {
+            const uint32_t bar = smem_address(&sm.bias_full[half]);
+            mbarrier_wait(smem_address(&sm.bias_empty[half]), parity ^ 1);
+            mbarrier_arrive_expect_tx(bar, sizeof(sm.bias[0]));
+            for (int c = 0; c < 2; c++) { tma_load_4d(smem_address(sm.bias[half][c]), &p.bias_map, bar, policy, at.j0 + 64 * c, at.head, at.i0 + 64 * half, at.batch); }
+        }
+        if (at.halves == 1) {                                    /* in step */
+            mbarrier_wait(smem_address(&sm.bias_empty[1]), parity ^ 1);
+            mbarrier_arrive(smem_address(&sm.bias_full[1]));
+        }
+        for (int32_t b = at.batch; b < at.batch + sequences; b++) {
+            int32_t rows;
+            bool whole;
+            const fgqa_sequence sequence = fgqa_device_sequence(problem, b, &rows);
+            if (!meets(p, sequence, b, at, &whole)) { continue; }
+            const int batch = problem.varlen ? 0 : b;
+            for (int32_t head = at.head; head < at.head + heads; head++) {
+                const int32_t first_tile = (int32_t)bwd_q_tile(problem, p.w, b, head, sequence.q_row, at.i0 / BLOCK_Q);
+                mbarrier_wait(smem_address(&sm.kv_empty[kv.stage]), kv.parity ^ 1);
+                sm.about[kv.stage] = make_int4(b, head, whole ? 0 : PARTIAL, first_tile);
+                load_keys(&p.k_map, sm.k[kv.stage], &sm.k_full[kv.stage], policy, fgqa_kv_head(head, problem.g), (int)sequence.k_row + at.j0, batch);
+                load_keys(&p.v_map, sm.v[kv.stage], &sm.v_full[kv.stage], policy, fgqa_kv_head(head, problem.g), (int)sequence.k_row + at.j0, batch);
+                kv.advance();
+                for (int item = 0; item < ITEMS && (item == 0 || at.halves > 1); item++, r.advance()) {
+                    const int row = (int)sequence.q_row + at.i0 + item * BLOCK_Q;
+                    const float *stats = (const float *)p.w.stats + (int64_t)(first_tile + item) * 2 * BLOCK_Q;
+                    mbarrier_wait(smem_address(&sm.rows_empty[r.stage]), r.parity ^ 1);
+                    load_rows(&p.q_map, sm.q[r.stage], sm.lse2[r.stage], stats, &sm.q_full[r.stage], policy, head, row, batch);
+                    load_rows(&p.dout_map, sm.dout[r.stage], sm.delta[r.stage], stats + BLOCK_Q, &sm.dout_full[r.stage], policy, head, row, batch);
+                }
+            }
+        }
+        mbarrier_wait(smem_address(&sm.kv_empty[kv.stage]), kv.parity ^ 1);
+        sm.about[kv.stage] = make_int4(-1, 0, 0, 0);
+        mbarrier_arrive(smem_address(&sm.k_full[kv.stage]));
+        mbarrier_arrive(smem_address(&sm.v_full[kv.stage]));
+        kv.advance();
+    }
+}
+
+/* sum += dS of the own 64 keys and 64 rows. bases: NULL where there are none; row0: of the rows; some_hidden: some bias is -inf. */
+static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_params &p, const dbias_shared &sm, int consumer, uint32_t stage, uint32_t kv_stage, int half,
+                                                  const float *bases, int32_t row0, bool partial, bool some_hidden)
+{
+    const int lane = (int)thread_index() & 31;
+    const uint64_t k_rows = wgmma_desc_sw128(smem_address(sm.k[kv_stage]) + consumer * 64 * 128, 0, 1024), v_rows = wgmma_desc_sw128(smem_address(sm.v[kv_stage]) + consumer * 64 * 128, 0, 1024);
+    const uint64_t q_rows = wgmma_desc_sw128(smem_address(sm.q[stage]) + (HALVES > 1 ? half : 0) * 64 * 128, 0, 1024);
+    const uint64_t dout_rows = wgmma_desc_sw128(smem_address(sm.dout[stage]) + (HALVES > 1 ? half : 0) * 64 * 128, 0, 1024);
+    const int quarter = (HALVES > 1 ? half : 0) * 16 + (lane & 3);
+    float s[32], dp[32];
+    float4 lse2[4], delta[4];
+    uint32_t bias[16];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        lse2[n] = ((const float4 *)sm.lse2[stage])[quarter + 4 * n];
+        delta[n] = ((const float4 *)sm.delta[stage])[quarter + 4 * n];
+    }
+    load_bias_pairs(bias, smem_address(sm.bias[half][consumer]));
+    wgmma_fence();
+#pragma unroll
+    for (int n = 0; n < D / 16; n++) { wgmma64<0>(s, k_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, q_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0); }
+    wgmma_commit();
+#pragma unroll
+    for (int n = 0; n < D / 16; n++) { wgmma64<0>(dp, v_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, dout_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0); }
+    wgmma_commit();
+    wgmma_wait<1>();
+    add_bias(s, bias, p.common.scale);
+    if (bases) { lower_scores(s, bases); }
+#pragma unroll
+    for (int n = 0; n < 32; n++) { s[n] = ex2(exponent<BIASED>(s[n], of_row(lse2, n / 4, n % 2), 0.0f, {}, 0, 0)); }
+    wgmma_wait<0>();
+#pragma unroll
+    for (int n = 0; n < 32; n++) { s[n] *= dp[n] - of_row(delta, n / 4, n % 2); }
+    if (some_hidden) {
+#pragma unroll
+        for (int n = 0; n < 16; n++) {
+            const float2 x = unpack2(bias[n], T());
+            s[2 * n] = x.x == -INFINITY ? 0.0f : s[2 * n];
+            s[2 * n + 1] = x.y == -INFINITY ? 0.0f : s[2 * n + 1];
+        }
+    }
+    if (partial) {
+        const tile_mask mask(sm.rows + consumer * 64, row0);
+#pragma unroll
+        for (int n = 0; n < 32; n++) { s[n] = mask.bits[n / 2 % 2][n / 16] >> (n / 4 % 4 * 8 + n % 2) & 1 ? s[n] : 0.0f; }
+    }
+#pragma unroll
+    for (int n = 0; n < 32; n++) { sum[n] += s[n]; }
+}
+
+/* Whether some pair of the warpgroup's part of a tile holds -inf, as far as this warp's keys go. */
+static __device__ __forceinline__ bool hides_some(uint32_t tile)
+{
+    uint32_t pairs[16], same = 0;
+    load_bias_pairs(pairs, tile);
+#pragma unroll
+    for (int n = 0; n < 16; n++) { same |= __vcmpeq2(pairs[n], HIDDEN); }
+    return __any_sync(ALL_LANES, same != 0);
+}
+
+static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, const dbias_extent &extent, int consumer)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const int thread = (int)thread_index() & 127, lane = thread & 31;
+    const int64_t tiles = (int64_t)extent.row_tiles * extent.key_tiles * extent.heads * extent.sequences;
+    ring2 kv, r;
+    uint32_t parity = 0;
+    for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
+        const dbias_place at(problem, extent, tile);
+        float sums[2][32] = {};
+        bool some_hidden[2] = {};
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            mbarrier_wait(smem_address(&sm.bias_full[half]), parity);
+            if (half < at.halves) { some_hidden[half] = hides_some(smem_address(sm.bias[half][consumer])); }
+        }
+        for (;; kv.advance()) {
+            mbarrier_wait(smem_address(&sm.k_full[kv.stage]), kv.parity);
+            mbarrier_wait(smem_address(&sm.v_full[kv.stage]), kv.parity);
+            const int4 about = sm.about[kv.stage];
+            if (about.x < 0) { break; }
+            const bool partial = about.z & PARTIAL;
+            if (partial) {
+                const int key = consumer * 64 + thread / 32 * 16 + lane / 4 + lane % 4 * 8, j = at.j0 + key;
+                __syncwarp();                                    /* the ranges of before are no longer read */
+                if (lane % 4 < 2) {
+                    int32_t rows;
+                    const fgqa_sequence sequence = fgqa_device_sequence(problem, about.x, &rows);
+                    const fgqa_range none = {0, 0};
+                    sm.rows[key] = j < sequence.mask.sk ? bwd_key_rows(problem, p.w, about.x, sequence.k_row)[j] : none;
+                }
+                __syncwarp();
+            }
+#pragma unroll
+            for (int item = 0; item < ITEMS; item++) {
+                if (item > 0 && at.halves == 1) { continue; }
+                const int64_t q_tile = about.w + item;
+                const float *bases = p.w.based[q_tile] ? p.w.bases + q_tile * BLOCK_Q : NULL;
+                mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
+                mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
+#pragma unroll
+                for (int n = 0; n < HALVES; n++) {
+                    const int half = item * HALVES + n;
+                    if (half > 0 && at.halves == 1) { continue; }
+                    add_scores(sums[half], p, sm, consumer, r.stage, kv.stage, half, bases ? bases + n * 64 : NULL, at.i0 + half * 64, partial, some_hidden[half]);
+                }
+                __syncwarp();
+                if (lane == 0) { mbarrier_arrive(smem_address(&sm.rows_empty[r.stage])); }
+                r.advance();
+            }
+            if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty[kv.stage])); }
+        }
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty[kv.stage])); }
+        kv.advance();
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            if (half >= at.halves) {
+                if (lane == 0) { mbarrier_arrive(smem_address(&sm.bias_empty[half])); }
+                continue;
+            }
+            uint32_t pairs[16];
+#pragma unroll
+            for (int n = 0; n < 16; n++) { pairs[n] = pack2(sums[half][2 * n], sums[half][2 * n + 1], T()); }
+            store_dbias(p, smem_address(sm.bias[half][consumer]), &sm.bias_empty[half], make_int4(at.j0 + 64 * consumer, at.i0 + 64 * half, at.head, at.batch), pairs, consumer);
+        }
+        if (thread == 0) {
+            for (int half = 0; half < at.halves; half++) { free_dbias(p, &sm.bias_empty[half]); }
+        }
+    }
+}
+
+static __global__ void __launch_bounds__(THREADS, 1) dbias_kernel(const __grid_constant__ bwd_params p, const dbias_extent extent)
+{
+    extern __shared__ __align__(1024) char memory[];
+    dbias_shared &sm = *(dbias_shared *)memory;
+    const int warp = __shfl_sync(ALL_LANES, thread_index() / 32, 0), wg = warp / 4, lane = (int)thread_index() % 32;
+    if (thread_index() == 0) {
+        if (smem_address(memory) % 1024) { __trap(); }           /* the swizzle pattern repeats every 1024 bytes */
+        for (int s = 0; s < 2; s++) {
+            mbarrier_init(smem_address(&sm.k_full[s]), 1);
+            mbarrier_init(smem_address(&sm.v_full[s]), 1);
+            mbarrier_init(smem_address(&sm.kv_empty[s]), CONSUMERS / 32);
+            mbarrier_init(smem_address(&sm.q_full[s]), 1);
+            mbarrier_init(smem_address(&sm.dout_full[s]), 1);
+            mbarrier_init(smem_address(&sm.rows_empty[s]), CONSUMERS / 32);
+            mbarrier_init(smem_address(&sm.bias_full[s]), 1);
+            mbarrier_init(smem_address(&sm.bias_empty[s]), CONSUMERS / 32);
+        }
+        fence_mbarrier_init();
+    }
+    __syncthreads();
+    if (wg == 0) {
+        setmaxnreg_dec<PRODUCER_REGS>();
+        if (warp == 0 && lane == 0) { produce_dbias(p, sm, extent); }
+    } else {
+        setmaxnreg_inc<CONSUMER_REGS>();
+        consume_dbias(p, sm, extent, wg - 1);
+    }
+}
+
+/* Behind the main kernel: it needs its statistics alone. */
+static int sum_dbias(const bwd_params &p, int32_t device, int multiprocessors, cudaStream_t stream)
+{
+    static launch_state state;
+    const fgqa_problem &problem = p.common.problem;
+    const dbias_extent extent = {(problem.sq + TILE - 1) / TILE, (problem.sk + BLOCK_K - 1) / BLOCK_K, problem.bias_shape[1], problem.bias_shape[0]};
+    const int64_t tiles = (int64_t)extent.row_tiles * extent.key_tiles * extent.heads * extent.sequences;
+    if (tiles == 0) { return cudaSuccess; }
+    const cudaError_t error = allow_shared_memory((const void *)dbias_kernel, sizeof(dbias_shared), device, &state);
+    if (error != cudaSuccess) { return error; }
+    return launch_kernel(dbias_kernel, (uint32_t)min(tiles, (int64_t)multiprocessors), THREADS, sizeof(dbias_shared), stream, p, extent);
+}
