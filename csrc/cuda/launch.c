@@ -107,7 +107,8 @@ static const char *refuse_bias(const fgqa_problem *p)
 }
 
 /* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, forward
- * ones not both; some have all that there is, bias and mask, too; some a mask and dropout, or a bias, beside neither of the two. */
+ * ones not both; some have all that there is, bias and mask, too, those for dropout among them; some backward ones a mask and dropout,
+ * or a bias, beside neither of the two. */
 static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
@@ -122,7 +123,7 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
     if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
     if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
     if (p->dropout_threshold != 0 && !has_bits) { return "dropout"; }
-    if (has_bits && (p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0)) {
+    if (has_bits && !has_all && (p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0)) {
         if (p->softcap != 0.0) { return "mask or dropout with softcap"; }
         if (p->view[FGQA_ARG_alibi_slopes].data) { return "mask or dropout with alibi_slopes"; }
     }

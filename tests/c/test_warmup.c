@@ -158,7 +158,10 @@ static void check_row(const fgqa_kernel *kernel)
     if (row->dropout) {
         RAN(DROPOUT);
         RAN(DROPOUT | MASK);
-        CHECK_FOR(total == r->ran[DROPOUT] + r->ran[DROPOUT | MASK], "%s", kernel->name);
+        RAN(DROPOUT | SOFTCAP);
+        RAN(DROPOUT | ALIBI);
+        RAN(DROPOUT | SOFTCAP | ALIBI);
+        for (int set = 0; set < SETS; set++) { CHECK_FOR(set & DROPOUT || !r->ran[set], "%s", kernel->name); }
         return;
     }
     RAN(0);

@@ -477,17 +477,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
 #endif
-#if !FGQA_DROPOUT
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
 #if FGQA_HAS_ALIBI(FGQA_D)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _alibi)(const __grid_constant__ fwd_params p) { run_block<ALIBI>(p); }
 #endif
-#if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
+#if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _scaled)(const __grid_constant__ fwd_params p) { run_block<SCALED>(p); }
 #endif
 #if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _all)(const __grid_constant__ fwd_params p) { run_block<ALL>(p); }
-#endif
 #endif
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
@@ -507,17 +505,15 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
 #endif
-#if !FGQA_DROPOUT
     if (of_scores == CAPPED) { kernel = FGQA_SUFFIX(FGQA_ROW, _capped); }
 #if FGQA_HAS_ALIBI(FGQA_D)
     if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
 #endif
-#if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q)
+#if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT
     if (of_scores == SCALED) { kernel = FGQA_SUFFIX(FGQA_ROW, _scaled); }
 #endif
 #if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _all); }
-#endif
 #endif
     int multiprocessors = 1;
     int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);

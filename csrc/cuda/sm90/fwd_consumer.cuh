@@ -93,9 +93,9 @@ template <bool LOWEST> static __device__ __forceinline__ float natural_base(floa
     return LOWEST && fabsf(base) == FLT_MAX ? lse : base * (float)FGQA_LN2;
 }
 
-/* What a part of the keys gives (any/fwd_split.h) -> global memory. v_scale: of values. True: an element is not finite. */
+/* What a part of the keys gives (any/fwd_split.h) -> global memory. out_scale: of O / l. True: an element is not finite. */
 template <bool LOWEST>
-static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends, float v_scale)
+static __device__ __forceinline__ bool store_part(const fwd_params &p, const tile &t, const float (&o)[DV / 2], const row_ends &ends, float out_scale)
 {
     const int32_t lane = (int32_t)(thread_index() % 32), dv = p.common.problem.dv;
     float poison = 0.0f;                                         /* becomes NaN */
@@ -105,7 +105,7 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
         const int64_t row = row_of_part(p, t, head_of(p, t.head, packed), packed >> p.list.pack);
         const int32_t columns = local < t.valid ? dv - 2 * (lane % 4) : 0;
         float *const to = p.split.o + row * dv + 2 * (lane % 4);
-        const float factor = ends.sum[r] == 0.0f ? 0.0f : v_scale / ends.sum[r];
+        const float factor = ends.sum[r] == 0.0f ? 0.0f : out_scale / ends.sum[r];
 #pragma unroll
         for (int n = 0; n < DV / 8; n++) {
             const float2 x = {o[4 * n + 2 * r] * factor, o[4 * n + 2 * r + 1] * factor};
@@ -158,11 +158,11 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
         }
     }
     if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
-    const float v_scale = DROPOUT ? p.common.dropout_scale : CHAIN == SCALED ? cache_scale(problem.cache.v_scale, t.batch, fgqa_kv_head(t.head, problem.g)) : 1.0f;
+    const float out_scale = DROPOUT ? p.common.dropout_scale : CHAIN == SCALED ? cache_scale(problem.cache.v_scale, t.batch, fgqa_kv_head(t.head, problem.g)) : 1.0f;
 #pragma unroll
-    for (int r = 0; r < 2; r++) { ends.factor[r] *= v_scale; }
+    for (int r = 0; r < 2; r++) { ends.factor[r] *= out_scale; }
     if (partial) {
-        again |= store_part<LOWEST>(p, t, o, ends, v_scale);
+        again |= store_part<LOWEST>(p, t, o, ends, out_scale);
     } else {
         char *const to[2] = {places.o[0] + t.out, places.o[1] + t.out};
         const int32_t there = problem.dv - first_column(), columns[2] = {first < t.valid ? there : 0, first + 8 < t.valid ? there : 0};

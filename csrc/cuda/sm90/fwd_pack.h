@@ -6,7 +6,7 @@
 /* Forward rows for Hopper of which head dims have a kernel with ALiBi: each costs as much of a build as the plain one. */
 #define FGQA_HAS_ALIBI(d) ((d) == 64 || (d) == 128)
 
-/* Those that take a bias and a mask tensor, plain rows alone: a kernel each, too. */
+/* Those that take a bias and a mask tensor, plain rows and those for dropout: a kernel each, too. */
 #define FGQA_HAS_TERMS(d, block_k) (((d) == 64 || (d) == 128) && (block_k) == 128)
 
 /* Those that have a kernel for what others lack: softcap, ALiBi, a bias and a mask tensor, each or all together. */
