@@ -12,7 +12,7 @@ from ._torch_rotary import RotaryEmbedding, apply_rotary_emb
 from .kvcache import KVCache
 
 
-def alibi_slopes(num_heads):
+def alibi_slopes(num_heads, device=None):
     """Slopes of ALiBi, float32 [num_heads]: 2^(-8 n / N) for n = 1 .. N; with N no power of 2, those of the power below it, then
     every other one of twice that power. Press et al., "Train Short, Test Long" (arXiv:2108.12409).
     """
@@ -21,7 +21,18 @@ def alibi_slopes(num_heads):
         return [2.0 ** (-8.0 * n / count) for n in range(1, count + 1)]
 
     below = 2 ** int(math.log2(num_heads))
-    return torch.tensor(geometric(below) + geometric(2 * below)[::2][: num_heads - below])
+    return torch.tensor(geometric(below) + geometric(2 * below)[::2][: num_heads - below], device=device)
+
+
+def fill_slopes(layers, num_heads, apply):
+    """Calls apply, a Module._apply, and fills the slopes of layers if that brought them from the meta device: no state dict has
+    them.
+    """
+    was_meta = [layer.alibi_slopes is not None and layer.alibi_slopes.is_meta for layer in layers]
+    apply()
+    for layer, empty in zip(layers, was_meta, strict=True):
+        if empty and not layer.alibi_slopes.is_meta:
+            layer.alibi_slopes = alibi_slopes(num_heads, layer.alibi_slopes.device)
 
 
 class LayerCache:
@@ -126,7 +137,7 @@ class FlashGQA(nn.Module):
         self.rotary = None
         if rotary_dim:
             self.rotary = RotaryEmbedding(rotary_dim, rotary_base, rotary_interleaved, rotary_scale_base, device)
-        self.register_buffer("alibi_slopes", alibi_slopes(num_heads).to(device) if alibi else None, persistent=False)
+        self.register_buffer("alibi_slopes", alibi_slopes(num_heads, device) if alibi else None, persistent=False)
         options = dict(device=device, dtype=dtype)
         out_bias = bias if out_bias is None else out_bias
         self.W_q = nn.Linear(embed_dim, num_heads * head_dim, bias=bias, **options)
@@ -134,6 +145,10 @@ class FlashGQA(nn.Module):
         self.W_v = nn.Linear(embed_dim, num_kv_heads * head_dim, bias=bias, **options)
         self.W_o = nn.Linear(num_heads * head_dim, embed_dim, bias=out_bias, **options)
         self.register_load_state_dict_pre_hook(_rename_loaded)
+
+    def _apply(self, fn, recurse=True):
+        fill_slopes([self], self.num_heads, lambda: super(FlashGQA, self)._apply(fn, recurse))
+        return self
 
     def new_cache(self, batch, max_length, *, dtype=None):
         """Room for the keys and values of max_length positions; dtype as W_k's by default."""

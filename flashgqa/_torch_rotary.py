@@ -144,23 +144,37 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         self.dim, self.base, self.interleaved, self.scale_base = dim, float(base), interleaved, scale_base
         self.register_buffer("inv_freq", self._compute_inv_freq(device), persistent=False)
-        pairs = torch.arange(0, dim, 2, device=device, dtype=torch.float32)
-        scale = None if scale_base is None else (pairs + 0.4 * dim) / (1.4 * dim)
-        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("scale", self._compute_scale(device), persistent=False)
         self._seq_len_cached = 0
         self._cos_cached = self._sin_cached = self._cos_k_cached = self._sin_k_cached = None
 
     def _compute_inv_freq(self, device=None):
         return self.base ** -(torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
 
+    def _compute_scale(self, device=None):
+        pairs = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32)
+        return None if self.scale_base is None else (pairs + 0.4 * self.dim) / (1.4 * self.dim)
+
+    def _apply(self, fn, recurse=True):
+        """What to(), to_empty() and the like go through. Nothing else fills buffers that come from the meta device: no state dict
+        has them.
+        """
+        was_meta = self.inv_freq.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.inv_freq.is_meta:
+            device = self.inv_freq.device
+            self.inv_freq, self.scale = self._compute_inv_freq(device), self._compute_scale(device)
+        return self
+
     def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
         """Makes the tables hold seqlen positions."""
         cos = self._cos_cached
-        if (
-            cos is not None and seqlen <= self._seq_len_cached and cos.device == device and cos.dtype == dtype
-            and not (self.training and cos.is_inference())
-        ):  # fmt: skip
+        if cos is not None and seqlen <= self._seq_len_cached and cos.device == device and cos.dtype == dtype:
             return
+        with torch.inference_mode(False):       # tables made there could not be part of training
+            self._make_tables(seqlen, device, dtype)
+
+    def _make_tables(self, seqlen, device, dtype):
         self._seq_len_cached = seqlen
         # In float32, whatever module.to(dtype) made of the buffers: narrow positions would be wrong by whole turns.
         frequencies = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._compute_inv_freq(device)

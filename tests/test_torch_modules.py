@@ -156,6 +156,34 @@ def test_flash_gqa_dropout_training_and_compile():
     assert "num_kv_heads=2" in repr(layer)
 
 
+@pytest.mark.parametrize(
+    "make_layer",
+    [
+        lambda **where: fg.FlashGQA(32, 4, 2, causal=True, rotary_dim=8, rotary_scale_base=64, alibi=True, **where),
+        lambda **where: mha.MHA(
+            32, 4, causal=True, rotary_emb_dim=8, rotary_emb_scale_base=64, use_alibi=True, use_flash_attn=True, **where
+        ),
+    ],
+    ids=["FlashGQA", "MHA"],
+)
+def test_layers_that_turn(make_layer):
+    """Training while compiled and before and after inference; layers of large models, which begin without memory."""
+    layer, x = make_layer(), randn(2, 9, 32, dtype=torch.float32, grad=False)
+    compiled, expected = torch.compile(layer, backend="aot_eager", fullgraph=True), layer(x)
+    for _ in range(3):
+        out = compiled(x)
+        assert torch.equal(out, expected)
+        out.sum().backward()
+    fresh = make_layer()
+    with torch.inference_mode():
+        fresh(x)
+    fresh(x).sum().backward()
+    for twin in (make_layer(device="meta"), make_layer(device="meta").half()):
+        twin = twin.to_empty(device="cpu").float()
+        twin.load_state_dict(layer.state_dict())
+        assert torch.equal(twin(x), expected)
+
+
 def test_flash_gqa_errors():
     layer, x = make("cpu", 32, 4, 2, rotary_dim=8), randn(2, 9, 32)
     for arguments, options in (((30, 4), {}), ((32, 4, 3), {}), ((32, 0), {})):

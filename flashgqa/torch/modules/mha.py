@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from ..._torch_attention import attention, bounds
 from ..._torch_flash_attn import flash_attn_with_kvcache
 from ..._torch_modules import alibi_slopes as _alibi_slopes
-from ..._torch_modules import check_input
+from ..._torch_modules import check_input, fill_slopes
 from ..._torch_packing import unbound
 from ..._torch_rotary import RotaryEmbedding
 
@@ -124,10 +124,15 @@ class MHA(nn.Module):
             )
         inner = dict(
             causal=causal, softmax_scale=softmax_scale, attention_dropout=dropout, window_size=window_size,
-            alibi_slopes=_alibi_slopes(num_heads).to(device) if use_alibi else None,
+            alibi_slopes=_alibi_slopes(num_heads, device) if use_alibi else None,
         )  # fmt: skip
         self.inner_attn, self.inner_cross_attn = FlashSelfAttention(**inner), FlashCrossAttention(**inner)
         self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias, **options)
+
+    def _apply(self, fn, recurse=True):
+        inner = (self.inner_attn, self.inner_cross_attn)
+        fill_slopes(inner, self.num_heads, lambda: super(MHA, self)._apply(fn, recurse))
+        return self
 
     def _make_convolutions(self, embed_dim, kv_dim, options):
         names = {"dwconv_q": embed_dim, "dwconv_kv": kv_dim}
