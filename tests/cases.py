@@ -324,6 +324,7 @@ def _edges():
     for sq, dtype in itertools.product((17, 49), FLOATS):
         yield Case(b=2, hq=6, hk=2, sq=sq, sk=150, d=40, dv=24, dtype=dtype, causal=True, sink=True, kv_lens=(150, 61))
         yield Case(hq=3, hk=3, sq=sq, sk=sq, d=33, dtype=dtype, bias="1hqk", mask="b11k", alibi="bh", softcap=10.0, layout="bshd")
+        yield Case(b=3, hq=3, hk=3, sq=sq, sk=sq, d=32, dtype=dtype, bias="1hqk", mask="b1qk")
         packed = ((sq, 300), (1, 1), (sq + 1, 49))
         yield Case(hq=6, hk=2, d=64, dtype=dtype, packed=packed, window=(100, 20), dropout=0.3, data="large")
     for rank, layout in itertools.product((3, 4), ("bhsd", "bshd")):

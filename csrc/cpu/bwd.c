@@ -74,12 +74,17 @@ static bwd_workspace workspace_carve(fgqa_arena *arena, const fgqa_problem *p, c
 
 /* ---- main job: dq, and dk, dv of each split ---- */
 
-/* dQ = scale * dQ^T of a panel. */
-static void store_dq(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const tile_panel *panel, const real *dq_t)
+/* dQ = scale * dQ^T of a panel; of few rows: scale * dQ. */
+static void store_dq(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const bwd_panel *bp, const real *dq_t)
 {
     const fgqa_view *dq = &t->p->view[FGQA_ARG_dq];
+    const tile_panel *const panel = &bp->panel;
     const real scale = (real)t->p->scale;
-    tile_transpose_panel(s->dq, shape->ldk, dq_t, panel->w, t->p->d);
+    if (bp->few) {
+        row_copy(s->dq, dq_t, panel->rows * shape->ldk);
+    } else {
+        tile_transpose_panel(s->dq, shape->ldk, dq_t, panel->w, t->p->d);
+    }
     for (int32_t lane = 0; lane < panel->rows; lane++) {
         real *const row = s->dq + (ptrdiff_t)lane * shape->ldk;
         for (int32_t c = 0; c < t->p->d; c++) { row[c] *= scale; }
@@ -168,7 +173,7 @@ static void split_head(const bwd_job *job, const fgqa_problem *p, int32_t split,
             block_keys(job, &s, &t, panels, j0, j0 + KEYS < t.seq.mask.sk ? j0 + KEYS : t.seq.mask.sk, &bad, dk, dv);
         }
         for (int32_t panel = 0; panel < panels; panel++) {
-            store_dq(&s, shape, &t, &s.panels[panel].panel, s.dq_t + (ptrdiff_t)panel * PANEL * shape->ldk);
+            store_dq(&s, shape, &t, &s.panels[panel], s.dq_t + (ptrdiff_t)panel * PANEL * shape->ldk);
         }
     }
     if (split == 0) { zero_padded_dq(&t, s.row); }
@@ -336,7 +341,7 @@ static void bias_add_head(const bwd_job *job, const bias_scratch *s, const tile_
     for (int32_t r0 = rows.begin; r0 < rows.end && r0 < head->rows; r0 += PANEL) {
         if (fgqa_poll(worker)) { return; }
         const int64_t r1 = rows.end < head->rows ? rows.end : head->rows;
-        bwd_panel_load(bp, head, kv, r0, r1, &to, &stats);
+        bwd_panel_load(bp, head, kv, r0, r1, &to, &stats, 0);
         bwd_tiles tiles = s->tiles;
 #if FGQA_PAIRS
         if (s->k_low && !bp->exact) {

@@ -3,10 +3,13 @@
  *
  *     for each panel:   P^T, dS^T (bwd_tile.h)      dQ^T += K^T dS^T
  *     dV += P^T dO      dK += dS^T Q                over all lanes of the block at once
+ *
+ * A panel of a handful of rows, a whole sequence or what full panels leave over, has its scores and dQ by decode.h's products.
  */
 #ifndef FGQA_BWD_BLOCK_H
 #define FGQA_BWD_BLOCK_H
 #include "bwd_shared.h"
+#include "few_tile.h"
 
 static bwd_shape shape_of(const fgqa_problem *p)
 {
@@ -59,7 +62,7 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
         real *const q = s->q + (ptrdiff_t)panels * PANEL * shape->ldq, *const dout = s->dout + (ptrdiff_t)panels * PANEL * shape->ldo;
         const bwd_rows to = {q, dout, shape->ldq, shape->ldo};
         const stats_scratch stats = {s->tiles.s, s->tiles.add, s->tiles.rows, s->k_copy};
-        bwd_panel_load(bp, t, t, r, r1, &to, &stats);
+        bwd_panel_load(bp, t, t, r, r1, &to, &stats, 1);
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
             real *const q_row = q + (ptrdiff_t)lane * shape->ldq, *const dout_row = dout + (ptrdiff_t)lane * shape->ldo;
             bp->delta[lane] = row_delta(job, t, bp->panel.r0 + lane, dout_row, s->row);
@@ -88,18 +91,64 @@ static void zero_rows(real *tile, int32_t ldt, int32_t j0, int32_t j1, int32_t w
     for (int32_t j = j0; j < j1; j++) { memset(tile + (ptrdiff_t)j * ldt, 0, (size_t)w * sizeof(real)); }
 }
 
-/* dbias of a panel and keys [begin, end) of the block that begins with key j0, whose dS^T is at `ds`. `rows`: VL x KEYS. */
-static void store_dbias(const bwd_job *job, const tile_sequence *t, const tile_panel *panel, int32_t j0, fgqa_range keys, const real *ds, real *rows)
+/* dbias of packed row r and some keys from dS, which may be lost. */
+static void store_dbias_row(const bwd_job *job, const tile_sequence *t, int64_t r, fgqa_range keys, real *ds)
 {
     const fgqa_view *const dbias = &t->p->view[FGQA_ARG_dbias];
+    const int32_t n = keys.end - keys.begin;
+    real *const to = dbias_at(t, r, keys.begin);
+    for (int32_t j = 0; job->dbias.way == DBIAS_ADDED && j < n; j++) { ds[j] += to[j * dbias->stride_d]; }
+    row_store(to, dbias->dtype, dbias->stride_d, ds, n);
+}
+
+/* Of a panel and keys of the block that begins with key j0, whose dS^T is at `ds`. `rows`: VL x KEYS. */
+static void store_dbias(const bwd_job *job, const tile_sequence *t, const tile_panel *panel, int32_t j0, fgqa_range keys, const real *ds, real *rows)
+{
     const int32_t first = keys.begin - j0, n = keys.end - keys.begin, ldt = job->shape.ldt;
     for (int32_t lane0 = 0; lane0 < panel->rows; lane0 += VL) {
         for (int32_t j = first / VL * VL; j < first + n; j += VL) { v_transpose(rows + j, KEYS, ds + (ptrdiff_t)j * ldt + lane0, ldt); }
         for (int32_t lane = 0; lane < VL && lane0 + lane < panel->rows; lane++) {
-            real *const row = rows + lane * KEYS + first, *const to = dbias_at(t, panel->r0 + lane0 + lane, keys.begin);
-            for (int32_t j = 0; job->dbias.way == DBIAS_ADDED && j < n; j++) { row[j] += to[j * dbias->stride_d]; }
-            row_store(to, dbias->dtype, dbias->stride_d, row, n);
+            store_dbias_row(job, t, panel->r0 + lane0 + lane, keys, rows + lane * KEYS + first);
         }
+    }
+}
+
+/* bwd_tile() for a panel of few rows; weight and dS stay in the scratch's s and dp, [row][KEYS], too. */
+static tile_kind few_tile(const bwd_tiles *tiles, const tile_sequence *t, const bwd_panel *bp, int32_t j0, int32_t j1, const tile_block *k,
+                          const tile_block *v, real *weight, real *ds, ptrdiff_t ld)
+{
+    const fgqa_problem *const p = t->p;
+    const few_source keys = {k->data, k->stride, NULL, FEW_BLOCK}, values = {v->data, v->stride, NULL, FEW_BLOCK};
+    const int32_t n = j1 - j0;
+    const real *used_add;
+    real scale;
+    const tile_kind kind = few_tile_scores(tiles->s, tiles->add, t, &bp->panel, j0, j1, &keys, bp->q_t, &used_add, &scale);
+    if (kind == TILE_UNSEEN) { return kind; }
+    few_scores(bp->panel.rows, n, p->dv, &values, bp->dout_t, ROUND_UP(p->dv, VL), tiles->dp, KEYS);
+    const bwd_flags flags = {kind == TILE_PARTIAL, 0, 0, 0, 0};
+    for (int32_t r = 0; r < bp->panel.rows; r++) {
+        const vreal lse = v_set1(bp->lse.top[r]), delta = v_set1(bp->delta[r]);
+        for (int32_t j = 0; j < n; j += VL) {
+            const ptrdiff_t at = r * KEYS + j;
+            const bwd_score x = bwd_score_grad(tiles, at, lse, v_zero(), delta, scale, 1, flags);
+            v_store(tiles->s + at, x.weight);
+            v_store(tiles->dp + at, x.ds);
+        }
+        for (int32_t j = 0; j < n; j++) {
+            weight[j * ld + r] = tiles->s[r * KEYS + j];
+            ds[j * ld + r] = tiles->dp[r * KEYS + j];
+        }
+    }
+    return kind;
+}
+
+/* dQ of such a panel from those, and dbias. */
+static void few_grads(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, const bwd_panel *bp, fgqa_range keys, const tile_block *k, real *dq)
+{
+    const few_source rows = {k->data, k->stride, NULL, FEW_BLOCK};
+    few_accumulate(bp->panel.rows, keys.end - keys.begin, t->p->d, s->tiles.dp, KEYS, &rows, dq, job->shape.ldk, NULL);
+    for (int32_t r = 0; r < bp->panel.rows && (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED); r++) {
+        store_dbias_row(job, t, bp->panel.r0 + r, keys, s->tiles.dp + r * KEYS);
     }
 }
 
@@ -124,7 +173,8 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         const ptrdiff_t at = (ptrdiff_t)(r.begin - j0) * shape->ldt;
         if (r.begin < r.end) {
             const tile_block k_part = {k.data + (r.begin - j0) * k.stride, k.stride}, v_part = {v.data + (r.begin - j0) * v.stride, v.stride};
-            const tile_kind kind = bwd_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, 0, weight + at, ds + at, shape->ldt);
+            const tile_kind kind = bp->few ? few_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, weight + at, ds + at, shape->ldt)
+                                           : bwd_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, 0, weight + at, ds + at, shape->ldt);
             if (kind == TILE_UNSEEN) { r.end = r.begin; }
             if (kind == TILE_PARTIAL && !k_checked) {
                 tile_bad_rows bad_keys;
@@ -133,15 +183,18 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
                 k_checked = 1;
             }
         }
-        if (r.begin < r.end && (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED)) {
+        const tile_block k_seen = {k_dq.data + (r.begin - j0) * k_dq.stride, k_dq.stride};
+        real *const dq = s->dq_t + (ptrdiff_t)n * PANEL * shape->ldk;
+        if (bp->few && r.begin < r.end) {
+            few_grads(job, s, t, bp, r, &k_seen, dq);
+        } else if (r.begin < r.end && (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED)) {
             store_dbias(job, t, &bp->panel, j0, r, ds, s->tiles.rows);
         }
         zero_rows(weight, shape->ldt, e.j0 - j0, r.begin - j0, w);
         zero_rows(ds, shape->ldt, e.j0 - j0, r.begin - j0, w);
         zero_rows(weight, shape->ldt, r.end - j0, e.j1 - j0, w);
         zero_rows(ds, shape->ldt, r.end - j0, e.j1 - j0, w);
-        gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_dq.data + (r.begin - j0) * k_dq.stride, k_dq.stride, ds + at, shape->ldt,
-                     s->dq_t + (ptrdiff_t)n * PANEL * shape->ldk, w, NULL);
+        if (!bp->few) { gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_seen.data, k_seen.stride, ds + at, shape->ldt, dq, w, NULL); }
     }
     for (int32_t j = e.j0, end; j < e.j1; j = end) {
         tile_extent step;

@@ -110,7 +110,7 @@ static real row_delta(const bwd_job *job, const tile_sequence *t, int64_t r, con
     row_load(row, tile_packed_row(t, out, r), out->dtype, out->stride_d, p->dv);
     for (; c + VL <= p->dv; c += VL) { sums += v_load(dout + c) * v_load(row + c); }
     for (; c < p->dv; c++) { sum += dout[c] * row[c]; }
-    for (int32_t n = 0; n < VL; n++) { sum += sums[n]; }
+    sum += v_sum(sums);
     if (dlse->data) { sum -= tile_lse_load(t, dlse, r); }
     *delta_at(job, t, r) = sum;
     return sum;

@@ -18,6 +18,7 @@ typedef struct {
     tile_panel panel;
     row_stats lse;                      /* top is the whole LSE and log_sum 0, unless `exact` */
     int exact;                          /* some row's LSE was too large to hold its sum: both halves were computed anew */
+    int few;                            /* a handful of rows: q_t and dout_t are [lane][ROUND_UP(d or dv, VL)] (bwd_block.h) */
     uint32_t special;                   /* rows of Q or dO that are not finite, a bit each; set by amx_bwd.h alone */
     _Alignas(64) real delta[PANEL];
     real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
@@ -84,7 +85,7 @@ FGQA_SHARED void bwd_own_lse(bwd_panel *bp, const tile_sequence *t, const tile_s
 /* The LSE of packed rows r0 .. as it was given; what else depends on it is cleared. */
 FGQA_SHARED void bwd_panel_lse(bwd_panel *bp, const tile_sequence *t, int64_t r0)
 {
-    bp->exact = 0;
+    bp->exact = bp->few = 0;
     for (int32_t lane = 0; lane < bp->panel.w; lane++) {
         const real lse = lane < bp->panel.rows ? tile_lse_load(t, &t->p->view[FGQA_ARG_lse], r0 + lane) : -REAL_INF;
         const real size = lse < 0 ? -lse : lse;
@@ -95,17 +96,27 @@ FGQA_SHARED void bwd_panel_lse(bwd_panel *bp, const tile_sequence *t, int64_t r0
     }
 }
 
-/* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. */
+/* Rows [lane][ld] as the scores of a panel take them, a handful as they are. */
+SIMD void bwd_panel_operand(const bwd_panel *bp, real *to, const real *rows, int32_t ld, int32_t cols)
+{
+    const int32_t columns = ROUND_UP(cols, VL), lanes = bp->few ? few_lanes(bp->panel.rows) : 0;
+    for (int32_t lane = 0; lane < lanes; lane++) { row_copy(to + lane * columns, rows + (ptrdiff_t)lane * ld, columns); }
+    if (!bp->few) { tile_transpose_rows(to, rows, ld, bp->panel.w, cols); }
+}
+
+/* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. `few`: a handful of rows
+ * may be taken as such, unless what becomes of their scores is known to tile.h alone. */
 FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const tile_sequence *kv, int64_t r0, int64_t r1,
-                                const bwd_rows *to, const stats_scratch *scratch)
+                                const bwd_rows *to, const stats_scratch *scratch, int few)
 {
     const fgqa_problem *p = t->p;
     tile_panel_init(&bp->panel, t, r0, r1);
-    tile_pack_rows(to->q, to->ldq, t, &bp->panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
-    tile_transpose_rows(bp->q_t, to->q, to->ldq, bp->panel.w, p->d);
-    tile_pack_rows(to->dout, to->ldo, t, &bp->panel, &p->view[FGQA_ARG_dout], p->dv, 1);
-    tile_transpose_rows(bp->dout_t, to->dout, to->ldo, bp->panel.w, p->dv);
     bwd_panel_lse(bp, t, r0);
+    bp->few = few && bp->panel.rows <= FEW_ROWS && !bp->exact && !(p->softcap > 0) && !p->dropout_threshold;
+    tile_pack_rows(to->q, to->ldq, t, &bp->panel, &p->view[FGQA_ARG_q], p->d, t->q_sign);
+    bwd_panel_operand(bp, bp->q_t, to->q, to->ldq, p->d);
+    tile_pack_rows(to->dout, to->ldo, t, &bp->panel, &p->view[FGQA_ARG_dout], p->dv, 1);
+    bwd_panel_operand(bp, bp->dout_t, to->dout, to->ldo, p->dv);
     if (bp->exact) { bwd_own_lse(bp, t, kv, scratch); }
 }
 

@@ -5,38 +5,8 @@
  */
 #ifndef FGQA_FWD_FEW_H
 #define FGQA_FWD_FEW_H
+#include "few_tile.h"
 #include "fwd_scratch.h"
-
-/* tile_additive() for these rows. */
-static tile_kind few_additive(real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t n)
-{
-    tile_verdict verdict = tile_verdict_begin();
-    for (int32_t r = 0; r < panel->rows; r++) { tile_additive_lane(add + r * KEYS, t, panel->r0 + r, r == 0, j0, n, &verdict); }
-    return tile_verdict_kind(&verdict);
-}
-
-SIMD vint few_lane_numbers(void)
-{
-    vint lane;
-    for (int i = 0; i < VL; i++) { lane[i] = i; }
-    return lane;
-}
-
-/* tile_transform() for these rows. */
-static void few_transform(real *s, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t n, const real *add)
-{
-    const vint lane = few_lane_numbers();
-    const tile_chain chain = tile_chain_of(t);
-    for (int32_t r = 0; r < panel->rows; r++) {
-        const vint begin = v_set1_int(panel->begin[r]), end = v_set1_int(panel->end[r]), diag = v_set1_int(panel->diag[r]);
-        const vreal slope = v_set1(panel->slope[r]);
-        for (int32_t j = 0; j < n; j += VL) {
-            const vint key = v_set1_int(j0 + j) + lane;
-            real *const at = s + r * KEYS + j;
-            v_store(at, tile_score(chain, v_load(at), add ? add + r * KEYS + j : NULL, key, begin, end, diag, slope, NULL));
-        }
-    }
-}
 
 /* The largest lane of each x[r], r < rows, and their sums: few_fold()'s. */
 SIMD void few_lanes_max(const int rows, vreal *x, real *most)
@@ -117,14 +87,10 @@ static tile_kind few_weights(const few_tile *tile, const tile_sequence *t, const
 {
     const fgqa_problem *const p = t->p;
     const int32_t n = j1 - j0;
-    tile_kind kind = t->has_add ? few_additive(tile->add, t, panel, j0, n) : TILE_FULL;
-    *used_add = kind == TILE_PARTIAL ? tile->add : NULL;
+    real scale;
+    const tile_kind kind = few_tile_scores(tile->s, tile->add, t, panel, j0, j1, k, q, used_add, &scale);
     if (kind == TILE_UNSEEN) { return kind; }
-    if (!fgqa_tile_is_full(&t->seq.mask, panel->i0, panel->i1, j0, j1)) { kind = TILE_PARTIAL; }
-    few_scores(panel->rows, n, p->d, k, q, ROUND_UP(p->d, VL), tile->s, KEYS);
-    const int transformed = kind == TILE_PARTIAL || t->needs_transform || !(t->score_scale >= SMALLEST_SCALE);
-    if (transformed) { few_transform(tile->s, t, panel, j0, n, *used_add); }
-    few_softmax(tile->s, panel->rows, n, transformed ? 1 : t->score_scale, m, l, tile->factor);
+    few_softmax(tile->s, panel->rows, n, scale, m, l, tile->factor);
     if (p->dropout_threshold) { few_dropout(tile->s, tile->keep, t, panel, j0, n); }
     return kind;
 }

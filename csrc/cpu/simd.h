@@ -266,6 +266,39 @@ SIMD vreal v_tanh(vreal x)
 #define INTERLEAVE_HIGH 1, 3
 #endif
 
+/* The sum of all lanes, halves added to halves. */
+SIMD real v_sum(vreal x)
+{
+    UNROLL(4)
+    for (int n = VL; n > 1; n /= 2) { x = SIMD_SHUFFLE(x, x, INTERLEAVE_LOW) + SIMD_SHUFFLE(x, x, INTERLEAVE_HIGH); }
+    return x[0];
+}
+
+#if VBYTES == 64 && !FGQA_REAL_F64 && !FGQA_PAIRS
+/* to[c*to_stride + r] = from[r][c], VL x VL. Quarters of rows come from memory where they belong, so that two rounds of shuffles within
+ * quarters are left of four: some processors have one unit for shuffles. */
+SIMD void v_transpose(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t from_stride)
+{
+    UNROLL(4)
+    for (int c = 0; c < VL; c += 4) {
+        __m512 a[4];
+        UNROLL(4)
+        for (int r = 0; r < 4; r++) {
+            const real *const at = from + r * from_stride + c;
+            a[r] = _mm512_castps128_ps512(_mm_loadu_ps(at));
+            a[r] = _mm512_mask_broadcast_f32x4(a[r], 0x00F0, _mm_loadu_ps(at + 4 * from_stride));
+            a[r] = _mm512_mask_broadcast_f32x4(a[r], 0x0F00, _mm_loadu_ps(at + 8 * from_stride));
+            a[r] = _mm512_mask_broadcast_f32x4(a[r], 0xF000, _mm_loadu_ps(at + 12 * from_stride));
+        }
+        const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(a[0], a[1])), high01 = _mm512_castps_pd(_mm512_unpackhi_ps(a[0], a[1]));
+        const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(a[2], a[3])), high23 = _mm512_castps_pd(_mm512_unpackhi_ps(a[2], a[3]));
+        v_store(to + c * to_stride, (vreal)_mm512_unpacklo_pd(low01, low23));
+        v_store(to + (c + 1) * to_stride, (vreal)_mm512_unpackhi_pd(low01, low23));
+        v_store(to + (c + 2) * to_stride, (vreal)_mm512_unpacklo_pd(high01, high23));
+        v_store(to + (c + 3) * to_stride, (vreal)_mm512_unpackhi_pd(high01, high23));
+    }
+}
+#else
 /* to[c*to_stride + r] = from[r][c], VL x VL: log2(VL) rounds of perfect shuffles. */
 SIMD void v_transpose(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t from_stride)
 {
@@ -285,6 +318,7 @@ SIMD void v_transpose(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t
     UNROLL(16)
     for (int r = 0; r < VL; r++) { v_store(to + r * to_stride, a[r]); }
 }
+#endif
 
 /* ---- 32-bit words for Philox: one word a lane (in 64-bit lanes when real is double) ---- */
 #if FGQA_REAL_F64
