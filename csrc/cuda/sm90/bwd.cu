@@ -66,14 +66,15 @@ static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-/* What happens to scores besides the scale and the interval mask: a kernel of its own each. */
-enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, MASKED_BIAS };
-template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || KIND == MASKED_BIAS;
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. BIAS_AND_MORE: a bias and a mask tensor, or
+ * a bias whose gradient is stored, or both. */
+enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE };
+template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_MORE;
 template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI;
 template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI;
-template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == MASKED_BIAS;
+template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_MORE;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
  * inf or NaN. With a bias: rows whose scores count from a base. */
@@ -289,9 +290,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
             error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * sizeof(T), stream);
         }
         if (error != cudaSuccess) { return error; }
-        const bool also_masked = problem->view[FGQA_ARG_mask].data != NULL;
-        kernel = also_masked ? bwd_kernel<true, MASKED_BIAS> : bwd_kernel<true, BIASED>;
-        state = &bias_states[also_masked];
+        const bool more = problem->view[FGQA_ARG_mask].data != NULL || p.some_dbias;
+        kernel = more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
+        state = &bias_states[more];
     }
 #endif
     const int64_t tasks = p.sections * key_tiles;

@@ -99,13 +99,6 @@ static __device__ __forceinline__ void store_dbias(const bwd_params &p, uint32_t
     if (here % 32 == 0 && !(wanted && here == 0)) { mbarrier_arrive(smem_address(empty)); }
 }
 
-/* The same of a slot of a step. */
-static __device__ __forceinline__ void store_dbias(const bwd_params &p, shared &sm, uint32_t slot, uint32_t stage, const uint32_t (&gradients)[16], int consumer)
-{
-    const int4 at = sm.bias_at[stage];
-    store_dbias(p, bias_tile(sm, slot, consumer), &sm.bias_empty[slot], make_int4(at.x + 64 * consumer, at.y + (D == 64 ? 64 * (int)slot : 0), at.z, at.w), gradients, consumer);
-}
-
 /* By the thread that stored it, some time later. */
 static __device__ __forceinline__ void free_dbias(const bwd_params &p, uint64_t *empty)
 {

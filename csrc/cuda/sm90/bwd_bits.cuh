@@ -100,10 +100,18 @@ static __device__ __forceinline__ lane_bits bits_of_mask(const mask_bytes &bytes
     return {exchange_bits<4, 1>(exchange_bits<8, 2>(exchange_bits<16, 16>(bits)))};
 }
 
+/* Those of the first tile of a task. */
+template <score_kind KIND> static __device__ __forceinline__ lane_bits first_bits_of_mask(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, int thread)
+{
+    if (KIND == BIAS_AND_MORE && !p.common.problem.view[FGQA_ARG_mask].data) { return {0xFFFFFFFFu}; }
+    return bits_of_mask(load_mask_bytes(p, t, sm.heads[stage].x, row0, consumer, thread));
+}
+
 /* Whether it hides something from the warp. */
 template <score_kind KIND> static __device__ __forceinline__ bool mask_hides(const lane_bits &shown) { return HAS_MASK<KIND> && __any_sync(ALL_LANES, ~shown.bits != 0); }
 
-/* Whether the tile from row `next` on, of another head perhaps, has the bits of that from `row0` on: heads of a group often share a mask. */
+/* Whether the tile from row `next` on, of another head perhaps, has the bits of that from `row0` on: heads of a group often share a mask.
+ * No mask has no strides. */
 static __device__ __forceinline__ bool same_mask(const bwd_params &p, int32_t row0, int32_t next)
 {
     const fgqa_view &mask = p.common.problem.view[FGQA_ARG_mask];

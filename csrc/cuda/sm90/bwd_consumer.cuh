@@ -149,6 +149,22 @@ template <score_kind KIND> static __device__ __forceinline__ void poison_dbias(c
     }
 }
 
+/* The tile of a slot is no longer read: it is free, or gives its place to dS. */
+template <score_kind KIND> static __device__ __forceinline__ void leave_bias(const bwd_params &p, shared &sm, const task &t, uint32_t slot, uint32_t stage, int32_t row0, int consumer, uint32_t state,
+                                                                             uint32_t (&gradients)[16])
+{
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+    if constexpr (KIND == BIAS_AND_MORE) {
+        if (state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, stage, row0, consumer, gradients); }
+        const int4 at = sm.bias_at[stage];
+        store_dbias(p, bias_tile(sm, slot, consumer), &sm.bias_empty[slot], make_int4(at.x + 64 * consumer, at.y + (D == 64 ? 64 * (int)slot : 0), at.z, at.w), gradients, consumer);
+    } else {
+        __syncwarp();
+        if (thread_index() % 32 == 0) { mbarrier_arrive(smem_address(&sm.bias_empty[slot])); }
+    }
+#endif
+}
+
 /* ---- interval masks ---- */
 
 /* Bits x, x + 1, ... */

@@ -123,8 +123,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
-    if (HAS_BIAS<KIND> && state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, r.stage, left.row0, consumer, gradients); }
-    if constexpr (HAS_BIAS<KIND>) { store_dbias(p, sm, r.stage, r.stage, gradients, consumer); }
+    if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, r.stage, r.stage, left.row0, consumer, state, gradients); }
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
@@ -152,7 +151,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (HAS_BIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
+        if constexpr (KIND == BIAS_AND_MORE) { free_dbias(p, &sm.bias_empty[r.stage]); }
     }
     wgmma_fence();
     first_products(s, sm, keys, next.stage);
@@ -184,7 +183,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
         wgmma_fence();
         first_products(left.s, sm, keys, r.stage);
         if (DROPS<KIND>) { left.kept = bits_of_blocks(draw_blocks(p, sm, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
-        if (HAS_MASK<KIND>) { left.shown = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
+        if (HAS_MASK<KIND>) { left.shown = first_bits_of_mask<KIND>(p, sm, t, r.stage, left.row0, consumer, thread); }
         wgmma_wait<0>();
     }
     for (int32_t n = 0; n < steps; n++) {

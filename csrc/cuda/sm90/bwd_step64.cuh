@@ -92,7 +92,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         next_head = sm.heads[r.stage].y;
     }
     alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
-    load_stats(delta, sm.delta[r.stage], 0, lane);
+    if (!HAS_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 0, lane); }
     uint32_t bias[16];
     bool lowers = false;
     if constexpr (HAS_BIAS<KIND>) {
@@ -115,11 +115,8 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         if (lowers) { lower_scores(s_a, bases_of(p, sm, r.stage)); }
     }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
-    if (!HAS_BITS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
-    if constexpr (HAS_BIAS<KIND>) {
-        mbarrier_wait(smem_address(&sm.bias_full[1]), r.stage);
-        load_bias_pairs(bias, bias_tile(sm, 1, consumer));
-    }
+    if (!HAS_BITS<KIND> && !HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
+    if (HAS_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 0, lane); }        /* as below */
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(weights_a, weights_a, shown_a); }
@@ -136,7 +133,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         make_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
     load_stats(delta, sm.delta[r.stage], 1, lane);
-    if (HAS_BITS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits take its registers before */
+    if (HAS_BITS<KIND> || HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits or the bias take its registers before */
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(gradients_a, gradients_a, shown_a); }
     if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients_a, bias_tile(sm, 0, consumer)); }
@@ -153,8 +150,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
         bytes_b = load_mask_bytes(p, t, next_head, next_row0 + HALF, consumer, thread);
     }
-    if (HAS_BIAS<KIND> && state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, r.stage, row0, consumer, gradients_a); }
-    if constexpr (HAS_BIAS<KIND>) { store_dbias(p, sm, 0, r.stage, gradients_a, consumer); }
+    if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, 0, r.stage, row0, consumer, state, gradients_a); }
+    if constexpr (HAS_BIAS<KIND>) {
+        mbarrier_wait(smem_address(&sm.bias_full[1]), r.stage);
+        load_bias_pairs(bias, bias_tile(sm, 1, consumer));
+    }
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
@@ -162,7 +162,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<3>();
     if constexpr (HAS_BIAS<KIND>) {
-        if (thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
+        if (KIND == BIAS_AND_MORE && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
         add_bias(s_b, bias, p.common.scale);
         if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
     }
@@ -188,8 +188,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[0])); }
-    if (HAS_BIAS<KIND> && state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, r.stage, row0 + HALF, consumer, gradients_b); }
-    if constexpr (HAS_BIAS<KIND>) { store_dbias(p, sm, 1, r.stage, gradients_b, consumer); }
+    if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, 1, r.stage, row0 + HALF, consumer, state, gradients_b); }
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
     if (other_mask) {
@@ -201,7 +200,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (HAS_BIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
+        if constexpr (KIND == BIAS_AND_MORE) { free_dbias(p, &sm.bias_empty[1]); }
     }
 }
 
@@ -212,7 +211,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
     bits_ahead ahead = {};
     if (HAS_MASK<KIND> && steps > 0) {
         mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
-        for (int half = 0; half < 2; half++) { ahead.shown[half] = bits_of_mask(load_mask_bytes(p, t, sm.heads[r.stage].x, sm.about[r.stage].x + half * HALF, consumer, thread)); }
+        for (int half = 0; half < 2; half++) { ahead.shown[half] = first_bits_of_mask<KIND>(p, sm, t, r.stage, sm.about[r.stage].x + half * HALF, consumer, thread); }
     }
     for (int32_t n = 0; n < steps; n++) {
         step<MASKED, KIND>(p, sm, t, consumer, thread, keys, r, n > 0, state, ahead, dk, dv);
