@@ -10,6 +10,7 @@ from cases import Case
 from gpu import assert_alike
 from test_hopper import DTYPES, MASKS, inputs, random, row_for
 from test_hopper_softcap import check_forward_row, extents, general
+from test_hopper_terms import at_offset, bools
 
 import flashgqa
 
@@ -79,6 +80,20 @@ def test_beside_softcap_and_alibi(d, dtype, options):
         assert_alike(got, expected)
         plain = flashgqa.attention(q, k, v, return_lse=True, kernel=general("fwd", dtype, d), **chosen)
         assert_alike(got[1:], plain[1:], names=("lse",))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_bias_and_mask_by_tma_or_not(d, dtype, mask):
+    """Rows on 16 bytes and others, NaN or True between them."""
+    for b, hq, hk, sq, sk in ((2, 8, 2, 300, 527), (2, 6, 6, 200, 1040), (1, 32, 1, 40, 304), (1, 4, 1, 9, 3000)):
+        q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
+        bias, wide, hidden = random(1, hq, sq, sk, dtype=dtype), random(b, 1, sq, sk, dtype=torch.float32), bools(b, 1, sq, sk)
+        for row in (sk + 31 & -16, sk | 1):
+            for given in ({"bias": bias}, {"bias": wide}, {"mask": hidden}, {"bias": wide, "mask": bools(b, 1, 1, sk)}):
+                placed = {what: at_offset(x, 16, row) for what, x in given.items()}
+                assert_alike(*both(q, k, v, dropout_p=0.3, seed=5, **placed, **MASKS[mask]))
 
 
 @pytest.mark.parametrize("p", [0.5, 0.1, 1 / 65536, 65535 / 65536, 0.999, 1.0])

@@ -86,6 +86,43 @@ def test_every_way_of_sharing(d, dtype, options):
             assert_alike(*both(q, k, v, **more, **MASKS[options]))
 
 
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize(
+    "extents", [(2, 8, 2, 300, 527), (2, 6, 6, 700, 1040), (1, 32, 1, 40, 304), (3, 6, 2, 33, 5), (1, 4, 1, 9, 3000)], ids=str
+)
+@pytest.mark.parametrize("d", [64, 128])
+def test_tiles_by_tma(d, extents, options):
+    """Rows on 16 bytes, NaN or True between them: every way of sharing, alone and together, few chunks a block and many."""
+    b, hq, hk, sq, sk = extents
+    q, k, v = inputs(b, hq, hk, sq, sk, d)
+    row = sk + 31 & -16
+    for shape in ((b, hq, sq, sk), (1, hq, sq, sk), (b, 1, sq, sk), (b, hq, 1, sk), (b, 1, 1, sk), (1, 1, 1, sk), (1, 1, sq, sk)):
+        bias, wide, mask = random(*shape, dtype=q.dtype), random(*shape, dtype=torch.float32), bools(*shape)
+        steep = torch.zeros_like(wide).masked_fill_(~mask, -3e4) + wide * 20
+        for given in (
+            {"bias": bias},
+            {"bias": wide},
+            {"mask": mask},
+            {"bias": bias, "mask": mask},
+            {"bias": wide, "mask": mask},
+            {"bias": steep},
+        ):
+            assert_alike(*both(q, k, v, **{what: at_offset(x, 16, row) for what, x in given.items()}, **MASKS[options]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_tiles_by_tma_of_packed_sequences(d, dtype):
+    """Rows and keys of a bias or a mask count from where a sequence begins; some sequences have none."""
+    for hq, hk in ((8, 2), (3, 3), (32, 1)):
+        starts = [torch.tensor(at, dtype=torch.int32, device="cuda") for at in ((0, 130, 131, 131, 196), (0, 700, 770, 775, 839))]
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in inputs(1, hq, hk, 196, 839, d, dtype=dtype))
+        options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=130, max_kv=700, causal=True)
+        bias, mask = random(4, hq, 130, 704, dtype=dtype)[..., :700], bools(4, 1, 130, 704)[..., :700]
+        for more in ({"bias": bias}, {"bias": bias[:1].float(), "mask": mask}, {"mask": mask[:, :, :1]}):
+            assert_alike(*both(q, k, v, **more, **options, sink=random(hq, dtype=torch.float32)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", DIMS)
 def test_the_same_bits_wherever_elements_lie(d, dtype):
@@ -97,9 +134,15 @@ def test_the_same_bits_wherever_elements_lie(d, dtype):
         first = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: x})
         apart = torch.empty(*extents, 3, dtype=x.dtype, device="cuda")[..., 1].copy_(x)
         turned = x.transpose(2, 3).contiguous().transpose(2, 3)
-        for other in (x, at_offset(x, 1), at_offset(x, 0, 400), at_offset(x, 16, 391), at_offset(x, 2, 396), apart, turned):
+        for other in (x, at_offset(x, 1), at_offset(x, 16, 391), at_offset(x, 2, 396), apart, turned):
             again = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: other})
             assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
+        by_tma = [
+            flashgqa.attention(q, k, v, return_lse=True, kernel=name, **{what: at_offset(x, *place)})
+            for place in ((0, 400), (16, 416))
+        ]
+        assert torch.equal(by_tma[0][0], by_tma[1][0]) and torch.equal(by_tma[0][1], by_tma[1][1])
+        assert_alike(by_tma[0], first)
     assert_alike(*both(q, k, v, mask=bools(2, 4, 200, 390).to(torch.uint8).mul(6).view(torch.bool)))
 
 
@@ -204,8 +247,13 @@ def test_plan():
         name, fallback = row_for(q.dtype, d, d), general("fwd", q.dtype, d)
         alibi, capped = {"alibi_slopes": slopes}, {"softcap": 5.0}
         for options in (
-            {"bias": bias}, {"mask": mask}, {"bias": bias.float(), "mask": mask, "causal": True}, {"mask": mask, **capped},
-            {"bias": bias, **alibi}, {**alibi, **capped}, {"bias": bias, "mask": mask, **alibi, **capped},
+            {"bias": bias},
+            {"mask": mask},
+            {"bias": bias.float(), "mask": mask, "causal": True},
+            {"mask": mask, **capped},
+            {"bias": bias, **alibi},
+            {**alibi, **capped},
+            {"bias": bias, "mask": mask, **alibi, **capped},
         ):
             assert flashgqa.explain(q, k, v, **options)["kernel"] == name
         assert flashgqa.explain(*inputs(2, 8, 2, 300, 300, d - d // 4), bias=bias)["kernel"] == name

@@ -50,11 +50,23 @@ static int replace_address(CUtensorMap *map, void *address)
     return replace != NULL && replace(map, address) == CUDA_SUCCESS;
 }
 
+static int place_of(fgqa_arg arg)
+{
+    switch (arg) {
+    case FGQA_ARG_out: return 3;
+    case FGQA_ARG_dout: return 4;
+    case FGQA_ARG_bias: return 5;
+    case FGQA_ARG_mask: return 6;
+    case FGQA_ARG_dbias: return 7;
+    default: return (int)arg - FGQA_ARG_q;
+    }
+}
+
 static int keep_map(void *map, const fgqa_problem *p, fgqa_arg arg, const map_form *form)
 {
-    static _Thread_local struct { CUtensorMap map; map_form form; void *address; } kept[2][7];      /* q, k, v, out, dout, bias, dbias of either pass */
-    const int pass = p->pass == FGQA_PASS_BWD;
-    const int place = arg <= FGQA_ARG_v ? (int)arg - FGQA_ARG_q : arg == FGQA_ARG_out ? 3 : arg == FGQA_ARG_dout ? 4 : arg == FGQA_ARG_bias ? 5 : 6;
+    /* q, k, v, out, dout, bias, mask, dbias of either pass */
+    static _Thread_local struct { CUtensorMap map; map_form form; void *address; } kept[2][8];
+    const int pass = p->pass == FGQA_PASS_BWD, place = place_of(arg);
     void *address = p->view[arg].data;
     CUtensorMap *known = &kept[pass][place].map;
     if (memcmp(&kept[pass][place].form, form, sizeof *form) != 0 || (kept[pass][place].address != address && !replace_address(known, address))) {
@@ -84,36 +96,63 @@ static axes axes_of(const fgqa_problem *p, fgqa_arg arg)
     return a;
 }
 
-const char *fgqa_tensor_map_refuse(const fgqa_problem *p, fgqa_arg arg)
+static const char *refuse_axes(axes a, const void *address, int64_t least_stride)
 {
-    const axes a = axes_of(p, arg);
-    if ((uintptr_t)p->view[arg].data % 16 != 0) { return "rows must start on 16 bytes"; }
+    if ((uintptr_t)address % 16 != 0) { return "rows must start on 16 bytes"; }
     for (int n = 0; n < 3; n++) {
         if (a.extent[n] < 1) { return "a tensor is empty"; }
         if (a.extent[n] > INT32_MAX / 2) { return "TMA counts rows in 31 bits"; }
         if (a.stride[n] % 16 != 0) { return "rows must start on 16 bytes"; }
-        if (a.stride[n] < (arg != FGQA_ARG_bias) || a.stride[n] >= (int64_t)1 << 40) { return "TMA takes strides above 0 and below 2^40 bytes"; }
+        if (a.stride[n] < least_stride || a.stride[n] >= (int64_t)1 << 40) { return "TMA takes strides above 0 and below 2^40 bytes"; }
     }
     return NULL;
 }
 
-static cuuint32_t type_of(fgqa_dtype dtype)
+const char *fgqa_tensor_map_refuse(const fgqa_problem *p, fgqa_arg arg) { return refuse_axes(axes_of(p, arg), p->view[arg].data, arg != FGQA_ARG_bias); }
+
+/* Of a bias or a mask. An axis that is broadcast has stride 0. */
+static axes term_axes(const fgqa_problem *p, fgqa_arg arg)
 {
-    return dtype == FGQA_F8E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const fgqa_view *view = &p->view[arg];
+    const int64_t bytes = (int64_t)fgqa_dtype_bytes(view->dtype);
+    axes a = {{p->hq, p->sq, p->b}, {bytes * view->stride_h, bytes * view->stride_s, bytes * view->stride_b}};
+    for (int n = 0; n < 3; n++) {
+        if (a.stride[n] == 0) { a.extent[n] = 1; a.stride[n] = 512; }
+    }
+    return a;
 }
 
-int fgqa_tensor_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)
+const char *fgqa_term_map_refuse(const fgqa_problem *p, fgqa_arg arg)
 {
-    const axes a = axes_of(p, arg);
-    const cuuint64_t columns = (cuuint64_t)(arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias ? p->sk : arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv);
+    return p->view[arg].stride_d != 1 ? "keys must be next to each other" : refuse_axes(term_axes(p, arg), p->view[arg].data, 1);
+}
+
+static cuuint32_t type_of(fgqa_dtype dtype)
+{
+    return fgqa_dtype_bytes(dtype) == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : dtype == FGQA_F32 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT32
+         : dtype == FGQA_F16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+}
+
+static int make_form(void *map, const fgqa_problem *p, fgqa_arg arg, axes a, cuuint64_t columns, fgqa_map_box box, fgqa_dtype dtype)
+{
     const map_form form = {
         .dims = {columns, (cuuint64_t)a.extent[0], (cuuint64_t)a.extent[1], (cuuint64_t)a.extent[2]},
         .strides = {(cuuint64_t)a.stride[0], (cuuint64_t)a.stride[1], (cuuint64_t)a.stride[2]},
         .extent = {(cuuint32_t)box.columns, (cuuint32_t)box.heads, (cuuint32_t)box.rows, 1},
-        .rank = 4, .dtype = type_of(p->dtype), .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        .rank = 4, .dtype = type_of(dtype), .promotion = CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
     };
     return keep_map(map, p, arg, &form);
+}
+
+int fgqa_tensor_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)
+{
+    const int64_t columns = arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias ? p->sk : arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv;
+    return make_form(map, p, arg, axes_of(p, arg), (cuuint64_t)columns, box, p->dtype);
+}
+
+int fgqa_term_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)
+{
+    return make_form(map, p, arg, term_axes(p, arg), (cuuint64_t)p->sk, box, p->view[arg].dtype);
 }
 
 int fgqa_cache_map(void *map, const fgqa_problem *p, fgqa_arg arg, int32_t rows, int32_t chunks)

@@ -1,5 +1,5 @@
-/* tensor_map.h - TMA descriptors of the problem's tensors: dims (column, head, row, batch), 16-bit elements, 128-byte swizzle. Columns
- * of a bias are keys; it may repeat along the other three. */
+/* tensor_map.h - TMA descriptors of the problem's tensors: dims (column, head, row, batch), 128-byte swizzle. Columns of a bias are keys;
+ * it may repeat along the other three. */
 #ifndef FGQA_TENSOR_MAP_H
 #define FGQA_TENSOR_MAP_H
 #include "../core/problem.h"
@@ -21,6 +21,10 @@ int fgqa_cache_map(void *map, const fgqa_problem *problem, fgqa_arg arg, int32_t
 
 /* Why TMA cannot address one of them; NULL if it can. */
 const char *fgqa_tensor_map_refuse(const fgqa_problem *problem, fgqa_arg arg);
+
+/* bias or mask, of whatever dtype, as dims of which those that share it have extent 1; and why TMA cannot address it. */
+int fgqa_term_map(void *map, const fgqa_problem *problem, fgqa_arg arg, fgqa_map_box box);
+const char *fgqa_term_map_refuse(const fgqa_problem *problem, fgqa_arg arg);
 
 #ifdef __cplusplus
 }

@@ -107,7 +107,9 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
     const fgqa_tensor out = ZEROS(row->dtype, 4, out_shape), lse = ZEROS(FGQA_F32, 3, lse_shape);
-    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), slopes = sink, mask = ZEROS(FGQA_BOOL, 2, bias_shape);
+    const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), slopes = sink;
+    fgqa_tensor mask = ZEROS(FGQA_BOOL, 2, bias_shape);
+    mask.stride[0]--;                               /* unlike the bias nothing for TMA, which has another kernel in some rows */
     const int backward = row->pass == FGQA_PASS_BWD;
     const fgqa_tensor bias = ZEROS(backward && !row->general ? row->dtype : FGQA_F32, 2, bias_shape);
 #undef ZEROS

@@ -34,9 +34,27 @@ PTX_FN void mbarrier_wait(uint32_t bar, uint32_t parity)
                  "@!done bra WAIT_%=;\n\t}" ::"r"(bar), "r"(parity) : "memory");
 }
 
+/* Whether that phase has completed, asked once. */
+PTX_FN bool mbarrier_test(uint32_t bar, uint32_t parity)
+{
+    uint32_t done;
+    asm volatile("{\n\t.reg .pred done;\n\tmbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n\tselp.u32 %0, 1, 0, done;\n\t}"
+                 : "=r"(done) : "r"(bar), "r"(parity) : "memory");
+    return done != 0;
+}
+
 /* Named barriers; 0 is __syncthreads. */
 PTX_FN void bar_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 PTX_FN void bar_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+/* True in one thread of a warp, all of which come here. ptxas knows that no other goes on: a copy of what the whole warp knows is one
+ * instruction in its branch, and not a loop over threads. PTX ISA, "elect.sync". */
+PTX_FN bool elect_one()
+{
+    uint32_t one;
+    asm volatile("{\n\t.reg .pred one;\n\telect.sync _|one, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, one;\n\t}" : "=r"(one)::"memory");
+    return one != 0;
+}
 
 /* Registers a thread of this warpgroup has from here on: a multiple of 8, 24 to 256. */
 template <int REGS> PTX_FN void setmaxnreg_inc()

@@ -25,6 +25,12 @@ PTX_FN void tma_load_4d(uint32_t dst, const CUtensorMap *map, uint32_t bar, uint
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
 }
 
+/* What such a load would bring -> L2. */
+PTX_FN void tma_prefetch_4d(const CUtensorMap *map, int c0, int c1, int c2, int c3)
+{
+    asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"((uint64_t)map), "r"(c0), "r"(c1), "r"(c2), "r"(c3) : "memory");
+}
+
 PTX_FN void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 /* Waits until the committed stores have read their shared memory. */
 PTX_FN void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }

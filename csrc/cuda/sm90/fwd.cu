@@ -52,6 +52,7 @@
 #include "careful.cuh"
 #include "fwd_dropout.cuh"
 #include "fwd_score.cuh"
+#include "fwd_term_tiles.cuh"
 #include "fwd_terms.cuh"
 #include "fwd_tiles.cuh"
 #include "warpgroup.cuh"
@@ -81,8 +82,14 @@ static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says. */
-enum chain { PLAIN, CAPPED, ALIBI, TERMS, SCALED, ALL };
-template <chain CHAIN> static constexpr bool WITH_TERMS = CHAIN == TERMS || CHAIN == ALL;
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL };
+/* A bias and a mask tensor: TILED through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
+template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
+template <chain CHAIN> static constexpr bool WITH_TERMS = DIRECT_TERMS<CHAIN> || CHAIN == TILED;
+/* Chunks of a bias and a mask take the place of the third V buffer where nothing else is left. */
+static constexpr int TERMS_BYTES = WG_COUNT * TERM_SLOTS * TERM_CHUNK;
+static constexpr bool TERMS_IN_V = V_STAGES > STAGES && V_BYTES >= TERMS_BYTES;
+template <chain CHAIN> static constexpr int V_RING = CHAIN == TILED && TERMS_IN_V ? STAGES : V_STAGES;
 enum { TURN = 1, TOGETHER = TURN + WG_COUNT };                   /* named barriers TURN + n, TOGETHER + n of warpgroup n; 0 is __syncthreads */
 
 struct fwd_params {
@@ -96,6 +103,7 @@ struct fwd_params {
     uint32_t early_items;                                        /* of the list, whose claims do not wait: schedule() */
     float in_caps;                                               /* scale / softcap; 0: none */
     score_terms terms;
+    term_tiles term_boxes;
 };
 
 /* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
@@ -115,6 +123,13 @@ struct shared {
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES];
 };
 static_assert(sizeof(shared) <= SM_BYTES, "kernels.def: the tiles do not fit into shared memory");
+
+/* Behind it, with TILED: barriers of each warpgroup's chunks, and the chunks, if not in a V buffer. */
+static constexpr int TERMS_END = (int)(sizeof(shared) + WG_COUNT * TERM_BARRIERS * sizeof(uint64_t)), TERMS_AT = (TERMS_END + 1023) / 1024 * 1024;
+static constexpr int TERMS_MEMORY = TERMS_IN_V ? TERMS_END : TERMS_AT + TERMS_BYTES;
+#if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
+static_assert(TERMS_MEMORY <= SM_BYTES, "chunks of a bias do not fit into shared memory");
+#endif
 
 /* One word a stream (stream_slot.h): 0 before and after every launch. */
 static __device__ uint32_t work_counters[FGQA_STREAM_SLOTS];
@@ -185,7 +200,7 @@ static __device__ __forceinline__ void write_unseen(const fwd_params &p, const t
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
  * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to early_items: of a mask's
  * the last four of a block wait (2 to 4% where it has a dozen). */
-template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
+template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const bool leader = thread_index() % 32 == 0;
     const uint64_t once = createpolicy_evict_first();
@@ -199,7 +214,7 @@ template <bool AGAIN> static __device__ __forceinline__ void schedule(const fwd_
         tile &t = sm.tiles[rt.stage];
         mbarrier_wait(smem_address(&sm.tile_empty[rt.stage]), rt.parity ^ 1);
         for (bool seen = false; !seen;) {
-            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, &place);
+            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, CHAIN == TILED && p.term_boxes.batch_first, &place);
             if (leader) {
                 if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = 0; }
             }
@@ -254,15 +269,6 @@ static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const
     return at;
 }
 
-/* True in one thread of a warp, all of which come here. ptxas knows that no other goes on: a copy of what the whole warp knows is one
- * instruction in its branch, and not a loop over threads. PTX ISA, "elect.sync". */
-PTX_FN bool elect_one()
-{
-    uint32_t one;
-    asm volatile("{\n\t.reg .pred one;\n\telect.sync _|one, 0xFFFFFFFF;\n\tselp.u32 %0, 1, 0, one;\n\t}" : "=r"(one)::"memory");
-    return one != 0;
-}
-
 template <int CHUNKS>
 static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
                                                uint32_t parity, uint64_t policy, const kv_source &from, int kv_head)
@@ -281,7 +287,13 @@ static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtens
     }
 }
 
-static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_STAGES> &rv)
+static __device__ __forceinline__ term_ring find_chunks(const shared &sm, int wg)
+{
+    return ring_of(TERMS_IN_V ? smem_address(sm.v[V_STAGES - 1]) : smem_address(&sm) + TERMS_AT, smem_address(&sm + 1), wg, 0);
+}
+
+template <chain CHAIN>
+static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_RING<CHAIN>> &rv, uint32_t &chunks)
 {
     const uint64_t keep = createpolicy_evict_last();
     const int lane = thread_index() % 32;
@@ -300,17 +312,24 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
             load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
             rv.advance();
         };
+        auto load_terms = [&](int j, bool rest) {
+            if constexpr (CHAIN == TILED) { load_block<BLOCK_K, WG_COUNT>(p.term_boxes, t, p.list.pack, find_chunks(sm, 0), chunks, j, rest); }
+        };
         kv_source of_v = find_rows(p, t, end - 1, lane), of_k = find_rows(p, t, max(end - 2, begin), lane);
         load_k(of_v);
+        load_terms(end - 1, false);
 #pragma unroll 1
         for (int j = end - 2; j >= begin; j--) {                 /* the order in which consumers use them */
             const kv_source next = find_rows(p, t, max(j - 1, begin), lane);      /* a page number takes long to come */
             load_k(of_k);
+            load_terms(j + 1, true);
             load_v(of_v);
+            load_terms(j, false);
             of_v = of_k;
             of_k = next;
         }
         load_v(of_v);
+        load_terms(begin, true);
     }
 }
 
@@ -338,7 +357,7 @@ static __device__ __forceinline__ uint32_t place_of_rows(const ring<Q_STAGES> &r
     return R_STAGES == T_STAGES ? rt.stage : rq.stage;
 }
 
-static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
+template <chain CHAIN> static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const int lane = thread_index() % 32;
     for (bool more = true; more; rq.advance(), rt.advance()) {
@@ -379,7 +398,7 @@ static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared
                 own.end = min(max(own.end, (sm.rows[at][seeing].end + BLOCK_K - 1) / BLOCK_K), t.block_end);
             }
             /* The last P V of the tile before comes behind the K that are skipped; meanwhile as many V as are skipped find room. */
-            if (CROSS_TILE) { own.end = max(own.end, t.block_end - (V_STAGES - 1)); }
+            if (CROSS_TILE) { own.end = max(own.end, t.block_end - (V_RING<CHAIN> - 1)); }
             /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
             if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
             sm.blocks[at][lane] = own;
@@ -434,6 +453,9 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             mbarrier_init(smem_address(&sm.v_full[s]), 1);
             mbarrier_init(smem_address(&sm.v_empty[s]), WG_COUNT);
         }
+        for (int n = 0; CHAIN == TILED && n < WG_COUNT * TERM_BARRIERS; n++) {
+            mbarrier_init(smem_address(&sm + 1) + 8 * n, n % TERM_BARRIERS < TERM_SLOTS ? 1 : 4);
+        }
         for (int s = 0; s < T_STAGES; s++) { sm.poisoned[s] = 0; }
         sm.again.batch = -1;
         fence_mbarrier_init();
@@ -446,27 +468,29 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
         ring<Q_STAGES> rq;
         ring<T_STAGES> rt;
         if (warp == 0) {
-            schedule<false>(p, sm, rq, rt);
+            schedule<false, CHAIN>(p, sm, rq, rt);
             if (all_done(sm)) { return; }
-            schedule<true>(p, sm, rq, rt);
+            schedule<true, CHAIN>(p, sm, rq, rt);
         } else if (warp == 1) {
             ring<STAGES> rk;
-            ring<V_STAGES> rv;
-            produce(p, sm, rt, rk, rv);
+            ring<V_RING<CHAIN>> rv;
+            uint32_t chunks = 0;                                 /* of each warpgroup, so far */
+            produce<CHAIN>(p, sm, rt, rk, rv, chunks);
             if (all_done(sm)) { return; }
-            produce(p, sm, rt, rk, rv);
+            produce<CHAIN>(p, sm, rt, rk, rv, chunks);
         } else if (warp == 2) {
             if (lane == 0) { collect(p, sm, rt); }
             if (all_done(sm)) { return; }
             if (lane == 0) { collect(p, sm, rt); }
         } else {
-            describe_rows(p, sm, rq, rt);
+            describe_rows<CHAIN>(p, sm, rq, rt);
             if (all_done(sm)) { return; }
-            describe_rows(p, sm, rq, rt);
+            describe_rows<CHAIN>(p, sm, rq, rt);
         }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
-        consumer_rings rings;
+        consumer_rings<CHAIN> rings;
+        if (CHAIN == TILED) { rings.terms = find_chunks(sm, wg - 1); }
         consume<false, CHAIN>(p, sm, warp, rings);
         if (all_done(sm)) { return; }
         consume<true, CHAIN>(p, sm, warp, rings);
@@ -476,6 +500,7 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<PLAIN>(p); }
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _tiled)(const __grid_constant__ fwd_params p) { run_block<TILED>(p); }
 #endif
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
 #if FGQA_HAS_ALIBI(FGQA_D)
@@ -500,10 +525,12 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
     const bool has_own = capped + alibi + terms < 2 && (FGQA_HAS_ALIBI(FGQA_D) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms);
     const bool scaled = problem->cache.k_scale.data || problem->cache.v_scale.data;
-    const chain of_scores = !has_own ? ALL : capped ? CAPPED : alibi ? ALIBI : terms ? TERMS : scaled ? SCALED : PLAIN;
+    const bool tiled = has_own && terms && term_tiles_fit(problem);
+    const chain of_scores = !has_own ? ALL : capped ? CAPPED : alibi ? ALIBI : terms ? (tiled ? TILED : TERMS) : scaled ? SCALED : PLAIN;
     auto kernel = FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
+    if (of_scores == TILED) { kernel = FGQA_SUFFIX(FGQA_ROW, _tiled); }
 #endif
     if (of_scores == CAPPED) { kernel = FGQA_SUFFIX(FGQA_ROW, _capped); }
 #if FGQA_HAS_ALIBI(FGQA_D)
@@ -516,7 +543,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (of_scores == ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _all); }
 #endif
     int multiprocessors = 1;
-    int error = allow_shared_memory((const void *)kernel, sizeof(shared), problem->device.index, &states[of_scores]);
+    const int memory = tiled ? TERMS_MEMORY : (int)sizeof(shared);
+    int error = allow_shared_memory((const void *)kernel, memory, problem->device.index, &states[of_scores]);
     if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
     fwd_params p;
     const int paged = problem->cache.table && problem->cache.page_size < problem->cache.capacity;
@@ -526,6 +554,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.k_map, problem, FGQA_ARG_k, key); }
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.v_map, problem, FGQA_ARG_v, key); }
+    if (error == cudaSuccess && tiled) { error = term_tiles_make(&p.term_boxes, problem, p.list.pack); }
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     p.inv_unit = of_scores == ALL ? 1.0f : (float)(1.0 / problem->scale);
@@ -540,7 +569,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.list.items = problem->varlen ? 0 : (uint32_t)plan->tasks;
     /* without a mask all tiles cost the same: the rows of a head in turn; else the K and V of 16 heads share L2 */
     const int masked = problem->right != FGQA_UNBOUNDED || problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
-    const uint32_t section = masked ? 16 * (uint32_t)(problem->g >> p.list.pack) : 1;
+    const int batch_first = tiled && p.term_boxes.batch_first;
+    const uint32_t section = masked ? 16 * (uint32_t)(problem->g >> p.list.pack) : !batch_first ? 1 : problem->b < 8 ? (uint32_t)problem->b : 8;
     p.list.section = section < p.list.pairs ? section : p.list.pairs;
     /* the last section: three tiles or more for every block, so that light ones are left when the heavy ones are done */
     const int64_t sections = (p.list.pairs + p.list.section - 1) / p.list.section, tiles = (int64_t)p.list.section * p.list.row_blocks;
@@ -549,7 +579,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
     const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
     p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
-    kernel<<<(uint32_t)blocks, THREADS, sizeof(shared), stream>>>(p);
+    kernel<<<(uint32_t)blocks, THREADS, memory, stream>>>(p);
     error = cudaGetLastError();
     return error == cudaSuccess && plan->splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)plan->splits, exec) : error;
 }

@@ -7,82 +7,7 @@ static __device__ __forceinline__ int32_t row_in_tile(uint32_t thread) { return 
 /* Query head of a packed row of a tile whose first one is `first`. */
 static __device__ __forceinline__ int32_t head_of(const fwd_params &p, int32_t first, int32_t packed) { return first + (packed & (1 << p.list.pack) - 1); }
 
-/* Of a row of O a lane stores 8 bytes every 32, after a swap of pairs with its neighbour: the first element of its own. A sector of
- * memory is written at once; 16 bytes take twice the shuffles and are as fast, 4 bytes half the speed of the stores. */
-static __device__ __forceinline__ int32_t first_column() { return (int32_t)(thread_index() % 2 * 8 + thread_index() % 4 / 2 * 4); }
-
-/* Where a tile whose first row begins the tensors would go: a lane's first columns of O in its two rows; the LSE of row lane % 4, NULL
- * without one. */
-struct row_places { char *o[2], *lse; };
-
-static __device__ __forceinline__ row_places place_rows(const fwd_params &p)
-{
-    const fgqa_view &out = p.common.problem.view[FGQA_ARG_out], &lse = p.common.problem.view[FGQA_ARG_lse];
-    uint32_t thread = thread_index();
-    row_places to = {};
-    asm volatile("" : "+r"(thread));                             /* where they are not kept nobody else keeps them, either */
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        const int32_t local = row_in_tile(thread) + 8 * r, head = local & (1 << p.list.pack) - 1, row = local >> p.list.pack;
-        to.o[r] = fgqa_row_address(out, sizeof(T), 0, head, row) + sizeof(T) * first_column();
-        if (thread % 4 == r && lse.data) { to.lse = fgqa_row_address(lse, sizeof(float), 0, head, row); }
-    }
-    return to;
-}
-
-/* O as 16-bit elements -> global memory. Of a lane's two rows, from its first column on: address, number of columns there are.
- * Nonzero if an element is not finite. */
-static __device__ __forceinline__ uint32_t store_o(char *const (&to)[2], const int32_t (&columns)[2], const float (&o)[DV / 2], const float (&factor)[2])
-{
-    const bool odd = thread_index() % 2;
-    uint32_t poison[4] = {0, 0, 0, 0};
-#pragma unroll
-    for (int n = 0; n < DV / 8; n += 2) {                        /* groups of 8 columns: pairs 2 n of even lanes, 2 n + 1 of odd ones */
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const float *const a = o + 4 * n + 2 * r;
-            const uint32_t x[2] = {pack2(a[0] * factor[r], a[1] * factor[r], T()), pack2(a[4] * factor[r], a[5] * factor[r], T())};
-            const uint32_t other = __shfl_xor_sync(ALL_LANES, odd ? x[0] : x[1], 1);
-#pragma unroll
-            for (int i = 0; i < 2; i++) { poison[2 * r + i] = poison_test(x[i], poison[2 * r + i], T()); }
-            if (8 * n < columns[r]) { *(uint2 *)(to[r] + 16 * n) = odd ? make_uint2(other, x[1]) : make_uint2(x[0], other); }
-        }
-    }
-    return (poison[0] | poison[1] | poison[2] | poison[3]) & 0x7FFF7FFFu;
-}
-
-/* What this warp's rows see of inf and NaN in V, on top of an O without. */
-template <chain CHAIN>
-static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, const shared &sm, uint32_t at, const tile &t, float (&o)[DV / 2])
-{
-    const uint32_t thread = thread_index(), lane = thread % 32;
-    const fgqa_problem &problem = p.common.problem;
-    poison_rows rows;
-    const fgqa_view &v = problem.view[FGQA_ARG_v];
-    rows.cache = &problem.cache;
-    rows.table = problem.cache.table ? problem.cache.table + t.batch * problem.cache.table_stride : NULL;
-    rows.v = fgqa_row_address(v, sizeof(T), rows.table ? 0 : t.batch, fgqa_kv_head(t.head, problem.g), 0);
-    rows.v_bytes = v.stride_s * (int64_t)sizeof(T);
-    rows.page_bytes = v.stride_b * (int64_t)sizeof(T);
-    rows.slot0 = t.k_row;
-    rows.dv = problem.dv;
-    rows.begin = INT32_MAX;
-    rows.end = 0;
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        rows.seen[r] = sm.rows[at][row_in_tile(thread) + 8 * r];
-        if (rows.seen[r].begin < rows.seen[r].end) {
-            rows.begin = min(rows.begin, rows.seen[r].begin);
-            rows.end = max(rows.end, rows.seen[r].end);
-        }
-    }
-    rows.begin = __reduce_min_sync(ALL_LANES, rows.begin);
-    rows.end = __reduce_max_sync(ALL_LANES, rows.end);
-    overlay_poison<T, DV>(o, rows, lane, [&](int r, int32_t j) {
-        const int32_t packed = t.row0 + row_in_tile(thread) + 8 * r;
-        return !WITH_TERMS<CHAIN> || terms_show(problem, t.batch, head_of(p, t.head, packed), packed >> p.list.pack, j);
-    });
-}
+#include "fwd_store.cuh"
 
 /* What ends two rows: base, -inf without a key; sum over their lanes; what O is multiplied with; LSE. */
 struct row_ends { float base[2], sum[2], factor[2], lse[2]; };
@@ -197,27 +122,34 @@ static constexpr int ALIBI_RISE = DV > 64 ? 3 : 8;
 static constexpr int TERMS_RISE = 3;
 static constexpr float LOWEST_BASE = -0x1p26f;
 
+/* A row whose base is above this has had scores like others': with TILED nobody looks for its maximum, and its weights are moderated as
+ * without a bias. */
+static constexpr float LOW_BASE = -64.0f;
+
 /* Largest exponent, relative to the base, of a weight that leaves it. */
 template <chain CHAIN> static constexpr float RISE = CHAIN == ALIBI ? (float)ALIBI_RISE : WITH_TERMS<CHAIN> ? (float)TERMS_RISE : ALMOST_OVERFLOW;
-template <chain CHAIN> static constexpr bool ALL_MODERATE = (CHAIN == ALIBI || WITH_TERMS<CHAIN>) && BLOCK_K / 4 * (1 << (int)RISE<CHAIN>) <= (int)MODERATE;
+template <chain CHAIN> static constexpr bool ALL_MODERATE = (CHAIN == ALIBI || DIRECT_TERMS<CHAIN>) && BLOCK_K / 4 * (1 << (int)RISE<CHAIN>) <= (int)MODERATE;
 
-struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_STAGES> v; };
+template <chain CHAIN> struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_RING<CHAIN>> v; term_ring terms; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
  * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED, in natural ones with a bias and with ALL. */
 template <bool CAREFUL, chain CHAIN>
-static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings &rings)
+static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings<CHAIN> &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL, ONLY_Q = Q_STAGES == 1 && !CAREFUL;
-    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && CHAIN != ALL;      /* others' main loops have no registers left */
+    /* others' main loops have no registers left */
+    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && CHAIN != ALL && CHAIN != TILED;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const float unit = CHAIN == CAPPED ? p.common.softcap : CHAIN == ALL || (CHAIN == TERMS && p.terms.some_bias) ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
+    const bool natural = CHAIN == ALL || (CHAIN == TERMS && p.terms.some_bias) || (CHAIN == TILED && p.term_boxes.bias.some);
+    const float unit = CHAIN == CAPPED ? p.common.softcap : natural ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
     float scale_log2 = unit_log2;                                /* with SCALED of the tile's keys */
     ring<Q_STAGES> &rq = rings.q;
     ring<T_STAGES> &rt = rings.t;
     ring<STAGES> &rk = rings.k;
-    ring<V_STAGES> &rv = rings.v;
+    ring<V_RING<CHAIN>> &rv = rings.v;
+    term_ring &chunks = rings.terms;
     int block_begin, block_end, skipped;                         /* of the tile; blocks behind its end that only others' rows see */
     int begin[2], end[2];                                        /* keys that own rows see, less own column */
     uint32_t row_place;                                          /* of rows[] and blocks[] */
@@ -253,6 +185,23 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.v_empty[rv.stage])); }
         rv.advance();
         v_at = desc_low(smem_address(sm.v[rv.stage]), BLOCK_K * 128);
+    };
+    /* Of TILED. */
+    auto hand_back_chunk = [&] {
+        fence_proxy_async();                                     /* what has been read before what TMA writes */
+        __syncwarp();
+        if (lane == 0) { mbarrier_arrive(chunks.is_empty()); }
+        chunks.advance();
+    };
+    /* The next chunk, which `read` reads. */
+    auto take_chunk = [&](auto read) {
+        mbarrier_wait(chunks.is_full(), chunks.parity);
+        read(chunks.slot());
+        hand_back_chunk();
+    };
+    auto skip_chunks = [&] {
+#pragma unroll 1
+        for (int n = 0; n < p.term_boxes.chunks; n++) { take_chunk([](uint32_t) {}); }
     };
     /* Each warp for itself: wait_pv() waits for the Q in use, or for its tile. */
     auto release_q = [&](uint32_t stage) {
@@ -294,7 +243,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             const tile &t = sm.tiles[rt.stage];
             scale_log2 = unit_log2 * cache_scale(p.common.problem.cache.k_scale, t.batch, fgqa_kv_head(t.head, p.common.problem.g));
         }
-        if constexpr (WITH_TERMS<CHAIN>) {
+        if constexpr (DIRECT_TERMS<CHAIN>) {
             const tile &t = sm.tiles[rt.stage];
             const int32_t packed[2] = {t.row0 + (int32_t)first_row, t.row0 + (int32_t)first_row + 8};
             const int32_t head[2] = {head_of(p, t.head, packed[0]), head_of(p, t.head, packed[1])}, row[2] = {packed[0] >> p.list.pack, packed[1] >> p.list.pack};
@@ -302,7 +251,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
     };
     auto fetch = [&](block_terms &of_block, int j) {
-        if constexpr (WITH_TERMS<CHAIN>) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
+        if constexpr (DIRECT_TERMS<CHAIN>) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
+        if constexpr (CHAIN == TILED) {
+            of_block.seen[0] = of_block.seen[1] = ALL_LANES;
+            if (p.term_boxes.mask.some) {
+                take_chunk([&](uint32_t slot) { read_mask(of_block.seen, p.term_boxes.mask, slot); });
+            }
+        }
     };
     /* ptxas moves arithmetic in front of products, but no volatile read that it begins with; and behind the wait for them, among the
      * exponentials, which is where it costs least. */
@@ -327,6 +282,20 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     auto score = [&](float (&s)[BLOCK_K / 2], int j, block_terms &of_block) {
         if constexpr (CHAIN == TERMS) { add_terms<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, p.common.scale, j * BLOCK_K, p.common.problem.sk); }
+        if constexpr (CHAIN == TILED) {
+            const term_source &bias = p.term_boxes.bias;
+            if (bias.some && bias.bytes == 4) {
+#pragma unroll
+                for (int n = 0; n < BLOCK_K / 8; n += 4) {
+                    take_chunk([&](uint32_t slot) { add_wide_chunk<CAREFUL>(s, bias, slot, p.common.scale, n); });
+                }
+            } else if (bias.some) {
+#pragma unroll
+                for (int n = 0; n < BLOCK_K / 8; n += 8) {
+                    take_chunk([&](uint32_t slot) { add_chunk<CAREFUL, T>(s, bias, slot, p.common.scale, n); });
+                }
+            }
+        }
         if (CHAIN == CAPPED) { cap_scores(s, p.in_caps); }
         if constexpr (CHAIN == ALL) {
             const bool capped = p.in_caps > 0.0f;
@@ -341,9 +310,11 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     auto in_interval = [&](int r, int j) { return columns_before(end[r] - j * BLOCK_K) & ~columns_before(begin[r] - j * BLOCK_K); };
     auto mask = [&](float (&s)[BLOCK_K / 2], int j, bool bounded, const block_terms &of_block) {
         uint32_t seen[2];
-        if (WITH_TERMS<CHAIN> && !bounded && !p.terms.some_mask) { return; }
+        const bool some_mask = CHAIN == TILED ? p.term_boxes.mask.some : p.terms.some_mask;
+        if (WITH_TERMS<CHAIN> && !bounded && !some_mask) { return; }
 #pragma unroll
         for (int r = 0; r < 2; r++) { seen[r] = !WITH_TERMS<CHAIN> ? in_interval(r, j) : bounded ? in_interval(r, j) & of_block.seen[r] : of_block.seen[r]; }
+        if (CHAIN == TILED && __all_sync(ALL_LANES, (seen[0] & seen[1]) == 0xFFFFFFFFu)) { return; }
         if (WITH_TERMS<CHAIN> || bounded) { hide_others(s, seen); }
     };
     auto await_turn = [&] {
@@ -374,6 +345,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_v();
     };
     auto has_none = [&](float m) { return WITH_TERMS<CHAIN> && !CAREFUL ? m < LOWEST_BASE : m == -INFINITY; };
+    auto is_low = [&](float m) { return m * scale_log2 < LOW_BASE; };
     auto take_base = [&](int r, float top) {
         set_base(rows, r, top, scale_log2);
         if (WITH_TERMS<CHAIN> && !CAREFUL && top < LOWEST_BASE) { rows.base[r] = 0.0f; }
@@ -405,7 +377,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             const float top = row_top(s, r), m = rows.m[r], base = rows.base[r];
             const bool none = has_none(m), enormous = CAREFUL && !none && is_enormous(m, scale_log2);
             alpha[r] = 1.0f;
-            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= RISE<CHAIN>)) {
+            const float rise = CHAIN != TILED || is_low(m) ? RISE<CHAIN> : ALMOST_OVERFLOW;
+            if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= rise)) {
                 take_base(r, top);
                 if (!none) { alpha[r] = ex2(enormous ? (m - top) * scale_log2 : base - rows.base[r]); }
                 rows.l[r] *= alpha[r];
@@ -422,7 +395,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             first_weights(s, sum);
         } else {
             if (RISING) {
-                rising_base(s, alpha);
+                if (CHAIN == TILED) { alpha[0] = alpha[1] = 1.0f; }
+                if (CAREFUL || CHAIN != TILED || __any_sync(ALL_LANES, is_low(rows.m[0]) || is_low(rows.m[1]))) { rising_base(s, alpha); }
             } else if (MASKED) {
                 late_base(s);
             }
@@ -449,6 +423,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 #pragma unroll 1
         for (int n = skipped; n > 0; n--) {
             if (k) {
+                if (CHAIN == TILED) { skip_chunks(); }
                 await_turn();
                 pass_turn();
                 if (warp % 4 == 0) { wait_k(); }
@@ -490,7 +465,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         qk(s);
         pv(accumulate);
         fetch(of_block, j);
-        if (WITH_TERMS<CHAIN> && j > block_begin) { prefetch_terms<BLOCK_K>(terms, p.terms, (j - 1) * BLOCK_K); }
+        if (DIRECT_TERMS<CHAIN> && j > block_begin) { prefetch_terms<BLOCK_K>(terms, p.terms, (j - 1) * BLOCK_K); }
         draw(kept, j);
         wgmma_wait<1>();
         pass_turn();

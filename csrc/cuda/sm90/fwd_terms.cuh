@@ -3,7 +3,8 @@
  *
  *     s <- scale s + bias(i, j);  -inf where mask(i, j) is false
  *
- * Elements come from global memory straight into the lane that holds their scores, and are asked for while Q K^T is computed.
+ * Here elements come from global memory straight into the lane that holds their scores, and are asked for while Q K^T is computed:
+ * wherever they lie, and beside whatever else. Those that TMA can address, alone, have a faster way: fwd_term_tiles.cuh.
  */
 #pragma once
 #include <float.h>
@@ -152,13 +153,29 @@ static __device__ __forceinline__ void add_bias(float (&s)[N], const block_terms
     }
 }
 
+/* What four lanes have read of their row's mask, each 16 VECTORS columns -> bits of the own columns of lane `quarter` of them. */
+template <int VECTORS> static __device__ __forceinline__ uint32_t bits_of_columns(const uint4 (&x)[VECTORS], int32_t quarter)
+{
+    static_assert(VECTORS == 1 || VECTORS == 2, "a bit each, a quarter of what a lane has read");
+    constexpr uint32_t JOIN = VECTORS == 2 ? 0x01041040u : 0x10400000u;
+    uint32_t read = 0, own = 0;
+#pragma unroll
+    for (int n = VECTORS - 1; n >= 0; n--) {
+        read = bits_of_bytes(x[n].x, bits_of_bytes(x[n].y, bits_of_bytes(x[n].z, bits_of_bytes(x[n].w, read))));
+    }
+#pragma unroll
+    for (int n = 3; n >= 0; n--) {                               /* of each byte two bits, which a product brings together at the top */
+        const uint32_t pairs = __shfl_sync(0xFFFFFFFFu, read, n, 4) >> 2 * quarter & 0x03030303u;
+        own = __funnelshift_l(pairs * JOIN, own, 4 * VECTORS);
+    }
+    return own;
+}
+
 /* block_terms.seen */
 template <int BLOCK_K>
 static __device__ __forceinline__ void load_mask(uint32_t (&seen)[2], const term_rows &rows, const score_terms &terms, int32_t j0, int32_t sk)
 {
     constexpr int OWN = BLOCK_K / 4, VECTORS = OWN / 16;         /* columns that a lane reads for all four of its row */
-    static_assert(OWN == 32 || OWN == 16, "a bit each, a quarter of own columns");
-    constexpr uint32_t JOIN = OWN == 32 ? 0x01041040u : 0x10400000u;
     const int32_t quarter = (int32_t)(thread_index() % 4);
     if (terms.mask_vectors && j0 + BLOCK_K <= sk) {
         uint4 x[2][VECTORS];
@@ -168,19 +185,7 @@ static __device__ __forceinline__ void load_mask(uint32_t (&seen)[2], const term
             for (int n = 0; n < VECTORS; n++) { x[r][n] = load_4b32(rows.mask[r] + j0 + OWN * quarter + 16 * n); }
         }
 #pragma unroll
-        for (int r = 0; r < 2; r++) {
-            uint32_t own = 0;
-#pragma unroll
-            for (int n = VECTORS - 1; n >= 0; n--) {
-                own = bits_of_bytes(x[r][n].x, bits_of_bytes(x[r][n].y, bits_of_bytes(x[r][n].z, bits_of_bytes(x[r][n].w, own))));
-            }
-            seen[r] = 0;
-#pragma unroll
-            for (int n = 3; n >= 0; n--) {                       /* of each byte two bits, which a product brings together at the top */
-                const uint32_t pairs = __shfl_sync(0xFFFFFFFFu, own, n, 4) >> 2 * quarter & 0x03030303u;
-                seen[r] = __funnelshift_l(pairs * JOIN, seen[r], OWN / 4);
-            }
-        }
+        for (int r = 0; r < 2; r++) { seen[r] = bits_of_columns(x[r], quarter); }
         return;
     }
 #pragma unroll 1

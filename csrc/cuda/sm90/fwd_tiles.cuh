@@ -4,7 +4,8 @@
  * r % 2^pack. With splits > 1 its keys are shared out to so many items of the list, which are next to each other. Item
  * n / splits of the list -> tile, the same on every block:
  *   padded   sections of `section` (batch, unit) pairs; inside one the last row blocks of all its units come first: under a
- *            causal mask the heaviest first, and the K and V of a section stay in L2
+ *            causal mask the heaviest first, and the K and V of a section stay in L2. Pairs of a sequence are next to each other,
+ *            or, where sequences share a bias, those of a unit
  *   packed   row blocks of all sequences, the last of each first, units innermost; how many there are only the device knows
  * Blocks start with item blockIdx.x. Others are claimed from a counter, which the block that takes the last claim sets back to
  * 0: every tile is followed by one claim, so the last one is known. Without a counter a block takes one item of each round, in
@@ -84,13 +85,18 @@ static __device__ bool find_packed(const fgqa_problem &p, const tile_list &list,
 }
 
 template <int BLOCK_Q>
-static __device__ __forceinline__ void find_padded(const fgqa_problem &p, const tile_list &list, uint32_t tile, tile_place *place)
+static __device__ __forceinline__ void find_padded(const fgqa_problem &p, const tile_list &list, uint32_t tile, bool batch_first, tile_place *place)
 {
     const uint32_t section = min(tile / (list.section * list.row_blocks), list.last);
     const uint32_t rest = tile - section * list.section * list.row_blocks;
     const uint32_t width = section == list.last ? list.pairs - section * list.section : list.section;
     const uint32_t pair = section * list.section + rest % width;
     place->row0 = first_row_of<BLOCK_Q>(list.row_blocks - 1 - rest / width, (uint32_t)p.sq << list.pack, list.row_blocks);
+    if (batch_first) {
+        place->head = (int32_t)(pair / (uint32_t)p.b) << list.pack;
+        place->batch = (int32_t)(pair % (uint32_t)p.b);
+        return;
+    }
     place->head = (int32_t)(pair % list.units) << list.pack;
     place->batch = (int32_t)(pair / list.units);
 }
@@ -130,7 +136,7 @@ template <int BLOCK_Q> struct tile_walk {
     __device__ __forceinline__ tile_walk() : item(blockIdx.x), round(0) { at.base = 0; at.before = 0; }
 
     /* False: there are no more tiles. */
-    __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, tile_place *place)
+    __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, bool batch_first, tile_place *place)
     {
         uint32_t items = list.items;
         const uint32_t tile = item / list.splits;
@@ -141,7 +147,7 @@ template <int BLOCK_Q> struct tile_walk {
             items *= list.splits;
         } else {
             some = item < items;
-            if (some) { find_padded<BLOCK_Q>(p, list, tile, place); }
+            if (some) { find_padded<BLOCK_Q>(p, list, tile, batch_first, place); }
         }
         if (!some && counter && round > 0 && item == items + gridDim.x - 1) { *counter = 0; }      /* the last claim of the launch */
         return some;
