@@ -157,6 +157,7 @@ static void check_row(const fgqa_kernel *kernel)
 #define RAN(set) CHECK_FOR(r->ran[set] > 0, "%s was not run with options %d", kernel->name, set)
     if (row->dropout) {
         RAN(DROPOUT);
+        RAN(DROPOUT | BIAS);
         RAN(DROPOUT | MASK);
         RAN(DROPOUT | SOFTCAP);
         RAN(DROPOUT | ALIBI);
@@ -169,7 +170,10 @@ static void check_row(const fgqa_kernel *kernel)
     if (row->pass == FGQA_PASS_FWD) {
         RAN(CACHE);
         if (FGQA_HAS_ALIBI(row->d)) { RAN(ALIBI); }
-        if (FGQA_HAS_TERMS(row->d, row->block_k)) { RAN(BIAS); }
+        if (FGQA_HAS_TERMS(row->d, row->block_k)) {
+            RAN(BIAS);
+            RAN(MASK);
+        }
         if (FGQA_HAS_ALL(row->d, row->block_k)) { RAN(SOFTCAP | ALIBI); }
         if (FGQA_HAS_SCALES(row->d, row->block_q)) { RAN(CACHE | SCALES); }
         return;
