@@ -92,14 +92,6 @@ struct ring2 {
 
 /* ---- scheduler: a warp ---- */
 
-/* Whether the phase with this parity has completed. */
-static __device__ __forceinline__ bool mbarrier_test(uint32_t bar, uint32_t parity)
-{
-    uint32_t done;
-    asm volatile("{\n\t.reg .pred p;\n\tmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    return done;
-}
-
 /* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, `run` key tiles of one section, of the next one,
  * .., then the `run` behind those of the first. Blocks of one section share what they read only while they are few query tiles
  * apart, and multiprocessors are not equally fast: short bands or runs bring blocks together which become free together. On the other

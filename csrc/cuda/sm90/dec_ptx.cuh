@@ -43,16 +43,6 @@ PTX_FN void barrier_arrive(uint32_t id, uint32_t threads) { asm volatile("barrie
 
 PTX_FN void prefetch_l2(const void *address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address) : "memory"); }
 
-/* Has the phase of this parity completed? Never suspends the thread. */
-PTX_FN bool mbarrier_test(uint32_t bar, uint32_t parity)
-{
-    uint32_t done;
-    asm volatile("{\n\t.reg .pred p;\n\t"
-                 "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n\t"
-                 "selp.u32 %0, 1, 0, p;\n\t}" : "=r"(done) : "r"(bar), "r"(parity) : "memory");
-    return done;
-}
-
 /* Named barrier that also tells whether any thread passed true. */
 PTX_FN bool bar_any(uint32_t id, uint32_t threads, bool value)
 {
