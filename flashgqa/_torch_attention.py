@@ -2,7 +2,7 @@
 
 import torch
 
-from ._torch_eager import attend, check_tensors
+from ._torch_eager import attend
 
 WIDEST = 256  # the greatest head dim of values
 
@@ -160,8 +160,11 @@ def merge(outs, lses, *, layout=None):
     if layout not in (None, "bhsd", "bshd"):
         raise ValueError(f'layout is {layout!r}: it must be "bhsd" or "bshd"')
     outs, lses = tuple(outs), tuple(lses)
-    for n, x in enumerate(outs + lses):
-        check_tensors({f"outs[{n}]" if n < len(outs) else f"lses[{n - len(outs)}]": x})
+    for name, parts in (("outs", outs), ("lses", lses)):
+        for n, x in enumerate(parts):
+            if not isinstance(x, torch.Tensor):
+                fix = "it must be a torch.Tensor; flashgqa.merge takes other arrays"
+                raise TypeError(f"{name}[{n}] is {type(x).__name__}: {fix}")
     if len(outs) != len(lses) or not len(outs):
         raise ValueError(f"merge got {len(outs)} outs and {len(lses)} lses: it needs one lse for each out, and at least one pair")
     for n, (out, lse) in enumerate(zip(outs, lses, strict=True)):

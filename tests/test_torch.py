@@ -563,3 +563,5 @@ def test_merge_agrees_with_the_array_function_and_rows_may_be_empty():
         fg.merge(outs, [lses[0].detach().numpy(), *lses[1:]])
     for a, b in zip(fg.merge(iter(outs), iter(lses)), got, strict=True):
         assert a.equal(b)
+    whole = torch.autograd.functional.jvp(lambda x: fg.merge(list(x), list(lses))[0], outs, outs)[1]
+    assert torch.func.jvp(lambda x: fg.merge(list(x), list(lses.detach()))[0], (outs.detach(),), (outs.detach(),))[1].equal(whole)
