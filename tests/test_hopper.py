@@ -241,6 +241,55 @@ def test_keys_are_shared_out(d, dv, mask):
         assert out[:, : hq // hk, -1, 5].isnan().all() != (mask == "top-left")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_in_place_to_the_bits_of_the_second_kernel(dtype):
+    """Up to 16 parts: of few tiles by the blocks that have them, of more tiles than the device holds by a second kernel."""
+    for splits in (2, 3, 7, 8, 16):
+        b, sk = torch.cuda.get_device_properties(0).multi_processor_count // splits + 1, 2048 * splits
+        q, k, v = inputs(b, 32, 1, 4, sk, 128, dtype=dtype)
+        lens = torch.tensor([sk, 300, 0] + [70] * (b - 3), dtype=torch.int32, device="cuda")
+        masks = {}, {"causal": True, "window": (1000, None)}, {"kv_lens": lens, "q_lens": lens.clamp(max=3), "causal": True}
+        for options, (clean, sink) in itertools.product(masks, ((True, None), (False, torch.linspace(-2, 9, 32, device="cuda")))):
+            if not clean:
+                v[0, 0, 70, 3], v[1, 0, -1, 5], v[1, 0, 299, 9] = torch.inf, torch.nan, -torch.inf
+            call = {"batch_invariant": True, "return_lse": True, "sink": sink, "kernel": row_for(dtype, 128, 128)}
+            first = {name: x[:3] if torch.is_tensor(x) else x for name, x in options.items()}
+            assert flashgqa.explain(q[:3], k[:3], v[:3], batch_invariant=True, kernel=call["kernel"])["splits"] == splits
+            merged = flashgqa.attention(q[:3], k[:3], v[:3], **call, **first)
+            for x, y in zip(merged, flashgqa.attention(q, k, v, **call, **options), strict=True):
+                assert torch.equal(x.contiguous().view(torch.uint8), y[:3].contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_many_parts_are_merged_in_place(dtype):
+    """Of 17 to 128 parts several warps share a row. The same bits each time, from a graph, too; parts that see nothing; NaN."""
+    name, other = row_for(dtype, 128, 128), row_for(dtype, 128, 128, 80)
+    sink = torch.linspace(-2, 9, 32, device="cuda")
+    for b, sq, sk in ((1, 4, 70000), (1, 3, 50100), (2, 4, 34000), (3, 2, 23000), (5, 4, 14000), (7, 4, 9600)):
+        q, k, v = inputs(b, 32, 1, sq, sk, 128, dtype=dtype)
+        lens = torch.tensor([sk - 5, 40, 0, 4000, 300, sk, 1][-b:] if b > 1 else [900], dtype=torch.int32, device="cuda")
+        of_lens = {"kv_lens": lens, "causal": True, "sink": sink}
+        for options in ({}, {"causal": True, "sink": sink}, {"window": (2000, 0)}, of_lens):
+            call = {"return_lse": True, **options}
+            plan = flashgqa.explain(q, k, v, kernel=name, **options)
+            assert plan["splits"] > 16 or "window" in options
+            got = flashgqa.attention(q, k, v, kernel=name, **call)
+            assert_alike(got, flashgqa.attention(q, k, v, kernel=other, **call))
+            assert all(torch.equal(x, y) for x, y in zip(got, flashgqa.attention(q, k, v, kernel=name, **call), strict=True))
+        out, graph = torch.empty_like(q), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            flashgqa.attention(q, k, v, kernel=name, out=out)
+        want = flashgqa.attention(q, k, v, kernel=name)
+        for _ in range(20):
+            out.zero_()
+            graph.replay()
+            assert torch.equal(out, want)
+        v[0, 0, sk // 2, 3] = torch.nan
+        got = flashgqa.attention(q, k, v, kernel=name, return_lse=True)
+        assert_alike(got, flashgqa.attention(q, k, v, kernel=other, return_lse=True))
+        assert got[0][0, ..., 3].isnan().all() and got[0].isnan().sum() == 32 * sq
+
+
 CACHES = [{}, {"indexed": True}, {"left_pad": True}, *({"page": slots} for slots in (16, 48, 64, 128, 272, 512))]
 CACHES += [{"page": 1}, {"page": 24}, {"page": 48, "left_pad": True}]   # read from a copy, as float8 is
 CACHES += [{"float8": True} | cache for cache in (*CACHES[:3], {"page": 7}, {"page": 64, "left_pad": True})]

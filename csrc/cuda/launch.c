@@ -268,6 +268,14 @@ static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
     return own > 2 * ((usual * p->g + block_q - 1) / block_q);
 }
 
+/* Whether blocks of the tiles' row merge the parts of their keys themselves, however many, and there is a part for every multiprocessor. */
+static int merges_many_parts(const cuda_kernel *k, const fgqa_problem *p, int32_t multiprocessors)
+{
+    const int64_t parts = p->sk / (FGQA_MIN_TILES_PER_SPLIT * DECODE_ROWS);
+    return FGQA_HAS_MERGE(k->row.d, DECODE_ROWS) && p->softcap == 0.0 && !p->view[FGQA_ARG_alibi_slopes].data && p->left == FGQA_UNBOUNDED
+        && parts * p->b * p->hk >= multiprocessors;
+}
+
 /* Where other rows are faster than a decode row. */
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
@@ -277,9 +285,9 @@ static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p,
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
     if (tiles_serve && rows >= STREAM_ROWS && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK
-        && (rows > STREAM_ROWS ? MOST_PARTS * heads >= device.multiprocessors
+        && (rows > STREAM_ROWS ? merges_many_parts(k, p, device.multiprocessors) || MOST_PARTS * heads >= device.multiprocessors
             : k->row.d > 64 && 3 * heads >= 2 * (int64_t)device.multiprocessors)) {
-        return fgqa_reason(why, "%d query rows: tiles hold them, and their keys in few parts", p->sq);
+        return fgqa_reason(why, "%d query rows: tiles hold them, their keys in few parts or merged in place", p->sq);
     }
     if (rows > (k->row.float8 ? UNCOPIED_ROWS : DECODE_ROWS)) {
         const int copy_serves = takes_options && !refuse_copy(p) && !pass_over_copy(p, NULL) && !leaves_tiles_empty(p, DECODE_ROWS);

@@ -9,6 +9,7 @@
 #include "../core/cache.h"
 #include "device.h"
 #include "kernel_table.h"
+#include "sm90/fwd_pack.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
@@ -178,6 +179,9 @@ static fgqa_status run_all(const warmup_memory *memory)
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0, own_options(row)));
+            if (row->pass == FGQA_PASS_FWD && FGQA_HAS_MERGE(row->d, row->block_q) && !row->dropout) {
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 1, own_options(row)));      /* keys that are not in parts */
+            }
             if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) {
                 FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, 0));
                 FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, WITH_SCALES));

@@ -16,7 +16,7 @@
 
 enum { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, DROPOUT = 16, CACHE = 32, SCALES = 64, DBIAS = 128, SETS = 256 };
 
-typedef struct { const fgqa_cuda_row *row; int32_t ran[SETS]; } record;
+typedef struct { const fgqa_cuda_row *row; int32_t ran[SETS], whole, in_parts; } record;
 
 static record records[128];
 static int32_t record_count;
@@ -32,6 +32,8 @@ static int note(const fgqa_plan *plan, const fgqa_problem *p)
     CHECK(n < (int32_t)(sizeof records / sizeof records[0]));
     if (n == record_count) { records[record_count++].row = row; }
     records[n].ran[set]++;
+    records[n].whole += plan->splits == 1;
+    records[n].in_parts += plan->splits > 1;
     return cudaSuccess;
 }
 
@@ -169,6 +171,7 @@ static void check_row(const fgqa_kernel *kernel)
     RAN(SOFTCAP);
     if (row->pass == FGQA_PASS_FWD) {
         RAN(CACHE);
+        if (FGQA_HAS_MERGE(row->d, row->block_q)) { CHECK_FOR(r->whole > 0 && r->in_parts > 0, "%s", kernel->name); }
         if (FGQA_HAS_ALIBI(row->d)) { RAN(ALIBI); }
         if (FGQA_HAS_TERMS(row->d, row->block_k)) {
             RAN(BIAS);

@@ -58,8 +58,7 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
         const int64_t row = split_row(p, b, h, sequence.q_row, i);
         const float sink = sink_logit(p, b, h, i >= sequence.mask.sq);
         float2 ends[ENDS];              /* of parts lane, lane + 32, ...; in place of the second number their weight, then */
-        float top = -INFINITY;
-        bool nan = sink != sink;
+        joined_row joined = {-INFINITY, sink != sink};
 #pragma unroll
         for (int n = 0; n < ENDS; n++) {
             const int part = 32 * n + lane;
@@ -68,20 +67,19 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
         }
 #pragma unroll
         for (int n = 0; n < ENDS; n++) {
-            top = fmaxf(top, ends[n].x);
-            nan |= ends[n].x != ends[n].x || ends[n].y != ends[n].y;
+            joined.top = fmaxf(joined.top, ends[n].x);
+            joined.nan |= ends[n].x != ends[n].x || ends[n].y != ends[n].y;
         }
 #pragma unroll
-        for (int step = 1; step < 32; step *= 2) { top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, step)); }
-        top = fmaxf(sink, top);
-        nan = __any_sync(ALL_LANES, nan);
-        const float base = top == -INFINITY ? 0.0f : top;
-        float sum = expf(sink - base), o[CHUNKS][WIDTH] = {};
+        for (int step = 1; step < 32; step *= 2) { joined.top = fmaxf(joined.top, __shfl_xor_sync(ALL_LANES, joined.top, step)); }
+        joined.top = fmaxf(sink, joined.top);
+        joined.nan = __any_sync(ALL_LANES, joined.nan);
+        float sum = joined.sink_weight(sink), o[CHUNKS][WIDTH] = {};
 #pragma unroll
         for (int n = 0; n < ENDS; n++) {
             if (32 * n >= splits) { break; }
             const uint32_t seen = __ballot_sync(ALL_LANES, ends[n].x != -INFINITY);
-            const float weight = exp2f(fmaf(ends[n].x - base, (float)FGQA_LOG2E, ends[n].y));
+            const float weight = joined.weight(ends[n]);
             const float *from = split.o + (32 * n * split.rows + row) * p.dv + WIDTH * lane;
 #pragma unroll 1
             for (int first = 0; first < 32 && seen >> first; first += AT_ONCE) {
@@ -112,7 +110,7 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
                 }
             }
         }
-        const float scale = nan ? NAN : sum == 0.0f ? 0.0f : 1.0f / sum;
+        const float scale = joined.scale(sum);
         char *out = fgqa_row_address(p.view[FGQA_ARG_out], p.dtype == FGQA_F32 ? 4 : 2, b, h, sequence.q_row + i);
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) {
@@ -122,7 +120,7 @@ fgqa_fwd_combine_kernel(const __grid_constant__ fgqa_params params, const __grid
             for (int e = 0; e < WIDTH; e++) { o[c][e] *= scale; }
             store_elements<WIDTH>(out, index, o[c], p.dtype, params.vector_out);
         }
-        if (lane == 0) { store_lse(p, b, h, sequence.q_row + i, nan ? NAN : sum == 0.0f ? -INFINITY : base + logf(sum)); }
+        if (lane == 0) { store_lse(p, b, h, sequence.q_row + i, joined.lse(sum)); }
     }
 }
 

@@ -23,6 +23,13 @@ static __device__ __forceinline__ float4 load_relaxed_f32x4(const float *x)
     return v;
 }
 
+static __device__ __forceinline__ float2 load_relaxed_f32x2(const float *x)
+{
+    float2 v;
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(x) : "memory");
+    return v;
+}
+
 static __device__ __forceinline__ int32_t load_relaxed_s32(const int32_t *x)
 {
     int32_t v;
@@ -35,6 +42,14 @@ static __device__ __forceinline__ int32_t load_acquire_s32(const int32_t *x)
     int32_t v;
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(v) : "l"(x) : "memory");
     return v;
+}
+
+/* *counter + 1, but 0 after `last`: released, and acquires what the others have released. The old value. */
+static __device__ __forceinline__ uint32_t atom_inc_acq_rel(uint32_t *counter, uint32_t last)
+{
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
+    return old;
 }
 
 /* *x += v after all that this thread has seen done (its own writes, and those of threads it has met at a barrier). */

@@ -29,3 +29,16 @@ static __device__ __forceinline__ void store_lse(const fgqa_problem &p, int32_t 
 {
     if (p.view[FGQA_ARG_lse].data) { *(float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row) = lse; }
 }
+
+/* A row of which parts are joined: top is the largest of its sink and of its parts' tops. A part's end is its top and log2 of its sum;
+ * one that saw no key has top -inf and weight 0. */
+struct joined_row {
+    float top;
+    bool nan;                   /* the sink or an end is */
+    __device__ __forceinline__ float base() const { return top == -INFINITY ? 0.0f : top; }
+    __device__ __forceinline__ float weight(float2 end) const { return exp2f(fmaf(end.x - base(), (float)FGQA_LOG2E, end.y)); }
+    __device__ __forceinline__ float sink_weight(float sink) const { return expf(sink - base()); }
+    /* sum: of all weights. What the weighted sum of the parts' o is multiplied with; the LSE. */
+    __device__ __forceinline__ float scale(float sum) const { return nan ? NAN : sum == 0.0f ? 0.0f : 1.0f / sum; }
+    __device__ __forceinline__ float lse(float sum) const { return nan ? NAN : sum == 0.0f ? -INFINITY : base() + logf(sum); }
+};

@@ -244,14 +244,6 @@ static __device__ __forceinline__ dec_share share_of(const dec_params &p, const 
     return share;
 }
 
-/* *counter + 1, but 0 after `last`: released, and acquires what the others have released. The old value. */
-static __device__ __forceinline__ uint32_t atom_inc_acq_rel(uint32_t *counter, uint32_t last)
-{
-    uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(last) : "memory");
-    return old;
-}
-
 /* Consumers and helper go through the same code. */
 struct dec_actor {
     bool rehearsal;

@@ -36,6 +36,7 @@
 #include "../common/softcap.cuh"
 #include "../common/softmax.cuh"
 #include "../common/split.cuh"
+#include "../any/dec_counters.h"
 #include "../any/fwd_combine.h"
 #include "../any/score_units.h"
 #include "../kernel_table.h"
@@ -45,6 +46,7 @@
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 #define FGQA_DROPOUT (FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_dropout)
+#define FGQA_MERGES (FGQA_HAS_MERGE(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT)
 
 #ifndef FGQA_NO_CODE
 
@@ -81,8 +83,9 @@ static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products:
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : 112;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
-/* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says. */
-enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL };
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
+ * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, MERGED };
 /* A bias and a mask tensor: TILED through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
 template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
 template <chain CHAIN> static constexpr bool WITH_TERMS = DIRECT_TERMS<CHAIN> || CHAIN == TILED;
@@ -100,6 +103,7 @@ struct fwd_params {
     int32_t box_rows;                                            /* of K and V: what one copy brings, of one page */
     int32_t slot;                                                /* of the work counters; -1: fixed shares */
     float inv_unit;                                              /* of scores with ALiBi */
+    uint32_t *counters;                                          /* MERGED: one a tile (any/dec_counters.h) */
     uint32_t early_items;                                        /* of the list, whose claims do not wait: schedule() */
     float in_caps;                                               /* scale / softcap; 0: none */
     score_terms terms;
@@ -295,7 +299,8 @@ static __device__ __forceinline__ term_ring find_chunks(const shared &sm, int wg
 template <chain CHAIN>
 static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_RING<CHAIN>> &rv, uint32_t &chunks)
 {
-    const uint64_t keep = createpolicy_evict_last();
+    /* MERGED: one tile reads these keys, and instructions had better stay in L2 */
+    const uint64_t keep = CHAIN == MERGED ? createpolicy_evict_first() : createpolicy_evict_last();
     const int lane = thread_index() % 32;
     for (bool more = true; more; rt.advance()) {
         mbarrier_wait(smem_address(&sm.tile_full[rt.stage]), rt.parity);
@@ -492,8 +497,10 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
         consumer_rings<CHAIN> rings;
         if (CHAIN == TILED) { rings.terms = find_chunks(sm, wg - 1); }
         consume<false, CHAIN>(p, sm, warp, rings);
-        if (all_done(sm)) { return; }
-        consume<true, CHAIN>(p, sm, warp, rings);
+        const bool done = all_done(sm);
+        if (CHAIN != MERGED && done) { return; }
+        if (CHAIN != MERGED || !done) { consume<true, CHAIN>(p, sm, warp, rings); }
+        if constexpr (CHAIN == MERGED) { merge_parts<CHAIN>(p, sm); }
     }
 }
 
@@ -501,6 +508,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _tiled)(const __grid_constant__ fwd_params p) { run_block<TILED>(p); }
+#endif
+#if FGQA_MERGES
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _merged)(const __grid_constant__ fwd_params p) { run_block<MERGED>(p); }
 #endif
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
 #if FGQA_HAS_ALIBI(FGQA_D)
@@ -519,7 +529,7 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state states[ALL + 1];
+    static launch_state states[MERGED + 1];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const bool capped = problem->softcap > 0.0, alibi = problem->view[FGQA_ARG_alibi_slopes].data;
     const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
@@ -579,6 +589,13 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
     const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
     p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
+#if FGQA_MERGES
+    if (of_scores == PLAIN && merges_in_place(problem, plan, multiprocessors)) {
+        error = launch_merged(FGQA_SUFFIX(FGQA_ROW, _merged), p, plan, problem->device.index, exec->stream, &states[MERGED]);
+        if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
+        cudaGetLastError();                                      /* no counters, or part of the device: a green context */
+    }
+#endif
     kernel<<<(uint32_t)blocks, THREADS, memory, stream>>>(p);
     error = cudaGetLastError();
     return error == cudaSuccess && plan->splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)plan->splits, exec) : error;

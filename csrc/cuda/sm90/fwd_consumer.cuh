@@ -43,6 +43,8 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
     return poison != 0.0f;
 }
 
+#include "fwd_merge.cuh"
+
 /* softmax_finish() without a sink, and without a branch, so that in the step across tiles it fills gaps between exponentials. What is
  * computed again carefully has the same bits. */
 static __device__ __forceinline__ void end_rows(row_ends &e, const softmax_rows &rows)
@@ -65,7 +67,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const uint32_t thread = thread_index(), lane = thread % 32;
     const int32_t first = row_in_tile(thread);
     const tile &t = sm.tiles[slot];
-    const bool partial = p.list.splits > 1;
+    const bool partial = CHAIN == MERGED || p.list.splits > 1;
     constexpr bool LOWEST = CAREFUL && WITH_TERMS<CHAIN>;
     bool again = false;
 #pragma unroll
@@ -137,9 +139,9 @@ template <chain CHAIN> struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> 
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings<CHAIN> &rings)
 {
-    constexpr bool CROSS = CROSS_TILE && !CAREFUL, TURNS = TAKE_TURNS && !CAREFUL, ONLY_Q = Q_STAGES == 1 && !CAREFUL;
+    constexpr bool CROSS = CROSS_TILE && !CAREFUL && CHAIN != MERGED, TURNS = TAKE_TURNS && !CAREFUL, ONLY_Q = Q_STAGES == 1 && !CAREFUL;
     /* others' main loops have no registers left */
-    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && CHAIN != ALL && CHAIN != TILED;
+    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && CHAIN != ALL && CHAIN != TILED && CHAIN != MERGED;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
     const bool natural = CHAIN == ALL || (CHAIN == TERMS && p.terms.some_bias) || (CHAIN == TILED && p.term_boxes.bias.some);
@@ -543,6 +545,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
         finish_rows<CAREFUL, CHAIN>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
+        if (CHAIN == MERGED) {
+            take_tile();                                         /* the end */
+            return;
+        }
         if (!CROSS) {
             more = take_tile();
             if (more) {

@@ -15,6 +15,9 @@
 /* Those that take the scales of a float8 cache, of which they read a copy (any/cache_copy.h): so too. They serve any head dim. */
 #define FGQA_HAS_SCALES(d, block_q) ((d) == 64 || (((d) == 128 || (d) == 256) && (block_q) == 128))
 
+/* Those of which a kernel merges the parts of a tile's keys itself, if a block has one tile (sm90/fwd_merge.cuh). */
+#define FGQA_HAS_MERGE(d, block_q) ((d) == 128 && (block_q) == 128)
+
 /* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
 enum { FGQA_MOST_PACKED = 64 };
 

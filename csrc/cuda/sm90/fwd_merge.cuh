@@ -1,0 +1,147 @@
+/* fwd_merge.cuh - chain MERGED of fwd.cu, which includes this in its middle: a tile a block, all blocks of the launch resident; those that
+ * have parts of one tile's keys wait for each other and merge them, each a share of the rows. Without it a launch of any/fwd_combine.cu
+ * follows, whose start and trips to memory all would wait for. To its bits where a warp has all parts of a row.
+ */
+#pragma once
+#include "../common/ptx_cp_async.cuh"
+#include "../common/ptx_global.cuh"
+
+/* A lane's four columns of a row. */
+static __device__ __forceinline__ void store_merged(const fgqa_problem &problem, uint64_t row, int lane, const float (&o)[4], float scale)
+{
+    if (4 * lane < problem.dv) { *(uint2 *)(row + 8 * lane) = make_uint2(pack2(o[0] * scale, o[1] * scale, T()), pack2(o[2] * scale, o[3] * scale, T())); }
+}
+
+/* Consumers, at the end of their block. A warp has up to ITEMS pairs of a row and a part at a time: rows with all of their parts, or, of
+ * more parts, those of one row that a `team` of warps shares, which hand their sums to the first. Lane n makes what is made once for pair n.
+ * Everybody waits for this, and for its instructions: so loops, in little code, and O through shared memory in the place of K. */
+template <chain CHAIN> static __device__ __forceinline__ void merge_parts(const fwd_params &p, shared &sm)
+{
+    constexpr int WARPS = 4 * WG_COUNT, ITEMS = 16, SUMS = 33;
+    static_assert(CHAIN != MERGED || DV == 128, "a lane has four columns");
+    static_assert(CHAIN != MERGED || (sizeof(sm.k) >= WARPS * ITEMS * 32 * sizeof(float4) && sizeof(sm.v) >= WARPS * SUMS * sizeof(float4)), "places");
+    const fgqa_problem &problem = p.common.problem;
+    const uint32_t thread = thread_index(), tile_number = blockIdx.x / p.list.splits;
+    const int lane = (int)(thread % 32), warp = (int)(thread / 32) - 4, splits = (int)p.list.splits;
+    const tile &t = sm.tiles[0];                                 /* the only one */
+    const int rows = (BLOCK_Q + splits - 1) / splits, begin = (int)(blockIdx.x - tile_number * p.list.splits) * rows;
+    int team = 1;
+    while (team * ITEMS < splits) { team *= 2; }
+    const int share = (splits + team - 1) / team, first = warp % team * share, parts = min(share, splits - first), at_once = team > 1 ? 1 : ITEMS / splits;
+    const int own_row = lane / share, own_part = lane - own_row * share;      /* pair `lane` */
+    float4 *const copies = (float4 *)sm.k + warp * ITEMS * 32 + lane, *const sums = (float4 *)sm.v + warp * SUMS;
+    bar_sync(TURN, 128 * WG_COUNT);                              /* the block's part is written */
+    if (thread == 128) {
+        uint32_t *const counter = p.counters + tile_number;
+        if (atom_inc_acq_rel(counter, p.list.splits - 1) != p.list.splits - 1) {
+            while (load_acquire_s32((const int32_t *)counter) != 0) {}
+        }
+    }
+    bar_sync(TURN, 128 * WG_COUNT);
+#pragma unroll 1
+    for (int row0 = warp / team * at_once; row0 - warp / team * at_once < rows; row0 += WARPS / team * at_once) {      /* the same trips in every warp */
+        const int in_block = row0 + own_row, local = begin + in_block, packed = t.row0 + local, i = packed >> p.list.pack, h = head_of(p, t.head, packed);
+        const bool exists = own_row < at_once && in_block < rows && local < min(t.valid, BLOCK_Q), has = exists && own_part < parts;
+        const int64_t row = split_row(problem, t.batch, h, t.q_row, i) + (first + own_part) * p.split.rows;
+        const float sink = exists ? sink_logit(problem, t.batch, h, i >= t.sq) : -INFINITY;
+        const int items = __popc(__ballot_sync(ALL_LANES, has));                 /* pairs 0, 1, ... */
+        const uint64_t from = (uint64_t)(p.split.o + row * problem.dv), out = (uint64_t)fgqa_row_address(problem.view[FGQA_ARG_out], sizeof(T), t.batch, h, t.q_row + i);
+        float2 end = make_float2(-INFINITY, 0.0f);
+        if (has) { end = load_relaxed_f32x2(p.split.lse + 2 * row); }
+#pragma unroll 1
+        for (int n = 0; n < items; n++) {                        /* of parts that saw no key, too, which are not used */
+            const uint64_t x = __shfl_sync(ALL_LANES, from, n) + 16 * lane;
+            if (4 * lane < problem.dv) { cp_async_16(smem_address(copies + 32 * n), (const void *)x, 16); }
+        }
+        cp_async_commit();
+        joined_row joined = {team > 1 ? -INFINITY : sink, team == 1 && sink != sink};
+#pragma unroll 1
+        for (int n = 0; n < share; n++) {
+            const int of = min(lane - own_part + n, 31);
+            const float top = __shfl_sync(ALL_LANES, end.x, of), log_sum = __shfl_sync(ALL_LANES, end.y, of);
+            joined.top = fmaxf(joined.top, top);
+            joined.nan |= top != top || log_sum != log_sum;
+        }
+        const float weight = joined.weight(end);
+        float sum = team > 1 ? 0.0f : joined.sink_weight(sink);
+#pragma unroll 1
+        for (int n = 0; n < share; n++) { sum += __shfl_sync(ALL_LANES, weight, min(lane - own_part + n, 31)); }
+        const float scale = team > 1 ? 1.0f : joined.scale(sum);
+        const uint32_t seen = __ballot_sync(ALL_LANES, has && end.x != -INFINITY), last = __ballot_sync(ALL_LANES, has && own_part == parts - 1);
+        float o[4] = {};
+        cp_async_wait<0>();
+#pragma unroll 1
+        for (int n = 0; n < items; n++) {
+            const float w = __shfl_sync(ALL_LANES, weight, n);
+            const float4 x = copies[32 * n];
+            if (seen >> n & 1) {
+                o[0] = fmaf(w, x.x, o[0]);
+                o[1] = fmaf(w, x.y, o[1]);
+                o[2] = fmaf(w, x.z, o[2]);
+                o[3] = fmaf(w, x.w, o[3]);
+            }
+            if (!(last >> n & 1) || team > 1) { continue; }
+            store_merged(problem, __shfl_sync(ALL_LANES, out, n), lane, o, __shfl_sync(ALL_LANES, scale, n));
+            o[0] = o[1] = o[2] = o[3] = 0.0f;
+        }
+        if (team == 1) {
+            if (has && own_part == 0) { store_lse(problem, t.batch, h, t.q_row + i, joined.lse(sum)); }
+            continue;
+        }
+        sums[lane] = make_float4(o[0], o[1], o[2], o[3]);
+        if (lane == 0) { sums[32] = make_float4(joined.top, sum, joined.nan, 0.0f); }
+        bar_sync(TURN, 128 * WG_COUNT);
+        if (warp % team == 0 && __shfl_sync(ALL_LANES, exists, 0)) {
+            joined_row all = {__shfl_sync(ALL_LANES, sink, 0), false};
+            const float own_sink = all.top;
+            all.nan = own_sink != own_sink;
+#pragma unroll 1
+            for (int n = 0; n < team; n++) {
+                all.top = fmaxf(all.top, sums[SUMS * n + 32].x);
+                all.nan |= sums[SUMS * n + 32].z != 0.0f;
+            }
+            sum = all.sink_weight(own_sink);
+            o[0] = o[1] = o[2] = o[3] = 0.0f;
+#pragma unroll 1
+            for (int n = 0; n < team; n++) {
+                const float4 x = sums[SUMS * n + lane], ends = sums[SUMS * n + 32];
+                const float w = all.weight(make_float2(ends.x, 0.0f));
+                sum = fmaf(w, ends.y, sum);
+                o[0] = fmaf(w, x.x, o[0]);
+                o[1] = fmaf(w, x.y, o[1]);
+                o[2] = fmaf(w, x.z, o[2]);
+                o[3] = fmaf(w, x.w, o[3]);
+            }
+            store_merged(problem, __shfl_sync(ALL_LANES, out, 0), lane, o, all.scale(sum));
+            if (lane == 0) { store_lse(problem, t.batch, h, t.q_row + i, all.lse(sum)); }
+        }
+        bar_sync(TURN, 128 * WG_COUNT);                          /* sums have been read */
+    }
+}
+
+/* ---- host ---- */
+
+/* All blocks fit on the device, and bits do not depend on the batch where they must not: more parts are added up in another order. */
+static bool merges_in_place(const fgqa_problem *problem, const fgqa_plan *plan, int multiprocessors)
+{
+    return plan->splits > 1 && !problem->varlen && plan->tasks <= multiprocessors && (!problem->batch_invariant || plan->splits <= 16);
+}
+
+/* cudaErrorCooperativeLaunchTooLarge, too, where there are no counters. */
+static cudaError_t launch_merged(void (*kernel)(fwd_params), fwd_params p, const fgqa_plan *plan, int32_t device, void *stream, launch_state *state)
+{
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeCooperative;               /* all blocks are resident */
+    attribute.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3((uint32_t)plan->tasks);
+    config.blockDim = dim3(THREADS);
+    config.dynamicSmemBytes = sizeof(shared);
+    config.stream = (cudaStream_t)stream;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(shared), device, state);
+    p.slot = -1;                                                 /* nobody takes a second tile */
+    p.counters = fgqa_dec_counters(device, (int32_t)(plan->tasks / plan->splits), stream);
+    return error != cudaSuccess ? error : p.counters ? cudaLaunchKernelEx(&config, kernel, p) : cudaErrorCooperativeLaunchTooLarge;
+}
