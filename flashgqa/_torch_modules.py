@@ -127,6 +127,8 @@ class FlashGQA(nn.Module):
         if num_kv_heads < 1 or num_heads % num_kv_heads != 0:
             raise ValueError(f"num_heads is {num_heads} and num_kv_heads {num_kv_heads}: num_heads must be a multiple of it")
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
+        if head_dim < 1:
+            raise ValueError(f"head_dim is {head_dim}: it must be 1 or more")
         if rotary_dim % 2 != 0 or not 0 <= rotary_dim <= head_dim:
             raise ValueError(f"rotary_dim is {rotary_dim}: it must be even and at most the head dim, {head_dim}; 0 is none")
         if not 0 <= dropout <= 1:
@@ -269,6 +271,8 @@ class FlashGQA(nn.Module):
         num_kv_heads fewer than its heads: keys and values are mean-pooled, see `mean_pool_kv_heads`. The layer takes
         [batch, seq, embed_dim] whatever source.batch_first says, and its key_padding_mask is True where there is a token.
         """
+        if not isinstance(source, nn.MultiheadAttention):
+            raise TypeError(f"source is {type(source).__name__}: it must be a torch.nn.MultiheadAttention")
         if source.bias_k is not None or source.add_zero_attn or not source._qkv_same_embed_dim:
             raise NotImplementedError(
                 "from_multihead_attention: source has add_bias_kv, add_zero_attn, kdim or vdim, which have no counterpart here"

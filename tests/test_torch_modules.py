@@ -194,6 +194,10 @@ def test_flash_gqa_errors():
             fg.FlashGQA(32, 4, **options)
     with pytest.raises(ValueError, match="dropout"):
         fg.FlashGQA(32, 4, dropout=1.5)
+    with pytest.raises(ValueError, match="head_dim is 0"):
+        fg.FlashGQA(32, 4, head_dim=0)
+    with pytest.raises(TypeError, match="source is Linear: it must be a torch.nn.MultiheadAttention"):
+        fg.FlashGQA.from_multihead_attention(torch.nn.Linear(2, 2))
     cu_seqlens = torch.tensor([0, 9], dtype=torch.int32)
     for options in (dict(x_kv=x), dict(key_padding_mask=torch.ones(2, 9, dtype=torch.bool)), dict(cache=layer.new_cache(2, 9))):
         with pytest.raises(ValueError, match="cu_seqlens"):
