@@ -253,6 +253,44 @@ def test_poison_in_a_row_reaches_the_keys_it_sees_only(poison, where, dtype, rng
         assert not np.isfinite(dv[:, 3]).any() and np.isfinite(np.delete(dv, 3, axis=1)).all()
 
 
+INFINITE = {                # tensor, head, row, column, value
+    "k": [("k", 1, 70, 5, np.inf), ("k", 0, 3, 7, -np.inf)],
+    "q": [("q", 1, 60, 5, np.inf), ("q", 3, 97, 7, -np.inf)],
+    "q and k": [("q", 1, 60, 5, np.inf), ("k", 0, 50, 6, np.inf)],
+    "k and NaN": [("k", 1, 70, 5, np.inf), ("q", 3, 80, 5, np.nan)],
+    "q and dout": [("q", 2, 60, 5, -np.inf), ("dout", 2, 70, 3, np.inf)],
+    "k and v": [("k", 1, 30, 5, -np.inf), ("v", 1, 90, 3, np.inf)],
+}
+AROUND = {
+    "full": lambda rng: {},
+    "causal": lambda rng: {"causal": True},
+    "window": lambda rng: {"window": (30, 9)},
+    "mask": lambda rng: {"mask": rng.random((99, 130)) < 0.8, "causal": True},
+    "sink": lambda rng: {"sink": np.ones(4, np.float32)},
+    "bias": lambda rng: {"bias": np.where(rng.random((1, 4, 99, 130)) < 0.9, 0.5, -np.inf).astype(np.float32)},
+}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("how", INFINITE)
+def test_infinite_scores_under_a_soft_cap(how, around, dtype, rng, backend):
+    """They are the cap: their weights are finite, and their gradients are 0, which times what is infinite is NaN."""
+    q, dout = (rng.standard_normal((1, 4, 99, 24)).astype(DTYPES[dtype]) for _ in range(2))
+    k, v = (rng.standard_normal((1, 2, 130, 24)).astype(DTYPES[dtype]) for _ in range(2))
+    options = {"softcap": 3.0, **AROUND[around](rng)}
+    for which, head, row, column, value in INFINITE[how]:
+        {"q": q, "k": k, "v": v, "dout": dout}[which][0, head, row, column] = value
+    out, lse = backend.attention(q, k, v, **options, return_lse=True)
+    got = backend.attention_backward(dout, q, k, v, out, lse, **options)
+    expected = reference.attention_backward(dout, q, k, v, **options)
+    for name, x, want in zip(got._fields[:3], got, expected, strict=False):
+        x, finite = x.astype(np.float64), np.isfinite(want)
+        assert (np.isfinite(x) == finite).all(), name
+        bound = max(8 * float(ml_dtypes.finfo(DTYPES[dtype]).eps), 1e-12 if dtype == "float64" else 1e-5)
+        assert np.abs(x[finite] - want[finite]).max() <= bound * np.abs(want[finite]).max(), name
+
+
 # ---- empty ----
 
 

@@ -90,7 +90,7 @@ static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const
 
 _Static_assert(PANEL <= 32, "a bit for each lane");
 
-/* Rows of a panel that are not finite: zeroed, and noted in `bad` (unless NULL). Returns them, a bit each. */
+/* Rows of a panel that are not finite: zeroed, and noted in `bad`. Returns them, a bit each. */
 static uint32_t zero_bad_lanes(const amx_buffer *rows, int32_t cols, const tile_panel *panel, int32_t lane0, bad_lanes *bad)
 {
     const int32_t ld = AMX_PAD(cols);
@@ -98,7 +98,7 @@ static uint32_t zero_bad_lanes(const amx_buffer *rows, int32_t cols, const tile_
     for (int32_t lane = 0; lane < panel->rows; lane++) {
         if (amx_row_is_finite(rows->at + lane * ld, ld)) { continue; }
         amx_zero_rows(rows->at + lane * ld, rows->low, 1, ld);
-        if (bad) { bad->lane[bad->count++] = (int16_t)(lane0 + lane); }
+        bad->lane[bad->count++] = (int16_t)(lane0 + lane);
         lanes |= (uint32_t)1 << lane;
     }
     return lanes;
@@ -132,12 +132,12 @@ static void load_float_dout(const bwd_scratch *s, const tile_sequence *t, const 
 }
 
 /* Packs packed rows [r0, r1); returns the number of panels. */
-static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_lanes *bad)
+static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_rows *bad)
 {
     const fgqa_problem *p = t->p;
     const fgqa_view *q = &p->view[FGQA_ARG_q], *dout = &p->view[FGQA_ARG_dout];
     int32_t panels = 0;
-    bad->count = 0;
+    bad->q.count = bad->dout.count = 0;
     for (int64_t r = r0; r < r1; r += PANEL, panels++) {
         bwd_panel *const bp = &s->panels[panels];
         tile_panel_init(&bp->panel, t, r, r1);
@@ -148,13 +148,13 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
             bwd_own_lse(bp, t, t, &stats);
         }
         amx_load_panel(s->rows.at, s->rows.low, t, &bp->panel, q, p->d, t->q_sign < 0);
-        bp->special = pack_lanes(s, bp, panels, p->d, &s->q_t, &s->q, NULL);
+        bp->special = pack_lanes(s, bp, panels, p->d, &s->q_t, &s->q, &bad->q);
         amx_load_panel(s->rows.at, s->rows.low, t, &bp->panel, dout, p->dv, 0);
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
             row_load(s->dq, tile_packed_row(t, dout, r + lane), dout->dtype, dout->stride_d, p->dv);
             bp->delta[lane] = row_delta(job, t, r + lane, s->dq, s->row);
         }
-        bp->special |= pack_lanes(s, bp, panels, p->dv, &s->dout_t, &s->dout, bad);
+        bp->special |= pack_lanes(s, bp, panels, p->dv, &s->dout_t, &s->dout, &bad->dout);
     }
     return panels;
 }
@@ -370,6 +370,24 @@ static void store_dbias(const bwd_job *job, const bwd_scratch *s, const tile_seq
     }
 }
 
+/* Lanes without a row, in n rows of A: their scores with an infinite key are NaN. */
+static void zero_idle_lanes(const amx_buffer *of, const tile_panel *panel, int32_t n)
+{
+    const size_t idle = (size_t)(PANEL - panel->rows) * sizeof(bf16);
+    for (int32_t j = 0; idle && j < n; j++) {
+        bf16 *const at = of->at + j * PANEL + panel->rows;
+        memset(at, 0, idle);
+        if (of->low) { memset(at + of->low, 0, idle); }
+    }
+}
+
+/* P or dS of a lane of the block of rows and a key of that of keys. */
+static real stored_score(const amx_buffer *of, int32_t lane, int32_t key)
+{
+    const bf16 *const at = of->at + (ptrdiff_t)(lane / PANEL) * WEIGHT_PANEL + key * PANEL + lane % PANEL;
+    return float_from_bf16(at[0]) + (of->low ? float_from_bf16(at[of->low]) : 0);
+}
+
 /* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
 static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
@@ -429,10 +447,25 @@ static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const ti
         }
     }
     if (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED) { store_dbias(job, s, t, &bp->panel, block->j0 + from, j1); }
-    const amx_buffer *const columns = partial && block_bad_keys(s, t, block) ? &s->k_t_clean : &s->k_t;
+    zero_idle_lanes(&weight, &bp->panel, all);
+    zero_idle_lanes(&ds, &bp->panel, all);
+    const int cleaned = partial && block_bad_keys(s, t, block);
+    const amx_buffer *const columns = cleaned ? &s->k_t_clean : &s->k_t;
     const amx_operand k_t = {columns->at + AMX_PAIR(from), 2 * AMX_TILE, AMX_TILE, AMX_PAIR(KEYS), AMX_DEPTH, columns->low, 0};
     const amx_operand ds_t = {s->ds_t.at, nv * AMX_TILE, AMX_TILE, 0, 0, s->ds_t.low, 0};
     amx_product(1, amx_tiles(p->d), nv, all / AMX_DEPTH, &k_t, &ds_t, s->dq_t + n * PANEL * (ptrdiff_t)AMX_SIDE * amx_tiles(p->d), w);
+    for (int32_t m = 0; cleaned && m < block->bad.count; m++) {
+        const int32_t row = block->bad.row[m], j = block->j0 + row;
+        const fgqa_view *const keys = &p->view[FGQA_ARG_k];
+        real of_weight[PANEL], of_ds[PANEL];
+        if (j < j0 || j >= j1) { continue; }
+        for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
+            of_weight[lane] = stored_score(&s->weight, n * PANEL + lane, row);
+            of_ds[lane] = stored_score(&s->ds, n * PANEL + lane, row);
+        }
+        row_load(s->row, view_at(keys, t->b, t->kv_head, t->seq.k_row + j), keys->dtype, keys->stride_d, p->d);
+        add_bad_key(&bp->panel, of_weight, of_ds, s->row, p->d, s->dq_t + n * PANEL * (ptrdiff_t)AMX_SIDE * amx_tiles(p->d));
+    }
     return written;
 }
 
@@ -462,7 +495,7 @@ static void zero_keys(const amx_buffer *of, int32_t panel, int32_t j0, int32_t j
 
 /* Keys [j0, j1), one key block, against the block of rows in `s`. */
 static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
-                       const bad_lanes *bad, real *dk, real *dv)
+                       const bad_rows *bad, real *dk, real *dv)
 {
     const fgqa_problem *p = job->p;
     const bwd_shape *shape = &job->shape;
@@ -492,15 +525,23 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         amx_accumulate(keys, j - j0, step.first, step.last, &s->weight, &s->dout, p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
         amx_accumulate(keys, j - j0, step.first, step.last, &s->ds, &s->q, p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
     }
-    for (int32_t n = 0; n < bad->count; n++) {
-        const int32_t lane = bad->lane[n];
-        real weight[KEYS];
-        if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
-        for (int32_t j = e.j0; j < e.j1; j++) {
-            const bf16 *const at = s->weight.at + (ptrdiff_t)(lane / PANEL) * WEIGHT_PANEL + (j - j0) * PANEL + lane % PANEL;
-            weight[j - e.j0] = float_from_bf16(at[0]) + (s->weight.low ? float_from_bf16(at[s->weight.low]) : 0);
+    for (int which = 0; which < 2; which++) {
+        const bad_lanes *const lanes = which ? &bad->dout : &bad->q;
+        for (int32_t n = 0; n < lanes->count; n++) {
+            const int32_t lane = lanes->lane[n];
+            const int64_t r = s->panels[0].panel.r0 + lane;
+            real weight[KEYS], of_ds[KEYS];
+            if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
+            for (int32_t j = e.j0; j < e.j1; j++) {
+                weight[j - e.j0] = stored_score(&s->weight, lane, j - j0);
+                of_ds[j - e.j0] = stored_score(&s->ds, lane, j - j0);
+            }
+            if (which) {
+                add_bad_lane(t, FGQA_ARG_dout, p->dv, r, weight, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
+            } else {
+                add_bad_lane(t, FGQA_ARG_q, p->d, r, weight, of_ds, e.j1 - e.j0, dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk, s->row);
+            }
         }
-        add_bad_lane(t, s->panels[0].panel.r0 + lane, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
     }
 }
 

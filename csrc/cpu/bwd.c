@@ -13,8 +13,8 @@
  * sequences share it, a third job adds what tasks have of it, or else recomputes its tiles, each task owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for
  * any number of threads.
  *
- * Rows with NaN or infinity must not reach others through 0 * NaN. K and Q: zeroed in the products with dS, which is NaN
- * already where such a row is seen. dO: zeroed in the product with P, and added back where the weight is not 0.
+ * Rows with NaN or infinity must not reach others through 0 * NaN. They are zeroed in the products with P and dS, and added back
+ * where the weight is not 0: under a soft cap an infinite score has one, and a dS of 0.
  */
 #include "../core/workspace.h"
 #include "bwd_tile.h"
@@ -164,7 +164,7 @@ static void split_head(const bwd_job *job, const fgqa_problem *p, int32_t split,
         const int64_t r0 = n * block_rows, r1 = r0 + block_rows < t.rows ? r0 + block_rows : t.rows;
         if (clear_dbias) { zero_dbias(&t, r0, r0 + block_rows < rows ? r0 + block_rows : rows); }
         if (r0 >= t.rows) { continue; }
-        bad_lanes bad;
+        bad_rows bad;
         const int32_t panels = block_load(job, &s, &t, r0, r1, &bad);
         memset(s.dq_t, 0, (size_t)panels * PANEL * (size_t)shape->ldk * sizeof(real));
         const fgqa_range keys = fgqa_kv_range(&t.seq.mask, s.panels[0].panel.i0, s.panels[panels - 1].panel.i1);

@@ -52,11 +52,11 @@ static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const
 }
 
 /* Packs packed rows [r0, r1); returns the number of panels. */
-static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_lanes *bad)
+static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int64_t r0, int64_t r1, bad_rows *bad)
 {
     const bwd_shape *shape = &job->shape;
     int32_t panels = 0;
-    bad->count = 0;
+    bad->q.count = bad->dout.count = 0;
     for (int64_t r = r0; r < r1; r += PANEL, panels++) {
         bwd_panel *const bp = &s->panels[panels];
         real *const q = s->q + (ptrdiff_t)panels * PANEL * shape->ldq, *const dout = s->dout + (ptrdiff_t)panels * PANEL * shape->ldo;
@@ -66,10 +66,13 @@ static int32_t block_load(const bwd_job *job, const bwd_scratch *s, const tile_s
         for (int32_t lane = 0; lane < bp->panel.rows; lane++) {
             real *const q_row = q + (ptrdiff_t)lane * shape->ldq, *const dout_row = dout + (ptrdiff_t)lane * shape->ldo;
             bp->delta[lane] = row_delta(job, t, bp->panel.r0 + lane, dout_row, s->row);
-            if (!row_is_finite(q_row, job->p->d)) { memset(q_row, 0, (size_t)job->p->d * sizeof(real)); }
+            if (!row_is_finite(q_row, job->p->d)) {
+                memset(q_row, 0, (size_t)job->p->d * sizeof(real));
+                bad->q.lane[bad->q.count++] = (int16_t)(panels * PANEL + lane);
+            }
             if (!row_is_finite(dout_row, job->p->dv)) {
                 memset(dout_row, 0, (size_t)job->p->dv * sizeof(real));
-                bad->lane[bad->count++] = (int16_t)(panels * PANEL + lane);
+                bad->dout.lane[bad->dout.count++] = (int16_t)(panels * PANEL + lane);
             }
         }
     }
@@ -154,7 +157,7 @@ static void few_grads(const bwd_job *job, const bwd_scratch *s, const tile_seque
 
 /* Keys [j0, j1), one key block, against the block of rows in `s`. */
 static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
-                       const bad_lanes *bad, real *dk, real *dv)
+                       const bad_rows *bad, real *dk, real *dv)
 {
     const fgqa_problem *p = job->p;
     const bwd_shape *shape = &job->shape;
@@ -163,6 +166,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
     const tile_block k = tile_block_load(t, &p->view[FGQA_ARG_k], j0, j1, p->d, s->k_copy);
     const tile_block v = tile_block_load(t, &p->view[FGQA_ARG_v], j0, j1, p->dv, s->v_copy);
     tile_block k_dq = k;
+    tile_bad_rows bad_keys = {.count = 0};
     int k_checked = 0;
     for (int32_t n = e.first; n < e.last; n++) {
         const bwd_panel *const bp = &s->panels[n];
@@ -177,7 +181,6 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
                                            : bwd_tile(&s->tiles, t, bp, r.begin, r.end, &k_part, &v_part, 0, weight + at, ds + at, shape->ldt);
             if (kind == TILE_UNSEEN) { r.end = r.begin; }
             if (kind == TILE_PARTIAL && !k_checked) {
-                tile_bad_rows bad_keys;
                 tile_find_bad_rows(&bad_keys, &k, j1 - j0, p->d);
                 if (bad_keys.count) { k_dq = tile_without_bad_rows(&bad_keys, &k, j1 - j0, p->d, s->k_clean); }
                 k_checked = 1;
@@ -194,12 +197,19 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         zero_rows(ds, shape->ldt, e.j0 - j0, r.begin - j0, w);
         zero_rows(weight, shape->ldt, r.end - j0, e.j1 - j0, w);
         zero_rows(ds, shape->ldt, r.end - j0, e.j1 - j0, w);
-        if (!bp->few) { gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_seen.data, k_seen.stride, ds + at, shape->ldt, dq, w, NULL); }
+        if (bp->few) { continue; }
+        gemm_col_add(p->d, bp->panel.nv, r.end - r.begin, k_seen.data, k_seen.stride, ds + at, shape->ldt, dq, w, NULL);
+        for (int32_t m = 0; m < bad_keys.count; m++) {
+            const int32_t row = bad_keys.row[m];
+            if (j0 + row < r.begin || j0 + row >= r.end) { continue; }
+            add_bad_key(&bp->panel, weight + (ptrdiff_t)row * shape->ldt, ds + (ptrdiff_t)row * shape->ldt, k.data + row * k.stride, p->d, dq);
+        }
     }
     for (int32_t j = e.j0, end; j < e.j1; j = end) {
         tile_extent step;
         end = step_end(s->panels, panels, j, e.j1, &step);
         if (step.first >= step.last) { continue; }
+        /* not those without a row, whose scores with an infinite key are NaN */
         const int32_t lanes = (step.last - step.first - 1) * PANEL + s->panels[step.last - 1].panel.rows, lane0 = step.first * PANEL;
         const ptrdiff_t at = (ptrdiff_t)(j - j0) * shape->ldt + lane0;
         accumulate(end - j, lanes, s->weight + at, shape->ldt, s->dout + (ptrdiff_t)lane0 * shape->ldo, shape->ldo,
@@ -207,12 +217,23 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         accumulate(end - j, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
                    dk + (ptrdiff_t)j * shape->ldk, shape->ldk);
     }
-    for (int32_t n = 0; n < bad->count; n++) {
-        const int32_t lane = bad->lane[n];
-        real weight[KEYS];
-        if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
-        for (int32_t j = e.j0; j < e.j1; j++) { weight[j - e.j0] = s->weight[(ptrdiff_t)(j - j0) * shape->ldt + lane]; }
-        add_bad_lane(t, s->panels[0].panel.r0 + lane, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
+    for (int which = 0; which < 2; which++) {
+        const bad_lanes *const lanes = which ? &bad->dout : &bad->q;
+        for (int32_t n = 0; n < lanes->count; n++) {
+            const int32_t lane = lanes->lane[n];
+            const int64_t r = s->panels[0].panel.r0 + lane;
+            real weight[KEYS], of_ds[KEYS];
+            if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
+            for (int32_t j = e.j0; j < e.j1; j++) {
+                weight[j - e.j0] = s->weight[(ptrdiff_t)(j - j0) * shape->ldt + lane];
+                of_ds[j - e.j0] = s->ds[(ptrdiff_t)(j - j0) * shape->ldt + lane];
+            }
+            if (which) {
+                add_bad_lane(t, FGQA_ARG_dout, p->dv, r, weight, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
+            } else {
+                add_bad_lane(t, FGQA_ARG_q, p->d, r, weight, of_ds, e.j1 - e.j0, dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk, s->row);
+            }
+        }
     }
 }
 

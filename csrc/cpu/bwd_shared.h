@@ -116,8 +116,9 @@ static real row_delta(const bwd_job *job, const tile_sequence *t, int64_t r, con
     return sum;
 }
 
-/* Lanes of a block whose dO is not finite. */
+/* Lanes of a block whose q or dO is not finite. */
 typedef struct { int32_t count; int16_t lane[MAX_BLOCK_PANELS * PANEL]; } bad_lanes;
+typedef struct { bad_lanes q, dout; } bad_rows;
 
 /* The part of a block of keys that some panel sees: tile rows [j0, j1) of panels [first, last). */
 typedef struct { int32_t j0, j1, first, last; } tile_extent;
@@ -143,14 +144,24 @@ static tile_extent extent_of(const bwd_panel *panel, int32_t panels, int32_t j0,
     return e;
 }
 
-/* dv[j] += weight[j] * dO of packed row r, whose dO is not finite, for n keys. `row`: room for a row of dO. */
-static void add_bad_lane(const tile_sequence *t, int64_t r, const real *weight, int32_t n, real *dv, int32_t ldv, real *row)
+/* sums[j] += factor[j] * packed row r of q or dO, which is not finite, for those of n keys whose weight is not 0. `row`: room for it. */
+static void add_bad_lane(const tile_sequence *t, fgqa_arg arg, int32_t cols, int64_t r, const real *weight, const real *factor, int32_t n,
+                         real *sums, int32_t ld, real *row)
 {
-    const fgqa_view *dout = &t->p->view[FGQA_ARG_dout];
-    row_load(row, tile_packed_row(t, dout, r), dout->dtype, dout->stride_d, t->p->dv);
+    const fgqa_view *view = &t->p->view[arg];
+    row_load(row, tile_packed_row(t, view, r), view->dtype, view->stride_d, cols);
     for (int32_t j = 0; j < n; j++) {
         if (weight[j] == 0) { continue; }
-        for (int32_t c = 0; c < t->p->dv; c++) { dv[(ptrdiff_t)j * ldv + c] += weight[j] * row[c]; }
+        for (int32_t c = 0; c < cols; c++) { sums[(ptrdiff_t)j * ld + c] += factor[j] * row[c]; }
+    }
+}
+
+/* dq_t[c][lane] += ds[lane] * key[c] of a key that is not finite, for the lanes of a panel whose weight is not 0. */
+static void add_bad_key(const tile_panel *panel, const real *weight, const real *ds, const real *key, int32_t cols, real *dq_t)
+{
+    for (int32_t lane = 0; lane < panel->rows; lane++) {
+        if (weight[lane] == 0) { continue; }
+        for (int32_t c = 0; c < cols; c++) { dq_t[(ptrdiff_t)c * panel->w + lane] += ds[lane] * key[c]; }
     }
 }
 
