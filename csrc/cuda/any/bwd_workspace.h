@@ -9,6 +9,8 @@
  *            nothing has been added
  *   key_rows [b][sk] or [total_k]   of kernels with tiled statistics: query rows that see each key, where not all do
  *   poisoned [k_tiles]         of two passes, together with key_rows: whether the first has met an inf or NaN in the key tile
+ *            With a soft cap then, of kernels with tiled statistics, [splits][k_tiles][block_k / 16]: whether bwd_poison.cu has to look at
+ *            these 16 keys
  *   control  ticket of the next task; key tiles of a sequence, of kernels without tiled statistics the longest one; query tiles whose
  *            dQ is converted or about to be, of kernels with tiled statistics
  *   sequences, first_task [b], [b + 1]   of packed sequences, with tiled statistics: those with most rows first, and the tasks before each
@@ -30,6 +32,7 @@ typedef struct { float lse2, delta; } plain_stats;
 typedef struct { float top, delta, log_sum, unused; } general_stats;
 
 enum { FGQA_BWD_DIRTY = 1 << 30, FGQA_BWD_FRESH = 1 << 29 };
+enum { FGQA_BWD_KEYS_A_WORD = 16 };       /* of those behind `poisoned` */
 
 /* Layout of the statistics. */
 enum { FGQA_BWD_PLAIN, FGQA_BWD_GENERAL, FGQA_BWD_TILED };
@@ -62,6 +65,8 @@ static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
 /* Whether dQ is made by a kernel of its own, which does all of a query tile: bwd_queries.cuh. */
 static inline int fgqa_bwd_two_passes(int32_t stats_kind, int32_t d) { return stats_kind == FGQA_BWD_TILED && d > 128; }
 
+FGQA_FN int64_t fgqa_bwd_k_tiles(const fgqa_problem *p, const fgqa_bwd_workspace *w) { return (p->varlen ? p->hk : (int64_t)p->b * p->hk) * w->kv_head_tiles; }
+
 /* Carves, or with base NULL measures. */
 static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t d, int32_t dv,
                                              int32_t splits, int32_t stats_kind, void *base, fgqa_bwd_workspace *w)
@@ -89,9 +94,8 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     if (!fgqa_bwd_two_passes(stats_kind, d)) { w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float)); }
     if (stats_kind == FGQA_BWD_TILED && fgqa_bwd_hides(p, block_k)) {
         w->key_rows = (fgqa_range *)fgqa_arena_take(&arena, p->varlen ? (size_t)p->total_k : (size_t)p->b * (size_t)p->sk, sizeof(fgqa_range));
-        if (fgqa_bwd_two_passes(stats_kind, d)) {
-            w->poisoned = (int32_t *)fgqa_arena_take(&arena, (size_t)(p->varlen ? p->hk : (int64_t)p->b * p->hk) * (size_t)w->kv_head_tiles, sizeof(int32_t));
-        }
+        const size_t tiles = (size_t)fgqa_bwd_k_tiles(p, w), words = p->softcap > 0.0 ? (size_t)splits * tiles * (size_t)(block_k / FGQA_BWD_KEYS_A_WORD) : 0;
+        w->poisoned = (int32_t *)fgqa_arena_take(&arena, (fgqa_bwd_two_passes(stats_kind, d) ? tiles : 0) + words, sizeof(int32_t));
     }
     if (stats_kind == FGQA_BWD_TILED && p->varlen) {
         w->sequences = (int32_t *)fgqa_arena_take(&arena, (size_t)p->b, sizeof(int32_t));
@@ -124,13 +128,13 @@ static __device__ __forceinline__ int64_t bwd_q_tile(const fgqa_problem &p, cons
     return p.varlen ? h * w.head_tiles + q_row / w.block_q + b + tile : ((int64_t)b * p.hq + h) * w.head_tiles + tile;
 }
 
-/* The packed sequence that owns tile `tile` of a head, where sequence b begins at tile floor(its first row / rows) + b. */
-static __device__ __forceinline__ int32_t bwd_packed_sequence(const fgqa_problem &p, int32_t rows, int32_t tile)
+/* The packed sequence that owns tile `tile` of a head (KEYS: of a KV head), where sequence b begins at tile floor(its first row / rows) + b. */
+template <bool KEYS = false> static __device__ __forceinline__ int32_t bwd_packed_sequence(const fgqa_problem &p, int32_t rows, int32_t tile)
 {
     int32_t b = 0, above = p.b;
     while (above - b > 1) {
         const int32_t middle = b + (above - b) / 2;
-        const int32_t first = (int32_t)max((int64_t)0, min(p.total_q, (int64_t)p.cu_seqlens_q[middle]));
+        const int32_t first = (int32_t)max((int64_t)0, KEYS ? min(p.total_k, (int64_t)p.cu_seqlens_kv[middle]) : min(p.total_q, (int64_t)p.cu_seqlens_q[middle]));
         if (first / rows + middle <= tile) { b = middle; } else { above = middle; }
     }
     return b;
@@ -139,6 +143,13 @@ static __device__ __forceinline__ int32_t bwd_packed_sequence(const fgqa_problem
 static __device__ __forceinline__ int64_t bwd_k_tile(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t b, int32_t kv_head, int64_t k_row, int32_t tile)
 {
     return p.varlen ? kv_head * w.kv_head_tiles + k_row / w.block_k + b + tile : ((int64_t)b * p.hk + kv_head) * w.kv_head_tiles + tile;
+}
+
+/* With a soft cap: the words of a part's key tile that say where bwd_poison.cu has to look. */
+static __device__ __forceinline__ int32_t *bwd_poisoned_keys(const fgqa_problem &p, const fgqa_bwd_workspace &w, int32_t part, int64_t k_tile)
+{
+    const int64_t tiles = fgqa_bwd_k_tiles(&p, &w);
+    return w.poisoned + (w.dq ? 0 : tiles) + (part * tiles + k_tile) * (w.block_k / FGQA_BWD_KEYS_A_WORD);
 }
 
 /* Of tiled statistics with ALiBi, in base 2: P = 2^(bwd_less_alibi() - lse2). Slope times log2(e). */
@@ -215,6 +226,7 @@ extern "C" {
 int fgqa_bwd_delta(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
 int fgqa_bwd_delta_tiled(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
 int fgqa_bwd_reduce(const fgqa_problem *problem, const fgqa_bwd_workspace *w, int32_t dk_width, int32_t dv_width, void *stream);
+int fgqa_bwd_poison(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
 int fgqa_bwd_dsink(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream);
 #ifdef __cplusplus
 }

@@ -228,35 +228,40 @@ template <int ROW_BYTES> static __device__ __forceinline__ float tile_element(co
     return to_float(*(const T *)(tile + swizzle<ROW_BYTES>(row, column / PIECE) + column % PIECE * (int)sizeof(T)));
 }
 
-/* dV += P dO of the elements of dO that are inf or NaN, for the keys whose weight is not 0. */
-static __device__ __forceinline__ void add_poison(const shared &mem, int stage, int buffer, int warp, int lane, float (&dv)[of_dv::MB][of_dv::NB][4])
+/* sum += factor x of the elements x of a tile of `count` rows that are inf or NaN, where the weight of query row and key is not 0. Of dV the
+ * factor is the weight. Of dK and dQ (OF_ROWS: its rows are query rows, those of the tile keys) it is 0: dS of a score that is as
+ * large as the soft cap, or of no importance, where the weight is NaN. */
+template <typename SHARE, int ROW_BYTES, bool OF_WEIGHTS, bool OF_ROWS>
+static __device__ __forceinline__ void add_poison(const char *tile, int count, const char *weights, int warp, int lane, float (&sum)[SHARE::MB][SHARE::NB][4])
 {
 #pragma unroll 1
-    for (int row = 0; row < BLOCK_Q; row++) {
+    for (int n = 0; n < count; n++) {
 #pragma unroll
-        for (int n = 0; n < 2 * of_dv::NB; n++) {
-            const float x = tile_element<V_BYTES>(mem.dout[stage], row, of_dv::col(warp) + 8 * (n / 2) + fragment_column(lane, n % 2));
+        for (int c = 0; c < 2 * SHARE::NB; c++) {
+            const float x = tile_element<ROW_BYTES>(tile, n, SHARE::col(warp) + 8 * (c / 2) + fragment_column(lane, c % 2));
             if (isfinite(x)) { continue; }
 #pragma unroll
-            for (int m = 0; m < 2 * of_dv::MB; m++) {
-                const float weight = tile_element<P_BYTES>(mem.p[buffer], row, of_dv::row(warp) + 8 * m + lane / 4);
-                if (weight != 0.0f) { dv[m / 2][n / 2][2 * (m % 2) + n % 2] += weight * x; }
+            for (int m = 0; m < 2 * SHARE::MB; m++) {
+                const int row = SHARE::row(warp) + 8 * m + lane / 4;
+                const float weight = tile_element<P_BYTES>(weights, OF_ROWS ? row : n, OF_ROWS ? n : row);
+                if (weight != 0.0f) { sum[m / 2][c / 2][2 * (m % 2) + c % 2] += (OF_WEIGHTS ? weight : 0.0f) * x; }
             }
         }
     }
 }
 
 /* dV and dK of a dirty query tile, whose rows with inf or NaN must not reach keys that they do not see through 0 * NaN: they are
- * taken as 0 in Q, as dS is NaN where such a row is seen. A function of its own, with its sums in memory: the usual way must not
+ * taken as 0 in Q, as dS is NaN where such a row is seen, or 0 under a soft cap. A function of its own, with its sums in memory: the usual way must not
  * share its registers with this one. */
 static __device__ __noinline__ void add_carefully(const shared &mem, int stage, int buffer, int warp, float (&dv)[of_dv::MB][of_dv::NB][4], float (&dk)[of_dk::MB][of_dk::NB][4])
 {
     const int lane = lane_here();
     warp_gemm_finite<T, BLOCK_Q, of_dv::MB, of_dv::NB>(dv, p_across(smem_address(mem.p[buffer]), of_dv::row(warp), lane),
                                                        dout_across(smem_address(mem.dout[stage]), of_dv::col(warp), lane));
-    add_poison(mem, stage, buffer, warp, lane, dv);
+    add_poison<of_dv, V_BYTES, true, false>(mem.dout[stage], BLOCK_Q, mem.p[buffer], warp, lane, dv);
     warp_gemm_finite<T, BLOCK_Q, of_dk::MB, of_dk::NB>(dk, p_across(smem_address(mem.ds[buffer]), of_dk::row(warp), lane),
                                                        qk_across(smem_address(mem.q[stage]), of_dk::col(warp), lane));
+    if (GENERAL) { add_poison<of_dk, Q_BYTES, false, false>(mem.q[stage], BLOCK_Q, mem.p[buffer], warp, lane, dk); }
 }
 
 template <int MB, int NB> static __device__ __forceinline__ void copy_sums(float (&to)[MB][NB][4], const float (&from)[MB][NB][4])
@@ -277,6 +282,7 @@ static __device__ __forceinline__ void gradient_tiles(shared &mem, const fgqa_pa
         const qk_across b(smem_address(mem.k), of_dq::col(warp), lane);
         if (poisoned) {
             warp_gemm_finite<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
+            if (GENERAL) { add_poison<of_dq, Q_BYTES, false, true>(mem.k, BLOCK_K, mem.p[buffer], warp, lane, dq); }
         } else {
             warp_gemm<T, BLOCK_K, of_dq::MB, of_dq::NB>(dq, a, b);
         }

@@ -93,7 +93,7 @@ template <typename T> static __device__ __forceinline__ uint32_t finite_or_zero(
 static __device__ __forceinline__ uint32_t finite_or_zero(uint32_t x, f32) { return (x & 0x7F800000u) == 0x7F800000u ? 0 : x; }
 
 /* The same with non-finite elements of B taken as 0: weights of unseen keys are exactly 0, but 0 * NaN is NaN. A row that
- * does see such an element has NaN weights already. */
+ * does see such an element has NaN weights already, or what add_poison() adds. */
 template <typename T, int K, int MB, int NB, typename A, typename B>
 static __device__ __forceinline__ void warp_gemm_finite(float (&c)[MB][NB][4], const A &a, const B &b)
 {

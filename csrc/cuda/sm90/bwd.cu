@@ -312,6 +312,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess && sums_dbias) { error = sum_dbias(p, device, multiprocessors, stream); }
 #endif
     if (error == cudaSuccess && p.w.splits > 1) { error = fgqa_bwd_reduce(problem, &p.w, D, DV, stream); }
+    if (error == cudaSuccess && capped) { error = fgqa_bwd_poison(problem, &p.w, stream); }
     if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = fgqa_bwd_dsink(problem, &p.w, stream); }
     return error;
 }

@@ -24,7 +24,8 @@ static __device__ __forceinline__ bool clean_piece(uint32_t address)
 
 /* Weights and dS are 0 where a row does not see a key, but 0 * NaN is NaN: elements that are not finite become 0 before products
  * see them, by both consumers. Keys then count as unseen: rows that see one have a NaN LSE, and its own gradients are overwritten
- * in the end. Queries: the row's weights become NaN by its LSE; where dO is not finite delta is not. */
+ * in the end. Queries: the row's weights become NaN by its LSE; where dO is not finite delta is not. With a soft cap infinite scores
+ * have finite weights: bwd_poison.cu. */
 static __device__ __noinline__ void clean_keys(shared &sm, int thread)
 {
     if (thread < BLOCK_K / 32) { sm.poisoned_keys[thread] = 0; }
@@ -37,11 +38,12 @@ static __device__ __noinline__ void clean_keys(shared &sm, int thread)
     bar_sync(BOTH, CONSUMERS);
 }
 
-static __device__ __forceinline__ void clean_rows(shared &sm, uint32_t stage, int thread)
+template <score_kind KIND> static __device__ __forceinline__ void clean_rows(shared &sm, uint32_t stage, int thread)
 {
 #pragma unroll 1
     for (int n = thread; n < (int)sizeof(sm.q[0]) / 16; n += CONSUMERS) {
         clean_piece(smem_address(sm.dout[stage]) + 16 * n);
+        if (WITH_CAP<KIND> && isfinite(sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)])) { continue; }
         if (clean_piece(smem_address(sm.q[stage]) + 16 * n)) { sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)] = NAN; }
     }
     fence_proxy_async();
@@ -165,6 +167,17 @@ template <score_kind KIND> static __device__ __forceinline__ void leave_bias(con
 #endif
 }
 
+/* With a soft cap, of the 16 keys of a warp: whether their gradients, or dQ of rows that see them, may not be what they have become.
+ * An infinite q leaves NaN in a column of every key's dK. */
+static __device__ __forceinline__ void note_poison(const bwd_params &p, const task &t, bool keys_poisoned, int warp, int lane, const float (&dk)[D / 2])
+{
+    float sum = 0.0f;
+#pragma unroll
+    for (int n = 0; n < D / 2; n++) { sum = fmaf(dk[n], 0.0f, sum); }
+    const bool poisoned = __any_sync(ALL_LANES, keys_poisoned || sum != 0.0f);
+    if (lane == 0) { bwd_poisoned_keys(p.common.problem, p.w, t.part, bwd_k_tile(p.common.problem, p.w, t.b, t.kv_head, t.k_row, t.n))[warp] = poisoned; }
+}
+
 /* ---- interval masks ---- */
 
 /* Bits x, x + 1, ... */
@@ -255,18 +268,18 @@ static __device__ __forceinline__ void write_part(const bwd_params &p, const tas
 /* ---- the consumer ---- */
 
 /* Has the rows of a step cleaned if they need it; whether they did. */
-static __device__ __forceinline__ bool clean_step(shared &sm, const ring2 &r, int32_t care, uint32_t &state, int thread)
+template <score_kind KIND> static __device__ __forceinline__ bool clean_step(shared &sm, const ring2 &r, int32_t care, uint32_t &state, int thread)
 {
     if (!(care & (CARE_PADDING | CARE_POISON))) { return false; }
     mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
     state |= care & CARE_POISON;
-    clean_rows(sm, r.stage, thread);
+    clean_rows<KIND>(sm, r.stage, thread);
     return true;
 }
 
 /* Waits for a query tile. Whether some row of it does not see all keys. load_lse2() comes before the wait for dO, and once more if rows
  * had to be cleaned. */
-template <bool MASKED, typename LOAD>
+template <bool MASKED, score_kind KIND, typename LOAD>
 static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, uint32_t &state, int thread, int32_t &row0, const LOAD &load_lse2)
 {
     int4 about = {};
@@ -276,7 +289,7 @@ static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, ui
     mbarrier_wait(smem_address(&sm.dout_full[r.stage]), r.parity);
     if (MASKED) {
         row0 = about.x;
-        if (clean_step(sm, r, about.y, state, thread)) { load_lse2(); }
+        if (clean_step<KIND>(sm, r, about.y, state, thread)) { load_lse2(); }
     }
     return MASKED && (about.y | state) & (PARTIAL | KEYS_POISONED);
 }

@@ -143,7 +143,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (goes_on) { mbarrier_wait(smem_address(&sm.q_full[next.stage]), next.parity); }
     if (MASKED) {
         left.row0 = following.x;
-        clean_step(sm, next, following.y, state, consumer * 128 + thread);
+        clean_step<KIND>(sm, next, following.y, state, consumer * 128 + thread);
         left.partial = (following.y | state) & (PARTIAL | KEYS_POISONED);
     }
     if (follows) { wait_for_dq_buffer<KIND>(sm, before); }
@@ -177,7 +177,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
         if (MASKED) {
             const int4 about = sm.about[r.stage];
             left.row0 = about.x;
-            clean_step(sm, r, about.y, state, consumer * 128 + thread);
+            clean_step<KIND>(sm, r, about.y, state, consumer * 128 + thread);
             left.partial = (about.y | state) & (PARTIAL | KEYS_POISONED);
         }
         wgmma_fence();

@@ -83,7 +83,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     int32_t row0 = 0;
     const lane_bits shown_a = ahead.shown[0], shown_b = ahead.shown[1];
     const bool hides_a = mask_hides<KIND>(shown_a), hides_b = mask_hides<KIND>(shown_b);
-    const bool partial = begin_step<MASKED>(sm, r, state, consumer * 128 + thread, row0, [&] { load_stats(lse2, sm.lse2[r.stage], 0, lane); });
+    const bool partial = begin_step<MASKED, KIND>(sm, r, state, consumer * 128 + thread, row0, [&] { load_stats(lse2, sm.lse2[r.stage], 0, lane); });
     const ring2 before = r.before();
     int32_t next_row0 = 0, next_head = 0, own_head = 0;
     if (DROPS<KIND>) { own_head = sm.heads[r.stage].x; }

@@ -52,7 +52,7 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
             const uint32_t rows = OWN_ROLE == VALUES ? smem_address(sm.q[r.stage]) : smem_address(sm.dout[r.stage]);
             const uint32_t columns = OWN_ROLE == VALUES ? smem_address(sm.dout[r.stage]) : smem_address(sm.q[r.stage]);
             int32_t row0 = 0;
-            const bool partial = begin_step<MASKED>(sm, r, state, OWN_ROLE * 128 + thread, row0, [] {});
+            const bool partial = begin_step<MASKED, KIND>(sm, r, state, OWN_ROLE * 128 + thread, row0, [] {});
             const float4 *of_lane = (const float4 *)(OWN_ROLE == VALUES ? sm.lse2[r.stage] : sm.delta[r.stage]) + (lane & 3);
             const float4 stats[4] = {of_lane[0], of_lane[4], of_lane[8], of_lane[12]};
             const uint64_t query_rows = wgmma_desc_sw128(rows, 0, 1024), query_columns = wgmma_desc_sw128(columns, BLOCK_Q * 128, 1024);
@@ -113,7 +113,8 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = last / 32 * 16 + last_lane / 4;      /* anew: fewer registers in the loop */
         if (MASKED && OWN_ROLE == VALUES && state & CARE_POISON) { add_poison<KIND>(p, t, last_key, last_lane, sum); }
-        if (MASKED && state & KEYS_POISONED) { overwrite_poisoned<KIND>(p, sm, t, last_key, sum); }
+        if (!WITH_CAP<KIND> && MASKED && state & KEYS_POISONED) { overwrite_poisoned<KIND>(p, sm, t, last_key, sum); }
+        if (WITH_CAP<KIND> && OWN_ROLE == KEYS) { note_poison(p, t, state & KEYS_POISONED, last_key / FGQA_BWD_KEYS_A_WORD, last_lane, sum); }
         const float factor = OWN_ROLE == VALUES ? 1.0f : p.common.scale;
         if (p.w.splits > 1) {
             write_part(p, t, OWN_ROLE == VALUES ? p.w.dv : p.w.dk, sum, factor, j0 + last_key, last_lane);
