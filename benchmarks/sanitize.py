@@ -14,6 +14,7 @@ read was copied or written under the tool's eyes. Each row runs at its largest h
 """
 import argparse
 import collections
+import contextlib
 import json
 import re
 import subprocess
@@ -145,6 +146,21 @@ def run_row(name, where, put, everything=lambda x: x):
             results += flashgqa.attention_backward(*arrays, **moved, deterministic=order, **where)
         if arch != "sm90":
             break
+        if given is CAPPED:
+            results += gradients_beside_inf(dout, q, k, v, everything, where)
+    return results
+
+
+def gradients_beside_inf(dout, q, k, v, everything, where):
+    """Under a soft cap, what is finite of the gradients where a key or a query is inf: a kernel of its own makes them."""
+    results = []
+    for tensor, those in ((k, (1, 2)), (q, (0, 2))):
+        inf = tensor + 0
+        inf[0, 1, SQ // 2, 3] = float("inf")
+        arrays = inf if tensor is q else q, inf if tensor is k else k, v
+        out, lse = flashgqa.attention(*arrays, **CAPPED, return_lse=True)
+        gradients = flashgqa.attention_backward(*map(everything, (dout, *arrays, out, lse)), **CAPPED, **where)
+        results += [gradients[n] for n in those]
     return results
 
 
@@ -162,22 +178,31 @@ def are_finite(results):
                for x in results if x is not None)
 
 
-def fill_the_pool():
-    """Memory of torch's pool that has been written: the tool does not see what TMA stores and bulk reductions write."""
+def written_memory():
+    """A mode in which new torch tensors, a call's workspace among them, hold NaN that a kernel has written: the tool does not see
+    what TMA stores and bulk reductions write. What is read before it was written shows in the results. Under any mode the module
+    allocates by functions that torch's flag reaches."""
     import torch
-    filled = [torch.zeros(size, device="cuda", dtype=torch.uint8) for size in [512 << 10] * 100 + [24 << 20] * 8]
-    del filled
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Plain(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            return function(*args, **(kwargs or {}))
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    return Plain()
 
 
 def call(names, filled):
     """A line before and after each row, between which the tool's reports on it stand."""
     for name in names:
-        if filled:
-            fill_the_pool()
         print(f"row {name}", flush=True)
         where = {"kernel": name} | ({} if filled else {"device": "cuda"})
         everything = on_gpu if filled else lambda x: x
-        finite = are_finite(run_other(name, where) if name.endswith("_any") else run_row(name, where, on_gpu, everything))
+        with written_memory() if filled else contextlib.nullcontext():
+            results = run_other(name, where) if name.endswith("_any") else run_row(name, where, on_gpu, everything)
+        finite = are_finite(results)
         time.sleep(0.05)        # the tool's lines come from another process
         print(f"{'ran' if finite else 'NOT FINITE'} {name}", flush=True)
 
@@ -278,7 +303,7 @@ def verdict(logs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", nargs="+", metavar="ROW")
-    parser.add_argument("--filled", action="store_true", help="with --call: arrays in memory that has been written")
+    parser.add_argument("--filled", action="store_true", help="with --call: torch tensors, whose memory has been written")
     parser.add_argument("--rows", default="", metavar="TEXT")
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--logs", type=Path, default=Path("sanitizer_logs"))
