@@ -282,9 +282,9 @@ def test_infinite_scores_under_a_soft_cap(how, around, dtype, rng, backend):
     for which, head, row, column, value in INFINITE[how]:
         {"q": q, "k": k, "v": v, "dout": dout}[which][0, head, row, column] = value
     out, lse = backend.attention(q, k, v, **options, return_lse=True)
-    got = backend.attention_backward(dout, q, k, v, out, lse, **options)
-    expected = reference.attention_backward(dout, q, k, v, **options)
-    for name, x, want in zip(got._fields[:3], got, expected, strict=False):
+    got = out, lse, *backend.attention_backward(dout, q, k, v, out, lse, **options)[:3]
+    expected = *reference.attention(q, k, v, **options, return_lse=True), *reference.attention_backward(dout, q, k, v, **options)
+    for name, x, want in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=False):
         x, finite = x.astype(np.float64), np.isfinite(want)
         assert (np.isfinite(x) == finite).all(), name
         bound = max(8 * float(ml_dtypes.finfo(DTYPES[dtype]).eps), 1e-12 if dtype == "float64" else 1e-5)
