@@ -18,7 +18,7 @@ static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 
 struct key_tile {
     fgqa_sequence sequence;
-    int32_t b, kv_head, tile;
+    int32_t b, kv_head, tile, keys;       /* keys of the sequence that have a gradient, padding included */
 };
 
 /* Float32 units of scores, as the main kernel's. */
@@ -33,7 +33,8 @@ static __device__ __forceinline__ bool find_tile(const fgqa_problem &p, const fg
     t->kv_head = pair % p.hk;
     t->sequence = fgqa_device_sequence(p, t->b, &rows);
     if (p.varlen) { t->tile -= (int32_t)(t->sequence.k_row / w.block_k) + t->b; }
-    return t->tile >= 0 && (int64_t)t->tile * w.block_k < t->sequence.mask.sk;
+    t->keys = p.varlen ? t->sequence.mask.sk : p.sk;
+    return t->tile >= 0 && (int64_t)t->tile * w.block_k < t->keys;
 }
 
 static __device__ __forceinline__ float warp_sum(float x)
@@ -92,22 +93,38 @@ static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv
     }
 }
 
-/* By all threads: the gradients of key j, if they may be wrong, and dQ of the rows that see it, if it is inf or NaN. */
+static __device__ __forceinline__ fgqa_range rows_of_key(const fgqa_problem &p, const fgqa_bwd_workspace &w, const key_tile &t, int32_t j)
+{
+    const fgqa_range none = {0, 0};
+    return j < t.sequence.mask.sk ? bwd_key_rows(p, w, t.b, t.sequence.k_row)[j] : none;
+}
+
+/* By a warp: whether key j is inf or NaN and seen, or its dK not finite. */
+template <typename T> static __device__ __forceinline__ bool is_wanted(const fgqa_params &params, const fgqa_bwd_workspace &w, const key_tile &t, int32_t j)
+{
+    const fgqa_problem &p = params.problem;
+    const int column = (int)threadIdx.x % 32 * COLUMNS;
+    const fgqa_range seen = rows_of_key(p, w, t, j);
+    float k[COLUMNS], dk[COLUMNS];
+    load_eight<T>(k, fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), t.b, t.kv_head, t.sequence.k_row + j), column, p.d, params.vector_k);
+    load_eight<T>(dk, fgqa_row_address(p.view[FGQA_ARG_dk], sizeof(T), t.b, t.kv_head, t.sequence.k_row + j), column, p.d, false);
+    const bool finite_key = finite_row(k), finite_dk = finite_row(dk);
+    return !finite_dk || (!finite_key && seen.begin < seen.end);
+}
+
+/* By all threads: the gradients of key j, and dQ of the rows that see it, if it is inf or NaN. */
 template <typename T> static __device__ __forceinline__ void redo_key(const fgqa_params &params, const fgqa_bwd_workspace &w, const key_tile &t, int32_t j, const units &units)
 {
     __shared__ float sums[WARPS][2][MOST_COLUMNS];
     const fgqa_problem &p = params.problem;
     const fgqa_sequence &sequence = t.sequence;
     const int thread = (int)threadIdx.x, warp = thread / 32, column = thread % 32 * COLUMNS;
-    const fgqa_range seen = bwd_key_rows(p, w, t.b, sequence.k_row)[j];
-    if (seen.begin >= seen.end) { return; }
+    const fgqa_range seen = rows_of_key(p, w, t, j);
     T *const dk_row = (T *)fgqa_row_address(p.view[FGQA_ARG_dk], sizeof(T), t.b, t.kv_head, sequence.k_row + j);
     T *const dv_row = (T *)fgqa_row_address(p.view[FGQA_ARG_dv], sizeof(T), t.b, t.kv_head, sequence.k_row + j);
-    float k[COLUMNS], made[COLUMNS];
+    float k[COLUMNS];
     load_eight<T>(k, fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), t.b, t.kv_head, sequence.k_row + j), column, p.d, params.vector_k);
-    load_eight<T>(made, (const char *)dk_row, column, p.d, false);
     const bool finite_key = finite_row(k);
-    if (finite_key && finite_row(made)) { return; }
 
     /* Rows whose weights, or dS, are NaN whatever the key: of a finite key dK is right then. dQ of rows without weights is NaN already. */
     bool lost = false, some_left = false;
@@ -153,16 +170,24 @@ template <typename T> __global__ void __launch_bounds__(THREADS)
 bwd_poison_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, units units)
 {
     const fgqa_problem &p = params.problem;
-    const int lane = (int)threadIdx.x % 32;
+    __shared__ uint32_t wanted;                            /* of a word's keys, a bit each */
+    const int warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
     key_tile t;
     if (!find_tile(p, w, &t)) { return; }
     const int64_t tile = bwd_k_tile(p, w, t.b, t.kv_head, t.sequence.k_row, t.tile);
     int32_t noted = 0;
     for (int32_t part = 0; lane < w.block_k / FGQA_BWD_KEYS_A_WORD && part < w.splits; part++) { noted |= bwd_poisoned_keys(p, w, part, tile)[lane]; }
     for (uint32_t words = __ballot_sync(ALL_LANES, noted != 0); words; words &= words - 1) {
-        const int32_t first = t.tile * w.block_k + FGQA_BWD_KEYS_A_WORD * (__ffs((int)words) - 1), end = min(t.sequence.mask.sk, first + FGQA_BWD_KEYS_A_WORD);
+        const int32_t first = t.tile * w.block_k + FGQA_BWD_KEYS_A_WORD * (__ffs((int)words) - 1);
+        __syncthreads();                                   /* the bits of the word before have been read */
+        if (threadIdx.x == 0) { wanted = 0; }
+        __syncthreads();
+        for (int n = warp; n < FGQA_BWD_KEYS_A_WORD && first + n < t.keys; n += WARPS) {
+            if (is_wanted<T>(params, w, t, first + n) && lane == 0) { atomicOr(&wanted, 1u << n); }
+        }
+        __syncthreads();
 #pragma unroll 1
-        for (int32_t j = first; j < end; j++) { redo_key<T>(params, w, t, j, units); }
+        for (uint32_t bits = wanted; bits; bits &= bits - 1) { redo_key<T>(params, w, t, first + __ffs((int)bits) - 1, units); }
     }
 }
 
