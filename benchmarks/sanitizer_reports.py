@@ -75,14 +75,6 @@ KNOWN = (
           "behind a barrier by a release; the others read and add, each thread to what the same thread of that block stored, "
           "after they have acquired the turn. The tool's own record of that store may come later than the store. With a workspace"
           " full of NaN the results are the same bits (test_results_do_not_depend_on_what_memory_held)."),
-    Known("initcheck", "bwd_sm90_.*_(d64|d128)_.*_plain", r"^Uninitialized __global__ memory read",
-          (r"\bload_relaxed_f32x4\(", r"\bfinish_units<", r"\bfinish_tile<", r"\b(schedule|bwd_kernel)<"),
-          "Sums of dQ are stored by the first key tile and added to by the others in bulk copies, which the tool does not see; "
-          "they are read when the tile's word, acquired, tells that all have been added. Named where nothing else has written "
-          "that memory before: over NumPy arrays, whose workspace is new memory, each row by itself has thousands of them; over "
-          "tensors, with torch's pool filled before, seven processes of one to eight rows in any order had none. Where in a run "
-          "over all rows a workspace comes to lie outside of what was filled differs. With a workspace full of NaN the results "
-          "are the same bits (test_results_do_not_depend_on_what_memory_held)."),
 )
 
 
