@@ -2,7 +2,8 @@
  *
  * With too few row blocks to fill the device (decode, short sequences) the keys of each are shared out to `splits` blocks.
  * Each leaves, per packed row, its normalised output and its LSE in two numbers (float32): the largest score, and log2 of the
- * sum, which one number cannot hold beside an enormous score; fwd_combine.cu merges them.
+ * sum, which one number cannot hold beside an enormous score; fwd_combine.cu merges them, or the blocks themselves
+ * (sm90/fwd_merge.cuh).
  */
 #ifndef FGQA_FWD_SPLIT_H
 #define FGQA_FWD_SPLIT_H
