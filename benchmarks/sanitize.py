@@ -138,6 +138,8 @@ def run_row(name, where, put, everything=lambda x: x):
         shown = rng.random((B, 1, SQ, SK)) < 0.9
         passes += [{"causal": True, "alibi_slopes": slopes}, {**CAPPED, "alibi_slopes": slopes}]
         passes += [{"causal": True, "mask": shown}, {"mask": shown, "dropout_p": 0.2, "seed": 7}]
+        bias = rng.standard_normal((B, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
+        passes += [{"bias": bias}, {"causal": True, "bias": bias, "mask": shown}]
     for given in passes:
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

@@ -20,19 +20,19 @@ OF_DROPOUT = r"bwd_kernel<\(bool\)1, \(score_kind\)5>"       # bwd.cu's DROPOUT
 
 KNOWN = (
     Known("racecheck", "fwd_sm90_.*_(plain|tall|dropout)", RACE,
-          (r"Write .*\bdescribe_rows\(", r"Read .*\b(consume<|add_seen_poison<)"),
+          (r"Write .*\bdescribe_rows[<(]", r"Read .*\b(consume<|add_seen_poison<)"),
           "The masker's lanes write rows and blocks, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
           "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
           "its lane 0 arrives at q_empty (in the careful pass behind add_seen_poison()), for which the masker waits; where each "
           "tile has a place for its rows, at o_full; collector, tile_empty, scheduler, tile_full, masker. The tool follows an "
           "mbarrier for the thread that arrives, not for those which that thread has met before."),
-    Known("racecheck", "fwd_sm90_.*_(plain|tall|dropout)", RACE, (r"Write .*\bdescribe_rows\(", r"Read .*\bfinish_rows<"),
+    Known("racecheck", "fwd_sm90_.*_(plain|tall|dropout)", RACE, (r"Write .*\bdescribe_rows[<(]", r"Read .*\bfinish_rows<"),
           "A lane of the masker writes into tiles[t] where its O and LSE go, the warp meets at __syncwarp, lane 0 arrives at "
           "q_full, for which consumers wait. Before the next write their lanes meet at __syncwarp behind the read, lane 0 "
           "arrives at o_full; collector, tile_empty, scheduler, tile_full, masker. The same limit of the tool."),
     Known("racecheck", "fwd_sm90_.*_(plain|tall|dropout)", RACE,
           (r"Write .*\b(describe_tile|schedule)<",
-           r"Read .*\b(consume<|finish_rows<|add_seen_poison<|find_rows\(|produce\(|describe_rows\()"),
+           r"Read .*\b(consume<|finish_rows<|add_seen_poison<|find_rows\(|produce\(|describe_rows[<(])"),
           "The scheduler's lane 0 writes tiles[t] and arrives at tile_full and q_full itself, for which the others wait. "
           "Before the next write the lanes of a consumer warp meet at __syncwarp behind their last read, lane 0 arrives at "
           "o_full, the collector waits for it and arrives at tile_empty, for which the scheduler waits; lanes of the masker and "
@@ -57,7 +57,7 @@ KNOWN = (
           "consumer arrives at dout_empty and q_empty; the producer waits for both. The same limit of the tool. Of the "
           "kernel for dropout, loads at the head of step() are named without their line, as the kernel's own."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
-          (r"Write .*\bproduce<", rf"Read .*\b((begin_step|take_steps|step|alibi_of_lane)<|{OF_DROPOUT})"),
+          (r"Write .*\bproduce<", rf"Read .*\b((begin_step|take_steps|step|alibi_of_lane|first_bits_of_mask)<|{OF_DROPOUT})"),
           "The producer's thread writes about[s], with ALiBi alibi[s], with dropout heads[s], and arrives at q_full. Before the "
           "next write: the reads lie before a product of all four warps, behind which one thread of each consumer arrives at "
           "q_empty, for which the producer waits. The same limit."),

@@ -157,10 +157,11 @@ def test_very_negative_scores_before_every_tail(sq, dtype, backend):
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
 def test_each_tensor_in_memory_of_its_own(dtype, rng, backend):
     """q, k, v, dout, out and their gradients each in another order of axes, with gaps, backwards: the bits of plain memory.
-    With a soft cap and dropout beside the bias one kernel takes them all, wherever they lie."""
+    With a bias of another 16-bit dtype beside a soft cap and dropout one kernel takes them all, wherever they lie."""
     call, _ = built(Case(b=2, hq=4, hk=2, sq=19, sk=40, d=24, dv=40, dtype=dtype, causal=True, bias="bhqk"))
     arrays = {name: np.ascontiguousarray(getattr(call, name)) for name in ("q", "k", "v", "dout")}
     bias = np.ascontiguousarray(call.options["bias"])
+    bias = bias.astype(np.float16) if dtype == "bfloat16" else bias
     q, k, v, dout = arrays.values()
     options = {"causal": True, "softcap": 4.0, "dropout_p": 0.1, "seed": 5}
     out, lse = backend.attention(q, k, v, bias=bias, **options, return_lse=True)

@@ -29,13 +29,13 @@ static __device__ __forceinline__ bool clean_piece(uint32_t address)
 static __device__ __noinline__ void clean_keys(shared &sm, int thread)
 {
     if (thread < BLOCK_K / 32) { sm.poisoned_keys[thread] = 0; }
-    bar_sync(BOTH, CONSUMERS);
+    barrier_sync(BOTH, CONSUMERS);
     for (int n = thread; n < (int)sizeof(sm.k) / 16; n += CONSUMERS) {
         const int key = n / 8 % BLOCK_K;
         if (clean_piece(smem_address(sm.k) + 16 * n)) { atomicOr(&sm.poisoned_keys[key / 32], 1u << key % 32); }
     }
     fence_proxy_async();
-    bar_sync(BOTH, CONSUMERS);
+    barrier_sync(BOTH, CONSUMERS);
 }
 
 template <score_kind KIND> static __device__ __forceinline__ void clean_rows(shared &sm, uint32_t stage, int thread)
