@@ -57,10 +57,15 @@ KNOWN = (
           "consumer arrives at dout_empty and q_empty; the producer waits for both. The same limit of the tool. Of the "
           "kernel for dropout, loads at the head of step() are named without their line, as the kernel's own."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
-          (r"Write .*\bproduce<", rf"Read .*\b((begin_step|take_steps|step|alibi_of_lane|first_bits_of_mask)<|{OF_DROPOUT})"),
-          "The producer's thread writes about[s], with ALiBi alibi[s], with dropout heads[s], and arrives at q_full. Before the "
-          "next write: the reads lie before a product of all four warps, behind which one thread of each consumer arrives at "
-          "q_empty, for which the producer waits. The same limit."),
+          (r"Write .*\b(produce<|bwd_kernel<.* in .*bwd_tasks\.cuh)",
+           rf"Read .*\b((begin_step|take_steps|step|alibi_of_lane|first_bits_of_mask|leave_bias)<|{OF_DROPOUT})"),
+          "The producer's thread writes about[s], with ALiBi alibi[s], with a mask or dropout heads[s], with a bias bias_at[s], "
+          "and arrives at q_full. Before the next write: the reads lie before a product of all four warps, behind which one "
+          "thread of each consumer arrives at q_empty, for which the producer waits. The same limit."),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Read .*\bkeys_poisoned\(", r"Write .*\bkeys_poisoned\("),
+          "Beside a bias consumers ask twice, of K and of V. Thread 0 sets the word to 0 for V while others may still read it "
+          "for K: 0, too, for where it is 1 all of them meet in clean_keys() first, thread 0 among them. It becomes 1 only "
+          "behind the next barrier of all."),
     Known("racecheck", "bwd_sm90_.*_d256_.*_plain", RACE, (r"Write .*\bconsume_as<", r"Read .*\bconsume_as<"),
           "One consumer writes P into weights[s], each of its warps meets at __syncwarp and lane 0 arrives at weights_full[s], "
           "for which the other waits before it reads; that one's warps arrive the same way at weights_empty[s], for which the "
