@@ -3,6 +3,8 @@ second pass over tiles with NaN, heads that share a tile, parts of the keys, KV 
 kernels, in test_forward.py and its neighbours."""
 import functools
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -416,3 +418,32 @@ def test_what_of_caches_it_does_not_copy():
     assert plan(q[:, :, :64], aligned.to(float8))["kernel"].endswith("decodewidef8")
     assert plan(q[:, :, :65], aligned.to(float8))["kernel"] == name
     general("more than 512 MiB", q, pages, page_table=table[:, :1].repeat(1, 12000))
+
+
+def test_whatever_shared_memory_held():
+    """The tile that ends a block's work is not read beyond what says so, whatever shared memory held. In a process of its
+    own, which a fault takes down. The words are such that sums of two overflow."""
+    pytest.importorskip("cupy")
+    script = """
+import cupy, flashgqa, torch
+source = '''extern "C" __global__ void fill(unsigned seed) {
+    extern __shared__ volatile unsigned words[];
+    for (unsigned n = threadIdx.x; n < 227 * 256; n += blockDim.x) {
+        const unsigned x = (n + 58112 * blockIdx.x + seed) * 2654435761u >> 30;
+        words[n] = x == 0 ? 0x80000000u : x == 1 ? 0x7FFF7FFFu : x == 2 ? 0x1000u : 0u;
+    }
+}'''
+fill = cupy.RawKernel(source, "fill")
+fill.max_dynamic_shared_size_bytes = 227 * 1024
+stream = cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream)
+for d in (64, 96, 128, 192, 256):
+    q, k, v = (torch.randn(2, heads, 300, d, device="cuda", dtype=torch.bfloat16) for heads in (8, 2, 2))
+    for options in ({}, {"causal": True}, {"dropout_p": 0.1, "seed": 1}, {"softcap": 5.0}):
+        first = flashgqa.attention(q, k, v, **options)
+        for seed in range(20):
+            fill((264,), (256,), (seed,), stream=stream, shared_mem=227 * 1024)
+            assert torch.equal(flashgqa.attention(q, k, v, **options), first), (d, options, seed)
+print("same bits")
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert ran.stdout == "same bits\n", ran
