@@ -441,7 +441,7 @@ for d in (64, 96, 128, 192, 256):
     for options in ({}, {"causal": True}, {"dropout_p": 0.1, "seed": 1}, {"softcap": 5.0}):
         first = flashgqa.attention(q, k, v, **options)
         for seed in range(20):
-            fill((264,), (256,), (seed,), stream=stream, shared_mem=227 * 1024)
+            fill((264,), (256,), (cupy.uint32(seed),), stream=stream, shared_mem=227 * 1024)
             assert torch.equal(flashgqa.attention(q, k, v, **options), first), (d, options, seed)
 print("same bits")
 """
