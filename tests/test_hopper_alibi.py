@@ -179,14 +179,20 @@ def test_gradients_of_groups(d, more, mask, group):
         assert_gradients_alike(*gradients(*x, **options, deterministic=False))
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("d", [64, 128])
-def test_gradients_of_all_pairs_of_lengths(d, mask):
-    """Packed, and padded with NaN."""
+def all_pairs_of_lengths(d):
+    """Lengths of queries and of keys, their cu_seqlens, and packed q, k and v of 4 heads on 2."""
     grid = torch.meshgrid(torch.arange(1, 301, 33), torch.arange(1, 401, 39), indexing="ij")
     queries, keys = (x.reshape(-1).int().cuda() for x in grid)
     starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
     packed = [x[0].transpose(0, 1) for x in inputs(1, 4, 2, *(int(s[-1]) for s in starts), d)]
+    return queries, keys, starts, packed
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("d", [64, 128])
+def test_gradients_of_all_pairs_of_lengths(d, mask):
+    """Packed, and padded with NaN."""
+    queries, keys, starts, packed = all_pairs_of_lengths(d)
     options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=300, max_kv=400, alibi_slopes=slopes(len(queries), 4))
     for extra in ({}, {"deterministic": False}):
         assert_gradients_alike(*gradients(*packed, **options, **MASKS[mask], **extra))

@@ -11,7 +11,7 @@ from cases import Case
 from checking import assert_within, exact, naive_backward
 from gpu import assert_alike, get
 from test_hopper import DTYPES, MASKS, inputs, random
-from test_hopper_alibi import gradients
+from test_hopper_alibi import all_pairs_of_lengths, gradients
 from test_hopper_backward import ROWS, assert_gradients_alike, backward_row
 from test_hopper_softcap import ALIGNED, check_backward_row, extents, general
 
@@ -89,10 +89,7 @@ def test_every_way_of_sharing(d, dtype, options):
 @pytest.mark.parametrize("d", [64, 128])
 def test_all_pairs_of_lengths(d, mask):
     """Packed, and padded with NaN, in the bias, too."""
-    grid = torch.meshgrid(torch.arange(1, 301, 33), torch.arange(1, 401, 39), indexing="ij")
-    queries, keys = (x.reshape(-1).int().cuda() for x in grid)
-    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
-    packed = [x[0].transpose(0, 1) for x in inputs(1, 4, 2, *(int(s[-1]) for s in starts), d)]
+    queries, keys, starts, packed = all_pairs_of_lengths(d)
     bias = random(len(queries), 4, 300, 400, dtype=torch.float16)
     bias.masked_fill_((torch.arange(300, device="cuda") >= queries[:, None])[:, None, :, None], float("nan"))
     bias.masked_fill_((torch.arange(400, device="cuda") >= keys[:, None])[:, None, None, :], float("nan"))
@@ -299,10 +296,7 @@ def test_beside_a_mask(d, dtype, options):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("d", [64, 128])
 def test_gradients_of_the_bias_of_all_pairs_of_lengths(d, mask):
-    grid = torch.meshgrid(torch.arange(1, 301, 33), torch.arange(1, 401, 39), indexing="ij")
-    queries, keys = (x.reshape(-1).int().cuda() for x in grid)
-    starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
-    packed = [x[0].transpose(0, 1) for x in inputs(1, 4, 2, *(int(s[-1]) for s in starts), d)]
+    queries, keys, starts, packed = all_pairs_of_lengths(d)
     biases = [random(*shape, 300, 400, dtype=torch.float16) for shape in ((len(queries), 4), (1, 4))]
     options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=300, max_kv=400)
     for bias in biases:
