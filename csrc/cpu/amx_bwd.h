@@ -39,7 +39,7 @@ static bwd_shape shape_of(const fgqa_problem *p)
     return shape;
 }
 
-typedef struct {
+struct bwd_scratch {
     bwd_panel *panels;                         /* [panels]; q_t and dout_t only where scores are computed in floats */
     bwd_tiles tiles;
     amx_buffer q_t, dout_t;                    /* B, lanes as columns: [panel][step][nv] */
@@ -55,7 +55,7 @@ typedef struct {
     real *dq;                                  /* one panel of dQ; of Q or dO before */
     real *dq_t;                                /* dQ^T panel after panel, each [d][w] */
     real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
-} bwd_scratch;
+};
 
 static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
 {
@@ -388,6 +388,15 @@ static real stored_score(const amx_buffer *of, int32_t lane, int32_t key)
     return float_from_bf16(at[0]) + (of->low ? float_from_bf16(at[of->low]) : 0);
 }
 
+static void lane_scores(const bwd_scratch *s, const bwd_shape *shape, int32_t lane, int32_t j0, int32_t j1, real *weight, real *ds)
+{
+    (void)shape;
+    for (int32_t j = j0; j < j1; j++) {
+        weight[j - j0] = stored_score(&s->weight, lane, j);
+        ds[j - j0] = stored_score(&s->ds, lane, j);
+    }
+}
+
 /* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
 static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
@@ -525,24 +534,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         amx_accumulate(keys, j - j0, step.first, step.last, &s->weight, &s->dout, p->dv, dv + (ptrdiff_t)j * shape->ldv, shape->ldv, s->tail);
         amx_accumulate(keys, j - j0, step.first, step.last, &s->ds, &s->q, p->d, dk + (ptrdiff_t)j * shape->ldk, shape->ldk, s->tail);
     }
-    for (int which = 0; which < 2; which++) {
-        const bad_lanes *const lanes = which ? &bad->dout : &bad->q;
-        for (int32_t n = 0; n < lanes->count; n++) {
-            const int32_t lane = lanes->lane[n];
-            const int64_t r = s->panels[0].panel.r0 + lane;
-            real weight[KEYS], of_ds[KEYS];
-            if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
-            for (int32_t j = e.j0; j < e.j1; j++) {
-                weight[j - e.j0] = stored_score(&s->weight, lane, j - j0);
-                of_ds[j - e.j0] = stored_score(&s->ds, lane, j - j0);
-            }
-            if (which) {
-                add_bad_lane(t, FGQA_ARG_dout, p->dv, r, weight, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
-            } else {
-                add_bad_lane(t, FGQA_ARG_q, p->d, r, weight, of_ds, e.j1 - e.j0, dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk, s->row);
-            }
-        }
-    }
+    add_bad_lanes(s, shape, t, bad, e, j0, s->panels[0].panel.r0, s->row, dk, dv);
 }
 
 /* ---- scores in floats, as tiles have them ----

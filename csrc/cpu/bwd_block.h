@@ -18,7 +18,7 @@ static bwd_shape shape_of(const fgqa_problem *p)
     return shape;
 }
 
-typedef struct {
+struct bwd_scratch {
     bwd_panel *panels;                         /* [panels] */
     bwd_tiles tiles;
     real *q, *dout, *dq_t;                     /* [lane][ldq], [lane][ldo]; dQ^T panel after panel, each [d][w] */
@@ -27,7 +27,7 @@ typedef struct {
     real *row;                                 /* one row of anything */
     real *dq;                                  /* one panel of dQ */
     real *dk, *dv;                             /* [sk][ldk], [sk][ldv]; only where there is one split */
-} bwd_scratch;
+};
 
 static bwd_scratch scratch_carve(fgqa_arena *arena, const fgqa_problem *p, const bwd_shape *shape, int32_t splits)
 {
@@ -155,6 +155,14 @@ static void few_grads(const bwd_job *job, const bwd_scratch *s, const tile_seque
     }
 }
 
+static void lane_scores(const bwd_scratch *s, const bwd_shape *shape, int32_t lane, int32_t j0, int32_t j1, real *weight, real *ds)
+{
+    for (int32_t j = j0; j < j1; j++) {
+        weight[j - j0] = s->weight[(ptrdiff_t)j * shape->ldt + lane];
+        ds[j - j0] = s->ds[(ptrdiff_t)j * shape->ldt + lane];
+    }
+}
+
 /* Keys [j0, j1), one key block, against the block of rows in `s`. */
 static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t panels, int32_t j0, int32_t j1,
                        const bad_rows *bad, real *dk, real *dv)
@@ -217,24 +225,7 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
         accumulate(end - j, lanes, s->ds + at, shape->ldt, s->q + (ptrdiff_t)lane0 * shape->ldq, shape->ldq,
                    dk + (ptrdiff_t)j * shape->ldk, shape->ldk);
     }
-    for (int which = 0; which < 2; which++) {
-        const bad_lanes *const lanes = which ? &bad->dout : &bad->q;
-        for (int32_t n = 0; n < lanes->count; n++) {
-            const int32_t lane = lanes->lane[n];
-            const int64_t r = s->panels[0].panel.r0 + lane;
-            real weight[KEYS], of_ds[KEYS];
-            if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
-            for (int32_t j = e.j0; j < e.j1; j++) {
-                weight[j - e.j0] = s->weight[(ptrdiff_t)(j - j0) * shape->ldt + lane];
-                of_ds[j - e.j0] = s->ds[(ptrdiff_t)(j - j0) * shape->ldt + lane];
-            }
-            if (which) {
-                add_bad_lane(t, FGQA_ARG_dout, p->dv, r, weight, weight, e.j1 - e.j0, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, s->row);
-            } else {
-                add_bad_lane(t, FGQA_ARG_q, p->d, r, weight, of_ds, e.j1 - e.j0, dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk, s->row);
-            }
-        }
-    }
+    add_bad_lanes(s, shape, t, bad, e, j0, s->panels[0].panel.r0, s->row, dk, dv);
 }
 
 #endif

@@ -156,6 +156,31 @@ static void add_bad_lane(const tile_sequence *t, fgqa_arg arg, int32_t cols, int
     }
 }
 
+/* P and dS of a lane of the block of rows and keys [j0, j1) of that of keys, which bwd_block.h and amx_bwd.h keep each in its own way. */
+typedef struct bwd_scratch bwd_scratch;
+static void lane_scores(const bwd_scratch *s, const bwd_shape *shape, int32_t lane, int32_t j0, int32_t j1, real *weight, real *ds);
+
+/* What lanes that are not finite add to dK and dV of the keys of extent e. j0: the block's first key; r0: the row of lane 0. */
+static void add_bad_lanes(const bwd_scratch *s, const bwd_shape *shape, const tile_sequence *t, const bad_rows *bad, tile_extent e, int32_t j0, int64_t r0,
+                          real *row, real *dk, real *dv)
+{
+    const int32_t keys = e.j1 - e.j0;
+    for (int which = 0; which < 2; which++) {
+        const bad_lanes *const lanes = which ? &bad->dout : &bad->q;
+        for (int32_t n = 0; n < lanes->count; n++) {
+            const int32_t lane = lanes->lane[n];
+            real weight[KEYS], ds[KEYS];
+            if (lane < e.first * PANEL || lane >= e.last * PANEL) { continue; }
+            lane_scores(s, shape, lane, e.j0 - j0, e.j1 - j0, weight, ds);
+            if (which) {
+                add_bad_lane(t, FGQA_ARG_dout, t->p->dv, r0 + lane, weight, weight, keys, dv + (ptrdiff_t)e.j0 * shape->ldv, shape->ldv, row);
+            } else {
+                add_bad_lane(t, FGQA_ARG_q, t->p->d, r0 + lane, weight, ds, keys, dk + (ptrdiff_t)e.j0 * shape->ldk, shape->ldk, row);
+            }
+        }
+    }
+}
+
 /* dq_t[c][lane] += ds[lane] * key[c] of a key that is not finite, for the lanes of a panel whose weight is not 0. */
 static void add_bad_key(const tile_panel *panel, const real *weight, const real *ds, const real *key, int32_t cols, real *dq_t)
 {
