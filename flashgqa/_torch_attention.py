@@ -2,6 +2,7 @@
 
 import torch
 
+from ._counts import whole as whole_number
 from ._torch_eager import attend
 
 WIDEST = 256  # the greatest head dim of values
@@ -14,6 +15,12 @@ def draw_seed(device):
 
 def seed_tensor(seed, device):
     """[seed, 0] without a copy from the host, which would have to wait."""
+    try:
+        seed = whole_number("seed", seed)
+    except TypeError:
+        raise TypeError(f"seed is {seed!r}: it must be an integer or an int64 tensor [seed, offset]") from None
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}: it must be 0 to 2**64 - 1")
     key = torch.zeros(2, dtype=torch.int64, device=device)
     key[:1].fill_(seed - 2**64 if seed >= 2**63 else seed)
     return key
@@ -122,7 +129,7 @@ cu_seqlens_kv, max_q, max_kv, layout, return_lse, batch_invariant, precision, ch
         seed = None
     elif seed is None:
         seed = draw_seed(q.device)
-    elif isinstance(seed, int):
+    elif not isinstance(seed, torch.Tensor):
         seed = seed_tensor(seed, q.device)
     options = (
         causal, (None, None) if window is None else window, align, chunk, scale, softcap, mask, bias, alibi_slopes, sink,

@@ -39,7 +39,8 @@ def check_tensors(required, optional=()):
     tensors = {**required, **{name: x for name, x in optional if x is not None}}
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor; flashgqa.attention takes other arrays")
+            fix = "flashgqa.attention takes other arrays" if hasattr(x, "__dlpack__") else "torch.tensor() makes one of numbers"
+            raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor; {fix}")
         refuse_nested(name, x)
     if not _is_compiling() and forward_ad._current_level >= 0:
         for name, x in tensors.items():

@@ -156,10 +156,43 @@ def test_changed_inputs_are_noticed():
         out.sum().backward()
 
 
+def test_results_written_in_place_are_noticed():
+    """What the array functions write into a tensor of the caller's, torch hears of: no silent gradient of what it was."""
+    q, k, _ = inputs(grad=False)
+    weight = torch.ones(2, 4, 16, 8, dtype=q.dtype, requires_grad=True)
+    out, k_cache, v_cache = torch.zeros_like(q), torch.zeros_like(weight[:, :2]), torch.zeros_like(weight[:, :2])
+    lens, new = torch.zeros(2, dtype=torch.int32), (k[:, :, :1], k[:, :, 1:2])
+    written = [out, k_cache, v_cache]
+
+    def saved(*tensors):
+        return [(weight[:, : x.shape[1], : x.shape[2]] * x).sum() for x in tensors]
+
+    sums = saved(*written)
+    flashgqa.attention(q, k, k, out=out)
+    flashgqa.attention_with_kvcache(q, k_cache, v_cache, *new, cache_lens=lens)
+    for one in sums:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            one.backward()
+    sums = saved(out, k_cache, v_cache)
+    with pytest.raises(ValueError, match="k has 2 heads but q has 3"):      # a refused call has written nothing
+        flashgqa.attention(q[:, :3], k, k, out=out[:, :3])
+    flashgqa.attention_with_kvcache(q, k_cache, v_cache, cache_lens=lens + 1, out=torch.empty_like(q))    # reads the caches
+    for one in sums:
+        one.backward()
+
+
 def test_wrong_arguments():
     q, k, v = inputs(grad=False)
-    with pytest.raises(TypeError, match="k is ndarray: it must be a torch.Tensor"):
+    with pytest.raises(TypeError, match="k is ndarray: it must be a torch.Tensor; flashgqa.attention takes other arrays"):
         fg.attention(q, k.numpy(), v)
+    with pytest.raises(TypeError, match=r"kv_lens is list: it must be a torch.Tensor; torch.tensor\(\) makes one"):
+        fg.attention(q, k, v, kv_lens=[5, 6])
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=rf"seed is {seed}: it must be 0 to 2\*\*64 - 1"):
+            fg.attention(q, k, v, dropout_p=0.1, seed=seed)
+    for seed in (True, 3.0, [1, 2]):
+        with pytest.raises(TypeError, match="seed is .*: it must be an integer or an int64 tensor"):
+            fg.attention(q, k, v, dropout_p=0.1, seed=seed)
     with pytest.raises(ValueError, match="k has 2 heads but q has 3"):
         fg.attention(q[:, :3], k, v)
     with pytest.raises(ValueError, match="chunk"):
@@ -235,7 +268,7 @@ def test_dropout_seed_is_torchs():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize("seed", [0, 5, 2**63, 2**64 - 1, [11, 2**32 - 1]])
+@pytest.mark.parametrize("seed", [0, 5, numpy.int64(7), 2**63, 2**64 - 1, [11, 2**32 - 1]])
 def test_dropout_is_that_of_the_mask(seed):
     q, k, v = inputs(grad=False)
     keep = torch.from_numpy(flashgqa.dropout_mask(2, 4, 5, 7, 0.25, numpy.array(seed) if isinstance(seed, list) else seed))

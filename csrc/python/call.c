@@ -231,6 +231,10 @@ int fgqa_interrupted(void *context)
 
 static int run_call(fgqa_call *call)
 {
+    if (call->request.pass == FGQA_PASS_FWD && (call->imported >> FGQA_ARG_out & 1)) {
+        const fgqa_import *out = &call->in[FGQA_ARG_out];
+        if (fgqa_torch_write(call->state, &out, 1) < 0) { return -1; }
+    }
     if (call->staged) { return fgqa_call_run_staged(call); }
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {call->place.stream, fgqa_interrupted, &thread};

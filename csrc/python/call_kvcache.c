@@ -198,6 +198,10 @@ static int prepare(cache_call *c, PyObject *const *args)
 static int run(cache_call *c)
 {
     fgqa_call *call = &c->call;
+    const int is_given = call->imported >> FGQA_ARG_out & 1, appends_keys = c->imported >> FGQA_CACHE_k_new & 1;
+    const fgqa_import *written[] = {is_given ? &call->in[FGQA_ARG_out] : NULL, appends_keys ? &c->in[FGQA_CACHE_k_cache] : NULL,
+                                    appends_keys ? &c->in[FGQA_CACHE_v_cache] : NULL};
+    if (fgqa_torch_write(call->state, written, 3) < 0) { return -1; }
     if (call->problem.device.type == FGQA_CUDA) { return run_on_gpu(c); }
     const size_t bytes = fgqa_cpu_append_bytes(&call->problem);
     void *kept = bytes > 0 ? fgqa_block_new(bytes) : NULL;

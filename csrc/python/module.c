@@ -110,6 +110,7 @@ static int module_traverse(PyObject *module, visitproc visit, void *arg)
     Py_VISIT(state->torch.count_modes);
     Py_VISIT(state->torch.any_transform);
     Py_VISIT(state->torch.guard_of);
+    Py_VISIT(state->torch.increment_version);
     Py_VISIT(state->torch.is_grad_enabled);
     for (int n = 0; n < FGQA_GUARDED_COUNT * FGQA_GUARDS; n++) { Py_VISIT(state->guards[n / FGQA_GUARDS][n % FGQA_GUARDS].check); }
     for (int n = 0; n < FGQA_FORMS; n++) { Py_VISIT(state->torch_args[n]); }
@@ -142,6 +143,7 @@ static int module_clear(PyObject *module)
     Py_CLEAR(state->torch.count_modes);
     Py_CLEAR(state->torch.any_transform);
     Py_CLEAR(state->torch.guard_of);
+    Py_CLEAR(state->torch.increment_version);
     Py_CLEAR(state->torch.is_grad_enabled);
     for (int n = 0; n < FGQA_GUARDED_COUNT * FGQA_GUARDS; n++) { Py_CLEAR(state->guards[n / FGQA_GUARDS][n % FGQA_GUARDS].check); }
     for (int n = 0; n < FGQA_FORMS; n++) { Py_CLEAR(state->torch_args[n]); }

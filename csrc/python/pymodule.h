@@ -50,6 +50,7 @@ typedef struct {
     PyObject *empty[2];                     /* torch's short way to a new tensor, by fgqa_device_type; NULL: this torch has none */
     PyObject *count_modes, *any_transform;  /* whether new tensors are what their memory says */
     PyObject *guard_of;                     /* makes a guard; NULL: this torch has none */
+    PyObject *increment_version;            /* torch.autograd.graph's */
 } fgqa_torch;
 
 /* Groups of FGQA_GUARDED arguments that are asked about together: q, k, v of a forward pass, dout, q, k and v, out, lse of a backward

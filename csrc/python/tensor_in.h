@@ -64,6 +64,10 @@ void fgqa_import_release(fgqa_import *in);
 int fgqa_torch_check(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const void **data);
 int fgqa_torch_check_memory(const fgqa_slot *slot, const fgqa_tensor *tensor, const void *data);
 
+/* Before the memory of imported tensors (NULL: none) is written: torch's autograd hears of its own, so that backward() refuses to
+ * use what it saved of them. */
+int fgqa_torch_write(fgqa_state *state, const fgqa_import *const *written, int n);
+
 /* Whether FGQA_GUARDED objects are all torch tensors that would pass these checks, by their likeness to others that did, in a third
  * of the time; then also what DLPack says of them. 0 says nothing. */
 int fgqa_torch_is_plain(fgqa_state *state, fgqa_guarded which, PyObject *const *objects, DLTensor dl[FGQA_GUARDED]);

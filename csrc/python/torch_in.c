@@ -114,6 +114,31 @@ int fgqa_torch_check_memory(const fgqa_slot *slot, const fgqa_tensor *t, const v
     return -1;
 }
 
+int fgqa_torch_write(fgqa_state *state, const fgqa_import *const *written, int n)
+{
+    fgqa_torch *torch = &state->torch;
+    PyObject *tensors = NULL;
+    for (int at = 0; at < n; at++) {
+        if (written[at] == NULL || written[at]->type.kind != FGQA_KIND_TORCH) { continue; }
+        if (tensors == NULL) { tensors = PyList_New(0); }
+        if (tensors == NULL || PyList_Append(tensors, written[at]->object) < 0) { goto failed; }
+    }
+    if (tensors == NULL) { return 0; }
+    if (torch->increment_version == NULL) {
+        PyObject *graph = PyImport_ImportModule("torch.autograd.graph");
+        torch->increment_version = graph ? PyObject_GetAttrString(graph, "increment_version") : NULL;
+        Py_XDECREF(graph);
+        if (torch->increment_version == NULL) { goto failed; }
+    }
+    PyObject *done = PyObject_CallFunctionObjArgs(torch->increment_version, tensors, NULL);
+    Py_DECREF(tensors);
+    Py_XDECREF(done);
+    return done ? 0 : -1;
+failed:
+    Py_XDECREF(tensors);
+    return -1;
+}
+
 int fgqa_torch_check(fgqa_state *state, PyObject *object, const fgqa_slot *slot, const void **data)
 {
     return check_torch(state, object, slot) < 0 || torch_memory(state, object, slot, data) < 0 ? -1 : 0;
