@@ -167,6 +167,9 @@ case("forward", "precision-float64", V, 'precision is "bf16x3" but q has dtype f
      "leave precision out", precision="bf16x3", q=np.zeros((B, HQ, SQ, D)), k=np.zeros((B, HK, SK, D)),
      v=np.zeros((B, HK, SK, DV)), out=None)
 case("forward", "precision", V, "precision is 'tf32'", "bf16x3", precision="tf32")
+case("forward", "scale-array", T, r"scale is array\(0.5\): it must be a number",
+     r"float\(scale\) makes one of an array of one element", scale=np.array(0.5))
+case("forward", "scale-text", T, "scale is '0.5': it must be a number$", scale="0.5")
 case("forward", "kernel-unknown", V, 'kernel is "fwd_magic"', "choose one of fwd_", "or None", kernel="fwd_magic")
 case("forward", "kernel-number", T, "kernel is 3", "name", kernel=3)
 case("forward", "device", V, "device is 'tpu'", '"cpu", "cuda"', device="tpu")
@@ -185,6 +188,10 @@ case("forward", "mask-rank-3", V, r"mask has 3 dimensions, shape \(2, 5, 7\)", "
 case("forward", "mask-keys", V, r"mask has shape \(5, 8\)",
      r"\[b, hq, sq, sk\] = \(2, 6, 5, 7\), but axis 1 has extent 8 where 1 or 7", "slice or expand it to sk",
      mask=np.ones((SQ, 8), bool))
+case("forward", "mask-key-padding", V, r"mask has shape \(2, 7\)", "axis 0 has extent 2 where 1 or 5 is allowed",
+     r"write key padding \[b, sk\] as \[b, 1, 1, sk\], by \[:, None, None\]", mask=np.ones((B, SK), bool))
+case("forward", "mask-transposed", V, r"mask has shape \(2, 1, 7, 5\)", "axis 2 has extent 7 where 1 or 5 is allowed",
+     "query rows, then keys: swap them", mask=np.ones((B, 1, SK, SQ), bool))
 case("forward", "mask-heads", V, r"mask has shape \(1, 3, 5, 7\)", "axis 1 has extent 3 where 1 or 6", "expand it to hq",
      mask=np.ones((1, 3, SQ, SK), bool))
 case("forward", "bias-bool", T, "bias has dtype bool", "float16, bfloat16, float32 or float64", "mask=",

@@ -3,6 +3,15 @@
 
 static int is_float(fgqa_dtype dtype) { return dtype == FGQA_F64 || dtype == FGQA_F32 || dtype == FGQA_F16 || dtype == FGQA_BF16; }
 
+/* What may have been meant by a shape that does not broadcast: key padding without its axes of heads and rows, rows and keys that
+ * changed places. NULL: neither. */
+static const char *likely_fix(const fgqa_tensor *t, const fgqa_problem *p)
+{
+    const int64_t rows = t->shape[t->ndim - 2], keys = t->shape[t->ndim - 1];
+    if (t->ndim == 2 && rows == p->b && keys == p->sk) { return "write key padding [b, sk] as [b, 1, 1, sk], by [:, None, None]"; }
+    return rows == p->sk && keys == p->sq && rows != keys ? "its last two axes are query rows, then keys: swap them" : NULL;
+}
+
 /* Broadcasts mask or bias to [b, hq, sq, sk]: its axes are the last ones, each of extent 1 or full. */
 static fgqa_status check_broadcast(const fgqa_tensor *t, fgqa_problem *p, fgqa_arg arg, int32_t shape[4])
 {
@@ -25,9 +34,10 @@ static fgqa_status check_broadcast(const fgqa_tensor *t, fgqa_problem *p, fgqa_a
         const int axis = n - (4 - t->ndim);
         const int64_t extent = axis < 0 ? 1 : t->shape[axis];
         if (extent != 1 && extent != full.extent[n]) {
+            const char *fix = likely_fix(t, p);
             return fgqa_fail(FGQA_ERROR_VALUE, "%s has shape %s: it must broadcast to %s, but axis %d has extent %lld where 1 or %lld "
-                             "is allowed; slice or expand it to %s%s", name, fgqa_shape_text(t).s, fgqa_form_text(&full).s, axis,
-                             (long long)extent, (long long)full.extent[n], names[n],
+                             "is allowed; %s%s%s", name, fgqa_shape_text(t).s, fgqa_form_text(&full).s, axis,
+                             (long long)extent, (long long)full.extent[n], fix ? fix : "slice or expand it to ", fix ? "" : names[n],
                              p->varlen && n >= 2 ? " (give max_q and max_kv if it was made for larger maxima)" : "");
         }
         shape[n] = (int32_t)extent;

@@ -43,7 +43,9 @@ int fgqa_read_int(PyObject *object, const char *name, int64_t *value)
 int fgqa_read_number(PyObject *object, const char *name, double *value)
 {
     if (!PyFloat_Check(object) && !fgqa_is_integer(object) && !PyArray_IsScalar(object, Floating)) {
-        PyErr_Format(PyExc_TypeError, "%s is %R: it must be a number", name, object);
+        const int converts = PyObject_HasAttrString(object, "__float__");
+        PyErr_Format(PyExc_TypeError, "%s is %R: it must be a number%s%s%s", name, object, converts ? "; float(" : "",
+                     converts ? name : "", converts ? ") makes one of an array of one element" : "");
         return -1;
     }
     *value = PyFloat_AsDouble(object);
