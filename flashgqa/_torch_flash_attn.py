@@ -3,6 +3,8 @@
 Here the log-sum-exp of a row that sees no key is -inf (there it is inf), and S_dmask is always None.
 """
 
+from typing import Any
+
 import torch
 
 from ._torch_attention import bounds, draw_seed, whole
@@ -32,7 +34,7 @@ def _run(
 def flash_attn_func(
     q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_func: same arguments, same meaning, gradients of q, k and v.
 
     Parameters
@@ -82,7 +84,7 @@ def flash_attn_func(
 def flash_attn_kvpacked_func(
     q, kv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` of q [b, sq, hq, d] with k and v in kv [b, sk, 2, hk, d], which gets
     their gradient as one.
     """
@@ -95,7 +97,7 @@ def flash_attn_kvpacked_func(
 def flash_attn_qkvpacked_func(
     qkv, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None,
     deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` of qkv [b, s, 3, h, d]; out [b, s, h, d]. One gradient, qkv's."""
     q, k, v = unbound(qkv, 3, "qkv")
     return flash_attn_func(
@@ -106,7 +108,7 @@ def flash_attn_qkvpacked_func(
 def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False, block_table=None,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_varlen_func: `flash_attn_func` of b sequences that lie one after the other, of any lengths, also 0.
 
     Parameters
@@ -155,7 +157,7 @@ def flash_attn_varlen_func(
 def flash_attn_varlen_kvpacked_func(
     q, kv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None, causal=False,
     window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func` of q [total_q, hq, d] and kv [total_k, 2, hk, d]."""
     k, v = unbound(kv, 2, "kv")
     return flash_attn_varlen_func(
@@ -167,7 +169,7 @@ def flash_attn_varlen_kvpacked_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     alibi_slopes=None, deterministic=False, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` of qkv [total, 3, h, d], cu_seqlens int32 [b + 1]."""
     q, k, v = unbound(qkv, 3, "qkv")
     return flash_attn_varlen_func(
@@ -180,7 +182,7 @@ def flash_attn_with_kvcache(
     q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
     cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
     rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """flash_attn.flash_attn_with_kvcache: puts k and v [b, new, hk, d] behind what the cache holds, in place, and attends to all.
 
     Parameters

@@ -35,12 +35,12 @@ class _Meaning(TypedDict, total=False):
     max_q: int | None
     max_kv: int | None
     layout: Literal["bhsd", "bshd"] | None
-    kernel: str | None
 
 class _Place(TypedDict, total=False):
     stream: Any
     check: bool
     device: str | None
+    kernel: str | None
 
 class _Computation(TypedDict, total=False):
     dropout_p: float

@@ -9,7 +9,8 @@ from .api import Array, _Computation, _Meaning
 
 __all__ = ["attention", "dot_product_attention"]
 
-class _Options(_Meaning, _Computation, total=False): ...
+class _Options(_Meaning, _Computation, total=False):
+    kernel: str | None
 
 @overload
 def attention(

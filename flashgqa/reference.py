@@ -14,7 +14,7 @@ For query head h, KV head ``h // g``, row i, key j::
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -360,7 +360,7 @@ def backward_head(head, do, o, lse, dlse, dk, dv, arithmetic):
 # ---- public functions ----
 
 
-def attention(q, k, v, *, return_lse=False, out=None, **options):
+def attention(q, k, v, *, return_lse=False, out=None, **options) -> Any:
     """out, or (out, lse) with ``return_lse=True``."""
     call = Call(q, k, v, Options(**options))
     o = np.zeros(call.like_q(call.v.shape[-1]), call.q.dtype)
@@ -537,7 +537,7 @@ def cached_sequences(
 
 def attention_with_kvcache(
     q, k_cache, v_cache, k_new=None, v_new=None, *, return_lse=False, out=None, alibi_slopes=None, **options
-):
+) -> Any:
     """out, or (out, lse) with ``return_lse=True``; k_new and v_new are written into the caches, NumPy arrays of any dtype."""
     scores = {name: options.pop(name) for name in ("causal", "window", "chunk", "scale", "softcap", "sink") if name in options}
     no_meaning = ("stream", "batch_invariant", "check", "device", "kernel")

@@ -379,7 +379,7 @@ def test_stubs_have_the_arguments_there_are():
     classes, functions = {}, {}
     for node in ast.parse((folder / "api.pyi").read_text()).body + ast.parse((folder / "jax.pyi").read_text()).body:
         (classes if isinstance(node, ast.ClassDef) else functions)[getattr(node, "name", None)] = node
-    options = {n.target.id for name in ("_Meaning", "_Computation") for n in classes[name].body}
+    options = {n.target.id for name in ("_Meaning", "_Computation", "_Options") for n in classes[name].body}
     assert options | {"q", "k", "v", "return_lse"} == set(inspect.signature(fj.attention).parameters)
     given = functions["dot_product_attention"].args
     names = [argument.arg for argument in given.args + given.kwonlyargs]

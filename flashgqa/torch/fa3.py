@@ -4,6 +4,8 @@ qv and the descales of float8 raise NotImplementedError; num_splits, pack_gqa an
 change nothing here. The log-sum-exp is returned by return_attn_probs, float32 [b, hq, sq], or [hq, total_q].
 """
 
+from typing import Any
+
 import torch
 
 from .._torch_attention import attention, bounds
@@ -46,7 +48,7 @@ def _run(q, k, v, softmax_scale, causal, window_size, attention_chunk, softcap, 
 def flash_attn_func(
     q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
     attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """FlashAttention-3's flash_attn_func: q [b, sq, hq, d], k [b, sk, hk, d], v [b, sk, hk, dv], gradients of all three.
 
     attention_chunk: row i sees only keys of its own chunk of that many, 0 for none. softmax_scale, causal, window_size, softcap,
@@ -62,7 +64,7 @@ def flash_attn_func(
 def flash_attn_qkvpacked_func(
     qkv, softmax_scale=None, causal=False, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1),
     attention_chunk=0, softcap=0.0, deterministic=False, num_heads_q=None, sm_margin=0, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """`flash_attn_func` with qkv [b, s, 3, h, d], or [b, s, hq + 2 hk, d] with num_heads_q = hq."""
     q, k, v = split_qkv(qkv, num_heads_q)
     return flash_attn_func(
@@ -75,7 +77,7 @@ def flash_attn_varlen_func(
     q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
     causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0, softcap=0.0,
     num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """q [total_q, hq, d], k [total_k, hk, d], v [total_k, hk, dv], cu_seqlens int32 [b + 1]: out, or (out, lse [hq, total_q]).
 
     seqused_q, seqused_k: int32 [b], how many rows of each sequence count, its first; others are moved out of the way, which
@@ -114,7 +116,7 @@ def flash_attn_with_kvcache(
     q_descale=None, k_descale=None, v_descale=None, softmax_scale=None, causal=False, window_size=(-1, -1), attention_chunk=0,
     softcap=0.0, rotary_interleaved=True, scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0,
     return_softmax_lse=False,
-):  # fmt: skip
+) -> Any:  # fmt: skip
     """`flashgqa.torch.flash_attn_with_kvcache` with FlashAttention-3's arguments.
 
     cu_seqlens_q int32 [b + 1] with max_seqlen_q: q is [total_q, hq, d]; cu_seqlens_k_new: k and v are [total_new, hk, d].
