@@ -22,6 +22,7 @@ _has_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _transforms = torch._C._are_functorch_transforms_active
 _tracing = torch._C._get_tracing_state
+_is_mapped = torch._C._functorch.is_legacy_batchedtensor    # by torch.autograd's own vmap: is_grads_batched, vectorize
 
 
 def as_autocast(*tensors):
@@ -42,6 +43,11 @@ def check_tensors(required, optional=()):
             fix = "flashgqa.attention takes other arrays" if hasattr(x, "__dlpack__") else "torch.tensor() makes one of numbers"
             raise TypeError(f"{name} is {type(x).__name__}: it must be a torch.Tensor; {fix}")
         refuse_nested(name, x)
+        if type(x).__name__ == "DTensor":
+            raise NotImplementedError(
+                f"{name} is a DTensor, and attention takes each process's part of heads or of the batch: wrap the call in "
+                "torch.distributed.tensor.experimental.local_map, or pass to_local()"
+            )
     if not _is_compiling() and forward_ad._current_level >= 0:
         for name, x in tensors.items():
             if forward_ad.unpack_dual(x).tangent is not None:
@@ -82,7 +88,8 @@ def _differentiate(tensors, dout, dlse, want_dbias, options):
     """Gradients of q, k, v, bias and sink; tensors: q, k, v, out, lse."""
     if dout is None:
         dout = torch.zeros_like(tensors[3])
-    if _is_recording() or _dispatch_modes() or _transforms() or _is_compiling() or dout.is_meta:
+    mapped = _is_mapped(dout) or (dlse is not None and _is_mapped(dlse))
+    if mapped or _is_recording() or _dispatch_modes() or _transforms() or _is_compiling() or dout.is_meta:
         operands = _torch_ops.operator_options(options)
         dq, dk, dv, dbias, dsink = _torch_ops.differentiable_backward(dout, *tensors, dlse, want_dbias, *operands)
         return dq, dk, dv, dbias if want_dbias else None, None if options[SINK_AT] is None else dsink

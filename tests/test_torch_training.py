@@ -137,7 +137,7 @@ def test_training_step_after_changing_the_imports(llamas, device, padded, dtype)
 
 
 def test_two_processes(tmp_path):
-    """DDP, and FSDP with sharded parameters, over gloo: what one process does with the whole batch."""
+    """DDP, FSDP with sharded parameters, and heads shared out, over gloo: what one process does with the whole batch."""
     path = os.pathsep.join(filter(None, [str(pathlib.Path(flashgqa.__file__).parent.parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, torch_distributed.__file__, str(tmp_path / "store"), str(tmp_path / "result")]
@@ -145,7 +145,9 @@ def test_two_processes(tmp_path):
     assert ran.returncode == 0, ran.stderr
     alone = torch_distributed.model()
     torch_distributed.train(alone, torch_distributed.batch())
-    for found in torch.load(tmp_path / "result").values():
+    trained, (message, heads, expected) = torch.load(tmp_path / "result")
+    assert "q is a DTensor" in message and "local_map" in message and torch.equal(heads, expected)
+    for found in trained.values():
         for a, b in zip(found, alone.parameters(), strict=True):
             torch.testing.assert_close(a, b.detach(), rtol=0, atol=1e-12)
 
@@ -255,6 +257,24 @@ if "cuda" in DEVICES:       # where torch has it
         assert torch.equal(out, expected)
         for a, b in zip(gradients((out,), (q, k, v)), gradients((expected,), (q, k, v)), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{}, dict(return_lse=True), dict(bias=torch.zeros(5, 7).double(), return_lse=True)])
+def test_batched_gradients(options):
+    """torch.autograd's own vmap, in a process or in jacobian(vectorize=True): one call for each gradient."""
+    q, k, v = inputs()
+    options = {name: x.requires_grad_() if name == "bias" else x for name, x in options.items()}
+    results = fg.attention(q, k, v, **options)
+    of = (q, k, v, *(x for name, x in options.items() if name == "bias"))
+    for result in results if isinstance(results, tuple) else (results,):
+        douts = randn(3, *result.shape)
+        batched = torch.autograd.grad(result, of, douts, is_grads_batched=True, retain_graph=True)
+        for n in range(3):
+            one = torch.autograd.grad(result, of, douts[n], retain_graph=True)
+            assert all(torch.equal(a[n], b) for a, b in zip(batched, one, strict=True))
+    q, k, v = (x.detach()[:1, :, :2] for x in (q, k, v))
+    jacobians = [torch.autograd.functional.jacobian(lambda x: fg.attention(x, k, v), q, vectorize=way) for way in (False, True)]
+    assert torch.equal(*jacobians)
 
 
 def test_out_of_memory_is_torchs_error(activated, monkeypatch):
