@@ -34,13 +34,12 @@
 typedef enum { FEW_BLOCK, FEW_LIST, FEW_LIST_BF16, FEW_LIST_F16 } few_form;
 typedef struct { const real *data; ptrdiff_t stride; const void *const *list; few_form form; } few_source;   /* list: few_ahead() longer */
 #define FEW_HAS_BF16 (!FGQA_REAL_F64)
-#if defined(__F16C__)
-#define FEW_HAS_F16 (!FGQA_REAL_F64)
-#else
-#define FEW_HAS_F16 0
-#endif
+#define FEW_HAS_F16 (SIMD_HALF && !FGQA_REAL_F64)
 
 SIMD ptrdiff_t few_bytes(const few_form form) { return form == FEW_LIST_BF16 || form == FEW_LIST_F16 ? 2 : (ptrdiff_t)sizeof(real); }
+
+/* Vectors of a row for each prefetch: those of a cache line, where they are short. */
+SIMD int few_line(const few_form form) { return VBYTES == 16 ? 64 / (VL * (int)few_bytes(form)) : 1; }
 
 SIMD const void *few_row(const few_source *from, const few_form form, int j) { return form != FEW_BLOCK ? from->list[j] : from->data + j * from->stride; }
 
@@ -122,7 +121,7 @@ SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, i
         UNROLL(4)
         for (int j = 0; j < keys; j++) {
             key[j] = few_load(at[j], form, c);
-            few_prefetch(k, form, j0 + j, c, ahead);
+            if (c / VL % few_line(form) == 0) { few_prefetch(k, form, j0 + j, c, ahead); }
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -172,7 +171,7 @@ SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, 
         UNROLL(8)
         for (int c = 0; c < nv; c++) {
             value[c] = part ? few_load_part(at, form, c0, part) : few_load(at, form, c0 + c * VL);
-            few_prefetch(v, form, j0 + j, c0 + c * VL, ahead);
+            if (c % few_line(form) == 0) { few_prefetch(v, form, j0 + j, c0 + c * VL, ahead); }
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {

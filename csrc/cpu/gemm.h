@@ -14,7 +14,7 @@
  *     row         registers   MR x NV   accumulators + B + A
  *     avx512      32          8 x 3     24 + 3 + 1
  *     avx2        16          4 x 3     12 + 3 + 1
- *     neon        32          8 x 3     24 + 3 + 1
+ *     neon        32          8 x 3     24 + 3 + 1 (columns of A: + 2, of doubles + 4)
  *     portable    16          4 x 2      8 + 2 + 1 (+ products: no fused multiply-add)
  */
 #ifndef FGQA_GEMM_H
@@ -35,6 +35,13 @@
 #define NV 2
 #endif
 
+/* Where a multiply-add takes one lane of a register: columns of A come as vectors, whose lanes need no registers of their own. */
+#if defined(__aarch64__)
+#define GEMM_LANES 1
+#else
+#define GEMM_LANES 0
+#endif
+
 typedef enum {
     GEMM_SET,      /* C = sum */
     GEMM_ADD,      /* C = C + sum */
@@ -47,6 +54,7 @@ typedef enum {
 SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_store store, int k, const real *a, ptrdiff_t lda,
                     const real *b, ptrdiff_t ldb, real *c, ptrdiff_t ldc, const real *factor, const real *ahead, ptrdiff_t ld_ahead)
 {
+    const int lanes = GEMM_LANES && !by_row && mr % VL == 0;
     vreal sum[MR][NV];
     UNROLL(8)
     for (int m = 0; m < mr; m++) {
@@ -61,16 +69,18 @@ SIMD void gemm_tile(const int mr, const int nv, const int by_row, const gemm_sto
         }
     }
     for (int n = 0; n < k; n++) {
-        vreal row[NV];
+        vreal row[NV], column[MR / VL + 1];
         if (ahead && n % LINE == 0) {
             UNROLL(8)
             for (int m = 0; m < mr; m++) { __builtin_prefetch(ahead + m * ld_ahead + n, 0, 2); }
         }
         UNROLL(3)
         for (int v = 0; v < nv; v++) { row[v] = v_load(b + v * VL); }
+        UNROLL(4)
+        for (int m = 0; lanes && m < mr; m += VL) { column[m / VL] = v_load(a + m); }
         UNROLL(8)
         for (int m = 0; m < mr; m++) {
-            const vreal x = v_set1(by_row ? a[m * lda] : a[m]);
+            const vreal x = v_set1(lanes ? column[m / VL][m % VL] : by_row ? a[m * lda] : a[m]);
             UNROLL(3)
             for (int v = 0; v < nv; v++) { sum[m][v] = x * row[v] + sum[m][v]; }
         }

@@ -111,12 +111,9 @@ FGQA_SHARED void row_widen(real *restrict to, const void *from, fgqa_dtype dtype
     case FGQA_F8E4M3: ROW_LOAD(uint8_t, float_from_f8); break;
     case FGQA_F16: {
         int32_t done = 0;
-#if defined(__F16C__) && !FGQA_REAL_F64
+#if SIMD_HALF && !FGQA_REAL_F64
         if (stride == 1) {
-            for (; done + 8 <= n; done += 8) {
-                const __m128i half = _mm_loadu_si128((const __m128i *)((const uint16_t *)from + done));
-                _mm256_storeu_ps(to + done, _mm256_cvtph_ps(half));
-            }
+            for (; done + 8 <= n; done += 8) { f16x8_widen(to + done, (const uint16_t *)from + done); }
         }
 #endif
         from = (const uint16_t *)from + (int64_t)done * stride;
@@ -158,12 +155,9 @@ FGQA_SHARED void row_narrow(void *to, fgqa_dtype dtype, int64_t stride, const re
     case FGQA_F8E4M3: ROW_STORE(uint8_t, f8_from_real); break;
     case FGQA_F16: {
         int32_t done = 0;
-#if defined(__F16C__) && !FGQA_REAL_F64
+#if SIMD_HALF && !FGQA_REAL_F64
         if (stride == 1) {
-            for (; done + 8 <= n; done += 8) {
-                const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + done), _MM_FROUND_TO_NEAREST_INT);
-                _mm_storeu_si128((__m128i *)((uint16_t *)to + done), half);
-            }
+            for (; done + 8 <= n; done += 8) { f16x8_narrow((uint16_t *)to + done, from + done); }
         }
 #endif
         to = (uint16_t *)to + (int64_t)done * stride;

@@ -16,6 +16,8 @@
 #include <string.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if !defined(FGQA_ISA) || !defined(FGQA_REAL_F64)
@@ -62,6 +64,13 @@ typedef uint32_t ureal;
 #define VBYTES 16
 #endif
 #define VL (VBYTES / (FGQA_REAL_F64 ? 8 : 4))
+
+/* Rows that convert float16 by an instruction. */
+#if defined(__F16C__) || defined(__aarch64__)
+#define SIMD_HALF 1
+#else
+#define SIMD_HALF 0
+#endif
 
 typedef real vreal __attribute__((vector_size(VBYTES)));
 typedef ireal vint __attribute__((vector_size(VBYTES)));
@@ -331,13 +340,38 @@ typedef uint32_t vword __attribute__((vector_size(VBYTES)));
 /* VL bfloat16 or float16 numbers. */
 SIMD vreal v_load_bf16(const uint16_t *x)
 {
+#if defined(__aarch64__)
+    return (vreal)vshll_n_u16(vld1_u16(x), 16);     /* what follows gcc 12 does number by number */
+#else
     typedef uint16_t vhalf __attribute__((vector_size(VBYTES / 2), aligned(2), may_alias));
     return (vreal)(__builtin_convertvector(*(const vhalf *)x, vword) << 16);
+#endif
 }
 #if defined(__F16C__) && VBYTES == 64
 SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(const void *)x)); }
 #elif defined(__F16C__)
 SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
+#elif defined(__aarch64__)
+SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+#endif
+/* Eight float16 numbers to floats and back. */
+#if defined(__F16C__)
+SIMD void f16x8_widen(float *to, const uint16_t *from) { _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)from))); }
+SIMD void f16x8_narrow(uint16_t *to, const float *from)
+{
+    _mm_storeu_si128((__m128i *)(void *)to, _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__aarch64__)
+SIMD void f16x8_widen(float *to, const uint16_t *from)
+{
+    vst1q_f32(to, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from))));
+    vst1q_f32(to + 4, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4))));
+}
+SIMD void f16x8_narrow(uint16_t *to, const float *from)
+{
+    vst1_u16(to, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from))));
+    vst1_u16(to + 4, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + 4))));
+}
 #endif
 #endif
 
@@ -350,6 +384,8 @@ SIMD vu64 v_mul_low32(vu64 a, vu64 b)
     return (vu64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
     return (vu64)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    return (vu64)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
     const vu64 low = (uint64_t)0xFFFFFFFFu - (vu64){0};
     return (a & low) * (b & low);
