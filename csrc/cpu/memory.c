@@ -10,6 +10,7 @@
 #include <stdlib.h>
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include "../core/workspace.h"
@@ -28,11 +29,11 @@ static _Atomic(void *) kept;
 
 static fgqa_header *header_of(void *block) { return (fgqa_header *)((char *)block - FGQA_ALIGNMENT); }
 
-/* First touch of a large block costs a page fault every 4 KiB unless the kernel may use huge pages. */
+/* First touch of a large block costs a fault for each of its pages unless the kernel may use huge ones. */
 static void ask_huge_pages(void *memory, size_t bytes)
 {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const size_t page = 4096, worth = (size_t)4 << 20;
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), worth = (size_t)4 << 20;     /* 64 KiB with some kernels for aarch64 */
     if (bytes >= worth) {
         const uintptr_t begin = ((uintptr_t)memory + page - 1) / page * page;
         madvise((void *)begin, ((uintptr_t)memory + bytes - begin) / page * page, MADV_HUGEPAGE);
