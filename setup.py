@@ -15,6 +15,7 @@ import functools
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,7 +54,7 @@ NVCC_FLAGS = [
     "-std=c++17", "-O3", "-Xptxas=-warn-spills", "-diag-suppress=177",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti",
 ]
-LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else ["-Wl,-O1"])
+LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else [])
 
 
 def isa_rows():
@@ -200,7 +201,7 @@ class Build(build_ext):
         if source.suffix == ".cu":
             command = [str(find_nvcc()), *NVCC_FLAGS, *flags, "-MMD", "-MF", str(obj.with_suffix(".d"))]
         else:
-            command = [os.environ.get("CC", "cc"), *CFLAGS, *flags, "-MMD"]
+            command = [*shlex.split(os.environ.get("CC", "cc")), *CFLAGS, *flags, "-MMD"]
         command += ["-c", str(source), "-o", str(obj)]
         stamp, record = obj.with_suffix(".d"), obj.with_suffix(".cmd")
         if obj.exists() and stamp.exists() and record.exists() and record.read_text() == repr(command) and not self.force:
