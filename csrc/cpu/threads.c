@@ -34,7 +34,7 @@
 #include <unistd.h>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#else
+#elif !defined(__aarch64__)
 #include <fenv.h>
 #endif
 
@@ -47,6 +47,16 @@ typedef unsigned fp_mode;       /* MXCSR */
 static fp_mode fp_mode_get(void) { return _mm_getcsr(); }
 static void fp_mode_set(fp_mode mode) { _mm_setcsr(mode); }
 static void fp_mode_set_for_tasks(void) { _mm_setcsr(_MM_MASK_MASK | _MM_ROUND_NEAREST | _MM_FLUSH_ZERO_ON); }
+#elif defined(__aarch64__)
+typedef struct { uint64_t control, status; } fp_mode;       /* FPCR, of which fesetenv leaves some bits alone, and FPSR */
+static fp_mode fp_mode_get(void)
+{
+    fp_mode mode;
+    __asm__ volatile("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(mode.control), "=r"(mode.status));
+    return mode;
+}
+static void fp_mode_set(fp_mode mode) { __asm__ volatile("msr fpcr, %0\n\tmsr fpsr, %1" : : "r"(mode.control), "r"(mode.status)); }
+static void fp_mode_set_for_tasks(void) { fp_mode_set((fp_mode){0, 0}); }
 #else
 typedef fenv_t fp_mode;
 static fp_mode fp_mode_get(void)

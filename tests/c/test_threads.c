@@ -287,6 +287,33 @@ static void test_tasks_round_to_nearest_and_callers_as_they_like(void)
     }
 }
 
+#if defined(__aarch64__)
+static uint64_t fpcr(void)
+{
+    uint64_t mode;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(mode));
+    return mode;
+}
+
+static void fpcr_task(void *context, int64_t task, const fgqa_worker *worker)
+{
+    (void)context; (void)task; (void)worker;
+    CHECK(fpcr() == 0);
+}
+
+/* Alternative half precision, one NaN for all, flush to zero: bits that fesetenv knows, and such as it does not. */
+static void test_tasks_know_no_bit_of_the_callers_mode(void)
+{
+    const uint64_t mode = 0x07000000;
+    for (int threads = 1; threads <= 3; threads++) {
+        __asm__ volatile("msr fpcr, %0" : : "r"(mode));
+        CHECK(fgqa_parallel(fpcr_task, NULL, 8, threads, 0, NULL) == FGQA_OK);
+        CHECK(fpcr() == mode);
+        __asm__ volatile("msr fpcr, %0" : : "r"((uint64_t)0));
+    }
+}
+#endif
+
 static void test_thread_count(void)
 {
     static const char *const bad[] = {"0", "-1", "four", "4x", "4,2", "1025", "99999999999999999999"};
@@ -317,6 +344,9 @@ int main(void)
     test_scratch_failure_runs_nothing();
     test_pool_threads_block_signals();
     test_tasks_round_to_nearest_and_callers_as_they_like();
+#if defined(__aarch64__)
+    test_tasks_know_no_bit_of_the_callers_mode();
+#endif
     printf("test_threads: ok\n");
     return 0;
 }
