@@ -21,6 +21,11 @@ def mean_pool_kv_heads(source, num_kv_heads, *, axis=1):
     array
         Of source's type and dtype, with num_kv_heads heads along ``axis``. A narrow dtype is summed in float32.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Not an array; an axis that it does not have; num_kv_heads that does not divide the heads.
+
     Notes
     -----
     Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints" (arXiv:2305.13245).

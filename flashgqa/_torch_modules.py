@@ -441,6 +441,16 @@ def mean_pool_kv_heads(source, num_kv_heads, *, axis=1):
     axis : int
         That of the heads; for arrays and tensors only.
 
+    Returns
+    -------
+    array, torch.Tensor or torch.nn.Module
+        Of source's kind, with num_kv_heads heads; source stays as it is.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        Nothing that has KV heads; num_kv_heads that does not divide them; what `FlashGQA.from_multihead_attention` refuses.
+
     Notes
     -----
     Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models from Multi-Head Checkpoints" (arXiv:2305.13245).

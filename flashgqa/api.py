@@ -12,9 +12,8 @@ import numpy
 
 from . import _C
 from ._C import Tensor, __version__, get_num_threads, set_num_threads
-from ._counts import count
 from ._keywords import in_c
-from ._memory import element_bytes
+from ._memory import kv_cache_bytes
 
 __all__ = [
     "Config",
@@ -292,15 +291,26 @@ def merge(outs, lses, *, layout=None):
 
     Parameters
     ----------
-    outs, lses : sequences of arrays
-        What ``attention(..., return_lse=True)`` returned for each part; all of one shape and dtype.
+    outs : sequence of arrays, [b, hq, sq, dv]
+        What ``attention(..., return_lse=True)`` returned first for each part; all of one shape and dtype. Rank 3: without b.
+    lses : sequence of arrays, [b, hq, sq], float32 (float64 for float64)
+        What it returned second.
     layout : {"bhsd", "bshd"}, optional
         That of outs; default "bhsd". Packed results [total, hq, dv] are "bshd".
 
     Returns
     -------
     out, lse : array
-        As `attention` would have returned them, of the array type of ``outs[0]``.
+        As `attention` would have returned them, of the array type of ``outs[0]``. A row that no part sees: 0 and -inf.
+
+    Raises
+    ------
+    TypeError, ValueError, NotImplementedError
+        No parts, not one lse for each out, shapes or dtypes that differ; more than 32 parts on a GPU.
+
+    Notes
+    -----
+    Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv:1805.02867).
     """
     parts = []
     for name, given in (("outs", outs), ("lses", lses)):
@@ -330,6 +340,11 @@ def dropout_mask(b, hq, sq, sk, dropout_p, seed):
     -------
     numpy.ndarray, bool, [b, hq, sq, sk]
         True where the weight is kept.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An extent that is no integer or negative, dropout_p that is no probability, a seed as in `attention`.
 
     Notes
     -----
@@ -368,6 +383,8 @@ def attention_weights(
 ):
     """Weights of chosen query rows, or sums of weights over all rows, without the [sq, sk] matrix.
 
+    p_ij = exp(x_ij - lse_i), with the scores x and their log-sum-exp of the equations of `attention`.
+
     Parameters
     ----------
     q, k : array
@@ -386,6 +403,11 @@ cu_seqlens_kv, max_q, max_kv, layout, stream, check, device, kernel
     array, float32 (float64 for float64)
         [b, hq, n, sk] for rows, [b, hq, sk] for reduce="keys"; without b for rank 3. Keys not seen have weight 0. Of packed
         sequences sk is the longest one; on a GPU, where offsets are not read, max_kv, or all rows of k if it is not given.
+
+    Raises
+    ------
+    TypeError, ValueError, BufferError, NotImplementedError
+        As `attention`; both of rows and reduce, or none; rows that q does not have.
     """
     if (rows is None) == (reduce is None):
         raise ValueError('rows and reduce: exactly one must be given; pass rows=[...], or reduce="keys"')
@@ -483,40 +505,6 @@ check, device, kernel
         cu_seqlens_q, cu_seqlens_kv, max_q, max_kv, dropout_p, seed, layout, stream, deterministic, batch_invariant,
         precision, check, device, kernel,
     ))  # fmt: skip
-
-
-def kv_cache_bytes(num_layers, num_kv_heads, head_dim, dtype, tokens=1, batch=1):
-    """Bytes of a KV cache: 2 * num_layers * num_kv_heads * head_dim * element size * tokens * batch.
-
-    Parameters
-    ----------
-    num_layers, num_kv_heads, head_dim : int
-        Of the model. Grouped heads shrink the cache by g = query heads / KV heads.
-    dtype : str, dtype or int
-        Of the cache: a name such as "float16", anything NumPy takes as a dtype, or the bytes of one element.
-    tokens, batch : int
-        Tokens in each sequence, and sequences.
-
-    Returns
-    -------
-    int
-
-    Examples
-    --------
-    Llama 2 7B in float16, with its 32 KV heads and with one:
-
-    >>> import flashgqa
-    >>> flashgqa.kv_cache_bytes(32, 32, 128, "float16")
-    524288
-    >>> flashgqa.kv_cache_bytes(32, 1, 128, "float16")
-    16384
-    """
-    size = element_bytes(dtype)
-    counts = dict(num_layers=num_layers, num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=size, tokens=tokens, batch=batch)
-    total = 2
-    for name, given in counts.items():
-        total *= count(name, given)
-    return total
 
 
 class Config(dict):

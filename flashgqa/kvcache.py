@@ -280,6 +280,13 @@ class KVCache:
     bytes_used, bytes_allocated : int
         Of pages that some sequence has, those of forks included and shared ones once; of the pool.
 
+    Raises
+    ------
+    TypeError, ValueError
+        Counts that are none; a dtype, layout or library that is none of these.
+    MemoryError
+        A call that needs more pages than are free. It leaves the cache as it was.
+
     Examples
     --------
     >>> import numpy, flashgqa

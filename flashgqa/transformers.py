@@ -31,12 +31,22 @@ _UNSERVED = {"head_mask": "a mask of heads", "read_index": "the paged cache of c
 
 
 def register(name="fgqa"):
-    """Makes flashgqa known to transformers as ``attn_implementation=name``; returns name. To be called once in a process.
+    """Makes flashgqa known to transformers as ``attn_implementation=name``. To be called once in a process.
 
     Parameters
     ----------
     name : str
         Anything without "flash" in it, which transformers 5 takes for a request of its own FlashAttention.
+
+    Returns
+    -------
+    str
+        name.
+
+    Raises
+    ------
+    ValueError
+        A name that transformers takes for another's.
 
     Notes
     -----

@@ -17,7 +17,7 @@ import pytest
 from capsules import inputs
 
 import flashgqa
-from flashgqa import _C, api, kvcache, reference
+from flashgqa import _C, _heads, _memory, _warmup, api, kvcache, reference
 
 Q, K, V = inputs("float64")
 CALLS = {"attention": (5, ()), "attention_backward": (8, ()), "explain": (6, ()), "attention_weights": (3, ())}
@@ -122,7 +122,8 @@ def test_every_function_is_documented_and_examples_run():
     for name in flashgqa.__all__:
         thing = getattr(flashgqa, name)
         assert name == "__version__" or (thing.__doc__ and len(thing.__doc__) > 40), name
-    assert doctest.testmod(api).failed == 0
+    for module in (api, _heads, _memory, _warmup):
+        assert doctest.testmod(module).failed == 0
 
 
 def test_wrong_number_of_arguments_to_C():
