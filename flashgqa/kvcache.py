@@ -11,7 +11,7 @@ from operator import index
 import numpy
 
 from . import _C
-from ._counts import count
+from ._counts import count, whole
 from ._pages import Pool
 from .api import Plan
 
@@ -237,6 +237,11 @@ _MOST = 2**31 - 1
 _ANSWERED = frozenset(("cache_lens", "page_table", "layout", "k_scale", "v_scale"))
 
 
+def _dtype_name(x):
+    dtype = getattr(x, "dtype", "")
+    return getattr(dtype, "name", None) or str(dtype).rpartition(".")[2]
+
+
 class KVCache:
     """Keys and values of a batch of sequences, in pages, with the bookkeeping that `attention_with_kvcache` leaves to its caller.
 
@@ -415,7 +420,12 @@ class KVCache:
         wanted[axis] = shape[axis] if len(shape) == 4 else "new"
         if list(shape) != wanted:
             raise ValueError(f"k_new has shape {tuple(shape)}: in this cache, {self.layout}, it must be {wanted}")
-        self.attention(k_new[:, :0] if self.layout == "bshd" else k_new[:, :, :0], k_new, v_new, new_lens=new_lens, **options)
+        given, own = _dtype_name(k_new), _dtype_name(self.k)
+        if given and given != own and "float8" not in own:
+            raise TypeError(f"k_new has dtype {given}: in this cache it must be {own}; convert it")
+        no_rows = k_new[:, :0] if self.layout == "bshd" else k_new[:, :, :0]
+        no_rows = no_rows.detach() if hasattr(no_rows, "detach") else no_rows   # k_new itself is what may require grad
+        self.attention(no_rows, k_new, v_new, new_lens=new_lens, **options)
 
     def crop(self, lens):
         """Forget all slots from ``lens`` on (an int, or one for each sequence) and give back pages that are no longer needed."""
@@ -451,6 +461,8 @@ class KVCache:
 
     def sequence(self, n):
         """Copies of what sequence n holds, [hk, slots, d] and [hk, slots, dv] ("bshd": [slots, hk, d]), elements of the cache."""
+        if not -len(self) <= whole("n", n) < len(self):
+            raise IndexError(f"n is {n}: the cache has {len(self)} sequences")
         columns, length = self._table[n, : -(-self._lens[n] // self.page_size)], self._lens[n]
         axis = 0 if self.layout == "bshd" else 1
         parts = ([pool[int(page)] for page in columns] or [pool[:0].reshape(self._empty(pool))] for pool in (self.k, self.v))

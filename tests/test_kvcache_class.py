@@ -336,11 +336,27 @@ def test_what_cannot_be_done():
         (ValueError, "q has batch size 1 but the cache has 2 sequences", lambda: cache.attention(k[:1])),
         (ValueError, r"k_new has shape .* it must be \[2, 2, 'new', 4\]", lambda: cache.append(k[0], v[0])),
         (ValueError, r"k_new has shape .* it must be \[2, 2, 4, 4\]", lambda: cache.append(k[:, :1], v[:, :1])),
+        (TypeError, "k_new has dtype float64: in this cache it must be float32", lambda: cache.append(k.astype(float), v)),
+        (IndexError, "n is 2: the cache has 2 sequences", lambda: cache.sequence(2)),
+        (TypeError, "n is 0.0: it must be an integer", lambda: cache.sequence(0.0)),
     ):
         with pytest.raises(error, match=text):
             call()
         assert (cache.page_table == table).all() and (cache.lens == 4).all()
         assert cache.bytes_used == 2 * PAGE * HK * (D + DV) * 4
+    cache.crop(1)
+    cache.append(k.astype(">f4")[:, :, :1], v[:, :, :1])
+
+
+def test_what_requires_grad_is_named():
+    torch = pytest.importorskip("torch")
+    k = torch.ones(2, HK, 1, D, requires_grad=True)
+    cache = flashgqa.KVCache(2, HK, D, capacity=8, library="torch")
+    with pytest.raises(BufferError, match="k_new requires grad"):
+        cache.append(k, k)
+    with torch.no_grad():
+        cache.append(k, k)
+    assert (cache.lens == 1).all()
 
 
 def test_a_generation_of_a_thousand_tokens():
