@@ -156,12 +156,13 @@ def test_changed_inputs_are_noticed():
         out.sum().backward()
 
 
-def test_results_written_in_place_are_noticed():
+@on_devices
+def test_results_written_in_place_are_noticed(device):
     """What the array functions write into a tensor of the caller's, torch hears of: no silent gradient of what it was."""
-    q, k, _ = inputs(grad=False)
-    weight = torch.ones(2, 4, 16, 8, dtype=q.dtype, requires_grad=True)
+    q, k, _ = inputs(grad=False, dtype=torch.float32, device=device)
+    weight = torch.ones(2, 4, 16, 8, device=device, requires_grad=True)
     out, k_cache, v_cache = torch.zeros_like(q), torch.zeros_like(weight[:, :2]), torch.zeros_like(weight[:, :2])
-    lens, new = torch.zeros(2, dtype=torch.int32), (k[:, :, :1], k[:, :, 1:2])
+    lens, new = torch.zeros(2, dtype=torch.int32, device=device), (k[:, :, :1], k[:, :, 1:2])
     written = [out, k_cache, v_cache]
 
     def saved(*tensors):
