@@ -429,7 +429,9 @@ import cupy, flashgqa, torch
 source = '''extern "C" __global__ void fill(unsigned seed) {
     extern __shared__ volatile unsigned words[];
     for (unsigned n = threadIdx.x; n < 227 * 256; n += blockDim.x) {
-        const unsigned x = (n + 58112 * blockIdx.x + seed) * 2654435761u >> 30;
+        unsigned x = (n + 58112 * blockIdx.x + 15342168 * seed) * 2654435761u;
+        x = (x ^ x >> 15) * 739982445u;                 // neighbours have nothing to do with each other
+        x = (x ^ x >> 12) >> 30;
         words[n] = x == 0 ? 0x80000000u : x == 1 ? 0x7FFF7FFFu : x == 2 ? 0x1000u : 0u;
     }
 }'''
