@@ -220,7 +220,12 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
         for (bool seen = false; !seen;) {
             more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, CHAIN == TILED && p.term_boxes.batch_first, &place);
             if (leader) {
-                if (more) { describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t); } else { t.block_end = t.valid = 0; }
+                if (more) {
+                    describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t);
+                } else {
+                    t.block_end = 0;
+                    if (CHAIN != MERGED || rt.stage > 0) { t.valid = 0; }        /* the block's only tile, which saw nothing, has a share of the merge */
+                }
             }
             __syncwarp();
             seen = AGAIN || !more || t.block_begin < t.block_end;

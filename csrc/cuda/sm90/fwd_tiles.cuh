@@ -23,7 +23,8 @@ struct tile_list {
     int32_t pack;
 };
 
-/* In shared memory. block_end = 0: there are no more tiles; valid is 0 then, nothing else is written. */
+/* In shared memory. block_end = 0: there are no more tiles; valid is 0 then, nothing else is written,
+ * but where a tile that saw nothing was (chain MERGED). */
 struct tile {
     int32_t block_begin, block_end;     /* blocks of keys to walk; none if the rows see nothing of this part of the keys */
     int32_t row0, valid;                /* first packed row; how many rows exist */
