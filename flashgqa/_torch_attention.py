@@ -15,10 +15,11 @@ def draw_seed(device):
 
 def seed_tensor(seed, device):
     """[seed, 0] without a copy from the host, which would have to wait."""
-    try:
-        seed = whole_number("seed", seed)
-    except TypeError:
-        raise TypeError(f"seed is {seed!r}: it must be an integer or an int64 tensor [seed, offset]") from None
+    if not isinstance(seed, int) or isinstance(seed, bool):     # of an int whole_number() would make torch.compile a constant
+        try:
+            seed = whole_number("seed", seed)
+        except TypeError:
+            raise TypeError(f"seed is {seed!r}: it must be an integer or an int64 tensor [seed, offset]") from None
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}: it must be 0 to 2**64 - 1")
     key = torch.zeros(2, dtype=torch.int64, device=device)

@@ -277,6 +277,19 @@ def test_batched_gradients(options):
     assert torch.equal(*jacobians)
 
 
+def test_seeds_that_change_are_one_graph():
+    q, graphs = randn(1, 2, 8, 8), []
+
+    def function(q, seed):
+        return fg.attention(q, q, q, dropout_p=0.5, seed=seed)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True, dynamic=True)
+    for seed in (7, 8, 2**40):
+        assert torch.equal(compiled(q, seed), function(q, seed))
+    assert len(graphs) == 1
+
+
 def test_out_of_memory_is_torchs_error(activated, monkeypatch):
     q, k, v = inputs(hk=4, dv=8)
     out = fg.attention(q, k, v)
