@@ -37,7 +37,7 @@ DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f3
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
-ALIBI_HEAD_DIMS = 64, 128                       # of rows that have one for ALiBi, too, and plain ones for a bias and a mask
+ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward with a bias
 ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have one for all of that together
 # query rows, of which a KV head has twice as many
 FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50), "decodewidef8": (20, 50)}
@@ -133,13 +133,16 @@ def run_row(name, where, put, everything=lambda x: x):
             bias = everything(rng.standard_normal((1, 1, SQ, SK), np.float32))
             results += run_forward(*map(everything, (q, k, v)), moved, slopes, bias, variant, arch, where)
     passes = [options, {}, CAPPED] if which == "bwd" else []
-    if passes and int(d[1:]) in ALIBI_HEAD_DIMS:
+    if passes:
         slopes = np.linspace(0.05, 0.5, HQ, dtype=np.float32)
-        shown = rng.random((B, 1, SQ, SK)) < 0.9
+        shown, drops = rng.random((B, 1, SQ, SK)) < 0.9, {"dropout_p": 0.2, "seed": 7}
         passes += [{"causal": True, "alibi_slopes": slopes}, {**CAPPED, "alibi_slopes": slopes}]
-        passes += [{"causal": True, "mask": shown}, {"mask": shown, "dropout_p": 0.2, "seed": 7}]
+        passes += [{"causal": True, "mask": shown}, {"mask": shown, **drops}]
+        passes += [{"alibi_slopes": slopes, "mask": shown, **drops}, {**CAPPED, "mask": shown, **drops}]
+    if passes and int(d[1:]) in ALIBI_HEAD_DIMS:
         bias = rng.standard_normal((B, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
         passes += [{"bias": bias}, {"causal": True, "bias": bias, "mask": shown}]
+        passes += [{"bias": bias[:, :1], **drops}, {"causal": True, "bias": bias, "mask": shown, **drops}]
     for given in passes:
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

@@ -145,13 +145,13 @@ def gradients(q, k, v, dout=None, rows=(90, 80), **options):
     out, lse = flashgqa.attention(q, k, v, return_lse=True, **forward)
     dout = random(*out.shape, dtype=q.dtype, seed=8) if dout is None else dout
     options["dlse"] = random(*lse.shape, dtype=torch.float32, seed=7)
-    width = 64 if q.shape[-1] <= 64 else 128
+    width = next(n for n in (64, 128, 256) if n >= q.shape[-1])
     names = (backward_row(q.dtype, width) if arch == 90 else general("bwd", q.dtype, width) for arch in rows)
     return [flashgqa.attention_backward(dout, q, k, v, out, lse, kernel=name, **options)[:3] for name in names]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_backward_runs_where_the_forward_does(d, dtype):
     x = inputs(2, 16, 8, 500, 500, d - 8, dtype=dtype)
     sink = torch.zeros(16, dtype=dtype, device="cuda")
@@ -166,7 +166,7 @@ def test_backward_runs_where_the_forward_does(d, dtype):
 @pytest.mark.parametrize("group", [1, 2, 4, 8, 32])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("more", [{}, {"softcap": 2.0}], ids=["", "capped"])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_gradients_of_groups(d, more, mask, group):
     """Rows and keys of several tiles, more queries than keys and more keys than queries; twice the same bits."""
     for b, sq, sk in ((2, 300, 300), (1, 900, 260), (1, 200, 1100)):
@@ -189,7 +189,7 @@ def all_pairs_of_lengths(d):
 
 
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_gradients_of_all_pairs_of_lengths(d, mask):
     """Packed, and padded with NaN."""
     queries, keys, starts, packed = all_pairs_of_lengths(d)
@@ -202,7 +202,7 @@ def test_gradients_of_all_pairs_of_lengths(d, mask):
     assert_gradients_alike(*gradients(*padded, q_lens=queries, kv_lens=keys, alibi_slopes=slopes(4), **MASKS[mask]))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_gradients_of_long_passes(d):
     """The folded order and its parts; windows, walked head by head."""
     causal, left = {"causal": True}, {"window": (500, 0)}
@@ -213,7 +213,7 @@ def test_gradients_of_long_passes(d):
 
 @pytest.mark.parametrize(("sq", "sk"), [(300, 300), (300, 140), (140, 300)])
 @pytest.mark.parametrize("more", [{}, {"softcap": 2.0}], ids=["", "capped"])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_gradients_of_any_slope(d, more, sq, sk):
     """The same as those of the general kernel, and the other heads' as if nothing had happened. LSEs of up to 1e22 hold neither
     the products q.k nor a sum. Rows that see no key at a distance of 0 are left out where a slope is infinite."""
@@ -236,7 +236,7 @@ def test_gradients_of_any_slope(d, more, sq, sk):
 
 
 @pytest.mark.parametrize("which", range(4))
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", [64, 128, 256])
 def test_poisoned_gradients(d, which):
     """NaN in q, k, v or dO reach the gradients that the general kernel says, and leave the bits of all others."""
     x = [*inputs(2, 4, 2, 500, 500, d), random(2, 4, 500, d, dtype=torch.float16, seed=8)]

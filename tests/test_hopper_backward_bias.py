@@ -28,6 +28,14 @@ CASES = [
     Case(b=2, sq=130, sk=304, bias="1h1k", data="large"),
     Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, bias="bhqk", sink=True),
     Case(packed=((130, 256), (3, 304)), bias="1hqk", window=(60, 0)),
+    Case(b=2, sq=152, sk=200, causal=True, bias="bhqk", sink=True, dropout=0.1),
+    Case(b=2, sq=140, sk=264, bias="1hqk", q_lens=(140, 0), kv_lens=(264, 33), dropout=0.5, seed_offset=3),
+    Case(sq=70, sk=256, hq=3, hk=1, scale=0.9, bias="bhqk", mask="b1qk", dropout=0.2),
+    Case(b=2, sq=300, sk=408, window=(70, 9), align="top-left", bias="b11k", mask="b1qk", data="shift", dropout=0.1),
+    Case(b=2, sq=130, sk=304, bias="1hqk", data="large", dropout=0.97),
+    Case(b=2, sq=40, sk=104, bias="1hqk", dropout=1.0),
+    Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, bias="bhqk", sink=True, dropout=0.3),
+    Case(packed=((130, 256), (3, 304)), bias="1hqk", dropout=0.1),
 ]
 KEYWORDS = inspect.signature(flashgqa.attention_backward).parameters.values()
 OPTIONS = [(one.name, one.default) for one in KEYWORDS if one.kind is one.KEYWORD_ONLY and one.name != "dlse"]
@@ -216,12 +224,11 @@ def test_plan(d, dtype):
     assert_gradients_alike(*gradients(*x, bias=bias))
     mask = torch.ones(304, 304, dtype=torch.bool, device="cuda")
     odd = random(1, 8, 304, 305, dtype=dtype)[..., :304]
-    for of in (bias, bias.repeat(2, 1, 1, 1), bias[0, 0]):
-        assert flashgqa.explain(*x, backward=True, bias=of)["kernel"] == name
+    for of, drops in itertools.product((bias, bias.repeat(2, 1, 1, 1), bias[0, 0]), ({}, {"dropout_p": 0.5, "seed": 1})):
+        assert flashgqa.explain(*x, backward=True, bias=of, **drops)["kernel"] == name
     for options, reason in (
         ({"bias": bias[:, :, :1]}, "query rows share"), ({"softcap": 5.0}, "with softcap"),
         ({"alibi_slopes": slopes}, "with alibi_slopes"), ({"mask": mask}, "shared bias with a mask"),
-        ({"dropout_p": 0.5, "seed": 1}, "bias with dropout"),
         ({"bias": bias.float()}, "not of q's dtype"), ({"bias": bias.mT}, "side by side"),
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})
@@ -232,10 +239,11 @@ def test_plan(d, dtype):
     assert "has no bias" in dict(wide["refused"])[backward_row(dtype, 256)]
 
 
-def dbias_of(x, bias, arch, **options):
+def dbias_of(x, bias, arch, dout=None, **options):
     q, k, v = x
     out, lse = flashgqa.attention(q, k, v, bias=bias, return_lse=True, **options)
-    dout, dlse = random(*out.shape, dtype=q.dtype, seed=8), random(*lse.shape, dtype=torch.float32, seed=7)
+    dout = random(*out.shape, dtype=q.dtype, seed=8) if dout is None else dout
+    dlse = random(*lse.shape, dtype=torch.float32, seed=7)
     name = backward_row(q.dtype, q.shape[-1]) if arch == 90 else general("bwd", q.dtype, q.shape[-1])
     return flashgqa.attention_backward(dout, q, k, v, out, lse, dlse=dlse, bias=bias, kernel=name, **options)
 
@@ -291,6 +299,46 @@ def test_beside_a_mask(d, dtype, options):
         assert_within_the_rule(x, dbias_of(x, low, 90, mask=mask, **MASKS[options])[:4], low, mask=mask, **MASKS[options])
     else:
         assert_all_alike(*(dbias_of(x, low, arch, mask=mask, **MASKS[options]) for arch in (90, 80)))
+
+
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_beside_dropout(d, dtype, options):
+    """However heads and sequences share the bias; beside a mask, too; twice the same bits."""
+    more = {"dropout_p": 0.3, "seed": torch.tensor([123, 9], device="cuda"), **MASKS[options]}
+    for b, hq, hk, sq, sk in ((2, 8, 2, 300, 520), (2, 32, 1, 40, 304), (1, 4, 1, 30, 3000), (3, 5, 5, 33, 8)):
+        x = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
+        for shared in ("", "b", "h", "bh"):
+            bias = random(1 if "b" in shared else b, 1 if "h" in shared else hq, sq, sk, dtype=dtype)
+            bias.masked_fill_(bias > 2, -torch.inf)
+            got, again, expected = (dbias_of(x, bias, arch, **more) for arch in (90, 90, 80))
+            assert_all_alike(got, expected)
+            assert all(torch.equal(a, b) for a, b in zip(got[:4], again[:4], strict=True))
+            assert (got.dbias[bias == -torch.inf] == 0).all()
+        bias, mask = random(b, hq, sq, sk, dtype=dtype), bools(b, 1, sq, sk)
+        assert_all_alike(*(dbias_of(x, bias, arch, mask=mask, **more) for arch in (90, 80)))
+
+
+@pytest.mark.parametrize("beside", ["nothing", "mask", "shared"])
+@pytest.mark.parametrize("d", [64, 128])
+def test_poison_beside_dropout(d, beside):
+    """NaN in q, k, v or dO that the bias hides changes no bit; where it is seen, what the general kernel says is not finite."""
+    x = [*inputs(2, 4, 2, 300, 392, d), random(2, 4, 300, d, dtype=torch.float16, seed=8)]
+    bias = random(2, 1 if beside == "shared" else 4, 300, 392, dtype=torch.float16)
+    bias[:, :, :100, 200] = bias[:, :, 120] = bias[:, :, :, 250] = -torch.inf
+    options = {"dropout_p": 0.4, "seed": 5} | ({"mask": bools(2, 1, 300, 392)} if beside == "mask" else {})
+    clean = dbias_of(x[:3], bias, 90, dout=x[3], **options)
+    for which, at in itertools.product(range(4), (120, 200, 250)):
+        odd = [y.clone() for y in x]
+        odd[which][1, 1, at, 5] = torch.nan
+        got, expected = (dbias_of(odd[:3], bias, arch, dout=odd[3], **options) for arch in (90, 80))
+        for name, a, b in zip(("dq", "dk", "dv", "dbias"), got, expected, strict=False):
+            finite = b.isfinite()
+            assert torch.equal(a.isfinite(), finite), (name, which, at)
+            assert_alike([a.where(finite, 0)], [b.where(finite, 0)], [name])
+        if (at == 250 and which in (1, 2)) or (at == 120 and which in (0, 3)):
+            assert all(torch.equal(a, b) for a, b in zip(got[:4], clean[:4], strict=True))
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -1,6 +1,6 @@
-"""A boolean mask tensor and dropout in the backward kernels for Hopper: each row forced, against the oracle under the error rule,
-and what is theirs alone: eight bytes at once and single ones, tiles that end in the middle, Philox blocks of other lanes' keys,
-what is hidden or dropped of numbers that are not finite."""
+"""A boolean mask tensor and dropout, beside ALiBi, too, in the backward kernels for Hopper: each row forced, against the oracle
+under the error rule, and what is theirs alone: eight bytes at once and single ones, tiles that end in the middle, Philox blocks
+of other lanes' keys, what is hidden or dropped of numbers that are not finite."""
 
 import itertools
 
@@ -8,14 +8,15 @@ import pytest
 import torch
 from cases import Case
 from gpu import assert_alike
-from test_hopper import DTYPES, MASKS, inputs, random, row_for
+from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_backward import ROWS, assert_gradients_alike, backward_row
-from test_hopper_softcap import check_backward_row, extents, general
+from test_hopper_softcap import check_backward_row, general
 from test_hopper_terms import at_offset, bools
 
 import flashgqa
 
-NAMES = [name for name in ROWS if extents(name)[1] in (64, 128)]
+NAMES = ROWS
+DIMS = 64, 128, 256
 pytestmark = pytest.mark.skipif(not NAMES, reason="needs a GPU of compute capability 9.0 and code for it")
 CASES = [
     Case(b=2, sq=150, sk=200, causal=True, mask="b1qk", sink=True),
@@ -34,6 +35,14 @@ CASES = [
     Case(sq=40, sk=100, dropout=1.0),
     Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, dropout=0.3, sink=True),
     Case(packed=((130, 256), (3, 300)), mask="b1qk", dropout=0.1),
+    Case(b=2, sq=150, sk=200, causal=True, alibi="h", mask="b1qk", sink=True),
+    Case(b=2, sq=140, sk=264, alibi="bh", dropout=0.5, seed_offset=3, q_lens=(140, 0), kv_lens=(264, 33), data="large"),
+    Case(sq=70, sk=257, hq=3, hk=1, scale=0.9, alibi="h", mask="1hqk", dropout=0.2),
+    Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, alibi="bh", dropout=0.3, sink=True),
+    Case(b=2, sq=150, sk=200, causal=True, softcap=20.0, mask="b1qk", sink=True),
+    Case(b=2, sq=140, sk=264, softcap=3.0, dropout=0.5, seed_offset=3, q_lens=(140, 0), kv_lens=(264, 33), data="large"),
+    Case(sq=70, sk=257, hq=3, hk=1, scale=0.9, softcap=1.0, alibi="h", mask="1hqk", dropout=0.2),
+    Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, softcap=30.0, alibi="bh", dropout=0.3, sink=True),
 ]
 EXTENTS = (2, 32, 1, 40, 300), (1, 4, 1, 3000, 30), (1, 6, 2, 700, 900), (3, 5, 5, 33, 1), (8, 16, 16, 1100, 1100)
 SHAPES = {
@@ -50,7 +59,7 @@ def test_within_the_error_rule(name, case):
 
 def gradients(q, k, v, dout=None, rows=(90, 80), **options):
     """By each of these rows, from the results of the general forward row."""
-    width = 64 if q.shape[-1] <= 64 else 128
+    width = next(n for n in DIMS if n >= q.shape[-1])
     forward = {key: value for key, value in options.items() if key != "deterministic"}
     options["seed"] = forward["seed"] = options.pop("seed", 77)
     out, lse = flashgqa.attention(q, k, v, return_lse=True, kernel=general("fwd", q.dtype, width), **forward)
@@ -62,7 +71,7 @@ def gradients(q, k, v, dout=None, rows=(90, 80), **options):
 
 @pytest.mark.parametrize("options", MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_every_way_of_sharing(d, dtype, options):
     """Groups of heads, parts of a group, extents of 1, rows that see nothing; any order of the key tiles."""
     q, k, v = inputs(2, 8, 2, 300, 520, d, dtype=dtype)
@@ -78,7 +87,32 @@ def test_every_way_of_sharing(d, dtype, options):
             assert_gradients_alike(*gradients(q, k, v, **more, **MASKS[options]))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+def test_beside_alibi_and_softcap(d, dtype, options, softcap):
+    """A mask, dropout and both; twice the same bits. Slopes whose LSEs hold no sum: of keys that the mask shows, no two are
+    equally far, as float32 could not tell their scores from each other."""
+    for b, hq, hk, sq, sk in ((2, 8, 2, 300, 520), *EXTENTS[:4]):
+        q, k, v = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
+        slopes = torch.rand(b, hq, device="cuda") ** 4
+        for more in ({"mask": bools(b, hq, sq, sk)}, {"dropout_p": 0.3}, {"mask": bools(b, 1, 1, sk), "dropout_p": 0.3}):
+            more |= {"softcap": softcap} if softcap else {}
+            got, again, expected = gradients(q, k, v, rows=(90, 90, 80), alibi_slopes=slopes, **more, **MASKS[options])
+            assert_gradients_alike(got, expected)
+            assert all(torch.equal(x, y) for x, y in zip(got, again, strict=True))
+            if softcap:
+                assert_gradients_alike(*gradients(q, k, v, **more, **MASKS[options]))
+    q, k, v = inputs(2, 4, 2, 300, 300, d, dtype=dtype)
+    mask = bools(2, 1, 300, 300).tril()
+    for slope in (50.0, -50.0, 1e6, -1e6):
+        odd = torch.tensor([0.1, slope, 0.01, 0.0], device="cuda")
+        more = {"softcap": softcap} if softcap else {}
+        assert_gradients_alike(*gradients(q, k, v, alibi_slopes=odd, mask=mask, dropout_p=0.2, **more, **MASKS[options]))
+
+
+@pytest.mark.parametrize("d", DIMS)
 def test_the_same_bits_wherever_elements_lie(d):
     q, k, v = inputs(2, 4, 2, 200, 392, d)
     mask = bools(2, 4, 200, 392)
@@ -92,7 +126,7 @@ def test_the_same_bits_wherever_elements_lie(d):
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_masks_that_say_what_options_say(d):
     """The same bits as by options: causal with lengths."""
     q, k, v = inputs(2, 8, 2, 420, 420, d)
@@ -107,7 +141,7 @@ def test_masks_that_say_what_options_say(d):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_poison_stays_where_it_is_seen(d, dropout):
     q, k, v = inputs(2, 8, 2, 260, 390, d)
     shown = bools(2, 1, 260, 390)
@@ -136,7 +170,7 @@ def test_poison_stays_where_it_is_seen(d, dropout):
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_which_weights_are_dropped(d, dtype, p):
     """Those of dropout_mask(): Q = 0 makes all weights equal, and dV of a dO with a single 1 is a column of the mask."""
     b, hq, hk, sq, sk = 2, 4, 2, 150, 300
@@ -153,7 +187,7 @@ def test_which_weights_are_dropped(d, dtype, p):
         assert torch.equal(dv[..., : len(some)] != 0, keep[:, ::2, some].transpose(2, 3))
 
 
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_seeds_on_the_device_and_runs(d):
     """The same bits by a seed as a number, on the device, and again; others by another one."""
     q, k, v = inputs(2, 8, 2, 260, 390, d)
@@ -168,15 +202,17 @@ def test_seeds_on_the_device_and_runs(d):
 
 
 def test_plan():
-    """What runs here, and what not: a soft cap or ALiBi beside them, a bias beside the mask, wide heads."""
+    """What runs here, and what not: a bias beside the mask that sequences share and that asks for a gradient."""
     q, k, v = inputs(2, 8, 2, 200, 200, 128)
-    mask, name = bools(2, 1, 200, 200), backward_row(q.dtype, 128)
+    mask = bools(2, 1, 200, 200)
     drops = {"dropout_p": 0.1, "seed": 1}
     for options in ({"mask": mask}, drops, {"mask": mask, **drops}):
+        name = backward_row(q.dtype, 128)
         assert flashgqa.explain(q, k, v, backward=True, **options)["kernel"] == name
-        others = {"softcap": 5.0}, {"alibi_slopes": torch.rand(8, device="cuda")}, {"bias": bools(200, 200).half()}
-        for more in others:
-            plan = flashgqa.explain(q, k, v, backward=True, **options, **more)
-            assert plan["kernel"] == general("bwd", q.dtype, 128) and next(iter(more)) in dict(plan["refused"])[name]
-        plan = flashgqa.explain(*inputs(2, 8, 2, 200, 200, 256), backward=True, **options)
-        assert plan["kernel"] == general("bwd", q.dtype, 256) and row_for(q.dtype, 256, 256, which="bwd") in dict(plan["refused"])
+        slopes, wide = {"alibi_slopes": torch.rand(8, device="cuda")}, inputs(2, 8, 2, 200, 200, 192)
+        for more in ({}, slopes, {"softcap": 5.0}, {"softcap": 5.0, **slopes}):
+            assert flashgqa.explain(q, k, v, backward=True, **options, **more)["kernel"] == name
+            assert flashgqa.explain(*wide, backward=True, **options, **more)["kernel"] == backward_row(q.dtype, 256)
+        if "mask" in options:
+            plan = flashgqa.explain(q, k, v, backward=True, **options, bias=bools(200, 200).half())
+            assert plan["kernel"] == general("bwd", q.dtype, 128) and "bias" in dict(plan["refused"])[name]

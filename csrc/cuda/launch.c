@@ -95,7 +95,6 @@ static const char *refuse_terms(const fgqa_problem *p)
 static const char *refuse_bias(const fgqa_problem *p)
 {
     const fgqa_view *bias = &p->view[FGQA_ARG_bias];
-    if (p->dropout_threshold != 0) { return "bias with dropout"; }
     if (p->softcap != 0.0) { return "bias with softcap"; }
     if (p->view[FGQA_ARG_alibi_slopes].data) { return "bias with alibi_slopes"; }
     if (bias->dtype != p->dtype) { return "bias that is not of q's dtype"; }
@@ -107,8 +106,8 @@ static const char *refuse_bias(const fgqa_problem *p)
 }
 
 /* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, forward
- * ones not both; some have all that there is, bias and mask, too, those for dropout among them; some backward ones a mask and dropout,
- * or a bias, beside neither of the two. */
+ * ones not both; some have all that there is, bias and mask, too, those for dropout among them; backward ones a mask and
+ * dropout, beside both, too, and some a bias, beside neither of the two. */
 static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
@@ -123,10 +122,6 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
     if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
     if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
     if (p->dropout_threshold != 0 && !has_bits) { return "dropout"; }
-    if (has_bits && !has_all && (p->view[FGQA_ARG_mask].data || p->dropout_threshold != 0)) {
-        if (p->softcap != 0.0) { return "mask or dropout with softcap"; }
-        if (p->view[FGQA_ARG_alibi_slopes].data) { return "mask or dropout with alibi_slopes"; }
-    }
     if (!(p->scale >= FLT_MIN && p->scale <= FLT_MAX)) { return "a scale that is not positive"; }
     return NULL;
 }
@@ -381,10 +376,10 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (k->row.float8 && p->view[FGQA_ARG_k].dtype != FGQA_F8E4M3) { return "for float8 KV caches only"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
-        const int has_alibi = k->row.arch == HOPPER && (k->row.pass == FGQA_PASS_FWD ? FGQA_HAS_ALIBI(k->row.d) : FGQA_BWD_HAS_ALIBI(k->row.d));
+        const int hopper_backward = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD;
+        const int has_alibi = hopper_backward || (k->row.arch == HOPPER && FGQA_HAS_ALIBI(k->row.d));
         const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
-        const int has_bits = k->row.dropout || (k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BITS(k->row.d));
-        const int has_bias = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD && FGQA_BWD_HAS_BIAS(k->row.d);
+        const int has_bits = k->row.dropout || hopper_backward, has_bias = hopper_backward && FGQA_BWD_HAS_BIAS(k->row.d);
         const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all, has_bits, has_bias);
         if (option) {
             return fgqa_reason(why, "has no %s", option);

@@ -135,6 +135,7 @@ static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *r
 {
     static const int32_t sets[] = {WITH_BIAS, WITH_SOFTCAP, WITH_ALIBI, WITH_SOFTCAP | WITH_BIAS, WITH_SOFTCAP | WITH_ALIBI,
                                    WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK, WITH_DROPOUT | WITH_BIAS, WITH_BIAS | WITH_MASK,
+                                   WITH_DROPOUT | WITH_BIAS | WITH_MASK,
                                    WITH_DROPOUT | WITH_SOFTCAP, WITH_DROPOUT | WITH_ALIBI, WITH_DROPOUT | WITH_SOFTCAP | WITH_ALIBI};
     for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
         if (sets[n] != own_options(row)) { FGQA_TRY(run_kernel(kernel, row, memory, ROWS, 0, sets[n])); }

@@ -181,18 +181,18 @@ static void check_row(const fgqa_kernel *kernel)
         if (FGQA_HAS_SCALES(row->d, row->block_q)) { RAN(CACHE | SCALES); }
         return;
     }
-    if (FGQA_BWD_HAS_ALIBI(row->d)) {
-        RAN(ALIBI);
-        RAN(SOFTCAP | ALIBI);
-    }
-    if (FGQA_BWD_HAS_BITS(row->d)) {
-        RAN(MASK);
-        RAN(DROPOUT);
-        RAN(DROPOUT | MASK);
-    }
+    RAN(ALIBI);
+    RAN(SOFTCAP | ALIBI);
+    RAN(MASK);
+    RAN(DROPOUT);
+    RAN(DROPOUT | MASK);
+    RAN(DROPOUT | SOFTCAP);
+    RAN(DROPOUT | ALIBI);
     if (FGQA_BWD_HAS_BIAS(row->d)) {
         RAN(BIAS | DBIAS);
         RAN(BIAS | MASK);
+        RAN(DROPOUT | BIAS | DBIAS);
+        RAN(DROPOUT | BIAS | MASK);
     }
 #undef RAN
 }

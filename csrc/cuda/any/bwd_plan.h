@@ -6,11 +6,7 @@
 
 enum { FGQA_BWD_MAX_SPLITS = 4, FGQA_BWD_LONG = 64 };           /* FGQA_BWD_LONG: key tiles */
 
-/* Backward rows for Hopper that have a kernel with ALiBi. */
-#define FGQA_BWD_HAS_ALIBI(d) ((d) <= 128)
-/* .. with a mask tensor and dropout: sm90/bwd_bits.cuh. */
-#define FGQA_BWD_HAS_BITS(d) ((d) <= 128)
-/* .. with a bias tensor, without or beside a mask tensor, and its gradient: sm90/bwd_bias.cuh. */
+/* Backward rows for Hopper that have kernels with a bias tensor, without or beside a mask tensor and dropout, and its gradient: sm90/bwd_bias.cuh. */
 #define FGQA_BWD_HAS_BIAS(d) ((d) <= 128)
 
 static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }

@@ -7,6 +7,7 @@
  * meet, seen or not. Both are noted, 16 keys at a time (bwd_poisoned_keys()), and here these keys' gradients are made from the
  * equations: by a block a key tile, a key at a time, whose rows its warps share out. Where nothing was noted it reads a few words.
  */
+#include "../common/dropout.cuh"
 #include "../common/launch.cuh"
 #include "../common/softcap.cuh"
 #include "bwd_rows.cuh"
@@ -58,6 +59,13 @@ static __device__ __forceinline__ const float *stats_of(const fgqa_problem &p, c
     return bwd_tiled_stats(w, bwd_q_tile(p, w, t.b, h, t.sequence.q_row, i / w.block_q), i);
 }
 
+/* Whether the mask tensor lets row i of head h see key j. */
+static __device__ __forceinline__ bool shows(const fgqa_problem &p, const key_tile &t, int32_t h, int32_t i, int32_t j)
+{
+    const fgqa_view &mask = p.view[FGQA_ARG_mask];
+    return !mask.data || *(fgqa_row_address(mask, 1, t.b, h, i) + j * mask.stride_d);
+}
+
 /* A lane's columns of dK, without its scale, and of dV, from the rows of its warp. */
 template <typename T>
 static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv)[COLUMNS], const fgqa_params &params, const fgqa_bwd_workspace &w, const key_tile &t,
@@ -66,13 +74,20 @@ static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv
     const fgqa_problem &p = params.problem;
     const int warp = (int)threadIdx.x / 32, column = (int)threadIdx.x % 32 * COLUMNS;
     const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes];
+    const dropout_key key = dropout_key_make(p);
     float v[COLUMNS];
     load_eight<T>(v, fgqa_row_address(p.view[FGQA_ARG_v], sizeof(T), t.b, t.kv_head, t.sequence.k_row + j), column, p.dv, params.vector_v);
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
         const float slope_log2 = slopes.data ? load_float(slopes.data, t.b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E : 0.0f;
         for (int32_t i = seen.begin + warp; i < seen.end; i += WARPS) {
+            if (!shows(p, t, h, i, j)) { continue; }
             const float *stats = stats_of(p, w, t, h, i);
             const float lse2 = stats[0], delta = stats[w.block_q];
+            bool kept = true;
+            if (p.dropout_threshold != 0) {
+                const fgqa_philox_block bits = fgqa_dropout_bits(key.seed, key.offset, (uint32_t)j / 8, (uint32_t)i, (uint32_t)t.b * (uint32_t)p.hq + (uint32_t)h);
+                kept = fgqa_dropout_keeps(fgqa_dropout_half(&bits, j % 8), key.threshold);
+            }
             float q[COLUMNS], dout[COLUMNS], qk = 0.0f, dp = 0.0f;
             load_eight<T>(q, fgqa_row_address(p.view[FGQA_ARG_q], sizeof(T), t.b, h, t.sequence.q_row + i), column, p.d, params.vector_q);
             load_eight<T>(dout, fgqa_row_address(p.view[FGQA_ARG_dout], sizeof(T), t.b, h, t.sequence.q_row + i), column, p.dv, params.vector_dout);
@@ -83,11 +98,12 @@ static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv
             }
             const float capped = tanh_score(warp_sum(qk) * units.in_caps);
             const float weight = ex2(bwd_less_alibi(capped, units.scale_log2, slope_log2, (float)(i + t.sequence.mask.diag - j)) - lse2);
-            const float ds = weight * FGQA_SOFTCAP_GRAD(capped, 1.0f) * (warp_sum(dp) - delta);
+            dp = warp_sum(dp);
+            const float ds = weight * FGQA_SOFTCAP_GRAD(capped, 1.0f) * ((kept ? dp * params.dropout_scale : 0.0f) - delta), of_dv = weight * params.dropout_scale;
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) {
                 dk[n] = fmaf(ds, q[n], dk[n]);
-                dv[n] = fmaf(weight, dout[n], dv[n]);
+                if (kept) { dv[n] = fmaf(of_dv, dout[n], dv[n]); }
             }
         }
     }
@@ -130,6 +146,7 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     bool lost = false, some_left = false;
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + thread; i < seen.end; i += THREADS) {
+            if (!shows(p, t, h, i, j)) { continue; }
             const float *stats = stats_of(p, w, t, h, i);
             lost |= isnan(stats[0]) || (finite_key && !isfinite(stats[w.block_q]));
             some_left |= !isnan(stats[0]);
@@ -139,6 +156,7 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     some_left = __syncthreads_or(some_left);
     for (int32_t h = t.kv_head * p.g; some_left && !finite_key && h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + warp; i < seen.end; i += WARPS) {
+            if (!shows(p, t, h, i, j)) { continue; }
             T *const dq_row = (T *)fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), t.b, h, sequence.q_row + i);
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) {
@@ -149,11 +167,12 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     if (lost && finite_key) { return; }
 
     float dk[COLUMNS] = {}, dv[COLUMNS] = {};
-    if (!lost) { sum_rows<T>(dk, dv, params, w, t, j, seen, k, units); }
+    const bool drops = p.dropout_threshold != 0;           /* dV of keys that such rows drop */
+    if (!lost || drops) { sum_rows<T>(dk, dv, params, w, t, j, seen, k, units); }
 #pragma unroll
     for (int n = 0; n < COLUMNS; n++) {
         sums[warp][0][column + n] = lost ? NAN : dk[n];
-        sums[warp][1][column + n] = lost ? NAN : dv[n];
+        sums[warp][1][column + n] = lost && !drops ? NAN : dv[n];
     }
     __syncthreads();
     float sum_dk = 0.0f, sum_dv = 0.0f;

@@ -49,6 +49,7 @@
 #include "../common/softmax.cuh"
 #include "../kernel_table.h"
 #include "../tensor_map.h"
+#include "fwd_terms.cuh"
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 
@@ -66,15 +67,19 @@ static constexpr int CHUNKS = D / CHUNK;
 static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-/* What happens to scores besides the scale and the interval mask: a kernel of its own each. BIAS_AND_MORE: a bias and a mask tensor, or
- * a bias whose gradient is stored, or both. */
-enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE };
-template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_MORE;
-template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT;
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
+ * a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be missing;
+ * CAPPED_AND_BITS beside a soft cap. */
+enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE, BIAS_AND_DROPOUT, BIAS_AND_DROPOUT_AND_MORE,
+                  ALIBI_AND_BITS, CAPPED_AND_BITS };
+template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS;
+template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE;
+template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || ANY_BITS<KIND> || STORES_DBIAS<KIND>;
+template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || ANY_BITS<KIND>;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
-template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI;
-template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI;
-template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_MORE;
+template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI || KIND == CAPPED_AND_BITS;
+template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || ANY_BITS<KIND>;
+template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND>;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
  * inf or NaN. With a bias: rows whose scores count from a base. */
@@ -94,6 +99,8 @@ struct bwd_params {
     float inv_dropout_scale;
     CUtensorMap bias_map, dbias_map;                             /* dims (key, head, row, batch); box 64 keys x 64 rows */
     int32_t some_dbias;
+    float score_scale;                                           /* of scores, beside a bias; without dropout's, which dK and dQ have */
+    float dbias_scale;                                           /* dropout's */
 };
 
 /* A pair of elements with 0 for those that are inf or NaN. */
@@ -147,6 +154,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_softcap.cuh"
 #if FGQA_D == 256
 #include "bwd_wide.cuh"
+#include "fwd_dropout.cuh"
 #include "bwd_queries.cuh"
 #else
 #include "bwd_pair.cuh"
@@ -215,7 +223,7 @@ static bool skips_tiles(const fgqa_problem *problem)
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_states[2], tensor_state, dropout_state, both_state, bias_states[2];
+    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[4];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -233,6 +241,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
+    p.score_scale = p.common.scale;
     p.in_caps = fgqa_in_caps(problem);
     /* Free, float32 sums of dQ are cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
     p.ordered = p.w.dq == NULL || problem->deterministic || (problem->sk <= FEW_KEYS && !problem->varlen);
@@ -251,29 +260,33 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #if FGQA_D != 256
     p.finish = finish_order(p, problem, order, multiprocessors);
 #endif
-    const bool masked = p.w.key_rows != NULL;
+    const bool masked = p.w.key_rows != NULL, slopes = problem->view[FGQA_ARG_alibi_slopes].data, drops = problem->dropout_threshold != 0;
+    const bool some_mask = mask.data, bits = some_mask || drops;
     auto kernel = capped ? bwd_kernel<true, CAPPED> : masked ? bwd_kernel<true, PLAIN> : bwd_kernel<false, PLAIN>;
     launch_state *state = capped ? &capped_state : masked ? &masked_state : &plain_state;
-#if FGQA_BWD_HAS_ALIBI(FGQA_D)
-    if (problem->view[FGQA_ARG_alibi_slopes].data) {
-        kernel = capped ? bwd_kernel<true, CAPPED_ALIBI> : bwd_kernel<true, ALIBI>;
-        state = &alibi_states[capped];
+    p.inv_dropout_scale = p.dbias_scale = 1.0f;
+    if (drops && problem->dropout_threshold < 65536) {           /* else dS has nothing to be scaled */
+        p.inv_dropout_scale = 1.0f / p.common.dropout_scale;
+        p.dbias_scale = p.common.dropout_scale;
+        p.common.scale *= p.common.dropout_scale;                /* of dK and dQ: that of scores is scale_log2 */
     }
-#endif
-#if FGQA_BWD_HAS_BITS(FGQA_D)
-    if (problem->view[FGQA_ARG_mask].data) {
-        kernel = bwd_kernel<true, MASK_TENSOR>;
-        state = &tensor_state;
+    if (capped && bits) {
+        kernel = bwd_kernel<true, CAPPED_AND_BITS>;
+        state = &capped_and_bits_state;
+    } else if (slopes && capped) {
+        kernel = bwd_kernel<true, CAPPED_ALIBI>;
+        state = &capped_alibi_state;
+    } else if (D == 256 ? slopes || bits : slopes && bits) {
+        kernel = bwd_kernel<true, ALIBI_AND_BITS>;
+        state = &alibi_and_bits_state;
     }
-    p.inv_dropout_scale = 1.0f;
-    if (problem->dropout_threshold != 0) {
-        const bool some_mask = problem->view[FGQA_ARG_mask].data;
-        kernel = some_mask ? bwd_kernel<true, MASK_AND_DROPOUT> : bwd_kernel<true, DROPOUT>;
-        state = some_mask ? &both_state : &dropout_state;
-        if (problem->dropout_threshold < 65536) {                /* else dS has nothing to be scaled */
-            p.inv_dropout_scale = 1.0f / p.common.dropout_scale;
-            p.common.scale *= p.common.dropout_scale;            /* of dK and dQ: that of scores is scale_log2 */
-        }
+#if FGQA_D != 256
+    if (slopes && !capped && !bits) {
+        kernel = bwd_kernel<true, ALIBI>;
+        state = &alibi_state;
+    } else if (bits && !slopes && !capped) {
+        kernel = drops ? some_mask ? bwd_kernel<true, MASK_AND_DROPOUT> : bwd_kernel<true, DROPOUT> : bwd_kernel<true, MASK_TENSOR>;
+        state = &bits_states[2 * drops + some_mask];
     }
 #endif
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
@@ -290,9 +303,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
             error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * sizeof(T), stream);
         }
         if (error != cudaSuccess) { return error; }
-        const bool more = problem->view[FGQA_ARG_mask].data != NULL || p.some_dbias;
-        kernel = more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
-        state = &bias_states[more];
+        const bool more = some_mask || p.some_dbias;
+        kernel = drops ? more ? bwd_kernel<true, BIAS_AND_DROPOUT_AND_MORE> : bwd_kernel<true, BIAS_AND_DROPOUT> : more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
+        state = &bias_states[2 * drops + more];
     }
 #endif
     const int64_t tasks = p.sections * key_tiles;

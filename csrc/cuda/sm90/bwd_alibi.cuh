@@ -28,3 +28,16 @@ template <score_kind KIND> static __device__ __forceinline__ float exponent(floa
     if constexpr (WITH_ALIBI<KIND>) { return bwd_less_alibi(s, scale_log2, alibi.slope_log2, alibi.first + (float)(8 * (n - e / 2) + e % 2)) - lse2; }
     return fmaf(s, HAS_BIAS<KIND> ? (float)FGQA_LOG2E : scale_log2, -lse2);
 }
+
+/* S of 64 keys x 64 rows -> pairs of P. */
+template <score_kind KIND>
+static __device__ __forceinline__ void make_weights(uint32_t (&weights)[16], float (&s)[32], const float4 (&lse2)[4], float scale_log2, const alibi_lane &alibi)
+{
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(exponent<KIND>(s[4 * n + e], of_row(lse2, n, e % 2), scale_log2, alibi, n, e)); }
+        weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
+        weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
+    }
+}

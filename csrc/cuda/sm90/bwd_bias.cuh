@@ -81,12 +81,23 @@ PTX_FN void stmatrix_x4_trans_if(bool yes, uint32_t address, uint32_t r0, uint32
 
 /* dS -> dbias in a consumer's tile, and from there to `at`: key, row, head, sequence. The tile is free then (`empty`), but for the thread
  * that still has to wait for its store. */
-static __device__ __forceinline__ void store_dbias(const bwd_params &p, uint32_t tile, uint64_t *empty, const int4 &at, const uint32_t (&gradients)[16], int consumer)
+template <score_kind KIND> static __device__ __forceinline__ void store_dbias(const bwd_params &p, uint32_t tile, uint64_t *empty, const int4 &at, const uint32_t (&gradients)[16], int consumer)
 {
     const uint32_t to = bias_of_lane(tile), here = thread_index() & 127;
     const bool wanted = p.some_dbias;
 #pragma unroll
-    for (int n = 0; n < 4; n++) { stmatrix_x4_trans_if(wanted, to + 2048 * n, gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]); }
+    for (int n = 0; n < 4; n++) {
+        uint32_t x[4];
+#pragma unroll
+        for (int m = 0; m < 4; m++) {
+            x[m] = gradients[4 * n + m];
+            if (DROPS<KIND>) {
+                const float2 pair = unpack2(x[m], T());
+                x[m] = pack2(pair.x * p.dbias_scale, pair.y * p.dbias_scale, T());
+            }
+        }
+        stmatrix_x4_trans_if(wanted, to + 2048 * n, x[0], x[1], x[2], x[3]);
+    }
     if (wanted) {
         fence_proxy_async();
         bar_sync(OF_CONSUMER_TILE + consumer, CONSUMERS / 2);

@@ -1,4 +1,4 @@
-/* bwd_bits.cuh - part of bwd.cu, head dims 64 and 128: a boolean mask tensor, and dropout. Each is a bit a score.
+/* bwd_bits.cuh - part of bwd.cu, a boolean mask tensor, and dropout. Each is a bit a score.
  *
  *     Z = kept / (1 - p)   dV = (P Z)^T dO   dS = P (Z dP - delta)          P and dS are 0 where the mask hides
  *
@@ -103,7 +103,7 @@ static __device__ __forceinline__ lane_bits bits_of_mask(const mask_bytes &bytes
 /* Those of the first tile of a task. */
 template <score_kind KIND> static __device__ __forceinline__ lane_bits first_bits_of_mask(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, int thread)
 {
-    if (KIND == BIAS_AND_MORE && !p.common.problem.view[FGQA_ARG_mask].data) { return {0xFFFFFFFFu}; }
+    if ((STORES_DBIAS<KIND> || ANY_BITS<KIND>) && !p.common.problem.view[FGQA_ARG_mask].data) { return {0xFFFFFFFFu}; }
     return bits_of_mask(load_mask_bytes(p, t, sm.heads[stage].x, row0, consumer, thread));
 }
 
@@ -127,22 +127,45 @@ static __device__ __forceinline__ bit_place place_of_blocks()
     return {32 * (lane >> 3 & 1) + lane % 4 * 2 + (lane >> 2 & 1), lane >> 4};
 }
 
-/* What the lane's blocks keep of the 64 rows from `row0` on of a query head: bits 4 n + w and 16 + 4 n + w for the halves of word w of that of
- * row n. */
-static __device__ __forceinline__ uint32_t draw_blocks(const bwd_params &p, const shared &sm, const task &t, int32_t head, int32_t row0, int consumer, int thread)
+/* What decides about a lane's blocks in 64 rows of a query head. It comes from shared memory, whose loads would wait for products that have been
+ * issued: before them. */
+struct drawing {
+    dropout_key key;
+    uint32_t block, row, batch_head;
+};
+
+static __device__ __forceinline__ drawing prepare_drawing(const dropout_key &shared_key, int32_t key_tile, uint32_t batch_head, int32_t row0, int consumer, int thread)
 {
-    const dropout_key key = sm.dropout;
     const bit_place place = place_of_blocks();
-    const uint32_t block = (uint32_t)(t.n * (BLOCK_K / 8) + consumer * 8 + thread / 32 * 2 + place.block), batch_head = (uint32_t)t.b * (uint32_t)p.common.problem.hq + (uint32_t)head;
+    drawing d = {shared_key, (uint32_t)(key_tile * (BLOCK_K / 8) + consumer * 8 + thread / 32 * 2 + place.block), (uint32_t)(row0 + place.row), batch_head};
+    asm volatile("" : "+l"(d.key.seed), "+l"(d.key.offset), "+r"(d.key.threshold), "+r"(d.block), "+r"(d.row), "+r"(d.batch_head));
+    return d;
+}
+
+/* For the 64 rows from `row0` on. */
+template <score_kind KIND> static __device__ __forceinline__ drawing prepare_drawing(const bwd_params &p, const shared &sm, const task &t, int32_t head, int32_t row0, int consumer, int thread)
+{
+    if constexpr (!DROPS<KIND>) { return {}; }
+    return prepare_drawing(sm.dropout, t.n, (uint32_t)t.b * (uint32_t)p.common.problem.hq + (uint32_t)head, row0, consumer, thread);
+}
+
+/* What the lane's blocks keep: bits 4 n + w and 16 + 4 n + w for the halves of word w of that of row n. */
+static __device__ __forceinline__ uint32_t draw_blocks(const drawing &d)
+{
     uint32_t kept = 0;
 #pragma unroll
     for (int n = 3; n >= 0; n--) {
-        const fgqa_philox_block bits = fgqa_dropout_bits(key.seed, key.offset, block, (uint32_t)(row0 + place.row + 8 * n), batch_head);
+        const fgqa_philox_block bits = fgqa_dropout_bits(d.key.seed, d.key.offset, d.block, d.row + 8 * n, d.batch_head);
 #pragma unroll
-        for (int w = 3; w >= 0; w--) { kept = 2 * kept + dropout_keeps_halves(bits.x[w], key.threshold); }
+        for (int w = 3; w >= 0; w--) { kept = 2 * kept + dropout_keeps_halves(bits.x[w], d.key.threshold); }
     }
     asm volatile("" : "+r"(kept));                               /* here, under the products that have been issued */
     return kept;
+}
+
+template <score_kind KIND> static __device__ __forceinline__ uint32_t draw_blocks(const bwd_params &p, const drawing &d)
+{
+    return ANY_BITS<KIND> && p.common.problem.dropout_threshold == 0 ? 0xFFFFFFFFu : draw_blocks(d);
 }
 
 static __device__ __forceinline__ lane_bits bits_of_blocks(uint32_t kept) { return {exchange_bits<8, 1>(exchange_bits<16, 2>(exchange_bits<4, 16>(kept)))}; }

@@ -130,7 +130,7 @@ template <score_kind KIND, typename... SUMS> static __device__ __forceinline__ v
 
 /* For dbias: dS of keys that are inf or NaN themselves is NaN in the rows that see them. dQ has it as 0 then, and dK of such a key is
  * overwritten in the end. */
-template <score_kind KIND> static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, uint32_t (&gradients)[16])
+static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, uint32_t (&gradients)[16])
 {
     const int thread = (int)thread_index() & 127;
     const int32_t own = row0 + thread % 4 * 2, head = sm.bias_at[stage].z - t.kv_head * p.common.problem.g;
@@ -143,7 +143,7 @@ template <score_kind KIND> static __device__ __forceinline__ void poison_dbias(c
 #pragma unroll 1
             for (int n = 0; n < 16; n++) {
                 const int32_t i = own + n / 2 * 8 + n % 2;
-                if (rows.begin <= i && i < rows.end && counts<KIND>(p, t, head, i, key)) { seen |= 1u << n; }
+                if (rows.begin <= i && i < rows.end && counts<BIAS_AND_MORE>(p, t, head, i, key)) { seen |= 1u << n; }
             }
         }
 #pragma unroll
@@ -156,10 +156,10 @@ template <score_kind KIND> static __device__ __forceinline__ void leave_bias(con
                                                                              uint32_t (&gradients)[16])
 {
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
-    if constexpr (KIND == BIAS_AND_MORE) {
-        if (state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, stage, row0, consumer, gradients); }
+    if constexpr (STORES_DBIAS<KIND>) {
+        if (state & KEYS_POISONED && p.some_dbias) { poison_dbias(p, sm, t, stage, row0, consumer, gradients); }
         const int4 at = sm.bias_at[stage];
-        store_dbias(p, bias_tile(sm, slot, consumer), &sm.bias_empty[slot], make_int4(at.x + 64 * consumer, at.y + (D == 64 ? 64 * (int)slot : 0), at.z, at.w), gradients, consumer);
+        store_dbias<KIND>(p, bias_tile(sm, slot, consumer), &sm.bias_empty[slot], make_int4(at.x + 64 * consumer, at.y + (D == 64 ? 64 * (int)slot : 0), at.z, at.w), gradients, consumer);
     } else {
         __syncwarp();
         if (thread_index() % 32 == 0) { mbarrier_arrive(smem_address(&sm.bias_empty[slot])); }

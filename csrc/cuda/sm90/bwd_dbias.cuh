@@ -23,6 +23,7 @@ struct dbias_shared {
     float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];
     fgqa_range rows[2 * 64];                                     /* that see each key of each consumer, where not all do */
     int4 about[2];                                               /* of K and V: sequence (-1: the tile is done), head, CARE_ bits, query tile */
+    dropout_key dropout;
     uint64_t k_full[2], v_full[2], kv_empty[2], q_full[2], dout_full[2], rows_empty[2], bias_full[2], bias_empty[2];
 };
 static_assert(sizeof(dbias_shared) <= SM_BYTES, "the tiles do not fit into shared memory");
@@ -105,9 +106,11 @@ static __device__ void produce_dbias(const bwd_params &p, dbias_shared &sm, cons
     }
 }
 
-/* sum += dS of the own 64 keys and 64 rows. bases: NULL where there are none; row0: of the rows; some_hidden: some bias is -inf. */
+/* sum += dS of the own 64 keys and 64 rows, beside dropout without its scale. bases: NULL where there are none; row0: of the rows;
+ * some_hidden: some bias is -inf. key_tile, batch_head: for dropout. */
+template <bool DROPPING>
 static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_params &p, const dbias_shared &sm, int consumer, uint32_t stage, uint32_t kv_stage, int half,
-                                                  const float *bases, int32_t row0, bool partial, bool some_hidden)
+                                                  const float *bases, int32_t row0, bool partial, bool some_hidden, int32_t key_tile, uint32_t batch_head)
 {
     const int lane = (int)thread_index() & 31;
     const uint64_t k_rows = wgmma_desc_sw128(smem_address(sm.k[kv_stage]) + consumer * 64 * 128, 0, 1024), v_rows = wgmma_desc_sw128(smem_address(sm.v[kv_stage]) + consumer * 64 * 128, 0, 1024);
@@ -123,6 +126,8 @@ static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_pa
         delta[n] = ((const float4 *)sm.delta[stage])[quarter + 4 * n];
     }
     load_bias_pairs(bias, smem_address(sm.bias[half][consumer]));
+    drawing drawing = {};
+    if (DROPPING) { drawing = prepare_drawing(sm.dropout, key_tile, batch_head, row0, consumer, (int)thread_index() & 127); }
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < D / 16; n++) { wgmma64<0>(s, k_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, q_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0); }
@@ -130,14 +135,25 @@ static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_pa
 #pragma unroll
     for (int n = 0; n < D / 16; n++) { wgmma64<0>(dp, v_rows + (n / 4 * BLOCK_K * 128 + n % 4 * 32) / 16, dout_rows + (n / 4 * BLOCK_Q * 128 + n % 4 * 32) / 16, n == 0); }
     wgmma_commit();
+    uint32_t drawn = 0;
+    lane_bits kept = {};
+    if (DROPPING) { drawn = draw_blocks(drawing); }
     wgmma_wait<1>();
-    add_bias(s, bias, p.common.scale);
+    if (DROPPING) { kept = bits_of_blocks(drawn); }
+    add_bias(s, bias, p.score_scale);
     if (bases) { lower_scores(s, bases); }
 #pragma unroll
     for (int n = 0; n < 32; n++) { s[n] = ex2(exponent<BIASED>(s[n], of_row(lse2, n / 4, n % 2), 0.0f, {}, 0, 0)); }
     wgmma_wait<0>();
 #pragma unroll
-    for (int n = 0; n < 32; n++) { s[n] *= dp[n] - of_row(delta, n / 4, n % 2); }
+    for (int n = 0; n < 32; n++) {
+        if (DROPPING) {
+            const bool keeps = kept.bits >> (16 * (n % 2) + lane_bits::at(n / 4, n / 2 % 2)) & 1;
+            s[n] *= (keeps ? dp[n] : 0.0f) - of_row(delta, n / 4, n % 2) * p.inv_dropout_scale;
+        } else {
+            s[n] *= dp[n] - of_row(delta, n / 4, n % 2);
+        }
+    }
     if (some_hidden) {
 #pragma unroll
         for (int n = 0; n < 16; n++) {
@@ -165,11 +181,12 @@ static __device__ __forceinline__ bool hides_some(uint32_t tile)
     return __any_sync(ALL_LANES, same != 0);
 }
 
-static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, const dbias_extent &extent, int consumer)
+template <bool DROPPING> static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, const dbias_extent &extent, int consumer)
 {
     const fgqa_problem &problem = p.common.problem;
     const int thread = (int)thread_index() & 127, lane = thread & 31;
     const int64_t tiles = (int64_t)extent.row_tiles * extent.key_tiles * extent.heads * extent.sequences;
+    const float factor = DROPPING ? p.dbias_scale : 1.0f;
     ring2 kv, r;
     uint32_t parity = 0;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
@@ -209,7 +226,8 @@ static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, cons
                 for (int n = 0; n < HALVES; n++) {
                     const int half = item * HALVES + n;
                     if (half > 0 && at.halves == 1) { continue; }
-                    add_scores(sums[half], p, sm, consumer, r.stage, kv.stage, half, bases ? bases + n * 64 : NULL, at.i0 + half * 64, partial, some_hidden[half]);
+                    add_scores<DROPPING>(sums[half], p, sm, consumer, r.stage, kv.stage, half, bases ? bases + n * 64 : NULL, at.i0 + half * 64, partial, some_hidden[half],
+                                         at.j0 / BLOCK_K, (uint32_t)about.x * (uint32_t)problem.hq + (uint32_t)about.y);
                 }
                 __syncwarp();
                 if (lane == 0) { mbarrier_arrive(smem_address(&sm.rows_empty[r.stage])); }
@@ -228,8 +246,8 @@ static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, cons
             }
             uint32_t pairs[16];
 #pragma unroll
-            for (int n = 0; n < 16; n++) { pairs[n] = pack2(sums[half][2 * n], sums[half][2 * n + 1], T()); }
-            store_dbias(p, smem_address(sm.bias[half][consumer]), &sm.bias_empty[half], make_int4(at.j0 + 64 * consumer, at.i0 + 64 * half, at.head, at.batch), pairs, consumer);
+            for (int n = 0; n < 16; n++) { pairs[n] = pack2(sums[half][2 * n] * factor, sums[half][2 * n + 1] * factor, T()); }
+            store_dbias<BIASED>(p, smem_address(sm.bias[half][consumer]), &sm.bias_empty[half], make_int4(at.j0 + 64 * consumer, at.i0 + 64 * half, at.head, at.batch), pairs, consumer);
         }
         if (thread == 0) {
             for (int half = 0; half < at.halves; half++) { free_dbias(p, &sm.bias_empty[half]); }
@@ -237,13 +255,14 @@ static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, cons
     }
 }
 
-static __global__ void __launch_bounds__(THREADS, 1) dbias_kernel(const __grid_constant__ bwd_params p, const dbias_extent extent)
+template <bool DROPPING> static __global__ void __launch_bounds__(THREADS, 1) dbias_kernel(const __grid_constant__ bwd_params p, const dbias_extent extent)
 {
     extern __shared__ __align__(1024) char memory[];
     dbias_shared &sm = *(dbias_shared *)memory;
     const int warp = __shfl_sync(ALL_LANES, thread_index() / 32, 0), wg = warp / 4, lane = (int)thread_index() % 32;
     if (thread_index() == 0) {
         if (smem_address(memory) % 1024) { __trap(); }           /* the swizzle pattern repeats every 1024 bytes */
+        if (DROPPING) { sm.dropout = dropout_key_make(p.common.problem); }
         for (int s = 0; s < 2; s++) {
             mbarrier_init(smem_address(&sm.k_full[s]), 1);
             mbarrier_init(smem_address(&sm.v_full[s]), 1);
@@ -262,19 +281,21 @@ static __global__ void __launch_bounds__(THREADS, 1) dbias_kernel(const __grid_c
         if (warp == 0 && lane == 0) { produce_dbias(p, sm, extent); }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
-        consume_dbias(p, sm, extent, wg - 1);
+        consume_dbias<DROPPING>(p, sm, extent, wg - 1);
     }
 }
 
 /* Behind the main kernel: it needs its statistics alone. */
 static int sum_dbias(const bwd_params &p, int32_t device, int multiprocessors, cudaStream_t stream)
 {
-    static launch_state state;
+    static launch_state states[2];
     const fgqa_problem &problem = p.common.problem;
+    const bool drops = problem.dropout_threshold != 0;
+    const auto kernel = drops ? dbias_kernel<true> : dbias_kernel<false>;
     const dbias_extent extent = {(problem.sq + TILE - 1) / TILE, (problem.sk + BLOCK_K - 1) / BLOCK_K, problem.bias_shape[1], problem.bias_shape[0]};
     const int64_t tiles = (int64_t)extent.row_tiles * extent.key_tiles * extent.heads * extent.sequences;
     if (tiles == 0) { return cudaSuccess; }
-    const cudaError_t error = allow_shared_memory((const void *)dbias_kernel, sizeof(dbias_shared), device, &state);
+    const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(dbias_shared), device, &states[drops]);
     if (error != cudaSuccess) { return error; }
-    return launch_kernel(dbias_kernel, (uint32_t)min(tiles, (int64_t)multiprocessors), THREADS, sizeof(dbias_shared), stream, p, extent);
+    return launch_kernel(kernel, (uint32_t)min(tiles, (int64_t)multiprocessors), THREADS, sizeof(dbias_shared), stream, p, extent);
 }

@@ -22,6 +22,7 @@ struct queries_shared {
     T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
     T k[2][CHUNKS][BLOCK_K * CHUNK], v[CHUNKS][BLOCK_K * CHUNK];
     uint64_t q_full[2], dout_full[2], k_full[2], k_empty[2], v_full, v_empty;
+    dropout_key dropout;
     uint32_t poisoned[2], poisoned_keys[2];            /* of a stage: whether some key is inf or NaN; while a tile is cleaned: which */
 };
 static_assert(sizeof(queries_shared) <= SM_BYTES, "the tiles do not fit into shared memory");
@@ -97,7 +98,15 @@ static __device__ __noinline__ void clean_tile(queries_shared &sm, uint32_t stag
     bar_sync(BOTH, CONSUMERS);
 }
 
-template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void consume_keys(const bwd_params &p, queries_shared &sm, const query_tile &t, int consumer)
+/* Whether dropout keeps what a lane holds in register m of its scores: row m / 2 % 2, column 8 (m / 4) + 2 (lane % 4) + m % 2, in the bits of
+ * draw_kept(). */
+static __device__ __forceinline__ bool keeps_weight(const uint32_t (&kept)[2], int m)
+{
+    const int block = m / 4, byte = (block % 4 < 2 ? 1 : 0) + 2 * (m % 2);
+    return kept[block % 2] >> (8 * byte + BLOCK_K / 16 - 1 - (block / 4 * 2 + m / 2 % 2)) & 1;
+}
+
+template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void consume_keys(const bwd_params &p, queries_shared &sm, const query_tile &t, const score_terms &terms, int consumer)
 {
     const fgqa_problem &problem = p.common.problem;
     const fgqa_mask &mask = t.sequence.mask;
@@ -124,6 +133,17 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
             full_end = fgqa_kv_end(&mask, i0);
         }
     }
+    const bool drops = DROPS<KIND> && problem.dropout_threshold != 0, some_mask = HAS_MASK<KIND> && problem.view[FGQA_ARG_mask].data;
+    const fgqa_view &slopes = problem.view[FGQA_ARG_alibi_slopes];
+    const bool sloped = WITH_ALIBI<KIND> && slopes.data;
+    const int32_t heads[2] = {t.h, t.h}, own_rows[2] = {i0 + row, i0 + row + 8};
+    const term_rows of_rows = find_term_rows(problem, terms, t.b, heads, own_rows);
+    const uint32_t batch_head = (uint32_t)t.b * (uint32_t)problem.hq + (uint32_t)t.h;
+    const drop_rows drawn_rows = {{(uint32_t)own_rows[0], (uint32_t)own_rows[1]}, {batch_head, batch_head}};
+    float slope_log2 = 0.0f;
+    if (sloped) { slope_log2 = load_float(slopes.data, t.b * slopes.stride_b + t.h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E; }
+    const float distance = (float)(own_rows[0] + mask.diag - lane % 4 * 2);      /* of the first row and column of a lane, from key 0 on */
+    if (drops) { delta[0] *= p.inv_dropout_scale; delta[1] *= p.inv_dropout_scale; }
     float dq[D / 2];
 #pragma unroll
     for (int n = 0; n < D / 2; n++) { dq[n] = 0.0f; }
@@ -132,6 +152,10 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
     for (int32_t n = t.begin; n < t.end; n++, r.advance()) {
         float s[32], dp[32];
         uint32_t pairs[16];                                    /* of dS: A operand of dQ */
+        const int32_t j0 = n * BLOCK_K;
+        uint32_t shown[2] = {0xFFFFFFFFu, 0xFFFFFFFFu}, kept[2] = {};
+        if (some_mask) { load_mask<BLOCK_K>(shown, of_rows, terms, j0, problem.sk); }
+        const dropout_key key = sm.dropout;                    /* before products are issued, behind which it would wait */
         mbarrier_wait(smem_address(&sm.k_full[r.stage]), r.parity);
         uint32_t poisoned = 0;
         if (MASKED) {
@@ -156,15 +180,33 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
             wgmma64<0>(dp, dout_rows + at, v_rows + at, m == 0);
         }
         wgmma_commit();
+        if (drops) { draw_kept<BLOCK_K>(kept, key, drawn_rows, j0); }
         wgmma_wait<1>();
-        if (KIND == CAPPED) { cap_scores(s, p.in_caps); }
+        if (WITH_CAP<KIND>) { cap_scores(s, p.in_caps); }
+        if (sloped) {
+            const float first = distance - (float)j0;
 #pragma unroll
-        for (int m = 0; m < 32; m++) { s[m] = ex2(fmaf(s[m], p.scale_log2, -lse2[m / 2 % 2])) * (KIND == CAPPED ? FGQA_SOFTCAP_GRAD(s[m], 1.0f) : 1.0f); }
+            for (int m = 0; m < 32; m++) {
+                const float less = bwd_less_alibi(s[m], p.scale_log2, slope_log2, first + (float)(m / 2 % 2 * 8 - m / 4 * 8 - m % 2));
+                s[m] = ex2(less - lse2[m / 2 % 2]) * (WITH_CAP<KIND> ? FGQA_SOFTCAP_GRAD(s[m], 1.0f) : 1.0f);
+            }
+        } else {
+#pragma unroll
+            for (int m = 0; m < 32; m++) { s[m] = ex2(fmaf(s[m], p.scale_log2, -lse2[m / 2 % 2])) * (WITH_CAP<KIND> ? FGQA_SOFTCAP_GRAD(s[m], 1.0f) : 1.0f); }
+        }
         wgmma_wait<0>();
         if (thread == 0) { mbarrier_arrive(smem_address(&sm.v_empty)); }
+        if (drops) {
 #pragma unroll
-        for (int m = 0; m < 32; m++) { s[m] *= dp[m] - delta[m / 2 % 2]; }
-        const int32_t j0 = n * BLOCK_K;
+            for (int m = 0; m < 32; m++) { s[m] *= (keeps_weight(kept, m) ? dp[m] : 0.0f) - delta[m / 2 % 2]; }
+        } else {
+#pragma unroll
+            for (int m = 0; m < 32; m++) { s[m] *= dp[m] - delta[m / 2 % 2]; }
+        }
+        if (some_mask) {
+#pragma unroll
+            for (int m = 0; m < 32; m++) { s[m] = shown[m / 2 % 2] >> (m / 4 * 2 + m % 2) & 1 ? s[m] : 0.0f; }
+        }
         if (MASKED && (poisoned || j0 < full_begin || j0 + BLOCK_K > full_end)) {
             const int own = j0 + 2 * (lane % 4);
 #pragma unroll
@@ -194,7 +236,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
     write_rows(dq, p.common.scale, fgqa_row_address(view, sizeof(T), problem.varlen ? 0 : t.b, t.h, t.sequence.q_row + i0 + row), view.stride_s, mask.sq - i0 - row, problem.d, p.vector_dq, lane);
 }
 
-template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ bwd_params p, uint32_t tiles, uint32_t band)
+template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREADS, 1) queries_kernel(const __grid_constant__ bwd_params p, uint32_t tiles, uint32_t band, const score_terms terms)
 {
     extern __shared__ __align__(1024) char memory[];
     queries_shared &sm = *(queries_shared *)memory;
@@ -203,6 +245,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
     if (!find_tile(p, tiles, band, &t)) { return; }
     if (thread_index() == 0) {
         if (smem_address(memory) % 1024) { __trap(); }
+        if (DROPS<KIND>) { sm.dropout = dropout_key_make(p.common.problem); }
         mbarrier_init(smem_address(&sm.v_full), 1);
         mbarrier_init(smem_address(&sm.v_empty), 2);
         for (int s = 0; s < 2; s++) {
@@ -219,22 +262,26 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         if (thread_index() == 0) { produce_keys<MASKED>(p, sm, t); }
     } else {
         setmaxnreg_inc<QUERIES_REGS>();
-        consume_keys<MASKED, KIND>(p, sm, t, wg - 1);
+        consume_keys<MASKED, KIND>(p, sm, t, terms, wg - 1);
     }
 }
 
 /* dQ, after the main kernel. */
 static int finish(const bwd_params &p, int32_t device, int32_t multiprocessors, cudaStream_t stream)
 {
-    static launch_state plain_state, masked_state, capped_state;
+    static launch_state states[6];
     const fgqa_problem &problem = p.common.problem;
-    const bool masked = p.w.key_rows != NULL, capped = problem.softcap > 0.0;
-    const auto kernel = capped ? queries_kernel<true, CAPPED> : masked ? queries_kernel<true, PLAIN> : queries_kernel<false, PLAIN>;
+    const score_terms terms = score_terms_of(&problem);
+    const bool capped = problem.softcap > 0.0, alibi = problem.view[FGQA_ARG_alibi_slopes].data;
+    const bool bits = terms.some_mask || problem.dropout_threshold != 0;
+    const int which = capped ? bits ? 5 : alibi ? 4 : 3 : alibi || bits ? 2 : p.w.key_rows != NULL;
+    const auto kernel = which == 5 ? queries_kernel<true, CAPPED_AND_BITS> : which == 4 ? queries_kernel<true, CAPPED_ALIBI> : which == 3 ? queries_kernel<true, CAPPED> : which == 2 ? queries_kernel<true, ALIBI_AND_BITS>
+        : which == 1 ? queries_kernel<true, PLAIN> : queries_kernel<false, PLAIN>;
     const uint32_t tiles = problem.varlen ? (uint32_t)(problem.total_q / TILE_ROWS) + (uint32_t)problem.b + 1 : ((uint32_t)problem.sq + TILE_ROWS - 1) / TILE_ROWS;
     const uint32_t heads = (uint32_t)problem.hq * (problem.varlen ? 1u : (uint32_t)problem.b), g = (uint32_t)problem.g;
     if (tiles == 0 || heads == 0 || problem.b == 0) { return cudaSuccess; }
     /* whole groups of heads, for about four rounds of blocks, the last of which is short under a causal mask */
     const uint32_t groups = min(8u, (4 * (uint32_t)multiprocessors + tiles * g - 1) / (tiles * g));
-    const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(queries_shared), device, capped ? &capped_state : masked ? &masked_state : &plain_state);
-    return error != cudaSuccess ? error : launch_kernel(kernel, heads * tiles, THREADS, sizeof(queries_shared), stream, p, tiles, groups * g);
+    const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(queries_shared), device, &states[which]);
+    return error != cudaSuccess ? error : launch_kernel(kernel, heads * tiles, THREADS, sizeof(queries_shared), stream, p, tiles, groups * g, terms);
 }

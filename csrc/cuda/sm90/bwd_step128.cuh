@@ -55,7 +55,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         uint32_t bias[16];
         mbarrier_wait(smem_address(&sm.bias_full[r.stage]), r.parity);
         load_bias_pairs(bias, bias_tile(sm, r.stage, consumer));
-        add_bias(s, bias, p.common.scale);
+        add_bias(s, bias, p.score_scale);
         if (sm.about[r.stage].y & CARE_BASES) { lower_scores(s, bases_of(p, sm, r.stage)); }
     }
     int2 following = {0, 0};
@@ -95,15 +95,15 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (MASKED && left.partial) { hide(weights, tile_mask(sm.rows + consumer * 64, left.row0)); }
     if (hides) { keep(weights, weights, left.shown); }
     uint32_t dropped[16];
-    if (DROPS<KIND>) { keep(dropped, weights, left.kept); }
     if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights, bias_tile(sm, r.stage, consumer)); }
+    if (DROPS<KIND>) { keep(dropped, weights, left.kept); }
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dv, (DROPS<KIND> ? dropped : weights) + 4 * n, wgmma_desc_sw128(dout_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
     wgmma_commit();
 
     wgmma_wait<1>();
-    if (DROPS<KIND>) { dropout_gradients(gradients, weights, dp, delta, left.kept, p.inv_dropout_scale); }
+    if (DROPS<KIND>) { dropout_gradients(gradients, WITH_CAP<KIND> ? sloped : weights, dp, delta, left.kept, p.inv_dropout_scale); }
 #pragma unroll
     for (int n = 0; n < 8 && !DROPS<KIND>; n++) {
 #pragma unroll
@@ -124,6 +124,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
     if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, r.stage, r.stage, left.row0, consumer, state, gradients); }
+    const drawing drawing = prepare_drawing<KIND>(p, sm, t, next_head, following.x, consumer, thread);
     wgmma_fence();
 #pragma unroll
     for (int n = 0; n < 4; n++) { wgmma_rs_bt(dk, gradients + 4 * n, wgmma_desc_sw128(q_tile, BLOCK_Q * 128, 1024) + n * 2048 / 16, 1); }
@@ -135,7 +136,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     uint32_t drawn = 0;
     if (DROPS<KIND>) {
         wgmma_wait<2>();                                         /* dV needs its operands no longer */
-        drawn = draw_blocks(p, sm, t, next_head, following.x, consumer, thread);
+        drawn = draw_blocks<KIND>(p, drawing);
     }
 
     ring2 next = r;
@@ -151,7 +152,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (KIND == BIAS_AND_MORE) { free_dbias(p, &sm.bias_empty[r.stage]); }
+        if constexpr (STORES_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
     }
     wgmma_fence();
     first_products(s, sm, keys, next.stage);
@@ -182,7 +183,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
         }
         wgmma_fence();
         first_products(left.s, sm, keys, r.stage);
-        if (DROPS<KIND>) { left.kept = bits_of_blocks(draw_blocks(p, sm, t, sm.heads[r.stage].x, left.row0, consumer, thread)); }
+        if (DROPS<KIND>) { left.kept = bits_of_blocks(draw_blocks<KIND>(p, prepare_drawing<KIND>(p, sm, t, sm.heads[r.stage].x, left.row0, consumer, thread))); }
         if (HAS_MASK<KIND>) { left.shown = first_bits_of_mask<KIND>(p, sm, t, r.stage, left.row0, consumer, thread); }
         wgmma_wait<0>();
     }

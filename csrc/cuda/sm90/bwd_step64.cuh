@@ -40,18 +40,6 @@ static __device__ __forceinline__ void load_stats(float4 (&x)[4], const float *s
     for (int n = 0; n < 4; n++) { x[n] = of_lane[4 * n]; }
 }
 
-template <score_kind KIND>
-static __device__ __forceinline__ void make_weights(uint32_t (&weights)[16], float (&s)[32], const float4 (&lse2)[4], float scale_log2, const alibi_lane &alibi)
-{
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) { s[4 * n + e] = ex2(exponent<KIND>(s[4 * n + e], of_row(lse2, n, e % 2), scale_log2, alibi, n, e)); }
-        weights[2 * n] = pack2(s[4 * n], s[4 * n + 1], T());
-        weights[2 * n + 1] = pack2(s[4 * n + 2], s[4 * n + 3], T());
-    }
-}
-
 /* Of the weights as dV sees them. */
 static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16], const uint32_t (&weights)[16], const float (&dp)[32], const float4 (&delta)[4])
 {
@@ -78,6 +66,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     float s_a[32], s_b[32], dp_a[32], dp_b[32], dq[32];
     uint32_t weights_a[16], weights_b[16], sloped_a[16], sloped_b[16], gradients_a[16], gradients_b[16], dropped_a[16], dropped_b[16];
     lane_bits kept_a = {}, kept_b = {};
+    constexpr bool LATE_MASK = HAS_BIAS<KIND> && DROPS<KIND>;   /* its bytes take registers that are not left before */
     float4 lse2[4], delta[4];
 
     int32_t row0 = 0;
@@ -100,18 +89,19 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         mbarrier_wait(smem_address(&sm.bias_full[0]), r.stage);
         load_bias_pairs(bias, bias_tile(sm, 0, consumer));
     }
+    drawing drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0, consumer, thread);
     mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
     score_products(s_a, keys.k_rows, q_rows);
     score_products(dp_a, keys.v_rows, dout_rows);
     query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
     uint32_t drawn = 0;
-    if (DROPS<KIND>) { drawn = draw_blocks(p, sm, t, own_head, row0, consumer, thread); }
+    if (DROPS<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
 
     wgmma_wait<2>();
     if (DROPS<KIND>) { kept_a = bits_of_blocks(drawn); }
     if constexpr (HAS_BIAS<KIND>) {
-        add_bias(s_a, bias, p.common.scale);
+        add_bias(s_a, bias, p.score_scale);
         if (lowers) { lower_scores(s_a, bases_of(p, sm, r.stage)); }
     }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
@@ -120,15 +110,15 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(weights_a, weights_a, shown_a); }
-    if (DROPS<KIND>) { keep(dropped_a, weights_a, kept_a); }
     if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights_a, bias_tile(sm, 0, consumer)); }
+    if (DROPS<KIND>) { keep(dropped_a, weights_a, kept_a); }
     wgmma_fence();
     score_products(s_b, keys.k_rows, q_rows + NEXT);
     key_products(dv, DROPS<KIND> ? dropped_a : weights_a, dout_rows);
 
     wgmma_wait<3>();
     if (DROPS<KIND>) {
-        dropout_gradients(gradients_a, weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
+        dropout_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
     } else {
         make_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
@@ -146,7 +136,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     store_gradients(smem_address(sm.ds[0][0]), gradients_a, consumer);
     mask_bytes bytes_a = {}, bytes_b = {};
     const bool other_mask = HAS_MASK<KIND> && !same_mask(p, row0, next_row0);
-    if (other_mask) {
+    if (other_mask && !LATE_MASK) {
         bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
         bytes_b = load_mask_bytes(p, t, next_head, next_row0 + HALF, consumer, thread);
     }
@@ -155,15 +145,17 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         mbarrier_wait(smem_address(&sm.bias_full[1]), r.stage);
         load_bias_pairs(bias, bias_tile(sm, 1, consumer));
     }
+    drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0 + HALF, consumer, thread);
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
-    if (DROPS<KIND>) { drawn = draw_blocks(p, sm, t, own_head, row0 + HALF, consumer, thread); }
+    if (HAS_BIAS<KIND> && DROPS<KIND>) { wgmma_wait<2>(); }     /* dV needs its operands no longer */
+    if (DROPS<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
 
     wgmma_wait<3>();
     if constexpr (HAS_BIAS<KIND>) {
-        if (KIND == BIAS_AND_MORE && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
-        add_bias(s_b, bias, p.common.scale);
+        if (STORES_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
+        add_bias(s_b, bias, p.score_scale);
         if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
     }
     if (DROPS<KIND>) { kept_b = bits_of_blocks(drawn); }
@@ -177,7 +169,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<2>();
     if (DROPS<KIND>) {
-        dropout_gradients(gradients_b, weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
+        dropout_gradients(gradients_b, WITH_CAP<KIND> ? sloped_b : weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
     } else {
         make_gradients(gradients_b, WITH_CAP<KIND> ? sloped_b : weights_b, dp_b, delta);
     }
@@ -192,6 +184,10 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
     if (other_mask) {
+        if (LATE_MASK) {
+            bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
+            bytes_b = load_mask_bytes(p, t, next_head, next_row0 + HALF, consumer, thread);
+        }
         ahead.shown[0] = bits_of_mask(bytes_a);
         ahead.shown[1] = bits_of_mask(bytes_b);
     }
@@ -200,7 +196,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (KIND == BIAS_AND_MORE) { free_dbias(p, &sm.bias_empty[1]); }
+        if constexpr (STORES_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
     }
 }
 

@@ -27,6 +27,7 @@ struct shared {
     T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
 #if FGQA_D == 256
     T weights[2][BLOCK_K * BLOCK_Q];                             /* P^T in the order of the consumers' registers */
+    uint2 bits[2][128];                                          /* of a stage, which belong to them: shown, kept (lane_bits) */
 #else
     T ds[D / 64][BLOCK_Q / 64][BLOCK_K * 64];
     float dq[2][BLOCK_Q * D];
@@ -234,10 +235,11 @@ template <score_kind KIND> static __device__ __forceinline__ int2 about_tile(con
     return about;
 }
 
-static __device__ __forceinline__ alibi_tile alibi_of_tile(const bwd_params &p, const task &t, const walk<true> &at)
+template <score_kind KIND> static __device__ __forceinline__ alibi_tile alibi_of_tile(const bwd_params &p, const task &t, const walk<true> &at)
 {
     const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
-    const float slope = load_float(slopes.data, t.b * slopes.stride_b + (t.kv_head * p.common.problem.g + at.head) * slopes.stride_h, slopes.dtype);
+    float slope = 0.0f;
+    if (!ANY_BITS<KIND> || slopes.data) { slope = load_float(slopes.data, t.b * slopes.stride_b + (t.kv_head * p.common.problem.g + at.head) * slopes.stride_h, slopes.dtype); }
     return {slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
 }
 
@@ -277,7 +279,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
         }
         alibi_tile alibi = {};
         if constexpr (WITH_ALIBI<KIND>) {
-            if (t.steps > 0) { alibi = alibi_of_tile(p, t, at); }
+            if (t.steps > 0) { alibi = alibi_of_tile<KIND>(p, t, at); }
         }
         for (int32_t step = 0; step == 0 || step < t.steps; step++) {
             if (step == max(t.steps - AHEAD, 0)) { mbarrier_arrive(smem_address(&sm.task_free)); }
@@ -292,7 +294,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
                 }
                 const alibi_tile own_alibi = alibi;
                 if constexpr (WITH_ALIBI<KIND>) {
-                    if (step + 1 < t.steps) { alibi = alibi_of_tile(p, t, at); }
+                    if (step + 1 < t.steps) { alibi = alibi_of_tile<KIND>(p, t, at); }
                 }
                 mbarrier_wait(smem_address(&sm.q_empty[r.stage]), r.parity ^ 1);
                 if (MASKED) { sm.about[r.stage] = make_int4(about.x, about.y, following.x, following.y); }

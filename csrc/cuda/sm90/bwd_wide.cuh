@@ -7,6 +7,7 @@
  *     P to shared memory
  *     dV issued, wait               dK issued, wait
  * Registers: dV or dK 128, S or dP 32, P or dS in 16 bits 16, lse2 or delta 16.
+ * What a mask tensor shows and dropout keeps is made under S and goes along with the weights, which are those before dropout.
  */
 #pragma once
 
@@ -31,6 +32,7 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
 {
     const int thread = (int)threadIdx.x & 127, lane = thread & 31, key = thread / 32 * 16 + lane / 4;                      /* and key + 8 */
     const uint64_t key_rows = wgmma_desc_sw128(OWN_ROLE == VALUES ? smem_address(sm.k) : smem_address(sm.v), 0, 1024);
+    const bool drops = DROPS<KIND> && p.common.problem.dropout_threshold != 0, some_mask = HAS_MASK<KIND> && p.common.problem.view[FGQA_ARG_mask].data;
     ring2 r;
     for (uint32_t state = 0;; state = ~state & 1) {            /* parity of the task, and what it met */
         mbarrier_wait(smem_address(&sm.task_full), state & 1);
@@ -57,6 +59,14 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
             const float4 stats[4] = {of_lane[0], of_lane[4], of_lane[8], of_lane[12]};
             const uint64_t query_rows = wgmma_desc_sw128(rows, 0, 1024), query_columns = wgmma_desc_sw128(columns, BLOCK_Q * 128, 1024);
             uint4 *const exchanged = (uint4 *)sm.weights[r.stage] + thread;
+            const alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, 0, thread);
+            lane_bits shown = {0xFFFFFFFFu}, kept = shown;
+            mask_bytes bytes = {};
+            int32_t head = 0;
+            if (HAS_BITS<KIND> && OWN_ROLE == VALUES) { head = sm.heads[r.stage].x; }
+            if (some_mask && OWN_ROLE == VALUES) { bytes = load_mask_bytes(p, t, head, row0, 0, thread); }
+            drawing drawing = {};
+            if (drops && OWN_ROLE == VALUES) { drawing = prepare_drawing<KIND>(p, sm, t, head, row0, 0, thread); }
             wgmma_fence();
 #pragma unroll
             for (int n = 0; n < D / 16; n++) {
@@ -65,21 +75,25 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
             wgmma_commit();
             if (OWN_ROLE == VALUES) {
                 mbarrier_wait(smem_address(&sm.weights_empty[r.stage]), r.parity ^ 1);
+                if (drops) { kept = bits_of_blocks(draw_blocks(drawing)); }
+                if (some_mask) { shown = bits_of_mask(bytes); }
+                if (HAS_BITS<KIND>) { sm.bits[r.stage][thread] = make_uint2(shown.bits, kept.bits); }
                 wgmma_wait<0>();
                 if (thread == 0) { mbarrier_arrive(smem_address(&sm.q_empty[r.stage])); }
-                if (KIND == CAPPED) { capped_weights<KIND>(pairs, sloped, x, stats, p, {}); }
-#pragma unroll
-                for (int n = 0; n < 8 && KIND != CAPPED; n++) {
-#pragma unroll
-                    for (int e = 0; e < 4; e++) { x[4 * n + e] = ex2(fmaf(x[4 * n + e], p.scale_log2, -of_row(stats, n, e % 2))); }
-                    pairs[2 * n] = pack2(x[4 * n], x[4 * n + 1], T());
-                    pairs[2 * n + 1] = pack2(x[4 * n + 2], x[4 * n + 3], T());
+                if (WITH_CAP<KIND>) {
+                    capped_weights<KIND>(pairs, sloped, x, stats, p, alibi);
+                } else if (KIND == ALIBI_AND_BITS && !p.common.problem.view[FGQA_ARG_alibi_slopes].data) {
+                    make_weights<PLAIN>(pairs, x, stats, p.scale_log2, alibi);
+                } else {
+                    make_weights<KIND>(pairs, x, stats, p.scale_log2, alibi);
                 }
                 if (MASKED && partial) { hide(pairs, tile_mask(sm.rows + OWN_ROLE * 64, row0)); }
-                const uint32_t (&sent)[16] = KIND == CAPPED ? sloped : pairs;
+                if (some_mask) { keep(pairs, pairs, shown); }
+                const uint32_t (&sent)[16] = WITH_CAP<KIND> ? sloped : pairs;
 #pragma unroll
                 for (int n = 0; n < 4; n++) { exchanged[128 * n] = make_uint4(sent[4 * n], sent[4 * n + 1], sent[4 * n + 2], sent[4 * n + 3]); }
                 warp_arrive(&sm.weights_full[r.stage], lane);
+                if (drops) { keep(pairs, pairs, kept); }
             } else {
                 mbarrier_wait(smem_address(&sm.weights_full[r.stage]), r.parity);
                 wgmma_wait<0>();
@@ -92,13 +106,20 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
                     pairs[4 * n + 2] = four.z;
                     pairs[4 * n + 3] = four.w;
                 }
+                if (HAS_BITS<KIND>) {
+                    const uint2 both = sm.bits[r.stage][thread];
+                    shown.bits = both.x;
+                    kept.bits = both.y;
+                }
                 warp_arrive(&sm.weights_empty[r.stage], lane);
+                if (drops) { dropout_gradients(pairs, pairs, x, stats, kept, p.inv_dropout_scale); }
 #pragma unroll
-                for (int n = 0; n < 16; n++) {
+                for (int n = 0; n < 16 && !drops; n++) {
                     const float2 weight = unpack2(pairs[n], T());                  /* as dV sees it */
                     pairs[n] = pack2(weight.x * (x[2 * n] - of_row(stats, n / 2, 0)), weight.y * (x[2 * n + 1] - of_row(stats, n / 2, 1)), T());
                 }
                 if (MASKED && partial) { hide(pairs, tile_mask(sm.rows + OWN_ROLE * 64, row0)); }
+                if (some_mask) { keep(pairs, pairs, shown); }
             }
             wgmma_fence();
 #pragma unroll
@@ -115,7 +136,7 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
         if (MASKED && OWN_ROLE == VALUES && state & CARE_POISON) { add_poison<KIND>(p, t, last_key, last_lane, sum); }
         if (!WITH_CAP<KIND> && MASKED && state & KEYS_POISONED) { overwrite_poisoned<KIND>(p, sm, t, last_key, sum); }
         if (WITH_CAP<KIND> && OWN_ROLE == KEYS) { note_poison(p, t, state & KEYS_POISONED, last_key / FGQA_BWD_KEYS_A_WORD, last_lane, sum); }
-        const float factor = OWN_ROLE == VALUES ? 1.0f : p.common.scale;
+        const float factor = OWN_ROLE == KEYS ? p.common.scale : DROPS<KIND> ? p.common.dropout_scale : 1.0f;
         if (p.w.splits > 1) {
             write_part(p, t, OWN_ROLE == VALUES ? p.w.dv : p.w.dk, sum, factor, j0 + last_key, last_lane);
         } else {
