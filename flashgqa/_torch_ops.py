@@ -100,13 +100,23 @@ def c_backward(dout, tensors, dlse, want_dbias, options):
         raise torch.OutOfMemoryError(str(error)) from error
 
 
+def _as_tensors(*given):
+    """Subclasses that add methods, as fastai's, as the tensors they are; one with a __torch_dispatch__ stays what it may be."""
+    plain = torch._C._disabled_torch_dispatch_impl
+    return [
+        x.as_subclass(torch.Tensor) if isinstance(x, torch.Tensor) and type(x).__torch_dispatch__ is plain else x for x in given
+    ]
+
+
 @untraced
-def _forward(q, k, v, *options):
+def _forward(*given):
+    q, k, v, *options = _as_tensors(*given)
     return c_forward(q, k, v, True, _c_options(options[:_N_TENSORS], options[_N_TENSORS:]))
 
 
 @untraced
-def _backward(dout, q, k, v, out, lse, dlse, want_dbias, *options):
+def _backward(*given):
+    dout, q, k, v, out, lse, dlse, want_dbias, *options = _as_tensors(*given)
     of_options = _c_options(options[:_N_TENSORS], options[_N_TENSORS:])
     dq, dk, dv, dbias, dsink = c_backward(dout, (q, k, v, out, lse), dlse, want_dbias, of_options)
     return dq, dk, dv, q.new_empty(0) if dbias is None else dbias, q.new_empty(0) if dsink is None else dsink

@@ -277,6 +277,23 @@ def test_batched_gradients(options):
     assert torch.equal(*jacobians)
 
 
+class Named(torch.Tensor):
+    """As fastai's and torchvision's tensors: methods of its own, and memory that is its values."""
+
+
+@pytest.mark.parametrize("options", [{}, dict(bias=torch.ones(5, 7).double(), return_lse=True), dict(dropout_p=0.4, seed=3)])
+def test_a_class_of_tensors_of_its_own(options):
+    plain = inputs()
+    named = [x.detach().clone().as_subclass(Named).requires_grad_() for x in plain]
+    results, expected = (fg.attention(*x, **options) for x in (named, plain))
+    results, expected = (x if isinstance(x, tuple) else (x,) for x in (results, expected))
+    found, wanted = gradients(results, named), gradients(expected, plain)
+    for a, b in zip((*results, *found), (*expected, *wanted), strict=True):
+        assert type(a) is Named and torch.equal(a.as_subclass(torch.Tensor), b)
+    x = randn(2, 5, 16, dtype=torch.float32).as_subclass(Named)
+    assert type(fg.FlashGQA(16, 4, 2, causal=True)(x)) is Named
+
+
 def test_seeds_that_change_are_one_graph():
     q, graphs = randn(1, 2, 8, 8), []
 
