@@ -226,7 +226,7 @@ def main():
     if wanted == "1" and reason is not None:
         sys.exit(f"FLASHGQA_CUDA=1: {reason}")
     setup(
-        ext_modules=[Extension("flashgqa._C", sources=[], py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m"])],
+        ext_modules=[Extension("flashgqa._C", sources=[], py_limited_api=True, extra_link_args=LDFLAGS, libraries=["m", "dl"])],
         cmdclass={"build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

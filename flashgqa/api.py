@@ -532,8 +532,9 @@ def show_config():
     -------
     Config
         A dict that prints as a table. Keys: version, isa (in use), isa_compiled, isa_supported (of those), cpu_features,
-        threads, numpy, dlpack, compiler, cuda (whether a GPU can be used), cuda_reason (why not, or None), cuda_devices,
-        cuda_runtime (built in), cuda_driver.
+        threads, openmp (the runtime on whose threads calls with PyTorch's tensors can run, or None: PyTorch is not
+        imported, or the process was forked), numpy, dlpack, compiler, cuda (whether a GPU can be used), cuda_reason (why
+        not, or None), cuda_devices, cuda_runtime (built in), cuda_driver.
     """
     build = _C.build_info()
     return Config(
@@ -543,6 +544,7 @@ def show_config():
         isa_supported=[name for name, is_compiled, supported in build["isa"] if is_compiled and supported],
         cpu_features=build["cpu_features"],
         threads=get_num_threads(),
+        openmp=build["openmp"],
         numpy=numpy.__version__,
         dlpack=build["dlpack"],
         compiler=build["compiler"],

@@ -17,7 +17,8 @@ PROGRAMS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 CORE = sorted((ROOT / "csrc" / "core").glob("*.c"))
 # What a test links besides the core.
 MORE_SOURCES = {
-    "test_threads": ["csrc/cpu/threads.c"],
+    "test_threads": ["csrc/cpu/threads.c", "csrc/cpu/thread_count.c", "csrc/cpu/openmp.c"],
+    "test_threads_team": ["csrc/cpu/threads.c", "csrc/cpu/thread_count.c"],
     "test_warmup": ["csrc/cuda/launch.c", "csrc/cuda/warmup.c"],
     "test_xla": ["csrc/xla/handler.c", "csrc/cpu/memory.c", "csrc/cuda/absent.c"],
     "test_xla_cuda": ["csrc/xla/handler.c", "csrc/cpu/memory.c"],

@@ -1,4 +1,4 @@
-/* threads.c - the thread pool, and how many threads it may have.
+/* threads.c - the thread pool.
  *
  * The caller is worker 0; pool threads 1, 2, ... sleep between jobs. Who may touch the pool is decided by one flag,
  * `pool_taken`: the thread that sets it owns pool, workers and scratch until it clears it; everybody else runs inline.
@@ -9,6 +9,9 @@
  *   take tasks until none is left                     take tasks until none is left
  *   close job (late sleepers find none)               --running; the last one signals done
  *   wait for running == 0, asking exec->interrupted
+ *
+ * Of a job of PyTorch's the caller's OpenMP team (openmp.h) are workers 0, 1, ..., pool threads those that it lacks. Each of the team
+ * runs team_member(), which the caller does not leave before all tasks are done: inside it can be interrupted while it waits.
  *
  * Fork: only the forking thread lives on in the child. Its handler forgets the pool (the child starts its own at first
  * use) and counts `fork_epoch`, by which a call that was itself forked, from inside its interrupt callback, sees that
@@ -21,15 +24,13 @@
 #define _GNU_SOURCE
 #endif
 #include "threads.h"
+#include "openmp.h"
 #include "../core/workspace.h"
-#include <errno.h>
 #include <pthread.h>
-#include <sched.h>
+#include <setjmp.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 #include <unistd.h>
 #if defined(__x86_64__)
@@ -78,7 +79,11 @@ typedef struct {
     fp_mode callers;
     unsigned epoch;             /* fork_epoch at the start */
     int owner;                  /* of the pool: pool_taken is this call's */
-    int shared;                 /* pool threads take part */
+    int shared;                 /* other threads take part */
+    int32_t team;               /* workers 0 .. team-1 are threads of the caller's OpenMP team; 1: the caller alone */
+    int32_t members;            /* of the team, those without a part in the job too. Caller only, from inside */
+    atomic_int returned;        /* members that have no more to do with the job */
+    jmp_buf forked;             /* out of the team, in a child that has none */
     _Atomic int64_t next;       /* first task nobody has taken */
     atomic_int stop;
 } job_state;
@@ -89,9 +94,9 @@ typedef struct {
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
     atomic_uint generation;     /* written under mutex, spun upon without */
-    atomic_int running;         /* pool threads inside the job; written under mutex */
+    atomic_int running;         /* threads inside the job beside the caller; lowered under mutex */
     job_state *job;             /* NULL: closed. Under mutex */
-    int32_t seats;              /* pool threads 1 .. seats may join the job. Under mutex */
+    int32_t seats;              /* pool threads 1 .. seats may join the job, as workers behind the team. Under mutex */
     int32_t started;            /* pool threads alive: 1 .. started. Owner of the pool only */
     scratch_block scratch[FGQA_MAX_THREADS];
 } pool_state;
@@ -99,7 +104,7 @@ typedef struct {
 static pool_state *pool;
 static atomic_flag pool_taken = ATOMIC_FLAG_INIT;
 static atomic_uint fork_epoch;
-static atomic_int threads_set;  /* fgqa_set_num_threads; 0: default */
+static _Thread_local int team_wanted;
 
 /* Whether a fork took this job's other workers away. */
 static int workers_lost(const job_state *job)
@@ -237,6 +242,12 @@ static void forget_pool_after_fork(void)
 
 static void register_fork_handler(void) { pthread_atfork(NULL, NULL, forget_pool_after_fork); }
 
+void fgqa_threads_watch_forks(void)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork_handler);
+}
+
 static void condition_init(pthread_cond_t *condition)
 {
 #if defined(__APPLE__)
@@ -260,6 +271,17 @@ static void condition_wait(pthread_cond_t *condition, pthread_mutex_t *mutex, in
     const struct timespec t = {(time_t)(until / 1000000000), (long)(until % 1000000000)};
     pthread_cond_timedwait(condition, mutex, &t);
 #endif
+}
+
+/* As another thread than the caller, counted in `running`. */
+static void help(pool_state *p, job_state *job, int32_t worker)
+{
+    run_tasks(job, worker, p->scratch[worker].memory);
+    pthread_mutex_lock(&p->mutex);
+    if (atomic_fetch_sub(&p->running, 1) == 1) {
+        pthread_cond_signal(&p->done);
+    }
+    pthread_mutex_unlock(&p->mutex);
 }
 
 typedef struct { pool_state *pool; int32_t index; unsigned seen; } worker_start;
@@ -286,12 +308,7 @@ static void *worker_main(void *argument)
         }
         pthread_mutex_unlock(&p->mutex);
         if (job) {
-            run_tasks(job, start.index, p->scratch[start.index].memory);
-            pthread_mutex_lock(&p->mutex);
-            if (atomic_fetch_sub(&p->running, 1) == 1) {
-                pthread_cond_signal(&p->done);
-            }
-            pthread_mutex_unlock(&p->mutex);
+            help(p, job, job->team - 1 + start.index);
         }
     }
     return NULL;
@@ -330,8 +347,7 @@ static void start_workers(pool_state *p, int32_t wanted)
 
 static fgqa_status pool_start(void)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork_handler);
+    fgqa_threads_watch_forks();
     if (pool) {
         return FGQA_OK;
     }
@@ -385,12 +401,67 @@ static void leave_job(void *argument)
         pthread_mutex_lock(&pool->mutex);
         while (atomic_load(&pool->running) != 0) { pthread_cond_wait(&pool->done, &pool->mutex); }
         pthread_mutex_unlock(&pool->mutex);
+        while (atomic_load(&job->returned) < job->members - 1) { usleep(100); }     /* those that have yet to come */
     }
     if (job->owner) { atomic_flag_clear(&pool_taken); }
 }
 
+static void open_job(pool_state *p, job_state *job, int32_t seats)
+{
+    pthread_mutex_lock(&p->mutex);
+    p->job = job;
+    p->seats = seats;
+    atomic_fetch_add(&p->generation, 1);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+/* The calling thread's part of a job. */
+static void lead(pool_state *p, job_state *job)
+{
+    run_tasks(job, 0, p->scratch[0].memory);
+    if (job->shared && !workers_lost(job)) {
+        close_job(p);
+        wait_for_workers(p, job);
+    }
+}
+
+/* The runtime lets nobody go before all have returned: a member that comes when all is done finds no task, but finds the job. */
+static void team_member(void *argument)
+{
+    job_state *const job = argument;
+    const int32_t number = fgqa_openmp_number();
+    if (number == 0) {
+        job->members = fgqa_openmp_members();
+        lead(pool, job);
+        if (workers_lost(job)) { longjmp(job->forked, 1); }
+        return;
+    }
+    if (number < job->team) {
+        atomic_fetch_add(&pool->running, 1);
+        help(pool, job, number);
+    }
+    atomic_fetch_add(&job->returned, 1);
+}
+
+static void lead_team(job_state *job)
+{
+    if (setjmp(job->forked) == 0) { fgqa_openmp_run(team_member, job); }
+}
+
+/* How many workers are threads of the caller's OpenMP team. One of more threads than a call may use (`allowed`) is left alone: they would
+ * all have to come. */
+static int32_t team_for(int32_t workers, int32_t allowed)
+{
+    if (workers == 1 || !team_wanted || atomic_load(&fork_epoch) != 0) {
+        return 1;
+    }
+    const int32_t team = fgqa_openmp_threads();
+    return team > allowed ? 1 : team < workers ? team : workers;
+}
+
 /* The pool is ours (pool_taken). */
-static fgqa_status run_on_pool(job_state *job, int32_t workers, size_t scratch_bytes)
+static fgqa_status run_on_pool(job_state *job, int32_t workers, int32_t allowed, size_t scratch_bytes)
 {
     FGQA_TRY(pool_start());
     pool_state *const p = pool;
@@ -398,19 +469,15 @@ static fgqa_status run_on_pool(job_state *job, int32_t workers, size_t scratch_b
         FGQA_TRY(scratch_grow(&p->scratch[w], scratch_bytes));
     }
     job->shared = workers > 1;
-    if (job->shared) {
-        start_workers(p, workers - 1);
-        pthread_mutex_lock(&p->mutex);
-        p->job = job;
-        p->seats = workers - 1;
-        atomic_fetch_add(&p->generation, 1);
-        pthread_cond_broadcast(&p->wake);
-        pthread_mutex_unlock(&p->mutex);
+    job->team = team_for(workers, allowed);
+    if (workers > job->team) {
+        start_workers(p, workers - job->team);
+        open_job(p, job, workers - job->team);
     }
-    run_tasks(job, 0, p->scratch[0].memory);
-    if (job->shared && !workers_lost(job)) {
-        close_job(p);
-        wait_for_workers(p, job);
+    if (job->team > 1) {
+        lead_team(job);
+    } else {
+        lead(p, job);
     }
     return job_result(job);
 }
@@ -427,166 +494,17 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
         return run_inline(&job, scratch_bytes);
     }
     job.owner = 1;
-    int32_t workers = fgqa_get_num_threads();
+    const int32_t allowed = fgqa_get_num_threads();
+    int32_t workers = allowed;
     if (workers > max_threads) { workers = max_threads < 1 ? 1 : max_threads; }
     if (workers > tasks) { workers = (int32_t)tasks; }
-    const fgqa_status status = run_on_pool(&job, workers, scratch_bytes);
+    const fgqa_status status = run_on_pool(&job, workers, allowed, scratch_bytes);
     if (atomic_load(&fork_epoch) == job.epoch) {       /* in a forked child the handler has already let go */
         atomic_flag_clear(&pool_taken);
     }
     return status;
 }
 
-/* ---- how many threads ---- */
+void fgqa_threads_of_team(int wanted) { team_wanted = wanted; }
 
-static int affinity_count(void)
-{
-#if defined(__linux__)
-    for (int cpus = CPU_SETSIZE; cpus <= 1 << 16; cpus *= 2) {
-        cpu_set_t *const set = CPU_ALLOC((size_t)cpus);
-        if (!set) {
-            break;
-        }
-        const size_t bytes = CPU_ALLOC_SIZE((size_t)cpus);
-        const int failed = sched_getaffinity(0, bytes, set);
-        const int too_small = failed && errno == EINVAL;
-        const int count = failed ? 0 : CPU_COUNT_S(bytes, set);
-        CPU_FREE(set);
-        if (count > 0) {
-            return count;
-        }
-        if (!too_small) {
-            break;
-        }
-    }
-#endif
-    const long online = sysconf(_SC_NPROCESSORS_ONLN);
-    return online < 1 ? 1 : (int)online;
-}
-
-#if defined(__linux__)
-/* CPUs' worth of time a cgroup directory grants, rounded up; FGQA_MAX_THREADS if it sets no limit or is not there. */
-static int quota_of_directory(const char *directory, int version)
-{
-    char path[4400], text[64];
-    long long quota = -1, period = 0;
-    const char *const files[2] = {version == 2 ? "cpu.max" : "cpu.cfs_quota_us", version == 2 ? NULL : "cpu.cfs_period_us"};
-    for (int n = 0; n < 2 && files[n]; n++) {
-        snprintf(path, sizeof path, "%s/%s", directory, files[n]);
-        FILE *const file = fopen(path, "r");
-        if (!file) {
-            return FGQA_MAX_THREADS;
-        }
-        const int read = fgets(text, sizeof text, file) != NULL;
-        fclose(file);
-        if (!read) {
-            return FGQA_MAX_THREADS;
-        }
-        if (version == 2) {                            /* "max 100000" or "150000 100000" */
-            if (sscanf(text, "%lld %lld", &quota, &period) != 2) { return FGQA_MAX_THREADS; }
-        } else if (sscanf(text, "%lld", n == 0 ? &quota : &period) != 1) {
-            return FGQA_MAX_THREADS;
-        }
-    }
-    if (quota <= 0 || period <= 0) {
-        return FGQA_MAX_THREADS;
-    }
-    const long long cpus = (quota + period - 1) / period;
-    return cpus > FGQA_MAX_THREADS ? FGQA_MAX_THREADS : (int)cpus;
-}
-
-/* The lowest quota from a cgroup up to the root; a limit set on an ancestor binds too. */
-static int quota_of_hierarchy(const char *mount, const char *group, int version)
-{
-    char directory[4200];
-    snprintf(directory, sizeof directory, "%s%s", mount, group);
-    int lowest = FGQA_MAX_THREADS;
-    for (;;) {
-        const int quota = quota_of_directory(directory, version);
-        if (quota < lowest) { lowest = quota; }
-        char *const slash = strrchr(directory, '/');
-        if (!slash || strlen(directory) <= strlen(mount)) {
-            return lowest;
-        }
-        *slash = '\0';
-    }
-}
-
-static int cgroup_quota(void)
-{
-    FILE *const file = fopen("/proc/self/cgroup", "r");
-    if (!file) {
-        return FGQA_MAX_THREADS;
-    }
-    int lowest = FGQA_MAX_THREADS;
-    char line[4096];
-    while (fgets(line, sizeof line, file)) {           /* "0::/group" (v2) or "4:cpu,cpuacct:/group" (v1) */
-        line[strcspn(line, "\n")] = '\0';
-        char *const controllers = strchr(line, ':');
-        char *const group = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!group) {
-            continue;
-        }
-        *group = '\0';
-        const char *const path = strcmp(group + 1, "/") == 0 ? "" : group + 1;
-        int quota = FGQA_MAX_THREADS;
-        if (controllers[1] == '\0') {
-            quota = quota_of_hierarchy("/sys/fs/cgroup", path, 2);
-        } else if (strcmp(controllers + 1, "cpu") == 0 || strncmp(controllers + 1, "cpu,", 4) == 0 ||
-                   strstr(controllers + 1, ",cpu,")) {
-            quota = quota_of_hierarchy("/sys/fs/cgroup/cpu", path, 1);
-        }
-        if (quota < lowest) { lowest = quota; }
-    }
-    fclose(file);
-    return lowest;
-}
-#else
-static int cgroup_quota(void) { return FGQA_MAX_THREADS; }
-#endif
-
-/* 1 .. FGQA_MAX_THREADS, or 0 if the text is no such number. `list`: "8,2" is read as 8, as OpenMP means it. */
-static int parse_threads(const char *text, int list)
-{
-    char *end;
-    errno = 0;
-    const long n = strtol(text, &end, 10);
-    const int complete = end != text && (*end == '\0' || (list && *end == ','));
-    return complete && errno == 0 && n >= 1 && n <= FGQA_MAX_THREADS ? (int)n : 0;
-}
-
-static int threads_environment, threads_quota;
-
-static void read_limits(void)
-{
-    const char *const own = getenv("FLASHGQA_NUM_THREADS"), *const openmp = getenv("OMP_NUM_THREADS");
-    threads_environment = own && *own ? parse_threads(own, 0) : openmp ? parse_threads(openmp, 1) : 0;
-    threads_quota = cgroup_quota();
-}
-
-fgqa_status fgqa_threads_init(void)
-{
-    const char *const text = getenv("FLASHGQA_NUM_THREADS");
-    if (text && *text && !parse_threads(text, 0)) {
-        return fgqa_fail(FGQA_ERROR_VALUE, "FLASHGQA_NUM_THREADS is \"%.40s\"; it must be an integer from 1 to %d", text,
-                         FGQA_MAX_THREADS);
-    }
-    return FGQA_OK;
-}
-
-int32_t fgqa_get_num_threads(void)
-{
-    const int set = atomic_load_explicit(&threads_set, memory_order_relaxed);
-    if (set > 0) {
-        return set;
-    }
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, read_limits);
-    if (threads_environment > 0) {
-        return threads_environment;
-    }
-    const int cpus = affinity_count();                 /* asked each time: processes change it after the import */
-    return cpus < threads_quota ? cpus : threads_quota;
-}
-
-void fgqa_set_num_threads(int32_t n) { atomic_store(&threads_set, n); }
+const char *fgqa_threads_team_runtime(void) { return atomic_load(&fork_epoch) == 0 ? fgqa_openmp_runtime() : NULL; }

@@ -30,6 +30,16 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
  * exec->interrupted, at most every 50 ms. Kernels call it about once per 0.1-10 ms of work. */
 int fgqa_poll(const fgqa_worker *worker);
 
+/* Whether jobs that this thread starts from now on may run on its OpenMP team, which they should where they come from PyTorch: openmp.h.
+ * 0 to begin with. Not in a child of fork. */
+void fgqa_threads_of_team(int wanted);
+
+/* The file of the runtime whose team that is, or NULL: there is none. */
+const char *fgqa_threads_team_runtime(void);
+
+/* From here on forks are noticed, as from the first job on. */
+void fgqa_threads_watch_forks(void);
+
 #define FGQA_MAX_THREADS 1024
 
 /* FGQA_ERROR_VALUE if FLASHGQA_NUM_THREADS is not an integer from 1 to that: called once at import, by fgqa_cpu_init(). */

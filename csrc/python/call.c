@@ -9,6 +9,7 @@
 #include "../core/rows.h"
 #include "../cpu/cpu.h"
 #include "../cpu/memory.h"
+#include "../cpu/threads.h"
 #include "../cuda/device.h"
 #include "call_state.h"
 
@@ -238,7 +239,9 @@ static int run_call(fgqa_call *call)
     if (call->staged) { return fgqa_call_run_staged(call); }
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {call->place.stream, fgqa_interrupted, &thread};
+    fgqa_threads_of_team(call->in[FGQA_ARG_q].type.kind == FGQA_KIND_TORCH);
     const fgqa_status status = call->plan.kernel->run(&call->plan, &call->problem, call->workspace, &exec);
+    fgqa_threads_of_team(0);
     PyEval_RestoreThread(thread);
     return fgqa_raise(status);
 }

@@ -4,6 +4,7 @@
  */
 #include "../cpu/cpu.h"
 #include "../cpu/memory.h"
+#include "../cpu/threads.h"
 #include "../cuda/device.h"
 #include "call.h"
 #include "call_state.h"
@@ -211,6 +212,7 @@ static int run(cache_call *c)
     }
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {NULL, fgqa_interrupted, &thread};
+    fgqa_threads_of_team(call->in[FGQA_ARG_q].type.kind == FGQA_KIND_TORCH);
     fgqa_status status = bytes > 0 ? fgqa_cpu_append(&call->problem, kept) : FGQA_OK;
     if (status == FGQA_OK) {
         status = call->plan.kernel->run(&call->plan, &call->problem, call->workspace, &exec);
@@ -218,6 +220,7 @@ static int run(cache_call *c)
             status = fgqa_fail(FGQA_ERROR_RUNTIME, "the call failed and the cache could not be put back; slots behind cache_lens may hold new keys");
         }
     }
+    fgqa_threads_of_team(0);
     PyEval_RestoreThread(thread);
     fgqa_block_drop(kept);
     return fgqa_raise(status);

@@ -157,9 +157,11 @@ static int run_merge(const fgqa_parts *parts, const fgqa_place *place, const fgq
     PyThreadState *thread = PyEval_SaveThread();
     const fgqa_exec exec = {NULL, fgqa_interrupted, &thread};
     const int32_t n = parts->n > INT32_MAX ? INT32_MAX : (int32_t)parts->n;
+    fgqa_threads_of_team(parts->outs[0].type.kind == FGQA_KIND_TORCH);
     const fgqa_status status = place->device.type == FGQA_CUDA
         ? fgqa_cuda_merge(n, parts->out_views, parts->lse_views, &out_to, &lse_to, shape, place->stream)
         : fgqa_cpu_merge(n, parts->out_views, parts->lse_views, &out_to, &lse_to, shape, &exec);
+    fgqa_threads_of_team(0);
     PyEval_RestoreThread(thread);
     return fgqa_raise(status);
 }
@@ -392,9 +394,10 @@ PyObject *fgqa_py_build_info(PyObject *module, PyObject *unused)
     const char *reason = fgqa_cuda_reason();
     int32_t runtime, driver;
     fgqa_cuda_versions(&runtime, &driver);
-    return Py_BuildValue("{s:N,s:s,s:s,s:O,s:O,s:z,s:N,s:i,s:i,s:s,s:s}", "isa", rows, "isa_in_use", fgqa_cpu_isa(), "cpu_features",
-                         fgqa_cpu_feature_names(), "cuda", reason ? Py_False : Py_True, "cuda_built", fgqa_cuda_built() ? Py_True : Py_False,
-                         "cuda_reason", reason, "cuda_devices", devices, "cuda_runtime", (int)runtime, "cuda_driver", (int)driver,
+    return Py_BuildValue("{s:N,s:s,s:s,s:z,s:O,s:O,s:z,s:N,s:i,s:i,s:s,s:s}", "isa", rows, "isa_in_use", fgqa_cpu_isa(), "cpu_features",
+                         fgqa_cpu_feature_names(), "openmp", fgqa_threads_team_runtime(), "cuda", reason ? Py_False : Py_True,
+                         "cuda_built", fgqa_cuda_built() ? Py_True : Py_False, "cuda_reason", reason, "cuda_devices", devices,
+                         "cuda_runtime", (int)runtime, "cuda_driver", (int)driver,
                          "compiler", FGQA_COMPILER, "dlpack", Py_STRINGIFY(DLPACK_MAJOR_VERSION) "." Py_STRINGIFY(DLPACK_MINOR_VERSION));
 }
 

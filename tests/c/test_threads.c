@@ -1,4 +1,5 @@
-/* test_threads.c - the pool: every task once, nested and concurrent calls, interrupts, fork, scratch, signals, limits.
+/* test_threads.c - the pool: every task once, nested and concurrent calls, interrupts, fork, scratch, signals, limits. All callers would
+ * run on an OpenMP team; there is none but in test_threads_team.c.
  * Sanitizers need TSAN_OPTIONS="die_after_fork=0 allocator_may_return_null=1", ASAN_OPTIONS=allocator_may_return_null=1. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
@@ -73,6 +74,7 @@ static void nested_task(void *context, int64_t task, const fgqa_worker *worker)
 static void *nested_caller(void *unused)
 {
     (void)unused;
+    fgqa_threads_of_team(1);
     CHECK(fgqa_parallel(nested_task, NULL, 4, 4, 100, NULL) == FGQA_OK);
     return NULL;
 }
@@ -144,6 +146,7 @@ static void wait_child(int pid)
 static void *busy_caller(void *unused)
 {
     (void)unused;
+    fgqa_threads_of_team(1);
     CHECK(fgqa_parallel(short_task, NULL, 8, 4, 5000, NULL) == FGQA_OK);
     return NULL;
 }
@@ -207,6 +210,7 @@ static int exit_callback(void *context)
 static void *exiting_caller(void *argument)
 {
     exit_state *const state = argument;
+    fgqa_threads_of_team(1);
     const fgqa_exec exec = {NULL, exit_callback, state};
     (void)fgqa_parallel(inside_task, state, 8, state->threads, 5000, &exec);
     CHECK(0);
@@ -334,6 +338,7 @@ static void test_thread_count(void)
 
 int main(void)
 {
+    fgqa_threads_of_team(1);
     test_thread_count();
     test_every_task_runs_once();
     test_nested_and_concurrent_calls_finish();
