@@ -82,6 +82,8 @@ def c_forward(q, k, v, return_lse, options):
     except BufferError:
         for name, x in zip("qkv", (q, k, v), strict=True):
             refuse_nested(name, x)
+        if any(x.is_neg() for x in (q, k, v)):
+            return c_forward(q.resolve_neg(), k.resolve_neg(), v.resolve_neg(), return_lse, options)
         if not q.is_meta:
             raise
         results = forward(q, k, v, *operator_options(options))
@@ -98,6 +100,12 @@ def c_backward(dout, tensors, dlse, want_dbias, options):
         return _C.backward(dout, *tensors, dlse, want_dbias, *options)
     except MemoryError as error:
         raise torch.OutOfMemoryError(str(error)) from error
+    except BufferError:
+        given = [dout, *tensors, *([] if dlse is None else [dlse])]
+        if not any(x.is_neg() for x in given):
+            raise
+        dout, *resolved = (x.resolve_neg() for x in given)
+        return c_backward(dout, resolved[:5], None if dlse is None else resolved[5], want_dbias, options)
 
 
 def _as_tensors(*given):

@@ -294,6 +294,19 @@ def test_a_class_of_tensors_of_its_own(options):
     assert type(fg.FlashGQA(16, 4, 2, causal=True)(x)) is Named
 
 
+def test_the_negative_bit_of_views_of_complex_numbers():
+    """Where the memory of a tensor is not its values: inputs, and gradients, which are nobody's choice."""
+    q, k, v = inputs(grad=False)
+    negative = [torch._neg_view(-x).requires_grad_() for x in (q, k, v)]
+    plain = [x.clone().requires_grad_() for x in (q, k, v)]
+    results, expected = (fg.attention(*x, causal=True, return_lse=True) for x in (negative, plain))
+    cotangents = [randn(*x.shape, dtype=x.dtype, grad=False) for x in expected]
+    found = torch.autograd.grad(results, negative, [torch._neg_view(-x) for x in cotangents])
+    wanted = torch.autograd.grad(expected, plain, cotangents)
+    for a, b in zip((*results, *found), (*expected, *wanted), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_seeds_that_change_are_one_graph():
     q, graphs = randn(1, 2, 8, 8), []
 
