@@ -317,9 +317,7 @@ static fgqa_status check_offsets(const int32_t *offsets, int32_t b, int64_t tota
     return FGQA_OK;
 }
 
-/* Of mask or bias, which are as wide as the longest sequence: their extent in the axis `from_end`; 0 if they are not there, or
- * are broadcast. */
-static int64_t score_extent(const fgqa_request *r, int32_t from_end)
+int64_t fgqa_score_extent(const fgqa_request *r, int32_t from_end)
 {
     static const fgqa_arg args[] = {FGQA_ARG_mask, FGQA_ARG_bias};
     for (int n = 0; n < 2; n++) {
@@ -371,8 +369,8 @@ static fgqa_status read_packed(const fgqa_request *r, fgqa_problem *p)
         FGQA_TRY(check_offsets(p->cu_seqlens_q, p->b, p->total_q, FGQA_ARG_cu_seqlens_q, "q", &longest_q));
         FGQA_TRY(check_offsets(p->cu_seqlens_kv, p->b, p->total_k, FGQA_ARG_cu_seqlens_kv, "k", &longest_kv));
     }
-    FGQA_TRY(check_bound(p, r->max_q, longest_q, score_extent(r, 2), p->total_q, "max_q", "cu_seqlens_q", &p->sq));
-    return check_bound(p, r->max_kv, longest_kv, score_extent(r, 1), p->total_k, "max_kv", "cu_seqlens_kv", &p->sk);
+    FGQA_TRY(check_bound(p, r->max_q, longest_q, fgqa_score_extent(r, 2), p->total_q, "max_q", "cu_seqlens_q", &p->sq));
+    return check_bound(p, r->max_kv, longest_kv, fgqa_score_extent(r, 1), p->total_k, "max_kv", "cu_seqlens_kv", &p->sk);
 }
 
 static fgqa_status read_padded_lengths(const fgqa_request *r, const fgqa_problem *p, fgqa_arg arg, int32_t extent,

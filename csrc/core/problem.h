@@ -184,6 +184,10 @@ static inline fgqa_sequence fgqa_problem_sequence(const fgqa_problem *p, int32_t
  * On failure the message names argument, value, rule and fix; nothing has been written anywhere. */
 fgqa_status fgqa_problem_init(const fgqa_request *request, fgqa_problem *problem);
 
+/* Of mask or bias, which are as wide as the longest sequence: their extent in the axis `from_end`; 0 if they are not there, or
+ * are broadcast. */
+int64_t fgqa_score_extent(const fgqa_request *request, int32_t from_end);
+
 /* Fills dtype, device, ndim, shape and contiguous strides of a result of this pass, in the caller's rank and layout.
  * Returns 0 (spec untouched) if this pass does not produce it: no lse wanted, no bias, ... */
 int fgqa_problem_result(const fgqa_problem *problem, fgqa_arg result, fgqa_tensor *spec);

@@ -80,15 +80,6 @@ static int read_specs(PyObject *given, fgqa_request *request, specs *s)
     return 0;
 }
 
-/* Extent of mask or bias in the axis `from_end`, 0 if it does not tell. */
-static int64_t score_extent(const fgqa_request *request, int from_end)
-{
-    const fgqa_tensor *mask = request->tensor[FGQA_ARG_mask], *bias = request->tensor[FGQA_ARG_bias];
-    const int64_t of_mask = mask && mask->ndim >= from_end ? mask->shape[mask->ndim - from_end] : 0;
-    const int64_t of_bias = bias && bias->ndim >= from_end ? bias->shape[bias->ndim - from_end] : 0;
-    return of_mask > of_bias ? of_mask : of_bias;
-}
-
 static int stand_in(const fgqa_request *request, specs *s, fgqa_arg arg)
 {
     fgqa_tensor *tensor = &s->tensor[arg];
@@ -105,7 +96,7 @@ static int stand_in(const fgqa_request *request, specs *s, fgqa_arg arg)
     const fgqa_tensor *rows = request->tensor[of_q ? FGQA_ARG_q : FGQA_ARG_k];
     if ((!of_q && arg != FGQA_ARG_cu_seqlens_kv) || tensor->dtype != FGQA_I32 || rows == NULL || rows->ndim == 0) { return 0; }
     int64_t longest = of_q ? request->max_q : request->max_kv;
-    if (longest < 0) { longest = score_extent(request, of_q ? 2 : 1); }
+    if (longest < 0) { longest = fgqa_score_extent(request, of_q ? 2 : 1); }
     if (longest <= 1) { longest = rows->shape[0]; }
     for (int64_t n = 1; n < count; n++) {
         const int64_t end = n * longest < rows->shape[0] && n + 1 < count ? n * longest : rows->shape[0];
