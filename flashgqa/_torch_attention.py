@@ -186,10 +186,14 @@ def merge(outs, lses, *, layout=None):
     # Rows that no part sees are kept out of the arithmetic: -inf - -inf is NaN, and so is its gradient.
     highest = parts.detach().amax(0)
     highest = torch.where(highest == -torch.inf, 0, highest)
-    total = torch.exp(parts - highest).sum(0)
+    # A part whose sink is +inf has all of the weight, and all of the gradient of lse.
+    infinite = parts == torch.inf
+    exponents = torch.where(infinite, 0, parts - highest)
+    total = torch.exp(exponents).sum(0)
     empty = total == 0
-    logarithm = torch.log(torch.where(empty, 1, total)) + highest
-    weights = torch.exp(parts - logarithm).unsqueeze(-1)
+    rest = torch.log(torch.where(empty, 1, total))
+    logarithm = rest + highest + torch.where(infinite, parts, 0).sum(0)
+    weights = torch.exp(exponents - rest).unsqueeze(-1)
     if layout == "bshd":
         weights = weights.transpose(-2, -3)
     out = sum(weight * out for weight, out in zip(weights, outs, strict=True))

@@ -306,10 +306,15 @@ def _scores(head, arithmetic):
     return np.where(head.seen, arithmetic.save(x), -np.inf), slope
 
 
+def _exp_less(x, most):
+    """exp(x - most), x <= most: where both are +inf its limit, 1. So a sink of +inf takes all of the weight."""
+    return np.where(x == most, 1, np.exp(x - most))
+
+
 def _lse(x, sink, arithmetic):
     top = np.maximum(np.max(x, axis=1, initial=-np.inf), sink)
     shift = np.where(top == -np.inf, 0, top)
-    total = arithmetic.sum(np.exp(x - shift[:, None]), 1)[:, 0] + np.exp(sink - shift)
+    total = arithmetic.sum(np.exp(x - shift[:, None]), 1)[:, 0] + _exp_less(sink, shift)
     return arithmetic.save(shift + np.log(total))
 
 
@@ -323,7 +328,9 @@ def forward_head(head, arithmetic):
     lse = _lse(x, head.sink, arithmetic)
     p = _weights(x, lse)
     p = arithmetic.store(p if head.keep is None else p * head.keep)
-    return _sum_seen(p, head.seen, head.v, arithmetic), lse
+    o = _sum_seen(p, head.seen, head.v, arithmetic)
+    o[np.isnan(lse)] = np.nan  # of a row that sees nothing, too, beside a sink that is NaN: 0 over NaN
+    return o, lse
 
 
 def weights_head(head, arithmetic):
@@ -350,7 +357,7 @@ def backward_head(head, do, o, lse, dlse, dk, dv, arithmetic):
     delta = np.where(head.seen.any(axis=1), arithmetic.sum(do * o, 1)[:, 0], 0) - dlse
     dx = np.where(head.seen, p * (dp - delta[:, None]), 0)
     ds = arithmetic.store(np.where(head.seen, head.scale * dx * slope, 0))
-    p_sink = np.where(head.sink == -np.inf, 0, np.exp(head.sink - lse))
+    p_sink = np.where(head.sink == -np.inf, 0, _exp_less(head.sink, lse))
     dsink = -arithmetic.sum(np.where(p_sink == 0, 0, p_sink * delta), 0)[0]
     dq = _sum_seen(ds, head.seen, head.k, arithmetic)
     dk = _sum_seen(ds.T, head.seen.T, head.q, arithmetic, dk)
@@ -444,8 +451,10 @@ def merge(outs, lses, *, layout=None):
     with np.errstate(all="ignore"):
         top = lses.max(axis=0)
         shift = np.where(top == -np.inf, 0, top)
-        lse = shift + np.log(np.exp(lses - shift).sum(axis=0))
-        weights = np.where(lses == -np.inf, 0, np.exp(lses - lse))
+        weights = _exp_less(lses, shift)
+        total = weights.sum(axis=0)
+        lse = shift + np.log(total)
+        weights = np.where(lses == -np.inf, 0, weights / total)
         if layout == "bshd":
             weights = np.moveaxis(weights, -1, -2)
         parts = np.where(weights[..., None] == 0, 0, weights[..., None] * outs)

@@ -231,7 +231,7 @@ static void sink_task(void *context, int64_t h, const fgqa_worker *worker)
         for (int32_t i = 0; i < t.seq.mask.sq; i++) {
             const int64_t r = (int64_t)i * p->g + h % p->g;
             const real x = tile_lse_load(&t, lse, r);
-            if (x != -REAL_INF) { sum -= exp((double)sink - (double)x) * (double)*delta_at(job, &t, r); }
+            if (x != -REAL_INF) { sum -= exp(FGQA_SINK_EXPONENT((double)sink, (double)x)) * (double)*delta_at(job, &t, r); }
         }
     }
     const real result = (real)sum;

@@ -63,7 +63,7 @@ static void finish_panel(const tile_sequence *t, const tile_panel *panel, const 
             const double both = sink > top ? sink : top;
             if (both > -INFINITY || sink != sink) {
                 weight = exp2(top - both);
-                sum = sum * weight + exp2(sink - both);
+                sum = sum * weight + exp2(FGQA_SINK_EXPONENT(sink, both));
                 top = both;
             }
         }

@@ -42,7 +42,7 @@ static void merge_row(const merge_job *job, int64_t row, double *sum, double *pa
     }
     for (int32_t c = 0; c < dv; c++) { sum[c] = 0; }
     for (int32_t n = 0; n < job->n && top != -INFINITY; n++) {
-        const double weight = exp(lse_at(&job->lses[n], shape, row) - top);
+        const double x = lse_at(&job->lses[n], shape, row), weight = exp(FGQA_SINK_EXPONENT(x, top));
         if (weight == 0) { continue; }
         total += weight;
         row_load(part, row_at(&job->outs[n], shape, row), job->outs[n].dtype, job->outs[n].stride_d, dv);

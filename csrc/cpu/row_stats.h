@@ -54,7 +54,7 @@ FGQA_SHARED void row_stats_of(row_stats *stats, const tile_sequence *t, const ti
         if (lane < panel->rows && top != -INFINITY && p->view[FGQA_ARG_sink].data) {
             const double sink = (double)tile_head_value(t, FGQA_ARG_sink, panel->r0 + lane) * FGQA_LOG2E;
             const double both = sink > top ? sink : top;
-            sum = sum * exp2(top - both) + exp2(sink - both);
+            sum = sum * exp2(top - both) + exp2(FGQA_SINK_EXPONENT(sink, both));
             top = both;
         }
         const int empty = lane >= panel->rows || top == -INFINITY;

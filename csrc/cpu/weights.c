@@ -87,7 +87,7 @@ static void softmax_row(real *x, int32_t n, const real *sink)
     if (sink && *sink > top) { top = *sink; }
     const real shift = top == -REAL_INF ? 0 : top;
     for (int32_t j = 0; j < n; j += VL) { sums += v_exp2((j + VL <= n ? v_load(x + j) : load_some(x + j, n - j, -REAL_INF)) - v_set1(shift)); }
-    double sum = sink ? exp2((double)*sink - (double)shift) : 0;
+    double sum = sink ? exp2(FGQA_SINK_EXPONENT((double)*sink, (double)shift)) : 0;
     for (int32_t i = 0; i < VL; i++) { sum += (double)sums[i]; }
     const real factor = sum == 0 ? 0 : (real)(1 / sum);
     for (int32_t j = 0; j < n; j += VL) {

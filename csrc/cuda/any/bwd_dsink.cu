@@ -28,7 +28,7 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
             const int64_t row = bwd_q_row(p, b, h, sequence.q_row, i);
             if (w.stats_kind == FGQA_BWD_GENERAL) {
                 const general_stats stats = ((const general_stats *)w.stats)[row];
-                sum -= ex2(fmaf(logit - stats.top, (float)FGQA_LOG2E, -stats.log_sum)) * stats.delta;
+                sum -= ex2(fmaf(FGQA_SINK_EXPONENT(logit, stats.top), (float)FGQA_LOG2E, -stats.log_sum)) * stats.delta;
             } else {
                 plain_stats stats;
                 if (w.stats_kind == FGQA_BWD_TILED) {
@@ -38,7 +38,8 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
                 } else {
                     stats = ((const plain_stats *)w.stats)[row];
                 }
-                sum -= ex2(fmaf(logit, (float)FGQA_LOG2E, -stats.lse2)) * stats.delta;
+                const float logit2 = logit * (float)FGQA_LOG2E;      /* FGQA_SINK_EXPONENT(logit2, lse2) in one rounding */
+                sum -= ex2(logit2 == stats.lse2 ? 0.0f : fmaf(logit, (float)FGQA_LOG2E, -stats.lse2)) * stats.delta;
             }
         }
     }

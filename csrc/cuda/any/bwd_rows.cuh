@@ -98,7 +98,7 @@ static __device__ __forceinline__ row_sum sum_row(const fgqa_params &params, con
     if (sink.data && part == 0) {
         const float logit = load_float(sink.data, h * sink.stride_h, sink.dtype) * ((float)FGQA_LOG2E / unit) - base, larger = fmaxf(top, logit);
         if (larger > -INFINITY) {
-            sum = sum * ex2((top - larger) * unit) + ex2((logit - larger) * unit);
+            sum = sum * ex2((top - larger) * unit) + ex2(FGQA_SINK_EXPONENT(logit, larger) * unit);
             top = larger;
         }
     }

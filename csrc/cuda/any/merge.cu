@@ -37,7 +37,7 @@ static __global__ void __launch_bounds__(32 * ROWS) merge_kernel(const __grid_co
 #pragma unroll
         for (int step = 16; step > 0; step /= 2) { top = fmaxf(top, __shfl_xor_sync(ALL, top, step)); }
         if (__any_sync(ALL, lse != lse)) { top = NAN; }
-        const float weight = top == -INFINITY ? 0.0f : expf(lse - top);
+        const float weight = top == -INFINITY ? 0.0f : expf(FGQA_SINK_EXPONENT(lse, top));
         float total = 0.0f;
         for (int n = 0; n < parts.n; n++) { total += __shfl_sync(ALL, weight, n); }
         for (int column = lane; column - lane < parts.dv; column += 32) {

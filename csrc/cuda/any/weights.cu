@@ -107,11 +107,11 @@ template <typename T> static __device__ __forceinline__ void tile_scores(float (
 /* sum of 2^x over scores, shifted by the largest: two numbers that one could not hold beside an enormous score */
 struct running_sum { float top, sum; };
 
-static __device__ __forceinline__ void add_score(running_sum *to, float x)
+template <bool SINK = false> static __device__ __forceinline__ void add_score(running_sum *to, float x)
 {
     if (x == -INFINITY) { return; }
-    const float larger = fmaxf(to->top, x);
-    to->sum = to->sum * ex2((to->top - larger) * (float)FGQA_LOG2E) + ex2((x - larger) * (float)FGQA_LOG2E);
+    const float larger = fmaxf(to->top, x), exponent = SINK ? FGQA_SINK_EXPONENT(x, larger) : x - larger;
+    to->sum = to->sum * ex2((to->top - larger) * (float)FGQA_LOG2E) + ex2(exponent * (float)FGQA_LOG2E);
     to->top = larger;
 }
 
@@ -136,7 +136,7 @@ template <int WIDTH> static __device__ __forceinline__ running_sum joined_lanes(
 static __device__ __forceinline__ void add_sink(running_sum *to, const fgqa_problem &p, int32_t h)
 {
     const fgqa_view &sink = p.view[FGQA_ARG_sink];
-    if (sink.data) { add_score(to, load_float(sink.data, h * sink.stride_h, sink.dtype)); }
+    if (sink.data) { add_score<true>(to, load_float(sink.data, h * sink.stride_h, sink.dtype)); }
 }
 
 static __device__ __forceinline__ float weight_of(float x, float top, float log_sum)

@@ -17,7 +17,7 @@ static __device__ __forceinline__ float softmax_finish(float top, float l, float
 {
     const float base = finite_max(fmaxf(top, sink));
     const float rescale = ex2((top - base) * (float)FGQA_LOG2E);      /* 1 without a sink, 0 for a row that sees nothing */
-    const float sum = l * rescale + ex2((sink - base) * (float)FGQA_LOG2E);
+    const float sum = l * rescale + ex2(FGQA_SINK_EXPONENT(sink, base) * (float)FGQA_LOG2E);
     *lse = sum == 0.0f ? -INFINITY : base + log2f(sum) * (float)FGQA_LN2;
     return sum == 0.0f ? 0.0f : rescale / sum;
 }

@@ -37,7 +37,7 @@ struct joined_row {
     bool nan;                   /* the sink or an end is */
     __device__ __forceinline__ float base() const { return top == -INFINITY ? 0.0f : top; }
     __device__ __forceinline__ float weight(float2 end) const { return exp2f(fmaf(end.x - base(), (float)FGQA_LOG2E, end.y)); }
-    __device__ __forceinline__ float sink_weight(float sink) const { return expf(sink - base()); }
+    __device__ __forceinline__ float sink_weight(float sink) const { return expf(FGQA_SINK_EXPONENT(sink, base())); }
     /* sum: of all weights. What the weighted sum of the parts' o is multiplied with; the LSE. */
     __device__ __forceinline__ float scale(float sum) const { return nan ? NAN : sum == 0.0f ? 0.0f : 1.0f / sum; }
     __device__ __forceinline__ float lse(float sum) const { return nan ? NAN : sum == 0.0f ? -INFINITY : base() + logf(sum); }
