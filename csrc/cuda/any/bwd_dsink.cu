@@ -48,16 +48,7 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
         __syncthreads();
         if (threadIdx.x < step) { sums[threadIdx.x] += sums[threadIdx.x + step]; }
     }
-    if (threadIdx.x == 0) {
-        char *to = (char *)dsink.data;
-        const int64_t index = h * dsink.stride_h;
-        switch (dsink.dtype) {
-        case FGQA_F16: from_float((f16 *)to + index, sums[0]); break;
-        case FGQA_BF16: from_float((bf16 *)to + index, sums[0]); break;
-        case FGQA_F64: ((double *)to)[index] = sums[0]; break;
-        default: ((float *)to)[index] = sums[0]; break;
-        }
-    }
+    if (threadIdx.x == 0) { store_float(dsink.data, h * dsink.stride_h, sums[0], dsink.dtype); }
 }
 
 extern "C" int fgqa_bwd_dsink(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream)

@@ -13,15 +13,6 @@
 static constexpr int ROWS = 4, AT_ONCE = 4;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 
-static __device__ __forceinline__ void store_element(char *row, int64_t index, float x, fgqa_dtype dtype)
-{
-    switch (dtype) {
-    case FGQA_F16: from_float((f16 *)row + index, x); break;
-    case FGQA_BF16: from_float((bf16 *)row + index, x); break;
-    default: from_float((f32 *)row + index, x); break;
-    }
-}
-
 /* From element `index` of a row on, a multiple of WIDTH. vector: rows start on 16 bytes. */
 template <int WIDTH> static __device__ __forceinline__ void store_elements(char *row, int index, const float (&x)[WIDTH], fgqa_dtype dtype, bool vector)
 {
@@ -37,7 +28,7 @@ template <int WIDTH> static __device__ __forceinline__ void store_elements(char 
         }
     }
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) { store_element(row, index + e, x[e], dtype); }
+    for (int e = 0; e < WIDTH; e++) { store_result(row, index + e, x[e], dtype); }
 }
 
 /* A lane has CHUNKS times WIDTH elements side by side; dv is a multiple of WIDTH. */

@@ -13,15 +13,6 @@
 static constexpr int ROWS = 8;
 static constexpr uint32_t ALL = 0xFFFFFFFFu;
 
-static __device__ __forceinline__ void store_element(void *p, int64_t index, float x, fgqa_dtype dtype)
-{
-    switch (dtype) {
-    case FGQA_F16: from_float((f16 *)p + index, x); break;
-    case FGQA_BF16: from_float((bf16 *)p + index, x); break;
-    default: from_float((f32 *)p + index, x); break;
-    }
-}
-
 static __global__ void __launch_bounds__(32 * ROWS) merge_kernel(const __grid_constant__ fgqa_merge_parts parts)
 {
     const int lane = threadIdx.x % 32;
@@ -53,7 +44,7 @@ static __global__ void __launch_bounds__(32 * ROWS) merge_kernel(const __grid_co
             if (column < parts.dv) {
                 const fgqa_view &view = parts.out;
                 const int64_t at = b * view.stride_b + h * view.stride_h + s * view.stride_s + column * view.stride_d;
-                store_element(view.data, at, total == 0.0f ? 0.0f : sum / total, view.dtype);
+                store_result(view.data, at, total == 0.0f ? 0.0f : sum / total, view.dtype);
             }
         }
         if (lane == 0) {

@@ -82,3 +82,23 @@ static __device__ __forceinline__ float load_float(const void *p, int64_t index,
     default: return ((const float *)p)[index];
     }
 }
+
+/* Float32 as an element of a result, which is float16, bfloat16 or float32. */
+static __device__ __forceinline__ void store_result(void *p, int64_t index, float x, fgqa_dtype dtype)
+{
+    switch (dtype) {
+    case FGQA_F16: from_float((f16 *)p + index, x); break;
+    case FGQA_BF16: from_float((bf16 *)p + index, x); break;
+    default: from_float((f32 *)p + index, x); break;
+    }
+}
+
+/* As an element of any float dtype, as the gradients of a bias and of sinks are. */
+static __device__ __forceinline__ void store_float(void *p, int64_t index, float x, fgqa_dtype dtype)
+{
+    if (dtype == FGQA_F64) {
+        ((double *)p)[index] = x;
+    } else {
+        store_result(p, index, x, dtype);
+    }
+}

@@ -7,16 +7,6 @@
  */
 #pragma once
 
-static __device__ __forceinline__ void store_float(void *p, int64_t index, fgqa_dtype dtype, float x)
-{
-    switch (dtype) {
-    case FGQA_F16: from_float((f16 *)p + index, x); break;
-    case FGQA_BF16: from_float((bf16 *)p + index, x); break;
-    case FGQA_F64: ((double *)p)[index] = x; break;
-    default: ((float *)p)[index] = x; break;
-    }
-}
-
 /* Tiles of dbias in each dimension, and how many tiles of scores add to one of them in that dimension. */
 struct dbias_extent { int32_t out[4], in[4]; };
 
@@ -108,7 +98,7 @@ FGQA_SUFFIX(FGQA_ROW, _dbias_kernel)(const __grid_constant__ fgqa_params params,
             for (int rr = r; rr < (one_row ? BLOCK_Q : r + 1); rr++) {
                 for (int cc = c; cc < (one_column ? BLOCK_K : c + 1); cc++) { x += tile[rr * BLOCK_K + cc]; }
             }
-            store_float(dbias.data, b * dbias.stride_b + head * dbias.stride_h + (it * BLOCK_Q + r) * dbias.stride_s + (jt * BLOCK_K + c) * dbias.stride_d, dbias.dtype, x);
+            store_float(dbias.data, b * dbias.stride_b + head * dbias.stride_h + (it * BLOCK_Q + r) * dbias.stride_s + (jt * BLOCK_K + c) * dbias.stride_d, x, dbias.dtype);
         }
     }
 }
