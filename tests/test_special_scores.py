@@ -112,3 +112,19 @@ def test_merged_parts_of_which_one_has_an_infinite_sink(rng):
         want = reference.attention(q, k, v, sink=sink, return_lse=True)
         np.testing.assert_allclose(out, want[0], atol=1e-5)
         np.testing.assert_allclose(lse[:, 1:], want[1][:, 1:], rtol=1e-5)
+
+
+def test_gradients_of_parts_of_which_one_has_an_infinite_sink():
+    torch = pytest.importorskip("torch")
+    import flashgqa.torch as fg
+
+    q, k, v = (torch.randn(1, h, s, 16, requires_grad=True) for h, s in ((2, 5), (1, 30), (1, 30)))
+    sink = torch.tensor([torch.inf, 0.5], requires_grad=True)
+    first = fg.attention(q, k[:, :, :12], v[:, :, :12], sink=sink, return_lse=True)
+    out, lse = fg.merge(*zip(first, fg.attention(q, k[:, :, 12:], v[:, :, 12:], return_lse=True), strict=True))
+    assert (out[:, 0] == 0).all() and (lse[:, 0] == torch.inf).all()
+    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
+    got = torch.autograd.grad((out, lse), (q, k, v, sink), (dout, dlse))
+    whole = fg.attention(q, k, v, sink=sink, return_lse=True)
+    for x, y in zip(got, torch.autograd.grad(whole, (q, k, v, sink), (dout, dlse)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)

@@ -576,19 +576,6 @@ def test_merge_and_its_gradients(layout):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def test_merge_beside_a_sink_that_has_all_of_the_weight():
-    q, k, v = (torch.randn(1, h, s, 16, requires_grad=True) for h, s in ((2, 5), (1, 30), (1, 30)))
-    sink = torch.tensor([torch.inf, 0.5], requires_grad=True)
-    first = fg.attention(q, k[:, :, :12], v[:, :, :12], sink=sink, return_lse=True)
-    out, lse = fg.merge(*zip(first, fg.attention(q, k[:, :, 12:], v[:, :, 12:], return_lse=True), strict=True))
-    assert (out[:, 0] == 0).all() and (lse[:, 0] == torch.inf).all()
-    dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    got = torch.autograd.grad((out, lse), (q, k, v, sink), (dout, dlse))
-    whole = fg.attention(q, k, v, sink=sink, return_lse=True)
-    for x, y in zip(got, torch.autograd.grad(whole, (q, k, v, sink), (dout, dlse)), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-
-
 def test_merge_agrees_with_the_array_function_and_rows_may_be_empty():
     outs, lses = randn(3, 2, 4, 5, 6, dtype=torch.float32), randn(3, 2, 4, 5, dtype=torch.float32)
     with torch.no_grad():
