@@ -84,14 +84,20 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     w->head_tiles = p->varlen ? p->total_q / block_q + p->b + 1 : ((int64_t)p->sq + block_q - 1) / block_q;
     w->kv_head_tiles = p->varlen ? p->total_k / block_k + p->b + 1 : ((int64_t)p->sk + block_k - 1) / block_k;
     w->q_tiles = p->varlen ? p->hq * w->head_tiles : (int64_t)p->b * p->hq * w->head_tiles;
-    w->control = (fgqa_bwd_control *)fgqa_arena_take(&arena, 1, sizeof(fgqa_bwd_control));
+    /* First what comes in multiples of 128 bytes, so that it begins on a line of the caches, as the workspace does: where tiles of dQ began
+     * in the middle of one, adding to them made a pass up to 9% longer. */
+    if (!fgqa_bwd_two_passes(stats_kind, d)) { w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float)); }
+    if (splits > 1) {
+        w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));
+        w->dv = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)dv, sizeof(float));
+    }
     if (stats_kind == FGQA_BWD_TILED) {
         w->stats = fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)block_q, sizeof(plain_stats));
     } else {
         w->stats = fgqa_arena_take(&arena, (size_t)w->q_rows, stats_kind == FGQA_BWD_GENERAL ? sizeof(general_stats) : sizeof(plain_stats));
     }
     w->turn = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
-    if (!fgqa_bwd_two_passes(stats_kind, d)) { w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float)); }
+    w->control = (fgqa_bwd_control *)fgqa_arena_take(&arena, 1, sizeof(fgqa_bwd_control));
     if (stats_kind == FGQA_BWD_TILED && fgqa_bwd_hides(p, block_k)) {
         w->key_rows = (fgqa_range *)fgqa_arena_take(&arena, p->varlen ? (size_t)p->total_k : (size_t)p->b * (size_t)p->sk, sizeof(fgqa_range));
         const size_t tiles = (size_t)fgqa_bwd_k_tiles(p, w), words = p->softcap > 0.0 ? (size_t)splits * tiles * (size_t)(block_k / FGQA_BWD_KEYS_A_WORD) : 0;
@@ -104,10 +110,6 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     if (stats_kind == FGQA_BWD_TILED && p->view[FGQA_ARG_bias].data) {
         w->bases = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)block_q, sizeof(float));
         w->based = (int32_t *)fgqa_arena_take(&arena, (size_t)w->q_tiles, sizeof(int32_t));
-    }
-    if (splits > 1) {
-        w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));
-        w->dv = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)dv, sizeof(float));
     }
     return arena.used;
 }
