@@ -100,8 +100,9 @@ def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
         results += flashgqa.attention(q, k, v, **options, return_lse=True, batch_invariant=True, **where)
     elif arch == "sm90":
         results += flashgqa.attention(q, k, v, return_lse=True, **where)
-        results += flashgqa.attention(q, k, v, **CAPPED, return_lse=True, **where)
-        if q.shape[-1] in ALIBI_HEAD_DIMS:
+        if variant != "short":
+            results += flashgqa.attention(q, k, v, **CAPPED, return_lse=True, **where)
+        if variant != "short" and q.shape[-1] in ALIBI_HEAD_DIMS:
             results += flashgqa.attention(q, k, v, causal=True, alibi_slopes=slopes, return_lse=True, **where)
             if variant == "plain" and q.shape[-1] == v.shape[-1]:
                 results += flashgqa.attention(q, k, v, bias=bias, return_lse=True, **where)
@@ -123,7 +124,7 @@ def run_row(name, where, put, everything=lambda x: x):
         extents = ((B, HQ, sq, int(d[1:])), (B, HK, SK, int(d[1:])), (B, HK, SK, int(dv[2:])), (B, HQ, sq, int(dv[2:])))
         q, k, v, dout = (rng.standard_normal(e, np.float32).astype(DTYPES[dtype]) for e in extents)
         options = options_of(variant, rng)
-        if variant == "cache" or ((which, arch) == ("fwd", "sm90") and variant != "dropout"):
+        if variant == "cache" or ((which, arch) == ("fwd", "sm90") and variant not in ("dropout", "short")):
             dtypes = [FLOAT8] if variant.endswith("f8") else [q.dtype] if variant in (*FEW_ROWS, "cache") else [q.dtype, FLOAT8]
             for stored in dtypes:               # of float8 a copy, if the row is not for it
                 results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, stored)
@@ -265,7 +266,7 @@ def run_tool(tool, names, filled, logs):
 def run_tools(tools, names, logs):
     """All of it; about.json says of what."""
     logs.mkdir(parents=True, exist_ok=True)
-    blind = [name for name in names if "_sm90_" in name and name.endswith(("plain", "tall", "dropout"))]
+    blind = [name for name in names if "_sm90_" in name and name.endswith(("plain", "tall", "short", "dropout"))]
     jobs, start = [], time.monotonic()
     for tool in tools:
         groups = [(names, False)]

@@ -16,6 +16,7 @@ import flashgqa
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ROWS = [row["name"] for row in flashgqa.kernels()
         if row["name"].startswith("fwd_sm90") and row["name"].endswith(("plain", "tall")) and row["available"]]
+SHORT = [row["name"] for row in flashgqa.kernels() if row["name"].endswith("short") and row["available"]]
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
 MASKS = {
     "full": {}, "causal": {"causal": True}, "top-left": {"causal": True, "align": "top-left"}, "window": {"window": (37, 21)},
@@ -34,17 +35,17 @@ def row_for(dtype, d, dv, arch=90, which="fwd", variant="plain"):
     raise AssertionError(f"no row for {dtype} {d} {dv}")
 
 
-def rows_for(dtype, d, dv):
+def rows_for(dtype, d, dv, variants=("tall", "plain")):
     """Rows for Hopper that serve these head dims, the tall one first if there is one."""
     plain = row_for(dtype, d, dv)
-    return [name for name in (plain.replace("plain", "tall"), plain) if name in ROWS]
+    return [name for name in (plain.replace("plain", variant) for variant in variants) if name in ROWS + SHORT]
 
 
 def compare(q, k, v, names=(), **options):
     """With the kernel that runs on every card, which its own tests hold against float64. Results of the last of these rows."""
     widths = (q.dtype, q.shape[-1], v.shape[-1])
     expected = flashgqa.attention(q, k, v, return_lse=True, kernel=row_for(*widths, 80), **options)
-    for name in names or rows_for(*widths):
+    for name in names or rows_for(*widths, ("short", "tall", "plain")):
         got = flashgqa.attention(q, k, v, return_lse=True, kernel=name, **options)
         assert_alike(got, expected)
     return got
@@ -70,7 +71,7 @@ def test_plan_takes_it_and_says_why_not(dtype):
     few = dict(flashgqa.explain(*inputs(8, 14, 2, 4, 128, 128, dtype=dtype))["refused"])
     assert "4 query rows leave its tiles of 128 mostly empty" in few[row_for(dtype, 128, 128)]
     plan = flashgqa.explain(*inputs(8, 16, 2, 4, 128, 128, dtype=dtype))            # 8 heads share a tile
-    assert (plan["kernel"], plan["tasks"], plan["splits"]) == (row_for(dtype, 128, 128), 16, 1)
+    assert (plan["kernel"], plan["tasks"], plan["splits"]) == (row_for(dtype, 128, 128, variant="short"), 16, 1)
     plan = flashgqa.explain(*(random(1, 2, n, 128, dtype=dtype) for n in (160, 4096, 4096)))
     assert plan["kernel"] == row_for(dtype, 128, 128) and plan["splits"] > 1 and plan["tasks"] == 4 * plan["splits"]
     shared = k[:1].expand(8, 2, 512, 128)
@@ -115,6 +116,31 @@ def test_results_of_odd_widths_are_refused(dtype):
     with pytest.raises(NotImplementedError, match="multiples of 8"):
         flashgqa.attention(q, k, v, kernel=row)
     assert flashgqa.explain(q, k, v[..., :16])["kernel"] == row
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_short_tiles_where_taller_ones_are_emptier(dtype):
+    """Of padded sequences in every batch the same, of packed ones by their mean length; not beside what has no kernel there."""
+    short, tall, plain = rows_for(dtype, 64, 64, ("short", "tall", "plain"))
+    for heads, s, options, expected in (
+        ((12, 12), 64, {}, short), ((12, 12), 77, {"causal": True}, short), ((12, 12), 128, {"batch_invariant": True}, short),
+        ((32, 8), 64, {}, tall), ((12, 12), 256, {}, tall), ((12, 12), 257, {}, plain), ((12, 12), 64, {"softcap": 9.0}, plain),
+        ((12, 12), 64, {"alibi_slopes": torch.ones(12, device="cuda")}, plain),
+    ):
+        for b in (3, 400):
+            plan = flashgqa.explain(*qkv(b, heads[0], s, 64, hk=heads[1], dtype=dtype), **options)
+            assert plan["kernel"] == expected or (b == 3 and expected != short), (heads, s, options)
+            assert plan["kernel"] != short or plan["splits"] == 1
+    wide = rows_for(dtype, 128, 128, ("short", "tall", "plain"))
+    reasons = dict(flashgqa.explain(*qkv(64, 16, 128, 128, hk=16, dtype=dtype))["refused"])
+    assert "taller tiles are nearly as full" in reasons[wide[0]]
+    assert flashgqa.explain(*qkv(64, 16, 64, 128, hk=16, dtype=dtype))["kernel"] == wide[0]
+    starts = torch.arange(0, 7701, 77, dtype=torch.int32, device="cuda")
+    packed = [random(7700, 12, 64, dtype=dtype) for _ in range(3)]
+    call = {"cu_seqlens_q": starts, "cu_seqlens_kv": starts, "max_q": 77}
+    assert flashgqa.explain(*packed, **call)["kernel"] == short
+    plan = flashgqa.explain(*packed, **call, batch_invariant=True)
+    assert plan["kernel"] == plain and "depend on the batch" in dict(plan["refused"])[short]
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -199,7 +225,7 @@ def test_heads_share_tiles(d, g, dtype):
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 700, 700), (6, 6, 450, 500), (8, 2, 128, 5000)], ids=str)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS + SHORT)
 def test_tiles_that_see_nothing(name, shape):
     """Padding, and rows that see no key, are zeros over whatever memory held; the third shape shares its keys out."""
     dtype = next(t for t, text in DTYPES.items() if f"_{text}_" in name)
@@ -211,6 +237,8 @@ def test_tiles_that_see_nothing(name, shape):
     k[2, :, 300:] = v[4, :, 129:] = float("nan")
     padding = (torch.arange(sq, device="cuda") >= rows[:, None])[:, None].expand(6, hq, sq)
     for options in ({}, {"causal": True}, {"window": (40, 0)}, {"window": (100, 0), "align": "top-left"}, {"softcap": 5.0}):
+        if name in SHORT and "softcap" in options:
+            continue
         for sink in (None, torch.linspace(-2, 2, hq, device="cuda", dtype=dtype)):
             options |= {"sink": sink, "q_lens": rows, "kv_lens": keys, "return_lse": True}
             out = torch.full((6, hq, sq, dv), float("nan"), device="cuda", dtype=dtype)

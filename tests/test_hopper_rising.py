@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from checking import DTYPES, assert_within, naive_forward
-from test_hopper import ROWS
+from test_hopper import ROWS, SHORT
 from test_hopper_softcap import extents
 
 import flashgqa
@@ -43,7 +43,7 @@ def forward(name, arrays, **options):
 
 @pytest.mark.parametrize("mask", KINDS)
 @pytest.mark.parametrize("bits", RISES)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS + SHORT)
 def test_scores_that_grow(name, bits, mask):
     arrays, options = rising(name, bits), KINDS[mask]
     out, lse = forward(name, arrays, **options)
@@ -54,7 +54,7 @@ def test_scores_that_grow(name, bits, mask):
 
 
 @pytest.mark.parametrize("bits", RISES)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", ROWS + SHORT)
 def test_each_row_for_itself(name, bits):
     """Rows whose scores do not grow have the same bits beside rows whose scores do; and all in a tile done again for a NaN."""
     growing, steady = rising(name, bits), rising(name, bits, rows=slice(0, 0))

@@ -38,6 +38,7 @@ typedef int32_t fgqa_cuda_smem(void);
 #define FGQA_VARIANT_decodewidef8 6
 #define FGQA_VARIANT_tall 7
 #define FGQA_VARIANT_dropout 8
+#define FGQA_VARIANT_short 9
 
 /* fgqa_fwd_sm80_bf16_d128_dv128_plain: the symbol of a row, and the stem of every name that belongs to it. */
 #define FGQA_ROW_CAT_(pass, arch, dtype, d, dv, variant) fgqa_##pass##_sm##arch##_##dtype##_d##d##_dv##dv##_##variant

@@ -25,7 +25,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, STREAM_ROWS = 64, MOST_PARTS = 16,
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, SHORT_KEYS = 224, STREAM_ROWS = 64, MOST_PARTS = 16,
        COPY_ROWS = 32, UNCOPIED_ROWS = 256, COPY_BYTES = 1 << 29 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
@@ -72,7 +72,8 @@ typedef struct {
 #define IS_FLOAT8(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decodef8 || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewidef8)
 #define IS_DECODE(variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_decode || FGQA_VARIANT_##variant == FGQA_VARIANT_decodewide || IS_FLOAT8(variant))
 #define READS_CACHE(pass, arch, variant) (FGQA_VARIANT_##variant == FGQA_VARIANT_cache || IS_FLOAT8(variant) ? FGQA_CACHE_ONLY \
-    : FGQA_PASS_##pass == FGQA_PASS_FWD && arch == HOPPER && FGQA_VARIANT_##variant != FGQA_VARIANT_dropout ? FGQA_CACHE_ALSO : FGQA_CACHE_NEVER)
+    : FGQA_PASS_##pass == FGQA_PASS_FWD && arch == HOPPER && FGQA_VARIANT_##variant != FGQA_VARIANT_dropout && FGQA_VARIANT_##variant != FGQA_VARIANT_short \
+    ? FGQA_CACHE_ALSO : FGQA_CACHE_NEVER)
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
       IS_DECODE(variant) ? block_q : 0, READS_CACHE(pass, arch, variant), IS_FLOAT8(variant), \
@@ -108,7 +109,7 @@ static const char *refuse_bias(const fgqa_problem *p)
 /* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, forward
  * ones not both; some have all that there is, bias and mask, too, those for dropout among them; backward ones a mask and
  * dropout, beside both, too, and some a bias, beside neither of the two. */
-static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
+static const char *refuse_options(const fgqa_problem *p, int has_softcap, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
         const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has_bits ? "mask"
@@ -119,7 +120,7 @@ static const char *refuse_options(const fgqa_problem *p, int32_t arch, int is_de
         if (!has_alibi) { return "alibi_slopes"; }
         if (p->softcap != 0.0 && p->pass == FGQA_PASS_FWD) { return "alibi_slopes with softcap"; }
     }
-    if (p->softcap != 0.0 && arch != HOPPER) { return "softcap"; }
+    if (p->softcap != 0.0 && !has_softcap) { return "softcap"; }
     if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
     if (p->dropout_threshold != 0 && !has_bits) { return "dropout"; }
     if (!(p->scale >= FLT_MIN && p->scale <= FLT_MAX)) { return "a scale that is not positive"; }
@@ -173,6 +174,9 @@ static const char *refuse_device(const cuda_kernel *k, int32_t index, char why[1
 static int is_paged(const fgqa_problem *p) { return p->cache.table != NULL && p->cache.page_size < p->cache.capacity; }
 
 static int is_hopper_forward(const cuda_kernel *k) { return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD && !k->row.most_rows; }
+
+/* A row whose blocks share a multiprocessor, for short sequences. */
+static int is_short(const cuda_kernel *k) { return is_hopper_forward(k) && FGQA_IS_SHORT(k->row.block_q); }
 
 /* Whether a plain row for Hopper reads a copy of the cache, which TMA can address, in q's dtype. */
 static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
@@ -275,7 +279,7 @@ static int merges_many_parts(const cuda_kernel *k, const fgqa_problem *p, int32_
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int takes_options = !refuse_options(p, HOPPER, 0, 1, 1, 0, 0);
+    const int takes_options = !refuse_options(p, 1, 0, 1, 1, 0, 0);
     const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
@@ -338,12 +342,29 @@ static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
     return own > others ? "its tiles would be emptier than shorter ones" : "shorter tiles are faster with ALiBi";
 }
 
+/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. The tall row and the plain
+ * one follow. Between it and the plain row the choice of padded sequences is the same in every batch: no count of tiles goes into it. */
+static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    const int64_t keys = fgqa_usual_keys(p);
+    if (keys > SHORT_KEYS) { return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys); }
+    if (p->batch_invariant && p->varlen) { return "the choice would depend on the batch"; }
+    const int tall = !pass_over_tall(k + 1, p);
+    const cuda_kernel *other = tall ? k + 1 : shorter_row(k + 1);
+    const double loss = k->row.d <= 64 ? (tall ? 1.25 : 1.12) : tall ? 1.7 : 1.5;
+    return loss * rows_passed(p, k->row.block_q, 1, 1) < rows_passed(p, other->row.block_q, 1, 1) ? NULL : "taller tiles are nearly as full";
+}
+
 /* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by groups of any size, not by powers of two. */
 static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     const cuda_kernel *k = kernel->row;
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
     if (k->row.most_rows) { return pass_over_decode(k, p, why); }
+    if (is_short(k)) {
+        const char *reason = pass_over_short(k, p, why);
+        if (reason) { return reason; }
+    }
     if (shorter_row(k)) {
         const char *reason = pass_over_tall(k, p);
         if (reason) { return reason; }
@@ -377,10 +398,10 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
         const int hopper_backward = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD;
-        const int has_alibi = hopper_backward || (k->row.arch == HOPPER && FGQA_HAS_ALIBI(k->row.d));
+        const int has_alibi = hopper_backward || (k->row.arch == HOPPER && FGQA_HAS_ALIBI(k->row.d, k->row.block_q));
         const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
         const int has_bits = k->row.dropout || hopper_backward, has_bias = hopper_backward && FGQA_BWD_HAS_BIAS(k->row.d);
-        const char *option = refuse_options(p, k->row.arch, k->row.most_rows > 0, has_alibi, has_all, has_bits, has_bias);
+        const char *option = refuse_options(p, k->row.arch == HOPPER && !is_short(k), k->row.most_rows > 0, has_alibi, has_all, has_bits, has_bias);
         if (option) {
             return fgqa_reason(why, "has no %s", option);
         }
@@ -415,6 +436,10 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     }
     if (k->row.arch == HOPPER) {
         plan->tasks = fgqa_hopper_tiles(p, k->row.block_q);
+        if (is_short(k)) {
+            plan->splits = 1;
+            return;
+        }
         fgqa_fwd_share(p, plan, plan->tasks, device.multiprocessors, plan->tasks == p->b * (int64_t)(p->hq >> fgqa_hopper_pack(p, k->row.block_q)));
         fgqa_problem copy;
         if (copies_cache(k, p)) { plan->workspace_bytes += fgqa_cache_copy(p, NULL, &copy); }

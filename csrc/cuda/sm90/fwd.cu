@@ -68,7 +68,9 @@ static_assert(WG_COUNT * WG_ROWS == BLOCK_Q && THREADS == 128 * (1 + WG_COUNT), 
 static_assert(D % 16 == 0 && DV % 16 == 0 && BLOCK_K % 16 == 0, "kernels.def: the tensor core takes steps of 16");
 
 /* What is left of an SM's memory goes to a second Q buffer first, which lets tiles overlap, then to a third V buffer. */
-static constexpr int SM_BYTES = 227 * 1024, SMALL_BYTES = 768 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
+static constexpr bool SHORT = FGQA_IS_SHORT(BLOCK_Q);            /* no caches, no parts of keys */
+static constexpr int BLOCKS = !SHORT ? 1 : DV > 64 ? 2 : 3;      /* that an SM holds at once */
+static constexpr int SM_BYTES = 228 * 1024 / BLOCKS - 1024, SMALL_BYTES = 768 + 2 * BLOCK_Q * 8, Q_BYTES = WG_COUNT * Q_CHUNKS * WG_ROWS * CHUNK * 2;
 static constexpr int K_BYTES = K_CHUNKS * BLOCK_K * CHUNK * 2, V_BYTES = V_CHUNKS * BLOCK_K * CHUNK * 2;
 static constexpr int LEAST = Q_BYTES + STAGES * (K_BYTES + V_BYTES) + SMALL_BYTES;
 static constexpr int Q_STAGES = LEAST + Q_BYTES <= SM_BYTES ? 2 : 1;
@@ -80,7 +82,8 @@ static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES 
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
 static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products: three warpgroups get into each other's way, two do not */
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
-static constexpr int PRODUCER_REGS = WG_COUNT == 2 ? 56 : 32, CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : 112;
+static constexpr int PRODUCER_REGS = WG_COUNT == 2 || BLOCKS == 2 ? 56 : BLOCKS == 3 ? 40 : 32;
+static constexpr int CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 : WG_COUNT == 4 ? 112 : BLOCKS == 2 ? 200 : 120;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
@@ -161,7 +164,7 @@ static __device__ __forceinline__ int64_t row_of_part(const fwd_params &p, const
 static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, const tile &t)
 {
     const int32_t i = t.row0 >> p.list.pack;
-    if (p.list.splits > 1) { return (tile_place *)(p.split.o + row_of_part(p, t, t.head, i) * p.common.problem.dv); }
+    if (parts_of<BLOCK_Q>(p.list) > 1) { return (tile_place *)(p.split.o + row_of_part(p, t, t.head, i) * p.common.problem.dv); }
     return (tile_place *)fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, t.head, t.q_row + i);
 }
 
@@ -175,7 +178,7 @@ static __device__ __forceinline__ void write_unseen(const fwd_params &p, const t
     for (int32_t head = t.head; head < t.head + (1 << p.list.pack); head++) {
         float lse = -INFINITY;
         uint32_t x = 0;
-        if (p.list.splits > 1) {
+        if (parts_of<BLOCK_Q>(p.list) > 1) {
             const int64_t row = row_of_part(p, t, head, i0);
 #pragma unroll 1
             for (int32_t i = lane; i < count; i += 32) { ((float2 *)p.split.lse)[row + i] = make_float2(-INFINITY, -INFINITY); }
@@ -267,9 +270,9 @@ struct kv_source { int32_t row, page; };
 static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const tile &t, int j, int lane)
 {
     const fgqa_cache &cache = p.common.problem.cache;
-    const int32_t slot = t.k_row + j * BLOCK_K + lane * p.box_rows;
+    const int32_t slot = t.k_row + j * BLOCK_K + (SHORT ? 0 : lane * p.box_rows);
     kv_source at = {slot, p.common.problem.varlen ? 0 : t.batch};
-    if (cache.table && lane * p.box_rows < BLOCK_K) {
+    if (!SHORT && cache.table && lane * p.box_rows < BLOCK_K) {
         const int32_t within = min(slot, cache.capacity - 1);
         const slot_place place = place_of_slot(cache, cache.table + t.batch * cache.table_stride, (uint32_t)within);
         at.page = (int32_t)place.page;
@@ -283,14 +286,15 @@ static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtens
                                                uint32_t parity, uint64_t policy, const kv_source &from, int kv_head)
 {
     const uint32_t bar = smem_address(full);
+    auto box_rows = [&] { return SHORT ? BLOCK_K : p.box_rows; };
     mbarrier_wait(smem_address(empty), parity ^ 1);
     if (elect_one()) { mbarrier_arrive_expect_tx(bar, sizeof(dst)); }
 #pragma unroll 4
-    for (int n = 0; n * p.box_rows < BLOCK_K; n++) {
-        const int32_t row = __shfl_sync(ALL_LANES, from.row, n), page = __shfl_sync(ALL_LANES, from.page, n);
+    for (int n = 0; n * box_rows() < BLOCK_K; n++) {
+        const int32_t row = SHORT ? from.row : __shfl_sync(ALL_LANES, from.row, n), page = SHORT ? from.page : __shfl_sync(ALL_LANES, from.page, n);
         if (elect_one()) {
             for (int c = 0; c < CHUNKS; c++) {
-                tma_load_4d(smem_address(dst[c] + n * p.box_rows * CHUNK), map, bar, policy, c * CHUNK, kv_head, row, page);
+                tma_load_4d(smem_address(dst[c] + n * box_rows() * CHUNK), map, bar, policy, c * CHUNK, kv_head, row, page);
             }
         }
     }
@@ -446,7 +450,7 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<PLAIN>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<PLAIN>(p); }
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _tiled)(const __grid_constant__ fwd_params p) { run_block<TILED>(p); }
@@ -454,8 +458,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_MERGES
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _merged)(const __grid_constant__ fwd_params p) { run_block<MERGED>(p); }
 #endif
+#if FGQA_HAS_SOFTCAP(FGQA_BLOCK_Q)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
-#if FGQA_HAS_ALIBI(FGQA_D)
+#endif
+#if FGQA_HAS_ALIBI(FGQA_D, FGQA_BLOCK_Q)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _alibi)(const __grid_constant__ fwd_params p) { run_block<ALIBI>(p); }
 #endif
 #if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT
@@ -475,7 +481,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const bool capped = problem->softcap > 0.0, alibi = problem->view[FGQA_ARG_alibi_slopes].data;
     const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
-    const bool has_own = capped + alibi + terms < 2 && (FGQA_HAS_ALIBI(FGQA_D) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms);
+    const bool has_own = capped + alibi + terms < 2 && (FGQA_HAS_ALIBI(FGQA_D, FGQA_BLOCK_Q) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms);
     const bool scaled = problem->cache.k_scale.data || problem->cache.v_scale.data;
     const bool tiled = has_own && terms && term_tiles_fit(problem);
     const chain of_scores = !has_own ? ALL : capped ? CAPPED : alibi ? ALIBI : terms ? (tiled ? TILED : TERMS) : scaled ? SCALED : PLAIN;
@@ -484,8 +490,10 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
     if (of_scores == TILED) { kernel = FGQA_SUFFIX(FGQA_ROW, _tiled); }
 #endif
+#if FGQA_HAS_SOFTCAP(FGQA_BLOCK_Q)
     if (of_scores == CAPPED) { kernel = FGQA_SUFFIX(FGQA_ROW, _capped); }
-#if FGQA_HAS_ALIBI(FGQA_D)
+#endif
+#if FGQA_HAS_ALIBI(FGQA_D, FGQA_BLOCK_Q)
     if (of_scores == ALIBI) { kernel = FGQA_SUFFIX(FGQA_ROW, _alibi); }
 #endif
 #if FGQA_HAS_SCALES(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT
@@ -494,10 +502,11 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #if FGQA_HAS_ALL(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _all); }
 #endif
-    int multiprocessors = 1;
+    int resident = 1;                                            /* blocks that the device holds at once */
     const int memory = tiled ? TERMS_MEMORY : (int)sizeof(shared);
     int error = allow_shared_memory((const void *)kernel, memory, problem->device.index, &states[of_scores]);
-    if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, problem->device.index); }
+    if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&resident, cudaDevAttrMultiProcessorCount, problem->device.index); }
+    resident *= BLOCKS;
     fwd_params p;
     const int paged = problem->cache.table && problem->cache.page_size < problem->cache.capacity;
     p.box_rows = paged ? common_divisor(problem->cache.page_size, BLOCK_K) : BLOCK_K;
@@ -526,13 +535,13 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.list.section = section < p.list.pairs ? section : p.list.pairs;
     /* the last section: three tiles or more for every block, so that light ones are left when the heavy ones are done */
     const int64_t sections = (p.list.pairs + p.list.section - 1) / p.list.section, tiles = (int64_t)p.list.section * p.list.row_blocks;
-    const int64_t joined = masked ? (3 * multiprocessors + tiles - 1) / tiles : 1;
+    const int64_t joined = masked ? (3 * resident + tiles - 1) / tiles : 1;
     p.list.last = (uint32_t)(sections > joined ? sections - joined : 0);
-    const int64_t blocks = plan->tasks < multiprocessors ? plan->tasks : multiprocessors;
+    const int64_t blocks = plan->tasks < resident ? plan->tasks : resident;
     const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
     p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
 #if FGQA_MERGES
-    if (of_scores == PLAIN && merges_in_place(problem, plan, multiprocessors)) {
+    if (of_scores == PLAIN && merges_in_place(problem, plan, resident)) {
         error = launch_merged(FGQA_SUFFIX(FGQA_ROW, _merged), p, plan, problem->device.index, exec->stream, &states[MERGED]);
         if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
         cudaGetLastError();                                      /* no counters, or part of the device: a green context */

@@ -3,8 +3,13 @@
 #define FGQA_FWD_PACK_H
 #include "../any/fwd_split.h"
 
-/* Forward rows for Hopper of which head dims have a kernel with ALiBi: each costs as much of a build as the plain one. */
-#define FGQA_HAS_ALIBI(d) ((d) == 64 || (d) == 128)
+/* Forward rows for Hopper whose tiles are so few rows that a multiprocessor holds several blocks, for short sequences. They have the plain
+ * kernel and no other: each costs as much of a build. */
+#define FGQA_IS_SHORT(block_q) ((block_q) < 128)
+
+/* Those that have a kernel with softcap, and with ALiBi. */
+#define FGQA_HAS_SOFTCAP(block_q) (!FGQA_IS_SHORT(block_q))
+#define FGQA_HAS_ALIBI(d, block_q) (((d) == 64 || (d) == 128) && !FGQA_IS_SHORT(block_q))
 
 /* Those that take a bias and a mask tensor, plain rows and those for dropout: a kernel each, too. */
 #define FGQA_HAS_TERMS(d, block_k) (((d) == 64 || (d) == 128) && (block_k) == 128)
@@ -13,7 +18,7 @@
 #define FGQA_HAS_ALL(d, block_k) (FGQA_HAS_TERMS(d, block_k) || (d) == 256)
 
 /* Those that take the scales of a float8 cache, of which they read a copy (any/cache_copy.h): so too. They serve any head dim. */
-#define FGQA_HAS_SCALES(d, block_q) ((d) == 64 || (((d) == 128 || (d) == 256) && (block_q) == 128))
+#define FGQA_HAS_SCALES(d, block_q) (((d) == 64 && !FGQA_IS_SHORT(block_q)) || (((d) == 128 || (d) == 256) && (block_q) == 128))
 
 /* Those of which a kernel merges the parts of a tile's keys itself, if a block has one tile (sm90/fwd_merge.cuh). */
 #define FGQA_HAS_MERGE(d, block_q) ((d) == 128 && (block_q) == 128)

@@ -14,6 +14,7 @@
 #pragma once
 #include "../common/params.cuh"
 #include "../common/split.cuh"
+#include "fwd_pack.h"
 #include "warpgroup.cuh"
 
 struct tile_list {
@@ -34,6 +35,9 @@ struct tile {
     int32_t sq, sk, diag;               /* of its mask */
     int64_t out, lse;                   /* of its first row, in bytes from the tensors' beginning */
 };
+
+/* Parts of a tile's keys; 1 where the row of kernels.def never shares them out. */
+template <int BLOCK_Q> static __device__ __forceinline__ uint32_t parts_of(const tile_list &list) { return FGQA_IS_SHORT(BLOCK_Q) ? 1 : list.splits; }
 
 /* Which rows of which unit: what the list itself says of a tile. */
 struct tile_place { int32_t batch, head, row0, part; };
@@ -124,7 +128,7 @@ static __device__ __forceinline__ void describe_tile(const fgqa_problem &p, cons
     if (i0 < mask.sq) { keys = fgqa_kv_range(&mask, i0, i1); }
     fgqa_range blocks = {keys.begin / BLOCK_K, (keys.end + BLOCK_K - 1) / BLOCK_K};
     if (keys.begin == keys.end) { blocks.end = blocks.begin; }
-    if (list.splits > 1) { blocks = split_range(blocks, (uint32_t)place.part, list.splits); }
+    if (parts_of<BLOCK_Q>(list) > 1) { blocks = split_range(blocks, (uint32_t)place.part, list.splits); }
     t->block_begin = blocks.begin;
     t->block_end = blocks.end;
 }
@@ -140,12 +144,12 @@ template <int BLOCK_Q> struct tile_walk {
     __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, bool batch_first, tile_place *place)
     {
         uint32_t items = list.items;
-        const uint32_t tile = item / list.splits;
+        const uint32_t tile = item / parts_of<BLOCK_Q>(list);
         bool some;
-        place->part = (int32_t)(item - tile * list.splits);
+        place->part = (int32_t)(item - tile * parts_of<BLOCK_Q>(list));
         if (p.varlen) {
             some = find_packed<BLOCK_Q>(p, list, tile, &at, place, &items);
-            items *= list.splits;
+            items *= parts_of<BLOCK_Q>(list);
         } else {
             some = item < items;
             if (some) { find_padded<BLOCK_Q>(p, list, tile, batch_first, place); }
