@@ -3,6 +3,7 @@
     python benchmarks/sanitize.py [--rows TEXT] [--tools memcheck,..] [--logs FOLDER] [--write]
     python benchmarks/sanitize.py --again FOLDER [--write]          the verdict once more over the logs of a run
     python benchmarks/sanitize.py --call ROW ..                     the calls alone, which is what the tools are run over
+    python benchmarks/sanitize.py --kernels                         kernels of the module that no call launches: an error
 
 Every row of kernels.def and the kernels of weights run under the four tools, several processes side by side. A report that no
 entry of sanitizer_reports.py explains, or a row that does not come to its end, is an error. --write puts the outcome, with the
@@ -31,16 +32,19 @@ import sanitizer_reports
 import flashgqa
 
 TOOLS = {"memcheck": 4, "initcheck": 6, "synccheck": 5, "racecheck": 10}       # processes at once: the slower, the more
+PROFILED = 6            # processes at once, of those that note what is launched
 LIMIT = 60              # seconds a process may take
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
+WIDE, MANY = 208, 4000                          # keys whose masks TMA can address; so many that they are shared out
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
 ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward with a bias
 ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have one for all of that together
+SCALED_HEAD_DIMS = {"plain": (64, 128, 256), "tall": (64,)}
 # query rows, of which a KV head has twice as many
-FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (20, 50), "decodewidef8": (20, 50)}
+FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (7, 14, 20, 50), "decodewidef8": (7, 14, 20, 50)}
 
 
 # ---- the calls ----
@@ -63,7 +67,7 @@ def on_gpu(x):
     return torch.from_numpy(x).cuda()
 
 
-def run_cached(q, k, v, options, put, where, stored):
+def run_cached(q, k, v, options, put, where, stored, scaled=False):
     """Pages of 16 slots of dtype `stored`, 3 new keys and values behind those in use."""
     pages, new = -(-SK // 16), 3
     rng = np.random.default_rng(1)
@@ -71,18 +75,13 @@ def run_cached(q, k, v, options, put, where, stored):
     caches = [put(np.ascontiguousarray(x.swapaxes(1, 2).reshape(B * pages, HK, 16, -1)).astype(stored)) for x in cut]
     table = rng.permutation(B * pages).astype(np.int32).reshape(B, pages)
     added = [put(np.ascontiguousarray(x[:, :, :new])) for x in (k, v)]
+    if scaled:
+        scale = put(np.ones(HK, np.float32))
+        where = {**where, "k_scale": scale, "v_scale": scale}
     return flashgqa.attention_with_kvcache(
         put(q), *caches, *added, cache_lens=put(np.full(B, SK - new, np.int32)), page_table=put(table),
         **options | {"sink": put(options["sink"])}, return_lse=True, check=True, **where,
     )
-
-
-def run_dropout(q, k, v, options, bias, where):
-    drops = {"dropout_p": 0.2, "seed": 7, **where}
-    results = list(flashgqa.attention(q, k, v, **options, **drops, return_lse=True))
-    results += flashgqa.attention(q, k, v, **drops, return_lse=True)
-    results += flashgqa.attention(q, k, v, bias=bias, mask=bias > -1, **drops, return_lse=True)
-    return [*results, attention_beside_inf(q, k, v, drops)]
 
 
 def attention_beside_inf(q, k, v, options):
@@ -92,25 +91,42 @@ def attention_beside_inf(q, k, v, options):
     return flashgqa.attention(q, k, poisoned, causal=True, **options)[:, :, : SQ - 1]
 
 
+def repeated(x, rows):
+    """So many rows, the same ones over and over."""
+    return x[:, :, np.arange(rows) % x.shape[2]]
+
+
+def run_hopper_forward(q, k, v, slopes, bias, variant, where):
+    """Each of the kernels that a row has. bias: for WIDE keys."""
+    d, own = q.shape[-1], variant in ("plain", "dropout") and q.shape[-1] == v.shape[-1]
+    few_keys, wide_keys, many_keys = ((k, v), *((repeated(k, rows), repeated(v, rows)) for rows in (WIDE, MANY)))
+    calls = [(few_keys, {})]
+    if variant != "short":
+        calls.append((few_keys, CAPPED))
+    if variant != "short" and d in ALIBI_HEAD_DIMS:
+        calls.append((few_keys, {"causal": True, "alibi_slopes": slopes}))
+    if d in ALIBI_HEAD_DIMS and own:            # by TMA, and wherever elements lie
+        calls += [(wide_keys, {"bias": bias}), (wide_keys, {"mask": bias > -1}), (wide_keys, {"bias": bias, "mask": bias > -1})]
+        calls.append((few_keys, {"bias": bias[..., :1], "mask": bias[..., :SK] > -1}))
+    if d in ALL_HEAD_DIMS and own:
+        terms = {"alibi_slopes": slopes, "bias": bias[..., :SK], "mask": bias[..., :SK] > -1}
+        calls.append((few_keys, {**CAPPED, **terms}))
+    results = [x for keys, options in calls for x in flashgqa.attention(q, *keys, **options, return_lse=True, **where)]
+    if variant in ("plain", "tall"):            # keys in parts
+        results += flashgqa.attention(q[:, :, :70], *many_keys, return_lse=True, **where)
+    return [*results, attention_beside_inf(q, k, v, where)]
+
+
 def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
     if variant == "dropout":
-        return run_dropout(q, k, v, options, bias, where)
+        where = {"dropout_p": 0.2, "seed": 7, **where}
     results = list(flashgqa.attention(q, k, v, **options, return_lse=True, **where))
+    if variant == "general":                    # keys in parts, rows that start anywhere
+        results += flashgqa.attention(q[:, :, :5], repeated(k, MANY), repeated(v, MANY)[..., :-1], return_lse=True, **where)
     if variant in FEW_ROWS:                     # merged by a kernel of its own
         results += flashgqa.attention(q, k, v, **options, return_lse=True, batch_invariant=True, **where)
     elif arch == "sm90":
-        results += flashgqa.attention(q, k, v, return_lse=True, **where)
-        if variant != "short":
-            results += flashgqa.attention(q, k, v, **CAPPED, return_lse=True, **where)
-        if variant != "short" and q.shape[-1] in ALIBI_HEAD_DIMS:
-            results += flashgqa.attention(q, k, v, causal=True, alibi_slopes=slopes, return_lse=True, **where)
-            if variant == "plain" and q.shape[-1] == v.shape[-1]:
-                results += flashgqa.attention(q, k, v, bias=bias, return_lse=True, **where)
-                results += flashgqa.attention(q, k, v, bias=bias[..., :1], mask=bias > -1, return_lse=True, **where)
-        if variant == "plain" and q.shape[-1] == v.shape[-1] and q.shape[-1] in ALL_HEAD_DIMS:
-            terms = {"alibi_slopes": slopes, "bias": bias, "mask": bias > -1}
-            results += flashgqa.attention(q, k, v, **CAPPED, **terms, return_lse=True, **where)
-        results.append(attention_beside_inf(q, k, v, where))
+        results += run_hopper_forward(q, k, v, slopes, bias, variant, where)
     return results
 
 
@@ -128,21 +144,25 @@ def run_row(name, where, put, everything=lambda x: x):
             dtypes = [FLOAT8] if variant.endswith("f8") else [q.dtype] if variant in (*FEW_ROWS, "cache") else [q.dtype, FLOAT8]
             for stored in dtypes:               # of float8 a copy, if the row is not for it
                 results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, stored)
+            if variant in FEW_ROWS:             # chunks of keys
+                results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel"), "batch_invariant": True}, dtypes[0])
+            if arch == "sm90" and variant not in FEW_ROWS and int(d[1:]) in SCALED_HEAD_DIMS[variant]:
+                results += run_cached(q, k, v, options, put, {"kernel": where.get("kernel")}, FLOAT8, True)
         if which == "fwd" and not variant.endswith(("cache", "f8")):
             moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
             slopes = everything(np.linspace(0.05, 0.5, HQ, dtype=np.float32))
-            bias = everything(rng.standard_normal((1, 1, SQ, SK), np.float32))
+            bias = everything(rng.standard_normal((1, 1, SQ, WIDE), np.float32))
             results += run_forward(*map(everything, (q, k, v)), moved, slopes, bias, variant, arch, where)
     passes = [options, {}, CAPPED] if which == "bwd" else []
     if passes:
         slopes = np.linspace(0.05, 0.5, HQ, dtype=np.float32)
         shown, drops = rng.random((B, 1, SQ, SK)) < 0.9, {"dropout_p": 0.2, "seed": 7}
         passes += [{"causal": True, "alibi_slopes": slopes}, {**CAPPED, "alibi_slopes": slopes}]
-        passes += [{"causal": True, "mask": shown}, {"mask": shown, **drops}]
+        passes += [drops, {"causal": True, "mask": shown}, {"mask": shown, **drops}]
         passes += [{"alibi_slopes": slopes, "mask": shown, **drops}, {**CAPPED, "mask": shown, **drops}]
     if passes and int(d[1:]) in ALIBI_HEAD_DIMS:
         bias = rng.standard_normal((B, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
-        passes += [{"bias": bias}, {"causal": True, "bias": bias, "mask": shown}]
+        passes += [{"bias": bias}, {"bias": bias[:, :1]}, {"causal": True, "bias": bias, "mask": shown}]
         passes += [{"bias": bias[:, :1], **drops}, {"causal": True, "bias": bias, "mask": shown, **drops}]
     for given in passes:
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
@@ -150,6 +170,10 @@ def run_row(name, where, put, everything=lambda x: x):
         for order in (True, False):
             arrays = map(everything, (dout, q, k, v, out, lse))
             results += flashgqa.attention_backward(*arrays, **moved, deterministic=order, **where)
+        if given is options:                    # rows in parts, and each sees all of whole tiles
+            rows = [everything(repeated(x, MANY)) for x in (dout, q, out, lse)]
+            keys = [everything(x[:, :, :128]) for x in (k, v)]
+            results += flashgqa.attention_backward(*rows[:2], *keys, *rows[2:], **where)
         if arch != "sm90":
             break
         if given is CAPPED:
@@ -170,13 +194,22 @@ def gradients_beside_inf(dout, q, k, v, everything, where):
     return results
 
 
-def run_other(name, where):
+def run_other(name, where, put):
+    """Weights of each dtype; with those of rows, what has no row: copies of arguments, merges."""
     rng = np.random.default_rng(0)
-    q, k = rng.standard_normal((B, HQ, SQ, 40), np.float32), rng.standard_normal((B, HK, SK, 40), np.float32)
     options = options_of("general", rng)
     del options["dropout_p"], options["seed"]
     which = {"reduce": "keys"} if name.startswith("keysum") else {"rows": [0, 139, 70]}
-    return [flashgqa.attention_weights(q, k, **which, **options, **where)]
+    results = []
+    for dtype in DTYPES.values():
+        q, k = (rng.standard_normal((B, h, s, 40), np.float32).astype(dtype) for h, s in ((HQ, SQ), (HK, SK)))
+        results.append(flashgqa.attention_weights(q, k, **which, **options, **where))
+        if name.startswith("rows"):
+            q, k, back = put(q), put(k), put(np.ascontiguousarray(q.swapaxes(2, 3))).swapaxes(2, 3)
+            parts = [flashgqa.attention(x, k, k, return_lse=True) for x in (q, back)]
+            results += flashgqa.merge(*zip(*parts, strict=True))
+            results.append(flashgqa.attention(q, k, k, dropout_p=0.2, seed=put(np.array([7, 0, 3]))[::2]))
+    return results
 
 
 def are_finite(results):
@@ -207,10 +240,56 @@ def call(names, filled):
         where = {"kernel": name} | ({} if filled else {"device": "cuda"})
         everything = on_gpu if filled else lambda x: x
         with written_memory() if filled else contextlib.nullcontext():
-            results = run_other(name, where) if name.endswith("_any") else run_row(name, where, on_gpu, everything)
+            results = run_other(name, where, on_gpu) if name.endswith("_any") else run_row(name, where, on_gpu, everything)
         finite = are_finite(results)
         time.sleep(0.05)        # the tool's lines come from another process
         print(f"{'ran' if finite else 'NOT FINITE'} {name}", flush=True)
+
+
+# ---- which kernels the calls launch ----
+
+# Decode's own merge, where not all blocks of a launch are resident or streams are very many. Never chosen: copies of arguments of
+# bytes, of which there are none, and statistics of rows that do not start on 16 bytes, which no row for Hopper takes.
+RARE = r"fgqa_fwd_sm90_\w+_decode\w*_combine|gather_kernel<signed char>|bwd_delta_tiled_kernel<\w+, 32, false>"
+
+
+def base_name(kernel):
+    """bwd_kernel<true, (score_kind)5> of void bwd_kernel<true, (score_kind)5>(bwd_params)."""
+    return re.match(r"(?:[^(<]|<(?:[^<>]|<[^<>]*>)*>)*", kernel.removeprefix("void "))[0].strip()
+
+
+def module_kernels():
+    """{kernel: how many objects of the module have one of this name}, from what nvcc makes for the host of each."""
+    listed = subprocess.run(["nm", flashgqa._C.__file__], capture_output=True, text=True, check=True).stdout
+    of_templates = re.findall(r" _ZZL(\d+)(__device_stub_\w+)E8__handle$", listed, re.M)
+    names = [name[: int(length)] for length, name in of_templates]
+    names += {name[: int(length)] for length, name in re.findall(r" t _ZL?(\d+)(__device_stub_\w+)$", listed, re.M)} - set(names)
+    mangled = "\n".join(name.removeprefix("__device_stub_") for name in names)
+    kernels = subprocess.run(["c++filt"], input=mangled, capture_output=True, text=True, check=True).stdout
+    return collections.Counter(map(base_name, kernels.splitlines()))
+
+
+def print_launched(names):
+    """The kernels that the calls of each row launch, as torch's profiler has them, a line each."""
+    from torch.profiler import ProfilerActivity, profile
+    for name in names:
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            call([name], False)
+        for kernel in sorted({base_name(event.name) for event in seen.events()}):
+            print(f"launched {kernel}", flush=True)
+
+
+def missed_kernels(rows):
+    """Kernels of the module that these rows' calls launch in fewer rows than have one of the name."""
+    def launched(some):
+        command = [sys.executable, __file__, "--launched", *some]
+        return re.findall(r"^launched (.*)$", subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout, re.M)
+
+    groups = [rows[n::PROFILED] for n in range(PROFILED) if rows[n::PROFILED]]
+    with ThreadPoolExecutor(PROFILED) as pool:
+        counts = collections.Counter(kernel for found in pool.map(launched, groups) for kernel in found)
+    missed = [kernel for kernel, count in module_kernels().items() if counts[kernel] < count]
+    return sorted(kernel for kernel in missed if not re.fullmatch(RARE, kernel))
 
 
 # ---- what the tools say ----
@@ -309,6 +388,8 @@ def verdict(logs):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--call", nargs="+", metavar="ROW")
+    parser.add_argument("--kernels", action="store_true")
+    parser.add_argument("--launched", nargs="+", metavar="ROW", help="what --kernels starts")
     parser.add_argument("--filled", action="store_true", help="with --call: torch tensors, whose memory has been written")
     parser.add_argument("--rows", default="", metavar="TEXT")
     parser.add_argument("--tools", default=",".join(TOOLS))
@@ -318,6 +399,12 @@ def main():
     args = parser.parse_args()
     if args.call:
         return call(args.call, args.filled)
+    if args.launched:
+        return print_launched(args.launched)
+    if args.kernels:
+        missed = missed_kernels([row["name"] for row in flashgqa.kernels() if row["device"] == "cuda" and row["available"]])
+        print(*missed, sep="\n")
+        return int(bool(missed))
     if not args.again:
         kernels = [row for row in flashgqa.kernels() if row["device"] == "cuda" and args.rows in row["name"]]
         for row in kernels:

@@ -82,7 +82,7 @@ def test_packed_lengths_are_those_of_the_row():
 
 
 def test_the_sanitizers_have_a_call_for_every_row():
-    """The calls of benchmarks/sanitize.py themselves, on the CPU: each variant of kernels.def once."""
+    """The calls of benchmarks/sanitize.py themselves, on the CPU: each variant and head dim of kernels.def once."""
     code = """if True:
         import re, sanitize
         table = (sanitize.__file__.rpartition("benchmarks")[0] + "csrc/cuda/kernels.def")
@@ -90,11 +90,11 @@ def test_the_sanitizers_have_a_call_for_every_row():
         names = {}
         for row in rows:
             which, arch, dtype, d, dv, *_, variant = [cell.strip() for cell in row.split(",")]
-            names[which, variant] = f"{which}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}"
+            names[which, variant, d] = f"{which}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}"
         for name in names.values():
             assert sanitize.are_finite(sanitize.run_row(name, {}, lambda x: x)), name
         for name in ("rows_any", "keysum_any"):
-            assert sanitize.are_finite(sanitize.run_other(name, {})), name
+            assert sanitize.are_finite(sanitize.run_other(name, {}, lambda x: x)), name
         print(sorted(names))
     """
-    assert "('fwd', 'cache')" in run(code)
+    assert "('fwd', 'cache', '128')" in run(code)
