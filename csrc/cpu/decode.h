@@ -16,11 +16,16 @@
 #define FGQA_DECODE_H
 #include "simd.h"
 
-#define FEW_ROWS (VL / 2)   /* beyond, a vector of packed rows does more per instruction */
-#if VBYTES == 64 || defined(__aarch64__)
-#define FEW_SUMS 16         /* accumulators: half of the registers */
+/* FEW_ROWS: beyond, a vector of packed rows does more per instruction; on aarch64, where each scalar of A takes a load, not yet one but
+ * two. FEW_SUMS: accumulators, half of the registers; FEW_DOTS: of scores. */
+#if defined(__aarch64__)
+#define FEW_ROWS VL
+#define FEW_SUMS 16
+#define FEW_DOTS FEW_SUMS
 #else
-#define FEW_SUMS 8
+#define FEW_ROWS (VL / 2)
+#define FEW_SUMS (VBYTES == 64 ? 16 : 8)
+#define FEW_DOTS (FEW_SUMS < VL ? FEW_SUMS : VL)
 #endif
 /* Keys whose columns are accumulated in registers before o is touched: few enough that passes over the column blocks of
  * wide rows find V in L1, many enough that loading and storing o does not count. */
@@ -106,7 +111,18 @@ SIMD vreal few_fold(vreal *x, const int n, const int largest)
     return all;
 }
 
-/* Keys j0.. , `keys` at once, for `rows` rows; form, rows and keys are constants, keys*rows a power of two, at most FEW_SUMS and VL. */
+/* s of keys j0.., `keys` of them, for `rows` rows, keys*rows at most VL, from the lanes of sum[key*rows + row]. */
+SIMD void few_put(const int rows, const int keys, int j0, vreal *sum, real *s, ptrdiff_t lds)
+{
+    const vreal folded = few_fold(sum, keys * rows, 0);
+    UNROLL(4)
+    for (int j = 0; j < keys; j++) {
+        UNROLL(8)
+        for (int r = 0; r < rows; r++) { s[r * lds + j0 + j] = folded[(j * rows + r) * (VL / (keys * rows))]; }
+    }
+}
+
+/* Keys j0.. , `keys` at once, for `rows` rows; form, rows and keys are constants, keys*rows a power of two, at most FEW_DOTS. */
 SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s,
                   ptrdiff_t lds, int ahead)
 {
@@ -140,18 +156,18 @@ SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, i
             for (int j = 0; j < keys; j++) { sum[j * rows + r] += key[j] * query; }
         }
     }
-    const vreal folded = few_fold(sum, keys * rows, 0);
-    UNROLL(4)
-    for (int j = 0; j < keys; j++) {
+    if (keys * rows <= VL) {
+        few_put(rows, keys, j0, sum, s, lds);
+    } else {
         UNROLL(8)
-        for (int r = 0; r < rows; r++) { s[r * lds + j0 + j] = folded[(j * rows + r) * (VL / (keys * rows))]; }
+        for (int j = 0; j < keys; j += VL / rows) { few_put(rows, VL / rows, j0 + j, sum + j * rows, s, lds); }
     }
 }
 
 SIMD void few_scores_strip(const int rows, const few_form form, int n, int d, const few_source *k, const real *q, ptrdiff_t ldq, real *s,
                            ptrdiff_t lds)
 {
-    const int sums = FEW_SUMS < VL ? FEW_SUMS : VL, keys = sums / rows < 4 ? sums / rows : 4, ahead = few_ahead(form, n, d);
+    const int keys = FEW_DOTS / rows < 4 ? FEW_DOTS / rows : 4, ahead = few_ahead(form, n, d);
     int j = 0;
     for (; j + keys <= n; j += keys) { few_dot(rows, form, keys, j, d, k, q, ldq, s, lds, ahead); }
     for (; j < n; j++) { few_dot(rows, form, 1, j, d, k, q, ldq, s, lds, ahead); }

@@ -352,7 +352,12 @@ SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)_mm512_cvtph_ps(_mm256_
 #elif defined(__F16C__)
 SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)x)); }
 #elif defined(__aarch64__)
-SIMD vreal v_load_f16(const uint16_t *x) { return (vreal)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
+SIMD vreal v_load_f16(const uint16_t *x)
+{
+    vreal wide;                                     /* vcvt_f32_f16() reads memory, as gcc 12 has it: sums would be stored before it */
+    __asm__("fcvtl %0.4s, %1.4h" : "=w"(wide) : "w"(vld1_u16(x)));
+    return wide;
+}
 #endif
 /* Eight float16 numbers to floats and back. */
 #if defined(__F16C__)
