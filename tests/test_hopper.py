@@ -320,6 +320,20 @@ def test_many_parts_are_merged_in_place(dtype):
         assert got[0][0, ..., 3].isnan().all() and got[0].isnan().sum() == 32 * sq
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_parts_of_lengths_from_the_host(dtype):
+    """Where the host knows all lengths blocks begin before they are described: the same bits as of lengths on the device."""
+    masks = {}, {"causal": True}, {"window": (900, 0)}
+    for b, sq, used, options in itertools.product((1, 3), (3, 4), (5000, 4610, 1300), masks):
+        q, k, v = inputs(b, 32, 1, sq, 5000, 128, dtype=dtype)
+        call = {"kernel": row_for(dtype, 128, 128), "return_lse": True, **options}
+        lens = torch.full((b,), used, dtype=torch.int32, device="cuda")
+        known = flashgqa.attention_with_kvcache(q, k, v, cache_lens=used, **call)
+        for x, y in zip(known, flashgqa.attention_with_kvcache(q, k, v, cache_lens=lens, **call), strict=True):
+            assert torch.equal(x, y)
+        assert_alike(known, flashgqa.attention(q, k[:, :, :used], v[:, :, :used], **call))
+
+
 CACHES = [{}, {"indexed": True}, {"left_pad": True}, *({"page": slots} for slots in (16, 48, 64, 128, 272, 512))]
 CACHES += [{"page": 1}, {"page": 24}, {"page": 48, "left_pad": True}]   # read from a copy, as float8 is
 CACHES += [{"float8": True} | cache for cache in (*CACHES[:3], {"page": 7}, {"page": 64, "left_pad": True})]

@@ -42,6 +42,7 @@
 #include "../kernel_table.h"
 #include "../stream_slot.h"
 #include "../tensor_map.h"
+#include "dec_work.h"
 #include "fwd_pack.h"
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
@@ -111,6 +112,7 @@ struct fwd_params {
     float in_caps;                                               /* scale / softcap; 0: none */
     score_terms terms;
     term_tiles term_boxes;
+    known_keys known;                                            /* MERGED */
 };
 
 /* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
@@ -204,6 +206,24 @@ static __device__ __forceinline__ void write_unseen(const fwd_params &p, const t
     }
 }
 
+/* Number in the list of the block's first tile. MERGED: parts, units and sequences, or parts and tiles, are dimensions of the grid. */
+template <chain CHAIN> static __device__ __forceinline__ uint32_t first_item()
+{
+    return CHAIN == MERGED ? (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x : blockIdx.x;
+}
+
+/* By one thread. q_row: row 0 of the sequence; batch: the tensor's, which has none where sequences are packed. */
+static __device__ __forceinline__ void load_q(const fwd_params &p, T (&dst)[WG_COUNT][Q_CHUNKS][WG_ROWS * CHUNK], uint32_t full, uint64_t policy, int32_t head,
+                                              const int32_t &q_row, int32_t row0, int32_t batch)
+{
+    mbarrier_arrive_expect_tx(full, WG_COUNT * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
+    for (int wg = 0; wg < WG_COUNT; wg++) {
+        for (int c = 0; c < K_CHUNKS; c++) {
+            tma_load_4d(smem_address(dst[wg][c]), &p.q_map, full, policy, c * CHUNK, head, q_row + (row0 + wg * WG_ROWS >> p.list.pack), batch);
+        }
+    }
+}
+
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
  * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to early_items: of a mask's
  * the last four of a block wait (2 to 4% where it has a dozen). */
@@ -213,14 +233,18 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
     const uint64_t once = createpolicy_evict_first();
     const fgqa_problem &problem = p.common.problem;
     uint32_t *const counter = p.slot >= 0 ? &work_counters[p.slot] : NULL;
-    tile_walk<BLOCK_Q> walk;
+    tile_walk<BLOCK_Q> walk(first_item<CHAIN>());
     tile_place place;
+    bool begun = CHAIN == MERGED && !AGAIN && p.known.share > 0; /* by begin_tile() */
+    const auto advance = [&] {
+        if (CHAIN == MERGED) { walk.item = p.list.items; } else { walk.advance(counter); }
+    };
     if (AGAIN) { place = sm.again; }
     for (bool more = true; more; rq.advance(), rt.advance()) {
         const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
         tile &t = sm.tiles[rt.stage];
         mbarrier_wait(smem_address(&sm.tile_empty[rt.stage]), rt.parity ^ 1);
-        for (bool seen = false; !seen;) {
+        for (bool seen = begun; !seen;) {
             more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, CHAIN == TILED && p.term_boxes.batch_first, &place);
             if (leader) {
                 if (more) {
@@ -235,7 +259,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
             if (!seen) {
                 write_unseen(p, t);
                 __syncwarp();
-                walk.advance(counter);
+                advance();
             }
         }
         tile_place following = place;
@@ -243,22 +267,17 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
         __syncwarp();
         if (AGAIN && more) { following = *place_in_o(p, t); }      /* O comes after Q */
         mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
-        if (leader && more) {
-            mbarrier_arrive_expect_tx(q_full, WG_COUNT * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
-            for (int wg = 0; wg < WG_COUNT; wg++) {
-                for (int c = 0; c < K_CHUNKS; c++) {
-                    tma_load_4d(smem_address(sm.q[rq.stage][wg][c]), &p.q_map, q_full, once, c * CHUNK, place.head,
-                                t.q_row + (place.row0 + wg * WG_ROWS >> p.list.pack), problem.varlen ? 0 : place.batch);
-                }
-            }
-        } else if (leader) {
+        if (leader && more && !begun) {
+            load_q(p, sm.q[rq.stage], q_full, once, place.head, t.q_row, place.row0, problem.varlen ? 0 : place.batch);
+        } else if (leader && !begun) {
             mbarrier_arrive(q_full);
         }
+        begun = false;
         __syncwarp();
         place = following;
         if (AGAIN || !more) { continue; }
-        if (Q_STAGES > 1 && walk.item >= p.early_items) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
-        walk.advance(counter);
+        if (CHAIN != MERGED && Q_STAGES > 1 && walk.item >= p.early_items) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
+        advance();
     }
 }
 
@@ -305,8 +324,17 @@ static __device__ __forceinline__ term_ring find_chunks(const shared &sm, int wg
     return ring_of(TERMS_IN_V ? smem_address(sm.v[V_STAGES - 1]) : smem_address(&sm) + TERMS_AT, smem_address(&sm + 1), wg, 0);
 }
 
+/* The copy before the next one of a ring is there. */
+template <int N> static __device__ __forceinline__ void await_landed(const uint64_t (&full)[N], const ring<N> &r)
+{
+    mbarrier_wait(smem_address(&full[r.stage > 0 ? r.stage - 1 : N - 1]), r.stage > 0 ? r.parity : r.parity ^ 1);
+}
+
+/* begun: so many copies have been asked for (fwd_begin.cuh). MERGED: of K and of V one at a time is under way; for more the instructions
+ * of everybody else would wait, and the memory is as busy. */
 template <chain CHAIN>
-static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_RING<CHAIN>> &rv, uint32_t &chunks)
+static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_RING<CHAIN>> &rv, uint32_t &chunks,
+                                               int begun = 0)
 {
     /* MERGED: one tile reads these keys, and instructions had better stay in L2 */
     const uint64_t keep = CHAIN == MERGED ? createpolicy_evict_first() : createpolicy_evict_last();
@@ -319,11 +347,17 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
         if (!more) { continue; }
         const int kv_head = fgqa_kv_head(t.head, p.common.problem.g);
         auto load_k = [&](const kv_source &from) {
-            load_kv(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
+            if (CHAIN != MERGED || begun-- <= 0) {
+                if (CHAIN == MERGED) { await_landed(sm.k_full, rk); }
+                load_kv(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
+            }
             rk.advance();
         };
         auto load_v = [&](const kv_source &from) {
-            load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
+            if (CHAIN != MERGED || begun-- <= 0) {
+                if constexpr (CHAIN == MERGED) { await_landed(sm.v_full, rv); }
+                load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
+            }
             rv.advance();
         };
         auto load_terms = [&](int j, bool rest) {
@@ -375,6 +409,7 @@ static __device__ __forceinline__ bool all_done(const shared &sm)
 }
 
 #include "fwd_consumer.cuh"
+#include "fwd_begin.cuh"
 
 template <chain CHAIN> static __device__ __forceinline__ void run_block(const fwd_params &p)
 {
@@ -382,13 +417,18 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
     shared &sm = *(shared *)memory;
     const int warp = __shfl_sync(ALL_LANES, thread_index() / 32, 0), wg = warp / 4, lane = thread_index() % 32;
 
+    const bool known = CHAIN == MERGED && p.known.share > 0;
+    if constexpr (CHAIN == MERGED) {
+        if (known && warp == 1) { begin_tile<CHAIN>(p, sm); }
+        if (known && warp == 3) { tell_tile<CHAIN>(p, sm); }
+    }
     if (thread_index() == 0) {
         if (smem_address(memory) % 1024) { __trap(); }           /* the swizzle pattern repeats every 1024 bytes */
-        prefetch_tensormap(&p.q_map);
-        prefetch_tensormap(&p.k_map);
+        if (!known) { prefetch_tensormap(&p.q_map); }
+        if (!known) { prefetch_tensormap(&p.k_map); }
         prefetch_tensormap(&p.v_map);
         for (int s = 0; s < Q_STAGES; s++) {
-            mbarrier_init(smem_address(&sm.q_full[s]), 2);
+            if (!known) { mbarrier_init(smem_address(&sm.q_full[s]), 2); }
             mbarrier_init(smem_address(&sm.q_empty[s]), 4 * WG_COUNT);
         }
         for (int s = 0; s < T_STAGES; s++) {
@@ -396,14 +436,7 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             mbarrier_init(smem_address(&sm.o_full[s]), 4 * WG_COUNT);
             mbarrier_init(smem_address(&sm.tile_empty[s]), 1);
         }
-        for (int s = 0; s < STAGES; s++) {
-            mbarrier_init(smem_address(&sm.k_full[s]), 1);
-            mbarrier_init(smem_address(&sm.k_empty[s]), WG_COUNT);
-        }
-        for (int s = 0; s < V_STAGES; s++) {
-            mbarrier_init(smem_address(&sm.v_full[s]), 1);
-            mbarrier_init(smem_address(&sm.v_empty[s]), WG_COUNT);
-        }
+        if (!known) { init_key_barriers<CHAIN>(sm, 0); }
         for (int n = 0; CHAIN == TILED && n < WG_COUNT * TERM_BARRIERS; n++) {
             mbarrier_init(smem_address(&sm + 1) + 8 * n, n % TERM_BARRIERS < TERM_SLOTS ? 1 : 4);
         }
@@ -426,7 +459,7 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             ring<STAGES> rk;
             ring<V_RING<CHAIN>> rv;
             uint32_t chunks = 0;                                 /* of each warpgroup, so far */
-            produce<CHAIN>(p, sm, rt, rk, rv, chunks);
+            produce<CHAIN>(p, sm, rt, rk, rv, chunks, known ? BEGUN : 0);
             if (all_done(sm)) { return; }
             produce<CHAIN>(p, sm, rt, rk, rv, chunks);
         } else if (warp == 2) {
@@ -434,19 +467,29 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             if (all_done(sm)) { return; }
             if (lane == 0) { collect(p, sm, rt); }
         } else {
-            describe_rows<CHAIN>(p, sm, rq, rt);
+            describe_rows<false, CHAIN>(p, sm, rq, rt);
             if (all_done(sm)) { return; }
-            describe_rows<CHAIN>(p, sm, rq, rt);
+            describe_rows<true, CHAIN>(p, sm, rq, rt);
         }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consumer_rings<CHAIN> rings;
         if (CHAIN == TILED) { rings.terms = find_chunks(sm, wg - 1); }
         consume<false, CHAIN>(p, sm, warp, rings);
-        const bool done = all_done(sm);
-        if (CHAIN != MERGED && done) { return; }
-        if (CHAIN != MERGED || !done) { consume<true, CHAIN>(p, sm, warp, rings); }
-        if constexpr (CHAIN == MERGED) { merge_parts<CHAIN>(p, sm); }
+        if constexpr (CHAIN == MERGED) {
+            if (part_is_done<CHAIN>(sm)) {
+                __syncwarp();
+                barrier_arrive(0, THREADS);                      /* as all_done(), for which nobody waits here */
+            } else {
+                all_done(sm);
+                consume<true, CHAIN>(p, sm, warp, rings);
+                bar_sync(TURN, 128 * WG_COUNT);
+            }
+            merge_parts<CHAIN>(p, sm);
+        } else {
+            if (all_done(sm)) { return; }
+            consume<true, CHAIN>(p, sm, warp, rings);
+        }
     }
 }
 
@@ -541,6 +584,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
     p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
 #if FGQA_MERGES
+    p.known = known_keys_of(problem, p.list);
     if (of_scores == PLAIN && merges_in_place(problem, plan, resident)) {
         error = launch_merged(FGQA_SUFFIX(FGQA_ROW, _merged), p, plan, problem->device.index, exec->stream, &states[MERGED]);
         if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }

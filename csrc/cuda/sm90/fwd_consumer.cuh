@@ -96,7 +96,10 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
         if (places.lse && first + 8 * (int32_t)(lane % 4) < t.valid) { *(float *)(places.lse + t.lse) = lane % 4 ? ends.lse[1] : ends.lse[0]; }
         again |= store_o(to, columns, o, ends.factor) != 0;
     }
-    if (!CAREFUL && __any_sync(ALL_LANES, again)) { sm.poisoned[slot] = 1; }
+    if (!CAREFUL && __any_sync(ALL_LANES, again)) {
+        sm.poisoned[slot] = 1;
+        if constexpr (CHAIN == MERGED) { plan_of(sm).poisoned = 1; }
+    }
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.o_full[slot])); }
 }
@@ -532,10 +535,15 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         } else {
             wgmma_fence();
             pv(accumulate);
+            constexpr bool BEHIND = CHAIN == MERGED && !CAREFUL; /* behind the product whatever does not wait for it */
+            if (BEHIND) {
+                end_rows(ends, done_rows);
+                take_tile();                                     /* the end */
+            }
             wgmma_wait<0>();
             wgmma_pin(o);
             release_v();
-            end_rows(ends, done_rows);
+            if (!BEHIND) { end_rows(ends, done_rows); }
             if (CAREFUL && WITH_TERMS<CHAIN>) {                  /* scores that have a base in natural units alone: take_base() has cut it */
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
@@ -546,7 +554,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         finish_rows<CAREFUL, CHAIN>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
         if (CHAIN == MERGED) {
-            take_tile();                                         /* the end */
+            if (CAREFUL) { take_tile(); }                        /* the end */
             return;
         }
         if (!CROSS) {

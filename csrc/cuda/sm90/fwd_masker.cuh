@@ -1,12 +1,14 @@
 /* fwd_masker.cuh - the masker of fwd.cu, a warp: which keys the rows of a tile see, and where its O and LSE go. */
 #pragma once
 
+template <chain CHAIN> static __device__ __forceinline__ void plan_merge(const fwd_params &p, shared &sm);
+
 static __device__ __forceinline__ uint32_t place_of_rows(const ring<Q_STAGES> &rq, const ring<T_STAGES> &rt)
 {
     return R_STAGES == T_STAGES ? rt.stage : rq.stage;
 }
 
-template <chain CHAIN> static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
+template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const int lane = thread_index() % 32;
     for (bool more = true; more; rq.advance(), rt.advance()) {
@@ -60,6 +62,12 @@ template <chain CHAIN> static __device__ __forceinline__ void describe_rows(cons
         }
         if (R_STAGES == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
         __syncwarp();
+        if constexpr (CHAIN == MERGED && !AGAIN) {               /* there when the end is announced */
+            if (!more && rt.stage == 0) { plan_merge<CHAIN>(p, sm); }
+        }
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_full[rq.stage])); }
+        if constexpr (CHAIN == MERGED && !AGAIN) {
+            if (more) { plan_merge<CHAIN>(p, sm); }
+        }
     }
 }

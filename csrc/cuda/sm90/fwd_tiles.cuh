@@ -39,6 +39,18 @@ struct tile {
 /* Parts of a tile's keys; 1 where the row of kernels.def never shares them out. */
 template <int BLOCK_Q> static __device__ __forceinline__ uint32_t parts_of(const tile_list &list) { return FGQA_IS_SHORT(BLOCK_Q) ? 1 : list.splits; }
 
+/* Where the host knows all of a block's only tile (fwd_begin.cuh): blocks of keys, which parts share as split_range() says; lengths. */
+struct known_keys {
+    int32_t first, share, longer;       /* share 0: it does not */
+    int32_t sk, diag;
+    __device__ __forceinline__ fgqa_range of_part(int32_t part) const
+    {
+        const int32_t begin = first + part * share + min(part, longer);
+        const fgqa_range r = {begin, begin + share + (part < longer)};
+        return r;
+    }
+};
+
 /* Which rows of which unit: what the list itself says of a tile. */
 struct tile_place { int32_t batch, head, row0, part; };
 
@@ -138,7 +150,7 @@ template <int BLOCK_Q> struct tile_walk {
     uint32_t item, round;
     packed_cursor at;
 
-    __device__ __forceinline__ tile_walk() : item(blockIdx.x), round(0) { at.base = 0; at.before = 0; }
+    __device__ __forceinline__ explicit tile_walk(uint32_t first) : item(first), round(0) { at.base = 0; at.before = 0; }
 
     /* False: there are no more tiles. */
     __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, bool batch_first, tile_place *place)
