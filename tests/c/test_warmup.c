@@ -168,11 +168,11 @@ static void check_row(const fgqa_kernel *kernel)
         return;
     }
     RAN(0);
-    RAN(SOFTCAP);
+    if (row->pass == FGQA_PASS_BWD || FGQA_HAS_SOFTCAP(row->block_q)) { RAN(SOFTCAP); }
     if (row->pass == FGQA_PASS_FWD) {
-        RAN(CACHE);
+        if (row->cached != FGQA_CACHE_NEVER) { RAN(CACHE); }
         if (FGQA_HAS_MERGE(row->d, row->block_q)) { CHECK_FOR(r->whole > 0 && r->in_parts > 0, "%s", kernel->name); }
-        if (FGQA_HAS_ALIBI(row->d)) { RAN(ALIBI); }
+        if (FGQA_HAS_ALIBI(row->d, row->block_q)) { RAN(ALIBI); }
         if (FGQA_HAS_TERMS(row->d, row->block_k)) {
             RAN(BIAS);
             RAN(MASK);
