@@ -1,5 +1,7 @@
 """What the tests of flashgqa.torch share: random leaves, gradients, comparisons."""
 
+import inspect
+
 import pytest
 from conftest import has_gpu
 
@@ -26,6 +28,11 @@ def randn(*shape, dtype=torch.float64, grad=True, device="cpu"):
 
 def inputs(b=2, hq=4, hk=2, sq=5, sk=7, d=8, dv=6, **options):
     return tuple(randn(*shape, **options) for shape in ((b, hq, sq, d), (b, hk, sk, d), (b, hk, sk, dv)))
+
+
+def arguments_of(function):
+    """Its signature as text, whatever it says of the type of its result."""
+    return str(inspect.signature(function).replace(return_annotation=inspect.Signature.empty))
 
 
 def leaves(*tensors):
