@@ -303,7 +303,8 @@ static const cuda_kernel *shorter_row(const cuda_kernel *k)
 {
     const cuda_kernel *next = k + 1;
     return next < rows + sizeof rows / sizeof rows[0] && next->row.pass == k->row.pass && next->row.arch == k->row.arch && next->row.dtype == k->row.dtype
-        && next->row.d == k->row.d && next->row.dv == k->row.dv && !k->row.most_rows && next->row.block_q < k->row.block_q ? next : NULL;
+        && next->row.d == k->row.d && next->row.dv == k->row.dv && next->row.dropout == k->row.dropout && !k->row.most_rows
+        && next->row.block_q < k->row.block_q ? next : NULL;
 }
 
 /* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each. `even`: none waits at the

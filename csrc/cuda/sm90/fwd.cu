@@ -584,8 +584,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
     p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
 #if FGQA_MERGES
-    p.known = known_keys_of(problem, p.list);
     if (of_scores == PLAIN && merges_in_place(problem, plan, resident)) {
+        p.known = known_keys_of(problem, p.list);
         error = launch_merged(FGQA_SUFFIX(FGQA_ROW, _merged), p, plan, problem->device.index, exec->stream, &states[MERGED]);
         if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
         cudaGetLastError();                                      /* no counters, or part of the device: a green context */
