@@ -106,8 +106,8 @@ static const char *refuse_bias(const fgqa_problem *p)
     return p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
 }
 
-/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, all rows of arch 90 softcap, some ALiBi, forward
- * ones not both; some have all that there is, bias and mask, too, those for dropout among them; backward ones a mask and
+/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, rows of arch 90 softcap, but for short ones, some
+ * ALiBi, forward ones not both; some have all that there is, bias and mask, too, those for dropout among them; backward ones a mask and
  * dropout, beside both, too, and some a bias, beside neither of the two. */
 static const char *refuse_options(const fgqa_problem *p, int has_softcap, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
 {
