@@ -120,8 +120,8 @@ def test_results_of_odd_widths_are_refused(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_short_tiles_where_taller_ones_are_emptier(dtype):
-    """Of padded sequences in every batch the same where the tall row, which wants many tiles, is not the choice; of packed ones by
-    their mean length; not beside what has no kernel there."""
+    """Of padded sequences in every batch the same where the tall row, which wants many tiles, is not the choice; of packed ones
+    by their mean length; not beside what has no kernel there."""
     short, tall, plain = rows_for(dtype, 64, 64, ("short", "tall", "plain"))
     for heads, s, options, expected in (
         ((12, 12), 64, {}, short), ((12, 12), 77, {"causal": True}, short), ((12, 12), 128, {"batch_invariant": True}, short),
