@@ -17,6 +17,7 @@ import argparse
 import collections
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -31,9 +32,13 @@ import sanitizer_reports
 
 import flashgqa
 
-TOOLS = {"memcheck": 4, "initcheck": 6, "synccheck": 5, "racecheck": 10}       # processes at once: the slower, the more
+PROCESSES = {"memcheck": 4, "initcheck": 6, "synccheck": 5, "racecheck": 14}      # at once: the slower the tool, the more
+LIMITS = {"memcheck": 60, "initcheck": 60, "synccheck": 60, "racecheck": 150}     # seconds of a process
 PROFILED = 6            # processes at once, of those that note what is launched
-LIMIT = 60              # seconds a process may take
+# About the seconds of a row under racecheck, 25 processes on an H100, by the first pattern that fits: a second a call, of which
+# backward rows for Hopper have some 30, and longer where tiles are small.
+WEIGHTS = {r"bwd_sm90_.*_d(64|128)_": 33, r"bwd_.*_d256_": 28, r"bwd_": 10, r"fwd_sm90_.*_(plain|tall|dropout|decodewide)": 10,
+           r"": 2}
 
 DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -323,13 +328,25 @@ def reports_in(lines):
     return reports
 
 
+def deal(names, count):
+    """The rows in so many lists, or fewer, of like weight: the heaviest row first, each to the list that has the least so far."""
+    def weight(name):
+        return next(seconds for pattern, seconds in WEIGHTS.items() if re.match(pattern, name))
+
+    lists = [[] for _ in range(min(count, len(names)))]
+    for name in sorted(names, key=weight, reverse=True):
+        min(lists, key=lambda held: sum(map(weight, held))).append(name)
+    return lists
+
+
 def run_tool(tool, names, filled, logs):
-    """Logs of these rows, one each; a row that ends its process is followed by a process for those behind it."""
-    rest, end = list(names), time.monotonic() + LIMIT
+    """Logs of these rows; a row that ends its process is followed by a process for those behind it. When all was done."""
+    rest, end = list(names), time.monotonic() + LIMITS[tool]
     while rest and end - time.monotonic() > 5:
         command = ["compute-sanitizer", "--tool", tool, "--print-limit", "2000", sys.executable, __file__, "--call", *rest]
         command += ["--filled"] if filled else []
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "check": False}
+        one_thread = os.environ | {"FLASHGQA_NUM_THREADS": "1"}        # of the forward passes on the CPU: processes are many
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "check": False, "env": one_thread}
         try:
             output = subprocess.run(command, timeout=end - time.monotonic(), **options).stdout
         except subprocess.TimeoutExpired as error:
@@ -340,6 +357,7 @@ def run_tool(tool, names, filled, logs):
         if not rows:
             (logs / f"{tool}.failed.{rest[0]}.txt").write_bytes(output)
         rest = rest[rest.index(list(rows)[-1]) + 1 :] if rows else []
+    return time.monotonic()
 
 
 def run_tools(tools, names, logs):
@@ -352,14 +370,16 @@ def run_tools(tools, names, logs):
         if tool == "initcheck":
             groups = [([name for name in names if name not in blind], False), (blind, True)]
         for group, filled in groups:
-            each = -(-TOOLS[tool] * len(group) // len(names))
-            jobs += [(tool, group[n::each], filled, logs) for n in range(each) if group[n::each]]
+            each = -(-PROCESSES[tool] * len(group) // len(names))
+            jobs += [(tool, rows, filled, logs) for rows in deal(group, each)]
     with ThreadPoolExecutor(len(jobs)) as pool:
-        list(pool.map(lambda job: run_tool(*job), jobs))
+        ends = list(pool.map(lambda job: run_tool(*job), jobs))
+    seconds = {tool: round(max(end for end, job in zip(ends, jobs, strict=True) if job[0] == tool) - start) for tool in tools}
+    print(*(f"{tool} took {took} s" for tool, took in seconds.items()), sep=", ")
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     version = subprocess.run(["compute-sanitizer", "--version"], capture_output=True, text=True, check=False).stdout
     about = {
-        "sources_sha256": evidence.tree_hash(), "date": time.strftime("%Y-%m-%d"), "seconds": round(time.monotonic() - start),
+        "sources_sha256": evidence.tree_hash(), "date": time.strftime("%Y-%m-%d"), "seconds": seconds,
         "device": subprocess.run(query, capture_output=True, text=True, check=False).stdout.split("\n")[0],
         "toolkit": " ".join(re.findall(r"Version.*", version)), "tools": tools, "kernels": names,
     }
@@ -392,7 +412,7 @@ def main():
     parser.add_argument("--launched", nargs="+", metavar="ROW", help="what --kernels starts")
     parser.add_argument("--filled", action="store_true", help="with --call: torch tensors, whose memory has been written")
     parser.add_argument("--rows", default="", metavar="TEXT")
-    parser.add_argument("--tools", default=",".join(TOOLS))
+    parser.add_argument("--tools", default=",".join(PROCESSES))
     parser.add_argument("--logs", type=Path, default=Path("sanitizer_logs"))
     parser.add_argument("--again", type=Path, metavar="FOLDER")
     parser.add_argument("--write", action="store_true")
