@@ -12,6 +12,7 @@ class Pool:
         shape = (pages, page_size, num_kv_heads) if layout == "bshd" else (pages, num_kv_heads, page_size)
         zeros = _zeros_of(library, dtype, device)
         self.k, self.v = (zeros((*shape, dim)) for dim in dims)
+        self.slot_axis = 0 if layout == "bshd" else 1       # of one page
         self.on_gpu = getattr(self.k, "is_cuda", False)
         self.references = numpy.zeros(pages, numpy.int64)
         # Caches of one pool may be used by as many threads, and one that is collected gives back its pages at any time.
@@ -25,6 +26,10 @@ class Pool:
         import torch
 
         return torch.from_numpy(numpy.ascontiguousarray(numbers, numpy.int32)).to(self.k.device, non_blocking=True)
+
+    def read(self, pages, length):
+        """Copies of the keys and of the values in the first slots of these pages."""
+        return tuple(_joined(x, pages, self.slot_axis, length) for x in (self.k, self.v))
 
     def take(self, count):
         """Page numbers, lowest first, each with one reference."""
@@ -55,6 +60,17 @@ class Pool:
 
     def __setstate__(self, state):
         self.__dict__.update(state, lock=RLock())
+
+
+def _joined(x, pages, axis, length):
+    parts = [x[page] for page in pages] or [x[:0].reshape(*x.shape[1 : axis + 1], 0, *x.shape[axis + 2 :])]
+    if isinstance(x, numpy.ndarray):
+        whole = numpy.concatenate(parts, axis)
+    else:
+        import torch
+
+        whole = torch.cat(parts, axis)
+    return whole[:length] if axis == 0 else whole[:, :length]
 
 
 def _zeros_of(library, dtype, device):

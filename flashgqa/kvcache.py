@@ -463,15 +463,10 @@ class KVCache:
         """Copies of what sequence n holds, [hk, slots, d] and [hk, slots, dv] ("bshd": [slots, hk, d]), elements of the cache."""
         if not -len(self) <= whole("n", n) < len(self):
             raise IndexError(f"n is {n}: the cache has {len(self)} sequences")
-        columns, length = self._table[n, : -(-self._lens[n] // self.page_size)], self._lens[n]
-        axis = 0 if self.layout == "bshd" else 1
-        parts = ([pool[int(page)] for page in columns] or [pool[:0].reshape(self._empty(pool))] for pool in (self.k, self.v))
-        return tuple(_cut(_join(pages, axis), axis, length) for pages in parts)
+        length = self._lens[n]
+        return self._pool.read(self._table[n, : -(-length // self.page_size)].tolist(), length)
 
     # ---- bookkeeping ----
-
-    def _empty(self, pool):
-        return (0, *pool.shape[2:]) if self.layout == "bshd" else (pool.shape[1], 0, pool.shape[3])
 
     def _per_sequence(self, name, value):
         """int32 [batch] of an int or of one for each sequence, limited to what int32 holds."""
@@ -479,7 +474,7 @@ class KVCache:
         fits = (numbers.dtype.kind in "iu" or not numbers.size) and numbers.shape in ((), (len(self),))
         if not fits or (numbers < 0).any():
             raise ValueError(f"{name} is {value!r}: it must be an integer of 0 or more, or one for each of {len(self)} sequences")
-        return numpy.full(len(self), numpy.minimum(numbers, numpy.int64(2**31 - 1)), numpy.int32)
+        return numpy.full(len(self), numpy.minimum(numbers, numpy.int64(_MOST)), numpy.int32)
 
     def _sequences(self, sequences):
         numbers = numpy.asarray(sequences)
@@ -592,15 +587,3 @@ def _rows(k_new, layout):
     """Rows of k_new; 0 if C is to say what is wrong with it."""
     shape = getattr(k_new, "shape", ())
     return shape[1 if layout == "bshd" else 2] if len(shape) == 4 else 0
-
-
-def _join(pages, axis):
-    if isinstance(pages[0], numpy.ndarray):
-        return numpy.concatenate(pages, axis)
-    import torch
-
-    return torch.cat(pages, axis)
-
-
-def _cut(x, axis, length):
-    return x[:length] if axis == 0 else x[:, :length]
