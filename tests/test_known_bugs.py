@@ -36,7 +36,7 @@ BUGS = {
         test_arrays.memory_of_inputs_does_not_matter test_properties.random_calls_within_the_error_rule
         test_frameworks.torch_views_in_place test_known_bugs.gradients_of_outputs_in_any_memory""",
     "q and k in different layouts break the backward pass or the strides of traced results (flash-attention#818)": """
-        test_known_bugs.each_tensor_in_memory_of_its_own test_torch.opcheck""",
+        test_known_bugs.each_tensor_in_memory_of_its_own test_torch_transforms.opcheck""",
     "windows off by one, differing between back ends (transformers#39408, #29623, vllm#3385)": """
         test_masks.seen_keys_are_those_of_the_definition test_properties.a_window_as_long_as_the_sequence_changes_no_bit
         test_transformers_masks.every_mask_is_the_tensor_that_transformers_makes""",
@@ -80,13 +80,13 @@ BUGS = {
         test_kvcache.float8_rounds_to_nearest_and_saturates
         test_forward.equal_scores_average_a_power_of_two_of_integers_exactly""",
     "NaN when two streams or threads work at once (flashinfer 4c4013be)": """
-        test_api.two_python_threads_at_once test_torch.threads_do_not_disturb_each_other
+        test_api.two_python_threads_at_once test_torch_transforms.threads_do_not_disturb_each_other
         test_torch_training.two_threads_train_two_models""",
     "DLPack capsules freed twice, crashes on unknown dtypes (pytorch#9260, cupy#8801)": """
         test_dlpack.capsule_is_consumed_and_deleted_once test_dlpack.hostile_tensor test_dlpack.capsule_consumed_twice
         test_dlpack.null_deleter_is_not_called""",
     "a cache of kernels or plans that forgets a parameter (flash-attention#2402, #2507)": """
-        test_known_bugs.calls_before_change_no_bit test_torch.compile_packed_dropout_and_shapes_that_change""",
+        test_known_bugs.calls_before_change_no_bit test_torch_transforms.compile_packed_dropout_and_shapes_that_change""",
     "hangs after fork (OpenBLAS#240, LightGBM#4751, faiss#5206)": """
         test_api.fork_after_use test_threads.fork_while_another_thread_computes test_cuda.use_after_fork_is_an_error""",
 }
