@@ -36,10 +36,11 @@ CPU_TRAIN = tuple(Row(t, 1, hq, hk, s, d, causal) for t in _DTYPES for hq, hk, d
 CPU_DECODE = tuple(Row(t, b, hq, hk, s, 128, queries=1) for t in _DTYPES for b, s, hq, hk in _CACHES)
 
 # 16,384 tokens a row, as training batches are made.
+_GPU_HEADS = ((16, 16, 128), (32, 8, 128), (64, 8, 128), (32, 1, 128), (32, 8, 64), (16, 4, 256))
+_BOTH = (False, True)
 GPU_TRAIN = tuple(
     Row("bfloat16", 16384 // s, hq, hk, s, d, causal)
-    for hq, hk, d in ((16, 16, 128), (32, 8, 128), (64, 8, 128), (32, 1, 128), (32, 8, 64), (16, 4, 256))
-    for causal in (False, True) for s in (1024, 4096, 16384)
+    for hq, hk, d in _GPU_HEADS for causal in _BOTH for s in (1024, 4096, 16384)
 )
 
 
@@ -80,11 +81,13 @@ def _packed(total=65536, shortest=16, longest=4096):
 
 
 _PACKED = _packed()
-_BOTH = (False, True)
 GPU_MORE = (
-    *(GpuRow("sustained", "bfloat16", 16384 // s, 32, 8, s, 128, causal, launches=10) for s in (4096, 16384) for causal in _BOTH),
-    *(GpuRow("any order", "bfloat16", 16384 // s, hq, hk, s, 128, causal, passes=("backward",))
-      for hq, hk in ((16, 16), (32, 8)) for s in (1024, 4096, 16384) for causal in _BOTH),
+    *(GpuRow("sustained", "bfloat16", 16384 // s, hq, hk, s, d, causal, launches=10, passes=("forward",))
+      for hq, hk, d in _GPU_HEADS for s in (4096, 16384) for causal in _BOTH),
+    *(GpuRow("sustained", "bfloat16", 16384 // s, 32, 8, s, 128, causal, launches=10, passes=("backward",))
+      for s in (4096, 16384) for causal in _BOTH),
+    *(GpuRow("any order", "bfloat16", 16384 // s, hq, hk, s, d, causal, passes=("backward",))
+      for hq, hk, d in _GPU_HEADS for s in (1024, 4096, 16384) for causal in _BOTH),
     *(GpuRow("float16", "float16", 4, hq, hk, 4096, d, causal) for hq, hk, d in ((32, 8, 128), (32, 8, 64), (16, 4, 256))
       for causal in _BOTH),
     *(GpuRow("packed", "bfloat16", len(_PACKED), hq, hk, max(_PACKED), 128, causal, lengths=_PACKED)
