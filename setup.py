@@ -2,7 +2,7 @@
 
 csrc/cpu/isa.def and csrc/cuda/kernels.def are read here and by the C code: the files in PER_ISA are compiled once per row of
 this machine's architecture and per precision, sm<arch>/<pass>.cu once per kernel, every other file once. Environment:
-    FLASHGQA_WERROR=1     warnings are errors
+    FLASHGQA_WERROR=1     warnings are errors, and so is what ptxas says of wgmmas that do not run as they are written
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
     FLASHGQA_AMX_EMULATED=1   the row "amx" on any processor with AVX-512, for tests: tests/c/amx_emulated.h
     FLASHGQA_CUDA         0: without the CUDA kernels, which take some minutes; 1: an error if they cannot be built
@@ -33,7 +33,7 @@ PER_ISA = ("fwd.c", "bwd.c", "weights.c")
 PER_BF16_ISA = ("fwd.c", "bwd.c")       # of an FGQA_ISA_BF16 row
 DECODE = {"decode": "decode", "decodef8": "decode", "decodewide": "decode_wide", "decodewidef8": "decode_wide"}
 LIMITED_API = "0x030A0000"
-SANITIZE = os.environ.get("FLASHGQA_SANITIZE") == "1"
+SANITIZE, WERROR = (os.environ.get(f"FLASHGQA_{name}") == "1" for name in ("SANITIZE", "WERROR"))
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
 OLDEST_NVCC = (12, 0)
 
@@ -48,13 +48,16 @@ else:
     CFLAGS += ["-O3", "-g0"]
 if os.environ.get("FLASHGQA_AMX_EMULATED") == "1":
     CFLAGS.append(f'-DFGQA_AMX_EMULATED="{ROOT / "tests" / "c" / "amx_emulated.h"}"')
-if os.environ.get("FLASHGQA_WERROR") == "1":
+if WERROR:
     CFLAGS.append("-Werror")
 # Machine code is compressed, to a quarter, in a way that all drivers of this nvcc's runtime know: unpacked where it is loaded.
 NVCC_FLAGS = [
     "-std=c++17", "-O3", "-Xptxas=-warn-spills", "-Xfatbin=-compress-all", "-diag-suppress=177",
     "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-exceptions,-fno-rtti",
 ]
+# Of ptxas: wgmmas one after the other, since registers are lacking or something else touches what is in flight (C7510 to C7519),
+# or setmaxnreg ignored (C7508). A kernel that has one is right and slow.
+SERIALISED = re.compile(r"\(C75\d\d\)")
 LDFLAGS = ["-pthread"] + (["-fsanitize=address,undefined"] if SANITIZE else [])
 
 
@@ -212,9 +215,13 @@ class Build(build_ext):
                 return
         obj.parent.mkdir(parents=True, exist_ok=True)
         print("  ", obj.name, flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
+        ran = subprocess.run(command, check=False, stderr=subprocess.PIPE, text=True)
+        sys.stderr.write(ran.stderr)
+        if ran.returncode != 0:
             hint = "; FLASHGQA_CUDA=0 builds without the CUDA kernels" if source.suffix == ".cu" else ""
             sys.exit(f"{obj.name} could not be compiled{hint}")
+        if WERROR and SERIALISED.search(ran.stderr):
+            sys.exit(f"{obj.name}: ptxas serialises wgmmas or ignores setmaxnreg, see above")
         record.write_text(repr(command))
 
 

@@ -133,6 +133,25 @@ def test_cuda_impossible_and_not_asked_for_is_none(tmp_path):
     assert flashgqa.__version__ in ran.stdout
 
 
+@pytest.mark.parametrize("werror", ["0", "1"])
+def test_what_ptxas_says_of_wgmma_is_an_error_where_warnings_are(tmp_path, werror):
+    """An nvcc that makes nothing and says what ptxas does of products that it lets wait for each other."""
+    pytest.importorskip("setuptools", minversion="77")
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions' >&2\n")
+    nvcc.chmod(0o755)
+    code = """
+import pathlib, runpy, setuptools, types
+setuptools.setup = lambda **arguments: None
+setup = runpy.run_path("setup.py")
+setup["Build"].compile_one(types.SimpleNamespace(force=True), pathlib.Path("kernel.cu"), pathlib.Path(OBJECT), [])
+""".replace("OBJECT", repr(str(tmp_path / "kernel.o")))
+    ran = run_python("-c", code, check=False, FLASHGQA_WERROR=werror, FLASHGQA_CUDA="", CUDA_HOME=str(tmp_path))
+    assert ran.returncode == int(werror) and "(C7510)" in ran.stderr, ran.stderr
+    assert ("kernel.o: ptxas serialises wgmmas" in ran.stderr) == (werror == "1")
+
+
 def test_sdist_is_complete(tmp_path):
     """Whatever the build and the tests read is in the archive."""
     pytest.importorskip("setuptools", minversion="77")
