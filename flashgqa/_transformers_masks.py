@@ -10,6 +10,44 @@ import functools
 import torch
 from transformers import masking_utils
 
+# Functions whose result is the same mask, whole or in part.
+_SAME_MASK = frozenset(
+    "__getitem__ bool clone contiguous cpu cuda detach expand expand_as permute repeat reshape to transpose unsqueeze".split()
+)
+
+
+def _refuse_use_on_scores(name, args, kwargs):
+    """An error where a function of torch, one of whose arguments is a mask of ours, takes it for "eager"'s of 0 and -inf.
+
+    BLOOM, MPT, XGLM and others compute their attention themselves, with such a mask. transformers refuses "sdpa" for them, but
+    takes for granted that every model asks for an implementation that is registered.
+    """
+    if name in ("add", "add_", "__radd__", "__iadd__"):
+        used = any(isinstance(x, torch.Tensor) and x.is_floating_point() for x in args)
+    else:
+        used = name in ("masked_fill", "masked_fill_") and isinstance(kwargs.get("mask", *args[1:2]), BoolMask | IntervalMask)
+    if used:
+        raise NotImplementedError(
+            "the model uses a bool attention_mask on its scores: it computes its attention itself and does not ask "
+            'transformers\' AttentionInterface for it, so that attn_implementation="fgqa" cannot serve it; use "eager"'
+        )
+
+
+class BoolMask(torch.Tensor):
+    """A bool mask, True = may attend, that is not used on scores by mistake."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", None)
+        _refuse_use_on_scores(name, args, kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        same = name in _SAME_MASK and isinstance(result, torch.Tensor) and result.dtype == torch.bool
+        return result.as_subclass(cls) if same else result
+
+    def __deepcopy__(self, memo):
+        return self.clone()
+
 
 class IntervalMask:
     """A bool mask [b, 1, sq, sk] that is not in memory: the options of `flashgqa.torch.attention` that mean the same.
@@ -53,6 +91,7 @@ class IntervalMask:
                 return type(x)(map(tensors, x))
             return x.dense() if isinstance(x, cls) else x
 
+        _refuse_use_on_scores(getattr(func, "__name__", None), args, kwargs or {})
         return func(*map(tensors, args), **{name: tensors(x) for name, x in (kwargs or {}).items()})
 
 
@@ -188,9 +227,9 @@ def create(
 ):
     """The mask function that `register` puts into transformers' AttentionMaskInterface.
 
-    Returns None where every row sees every key, a bool tensor [b, 1, sq, sk] with stride 0 in sq where only padding counts, an
-    `IntervalMask`, or a bool tensor for what is none of these. That a causal mask is needed is never left to be guessed from
-    the layer, as "sdpa" does: not every model's layers say it rightly.
+    Returns None where every row sees every key, a `BoolMask` [b, 1, sq, sk] with stride 0 in sq where only padding counts, an
+    `IntervalMask`, or a `BoolMask` for what is none of these; a plain bool tensor in and for compiled code. That a causal mask is
+    needed is never left to be guessed from the layer, as "sdpa" does: not every model's layers say it rightly.
     """
     if isinstance(attention_mask, IntervalMask):        # generate() makes masks in advance, and the model hands them in again
         return attention_mask
@@ -205,9 +244,17 @@ def create(
     else:
         device = torch.device("cpu" if device is None else device)
         here |= dict(q_length=q_length, q_offset=q_offset, device=device)
-    fallback = functools.partial(masking_utils.sdpa_mask, **here)
 
     compiling = torch.compiler.is_compiling()
+    # A step of a compiled generate() has its mask made before, and takes tensors.
+    step = not allow_is_causal_skip and q_length == 1
+
+    def guarded(mask):
+        return mask if compiling or step else mask.as_subclass(BoolMask)
+
+    def fallback():
+        return guarded(masking_utils.sdpa_mask(**here))
+
     parts = _Parts()
     known = (
         _read_flags(parts, config, local_size, allow_is_causal_skip, allow_is_bidirectional_skip)
@@ -236,7 +283,7 @@ def create(
             padding = None
     if not causal and not local and parts.packed is None:
         if padding is not None:
-            return padding[:, None, None, :].expand(shape)
+            return guarded(padding[:, None, None, :].expand(shape))
         return None if allow_is_bidirectional_skip or allow_is_causal_skip else fallback()
 
     options = dict(causal=causal, window=None if parts.left is None and parts.right in (None, 0) else (parts.left, parts.right))
@@ -266,7 +313,7 @@ def create(
             options["kv_lens"] = last.to(torch.int32).reshape(1).expand(batch_size).contiguous()
     else:
         return fallback()
-    if not allow_is_causal_skip and q_length == 1:      # a step of a compiled generate() takes tensors
+    if step:
         return fallback()
     if padding is not None:
         options["mask"] = padding[:, None, None, :]

@@ -16,13 +16,14 @@ softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attenti
 - ``output_attentions=True`` given to a call returns the weights, and they have gradients. Of a config transformers refuses it;
   of transformers 4, models that keep the argument to themselves (GPT-2) give None.
 - Compiled training without an attention_mask has a dense mask: transformers then assumes packed sequences.
-- `head_mask` and continuous batching are NotImplementedError.
+- `head_mask` and continuous batching are NotImplementedError, and so are models that compute their attention
+  themselves instead of asking for it, as BLOOM, MPT and XGLM do.
 """
 
 import torch
 
 from ._torch_attention import attention, attention_matrix, draw_seed
-from ._transformers_masks import IntervalMask, create
+from ._transformers_masks import BoolMask, IntervalMask, create
 
 __all__ = ["IntervalMask", "attention_forward", "register"]
 
@@ -81,6 +82,8 @@ def _mask_options(mask, is_causal, q_length):
         return dict(mask.options)
     if mask is None:        # one row is the last one of a cache, as for "sdpa"
         return dict(causal=True, align="top-left") if is_causal and q_length > 1 else {}
+    if isinstance(mask, BoolMask):
+        mask = mask.as_subclass(torch.Tensor)
     if mask.dim() != 4:
         raise ValueError(f"attention_mask has shape {list(mask.shape)}: it must be [b, heads or 1, sq, sk]")
     return dict(mask=mask) if mask.dtype == torch.bool else dict(bias=mask)
@@ -99,7 +102,7 @@ def _separated(options, mask, query, key, cu_seq_lens_q, cu_seq_lens_k):
         torch.searchsorted(starts, torch.arange(x.shape[2], dtype=starts.dtype, device=x.device), right=True)
         for x, starts in ((query, cu_seq_lens_q), (key, cu_seq_lens_k))
     ]
-    return dict(mask=mask & (numbers[0][:, None] == numbers[1]))
+    return dict(mask=(mask & (numbers[0][:, None] == numbers[1])).as_subclass(torch.Tensor))
 
 
 def attention_forward(

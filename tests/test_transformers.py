@@ -523,6 +523,26 @@ def test_errors_name_what_works():
         ft.register("flashgqa")
 
 
+@pytest.mark.parametrize("name", ["bloom", "mpt", "xglm", "rembert"])
+def test_models_that_compute_attention_themselves(name):
+    """from_config and from_pretrained take any registered name for them; a bool mask added to scores would hide nothing."""
+    sizes = dict(
+        bloom=dict(hidden_size=32, n_layer=1, n_head=2), mpt=dict(d_model=32, n_layers=1, n_heads=2),
+        xglm=dict(d_model=32, num_layers=1, attention_heads=2, ffn_dim=32),
+        rembert=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32),
+    )  # fmt: skip
+    config = transformers.AutoConfig.for_model(name, vocab_size=97, **sizes[name])
+    model = transformers.AutoModel.from_config(config, attn_implementation="fgqa").eval()
+    if model.config._attn_implementation == "eager":
+        return                  # this version of transformers asks for nothing
+    ids, mask = batch("left")
+    with pytest.raises(NotImplementedError, match='computes its attention itself.*use "eager"'):
+        model(ids, attention_mask=mask)
+    if name != "rembert":       # an encoder, to which a mask of ones is none
+        with pytest.raises(NotImplementedError, match='computes its attention itself.*use "eager"'):
+            model(ids)
+
+
 def test_register_gives_another_name():
     assert ft.register("fgqa_too") == "fgqa_too"
     model = copy.deepcopy(encoder())

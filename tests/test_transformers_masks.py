@@ -1,6 +1,7 @@
 """flashgqa.transformers: its masks are the tensors that transformers makes, key by key."""
 
 import copy
+import pickle
 
 import pytest
 
@@ -98,6 +99,27 @@ def test_no_mask_of_the_square(pattern, place):
         held = [x for x in mask.options.values() if isinstance(x, torch.Tensor)]
         assert isinstance(mask, masks.IntervalMask)
         assert all(x.numel() <= 2 * PLACES[place][1] for x in held)
+
+
+@pytest.mark.parametrize("pattern", ["causal", "unknown", *(["all"] if VERSION_5 else [])])
+def test_a_bool_mask_is_not_used_on_scores(pattern):
+    arguments = mask_arguments("square", "left", mask_function=PATTERNS[pattern]())
+    mask, scores = masks.create(**arguments), torch.zeros(2, 3, 6, 6)
+    dense = masking_utils.sdpa_mask(**arguments, allow_is_causal_skip=False)
+    for add in (
+        lambda: scores + mask, lambda: mask + scores, lambda: scores.clone().add_(mask), lambda: scores + mask[:, :, :, :6],
+        lambda: torch.add(scores, mask), lambda: scores + mask[:, :, -6:].expand(2, 3, 6, 6),
+        lambda: scores.clone().__iadd__(mask), lambda: scores.masked_fill(mask, -1.0),
+        lambda: scores.masked_fill_(mask=mask[:, :, :6], value=-1.0),
+    ):  # fmt: skip
+        with pytest.raises(NotImplementedError, match='AttentionInterface.*"eager"'):
+            add()
+    additive = (1.0 - mask.to(torch.float32)) * -1e9
+    assert torch.equal(scores + additive, scores + (1.0 - dense.float()) * -1e9)
+    assert torch.equal(scores.masked_fill(~mask[:], -1.0), scores.masked_fill(~dense, -1.0))
+    assert torch.equal(scores.masked_fill(mask == 0, value=-1.0), scores.masked_fill(~dense, -1.0))
+    assert torch.equal(torch.where(mask[:, :, -6:], scores, 1.0), torch.where(dense, scores, 1.0))
+    assert torch.equal(copy.deepcopy(mask)[:], dense) and torch.equal(pickle.loads(pickle.dumps(mask[:])), dense)
 
 
 def test_offset_on_the_device_is_not_read():
