@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import counting
+import fma_peak
 import gpu
 import kvcache
 import lengths
@@ -33,14 +34,16 @@ TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 
 
 def ceilings(torch):
-    """float32 FMA rate by a large matrix product (GFLOP/s) and the read rate of a buffer beyond all caches (GB/s)."""
+    """float32 multiply-adds in registers and a large matrix product by torch (GFLOP/s), on its threads, and the read rate of a
+    buffer beyond all caches (GB/s)."""
     n = 2048
     a, b = torch.randn(n, n), torch.randn(n, n)
     out = torch.empty(n, n)
     matmul = min(once(lambda: torch.matmul(a, b, out=out)) for _ in range(5))
     big = torch.ones(1 << 28)
     read = min(once(big.sum) for _ in range(5))
-    return {"matmul_gflops": 2 * n**3 / matmul / 1e9, "read_gbs": big.numel() * 4 / read / 1e9}
+    return {"fma_gflops": fma_peak.gflops(torch.get_num_threads()), "matmul_gflops": 2 * n**3 / matmul / 1e9,
+            "read_gbs": big.numel() * 4 / read / 1e9}
 
 
 def relative_error(got, want):
@@ -82,7 +85,8 @@ def cpu(options):
                "flashgqa": ours.version, "torch": theirs.version, "isa": ours.module.show_config()["isa"],
                "date": time.strftime("%Y-%m-%d"), "commit": commit()}
     limit = ceilings(theirs.torch)
-    print(f"ceilings: float32 matmul {limit['matmul_gflops']:.0f} GFLOP/s, read {limit['read_gbs']:.1f} GB/s")
+    fma = f"float32 FMA {limit['fma_gflops']:.0f} GFLOP/s, " if limit["fma_gflops"] else ""
+    print(f"ceilings: {fma}float32 matmul {limit['matmul_gflops']:.0f} GFLOP/s, read {limit['read_gbs']:.1f} GB/s")
     rows = []
     for row in shapes.CPU_TRAIN + shapes.CPU_DECODE:
         passes = ["decode"] if row.queries else ["forward", "backward"]

@@ -60,10 +60,11 @@ def cpu_about(result):
     machine, limit, rows = result["machine"], result["ceilings"], result["rows"]
     commit = f"commit {machine['commit']}, " if machine.get("commit") else ""
     wins = sum(record["ratio"] >= 1 for record in rows)
+    fma = f"float32 multiply-adds in registers reached {limit['fma_gflops']:.0f} GFLOP/s,\n" if limit.get("fma_gflops") else ""
     return f"""\
 {machine["processor"]}, {machine["threads"]} threads: {machine["flashgqa"]} ({commit}{machine["isa"]}) and {machine["torch"]}
 (`scaled_dot_product_attention`) on the same arrays in alternating calls, {machine["date"]}. ratio = PyTorch's time / ours, the
-median over the pairs: above 1 we are faster, in {wins} of {len(rows)} rows. In the same run a float32 matrix product reached
+median over the pairs: above 1 we are faster, in {wins} of {len(rows)} rows. In the same run {fma}a float32 matrix product reached
 {limit["matmul_gflops"]:.0f} GFLOP/s and reading memory {limit["read_gbs"]:.0f} GB/s.
 """
 

@@ -64,6 +64,27 @@ print(flashgqa.get_num_threads())
     assert run(code) == "1"
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_small_calls_stay_on_one_thread():
+    """Work of less than 50 us at half of what a core does; not even the pool is started for it."""
+    code = """
+import os, numpy, flashgqa
+normal = numpy.random.default_rng(0).standard_normal
+def call(dtype, hk, sq, sk, d):
+    q, k, v = (normal((1, heads, n, d)).astype(dtype) for heads, n in ((8, sq), (hk, sk), (hk, sk)))
+    out, lse = flashgqa.attention(q, k, v, return_lse=True)
+    flashgqa.attention_backward(out, q, k, v, out, lse)
+    return [flashgqa.explain(q, k, v, backward=backward)["threads"] for backward in (False, True)]
+for dtype, hk in (("float32", 2), ("float32", 8), ("float16", 2), ("float64", 1)):
+    for sq, sk in ((1, 1), (1, 32), (4, 4), (8, 6)):
+        assert call(dtype, hk, sq, sk, 64) == [1, 1], (dtype, hk, sq, sk)
+small = len(os.listdir("/proc/self/task"))
+assert min(call("float32", 2, 512, 512, 64)) > 1
+print(small, len(os.listdir("/proc/self/task")))
+"""
+    assert run(code, FLASHGQA_NUM_THREADS="4", OPENBLAS_NUM_THREADS="1") == "1 4"
+
+
 # ---- the same bits ----
 
 
