@@ -1,4 +1,7 @@
-"""Dependencies point one way: python -> xla -> cpu, cuda -> core. The core knows neither Python nor CUDA nor a backend."""
+"""Dependencies point one way: python -> xla -> cpu, cuda -> core. The core knows neither Python nor CUDA nor a backend.
+
+And the order of csrc/cuda/kernels.def, as far as csrc/cuda/launch.c counts on it.
+"""
 
 import pathlib
 import re
@@ -33,3 +36,19 @@ def test_includes_point_one_way(path):
                 assert not re.match(r"cuda", target), f"{folder}/ must not include {target}"
         if folder == "core":
             assert quote == '"' or re.match(r"(std\w+|string|math|float|limits|inttypes)\.h$", target), target
+
+
+def test_rows_that_are_compared_stand_in_the_order_of_the_choice():
+    """Of all that serve a call the first runs: a row that is preferred where others have emptier tiles stands before them."""
+    lines = re.findall(r"^FGQA_KERNEL\((.*)\)", (CSRC / "cuda" / "kernels.def").read_text(), re.MULTILINE)
+    rows, places = [tuple(cell.strip() for cell in line.split(",")) for line in lines], {}
+    for place, (which, arch, dtype, d, dv, *_, variant) in enumerate(rows):
+        places[which, arch, dtype, d, dv, variant] = place
+    assert len(places) == len(rows) > 80
+    wanted = {"short": ("short", "tall", "plain"), "tall": ("tall", "plain"), "dropout": ("dropout", "plain")}
+    for *dims, variant in places:
+        found = [places[(*dims, other)] for other in wanted.get(variant, ())]
+        assert found == sorted(found), dims
+    for which, arch, _, _, _, block_q, *_, variant in rows:          # FGQA_IS_SHORT()
+        if (which, arch) == ("fwd", "90") and not variant.startswith("decode"):
+            assert (variant == "short") == (int(block_q) < 128)

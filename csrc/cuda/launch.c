@@ -58,6 +58,7 @@ fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *pr
 
 typedef struct {
     fgqa_cuda_row row;
+    int32_t variant;        /* FGQA_VARIANT_.. */
     fgqa_cuda_launch *launch;
     fgqa_cuda_smem *smem;
 } cuda_kernel;
@@ -77,7 +78,7 @@ typedef struct {
 #define FGQA_KERNEL(pass, arch, dtype, d, dv, block_q, block_k, stages, warps, variant)                                                        \
     {{FGQA_PASS_##pass, arch, FGQA_DTYPE_##dtype, d, dv, block_q, block_k, stages, warps, IS_GENERAL(variant), \
       IS_DECODE(variant) ? block_q : 0, READS_CACHE(pass, arch, variant), IS_FLOAT8(variant), \
-      FGQA_VARIANT_##variant == FGQA_VARIANT_dropout}, \
+      FGQA_VARIANT_##variant == FGQA_VARIANT_dropout}, FGQA_VARIANT_##variant, \
      FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), FGQA_SUFFIX(FGQA_ROW_CAT(pass, arch, dtype, d, dv, variant), _smem)},
 static const cuda_kernel rows[] = {
 #include "kernels.def"
@@ -176,7 +177,7 @@ static int is_paged(const fgqa_problem *p) { return p->cache.table != NULL && p-
 static int is_hopper_forward(const cuda_kernel *k) { return k->row.arch == HOPPER && k->row.pass == FGQA_PASS_FWD && !k->row.most_rows; }
 
 /* A row whose blocks share a multiprocessor, for short sequences. */
-static int is_short(const cuda_kernel *k) { return is_hopper_forward(k) && FGQA_IS_SHORT(k->row.block_q); }
+static int is_short(const cuda_kernel *k) { return k->variant == FGQA_VARIANT_short; }
 
 /* Whether a plain row for Hopper reads a copy of the cache, which TMA can address, in q's dtype. */
 static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
@@ -298,13 +299,17 @@ static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p,
     return NULL;
 }
 
-/* Of a row whose tiles have more query rows than those of the row behind it, for the same problems: that row. */
-static const cuda_kernel *shorter_row(const cuda_kernel *k)
+/* The row of a variant for the pass, dtype and head dims of row k, behind which it stands (tests/test_layering.py): the first row that
+ * serves runs. Short rows have a tall and a plain one, tall rows a plain one. */
+static const cuda_kernel *row_behind(const cuda_kernel *k, int32_t variant)
 {
-    const cuda_kernel *next = k + 1;
-    return next < rows + sizeof rows / sizeof rows[0] && next->row.pass == k->row.pass && next->row.arch == k->row.arch && next->row.dtype == k->row.dtype
-        && next->row.d == k->row.d && next->row.dv == k->row.dv && next->row.dropout == k->row.dropout && !k->row.most_rows
-        && next->row.block_q < k->row.block_q ? next : NULL;
+    for (const cuda_kernel *other = k + 1; other < rows + sizeof rows / sizeof rows[0]; other++) {
+        if (other->variant == variant && other->row.pass == k->row.pass && other->row.arch == k->row.arch && other->row.dtype == k->row.dtype
+            && other->row.d == k->row.d && other->row.dv == k->row.dv) {
+            return other;
+        }
+    }
+    return NULL;
 }
 
 /* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each. `even`: none waits at the
@@ -338,22 +343,23 @@ static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
     if (5 * tiles < 4 * (int64_t)device.multiprocessors) { return "few tiles, whose keys are shared out"; }
     const int many = p->varlen || (masked && tiles > 4 * (int64_t)device.multiprocessors);
     const double own = rows_passed(p, k->row.block_q, device.multiprocessors, many);
-    const double others = rows_passed(p, shorter_row(k)->row.block_q, device.multiprocessors, many);
+    const double others = rows_passed(p, row_behind(k, FGQA_VARIANT_plain)->row.block_q, device.multiprocessors, many);
     if (own <= tall_gain(k, p, many) * others) { return NULL; }
     return own > others ? "its tiles would be emptier than shorter ones" : "shorter tiles are faster with ALiBi";
 }
 
-/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. The tall row and the plain
- * one follow. Between it and the plain row the choice of padded sequences is the same in every batch: no count of tiles goes into it. */
+/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. Between it and the plain row
+ * the choice of padded sequences is the same in every batch: no count of tiles goes into it. */
 static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     const int64_t keys = fgqa_usual_keys(p);
     if (keys > SHORT_KEYS) { return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys); }
     if (p->batch_invariant && p->varlen) { return "the choice would depend on the batch"; }
-    const int tall = !pass_over_tall(k + 1, p);
-    const cuda_kernel *other = tall ? k + 1 : shorter_row(k + 1);
-    const double loss = k->row.d <= 64 ? (tall ? 1.25 : 1.12) : tall ? 1.7 : 1.5;
-    return loss * rows_passed(p, k->row.block_q, 1, 1) < rows_passed(p, other->row.block_q, 1, 1) ? NULL : "taller tiles are nearly as full";
+    const cuda_kernel *tall = row_behind(k, FGQA_VARIANT_tall);
+    const int is_tall = !pass_over_tall(tall, p);
+    const int32_t block_q = (is_tall ? tall : row_behind(k, FGQA_VARIANT_plain))->row.block_q;
+    const double loss = k->row.d <= 64 ? (is_tall ? 1.25 : 1.12) : is_tall ? 1.7 : 1.5;
+    return loss * rows_passed(p, k->row.block_q, 1, 1) < rows_passed(p, block_q, 1, 1) ? NULL : "taller tiles are nearly as full";
 }
 
 /* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by groups of any size, not by powers of two. */
@@ -366,7 +372,7 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
         const char *reason = pass_over_short(k, p, why);
         if (reason) { return reason; }
     }
-    if (shorter_row(k)) {
+    if (k->variant == FGQA_VARIANT_tall) {
         const char *reason = pass_over_tall(k, p);
         if (reason) { return reason; }
     }
@@ -464,8 +470,8 @@ static void tile_weights(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_
 }
 
 #define WEIGHTS(pass) {pass, 80, FGQA_F32, FGQA_MAX_HEAD_DIM, 0, FGQA_WEIGHTS_ROWS, FGQA_WEIGHTS_KEYS, 1, FGQA_WEIGHTS_THREADS / 32, 1, 0, 0, 0, 0}
-static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), fgqa_weights_rows, fgqa_weights_smem};
-static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), fgqa_weights_keysum, fgqa_weights_smem};
+static const cuda_kernel weights_rows = {WEIGHTS(FGQA_PASS_ROWS), FGQA_VARIANT_general, fgqa_weights_rows, fgqa_weights_smem};
+static const cuda_kernel weights_keysum = {WEIGHTS(FGQA_PASS_KEYSUM), FGQA_VARIANT_general, fgqa_weights_keysum, fgqa_weights_smem};
 #undef WEIGHTS
 
 /* Without a batch the gradients that have no batch dimension are 0. They are contiguous. */
