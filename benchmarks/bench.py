@@ -3,8 +3,8 @@
     python benchmarks/bench.py cpu [--threads 2] [--pass forward backward decode] [--dtype float32] [--rows TEXT] [--quick]
     python benchmarks/bench.py cpu --lengths              lengths 1 to 4,096 against plain attention, see lengths.py
     python benchmarks/bench.py kvcache [the same but --pass]     decode through attention_with_kvcache, see kvcache.py
-    python benchmarks/bench.py gpu [--pass forward backward] [--dtype bfloat16 float16] [--rows TEXT] [--quick] [--junit FILE ...]
-                                                                 one NVIDIA GPU, see gpu.py
+    python benchmarks/bench.py gpu [--section training decode options short] [--pass forward backward] [--dtype bfloat16 float16]
+                                   [--rows TEXT] [--quick] [--junit FILE ...]     one NVIDIA GPU, see gpu.py
 
 A row is checked before it is timed. ratio = PyTorch's time / ours, the median over alternating pairs with its quartiles;
 above 1 we are faster. A whole run is written to benchmarks/results/cpu.json, from which benchmarks/report.py makes README's
@@ -127,7 +127,8 @@ def processor():
 CHOICES = {
     "cpu": {"threads": 2, "which": ("forward", "backward", "decode"), "dtype": ("float32", "bfloat16")},
     "kvcache": {"threads": 2, "dtype": ("float32", "bfloat16")},
-    "gpu": {"which": ("forward", "backward"), "dtype": ("bfloat16", "float16"), "junit": ()},
+    "gpu": {"which": ("forward", "backward"), "dtype": ("bfloat16", "float16"), "junit": (),
+            "section": ("training", "decode", "options", "short")},
 }
 
 
@@ -141,18 +142,20 @@ def read_options(arguments=None):
     parser.add_argument("--quick", action="store_true", help="half a second a row instead of three; gpu: 3 launches instead of 9")
     parser.add_argument("--out", help="JSON file; by default that in results/ if all rows are measured at full length, else none")
     parser.add_argument("--junit", nargs="*", help="gpu: pytest's JUnit reports of the same build, to be counted")
+    parser.add_argument("--section", nargs="+", help="gpu: training, decode, options, short; all of them by default")
     parser.add_argument("--lengths", action="store_true", help="cpu: short and odd lengths against plain attention")
     options = parser.parse_args(arguments)
     if options.lengths and options.device != "cpu":
         parser.error(f"{options.device} has no --lengths")
     choices = CHOICES[options.device]
-    for name, flag in (("threads", "--threads"), ("which", "--pass"), ("dtype", "--dtype"), ("junit", "--junit")):
+    for name, flag in (("threads", "--threads"), ("which", "--pass"), ("dtype", "--dtype"), ("junit", "--junit"),
+                       ("section", "--section")):
         given, known = getattr(options, name), choices.get(name)
         if name not in choices and given is not None:
             parser.error(f"{options.device} has no {flag}")
         if given is None:
             setattr(options, name, known)
-        elif name in ("which", "dtype") and not set(given) <= set(known):
+        elif name in ("which", "dtype", "section") and not set(given) <= set(known):
             parser.error(f"{flag} of {options.device}: choose from {', '.join(known)}")
     return options
 

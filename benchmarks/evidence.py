@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "gpu.json"
 SANITIZERS = RESULT.with_name("sanitizers.json")
 SOURCES = ("csrc/cuda", "csrc/core")
+OWN_PLACE = ("options", "short")        # sections of gpu.json that can be measured apart from the rest and say where they were
 SUFFIXES = {".c", ".h", ".cu", ".cuh", ".def"}
 
 # A string or character literal, or a comment: literals are matched so that "//" inside them is not taken for a comment.
@@ -52,6 +53,19 @@ def sanitizers(now):
     return int(now != then or clean < len(rows))
 
 
+def sections(record, now):
+    """What of gpu.json did not run, or is of other kernels. 0 or 1."""
+    bad, parts = 0, {"decode": {"rows": record["decode"], "sources_sha256": now}}
+    for name, part in (parts | {name: record.get(name) for name in OWN_PLACE}).items():
+        failed = [row["error"] for row in part["rows"] if "error" in row] if part else []
+        if failed:
+            print(f"{len(failed)} rows of {name} did not run, the first for: {failed[0]}")
+        if not part or part["sources_sha256"] != now:
+            print(f"{name}: {'DOES NOT MATCH the tree' if part else 'not in this record'}")
+        bad |= bool(failed) or not part or part["sources_sha256"] != now
+    return int(bad)
+
+
 def main():
     if not RESULT.exists():
         print(f"no GPU evidence: {RESULT.relative_to(ROOT)} does not exist")
@@ -62,10 +76,7 @@ def main():
     print(f"device {record['device']}, {record['toolkit']}; tests: {tests['passed']} passed, {tests['failed']} failed, "
           f"{tests['skipped']} skipped; {len(record['rows'])} benchmark rows")
     print(f"{'matches' if now == then else 'DOES NOT MATCH'} the tree ({now[:16]} here, {then[:16]} there)")
-    failed = [row for row in record["decode"] if "error" in row]
-    if failed:
-        print(f"{len(failed)} decode rows did not run, the first for: {failed[0]['error']}")
-    return int(sanitizers(now) or now != then or tests["failed"] > 0 or bool(failed))
+    return int(sections(record, now) | sanitizers(now) or now != then or tests["failed"] > 0)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,12 @@
 COLOURS = {"forward": "tab:blue", "backward": "tab:green", "decode": "tab:red"}
 
 
+def heads(record):
+    return f"{record['hq']}/{record['hk']}"
+
+
 def shape(record):
-    return f"{record['hq']}/{record['hk']} d {record['d']} s {record['s']}{' causal' if record['causal'] else ''}"
+    return f"{heads(record)} d {record['d']} s {record['s']}{' causal' if record['causal'] else ''}"
 
 
 def ratio_axes(axes, names, label):

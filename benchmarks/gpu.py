@@ -1,14 +1,15 @@
 """bench.py gpu: attention on one NVIDIA GPU against torch's cuDNN and FlashAttention-2 backends.
 
-The training rows (shapes.GPU_TRAIN) and those with one thing different (shapes.GPU_MORE): ten launches back to back, dQ added in
-any order, float16, packed sequences, a window, a part of a long prompt; and those of gpu_decode.py. The best peer of a training
-row is that of peers.py's table, at its ratio there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the
-median over launches between two CUDA events, queued behind a kernel that spins, so that the host's time is hidden; the
-contestants take turns. The record, results/gpu.json, carries the hash of the kernel sources (evidence.py), the count of the GPU
-tests of the same build and the ceilings of the same run.
+Its sections: the training rows (shapes.GPU_TRAIN) and those with one thing different (shapes.GPU_MORE): ten launches back to
+back, dQ added in any order, float16, packed sequences, a window, a part of a long prompt; decode (gpu_decode.py); options
+(gpu_options.py); short sequences (shapes.GPU_SHORT). The best peer of a training row is that of peers.py's table, at its ratio
+there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the median over launches between two CUDA events,
+queued behind a kernel that spins, so that the host's time is hidden; the contestants take turns. The record, results/gpu.json,
+carries the hash of the kernel sources (evidence.py), the count of the GPU tests of the same build and the ceilings of the same
+run. Options and short sequences, which take half a minute, say themselves where they were measured: a run of these sections
+alone puts them into the record that --out names.
 """
 import json
-import statistics
 import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
@@ -16,35 +17,13 @@ from pathlib import Path
 import counting
 import evidence
 import gpu_decode
+import gpu_options
 import peers
 import shapes
-from timing import repeated
+from timing import in_turn, repeated
 
 ROUNDS, QUICK_ROUNDS = 9, 3
 TOLERANCE = 2e-2
-
-
-def queued(call):
-    """Seconds of one call on the GPU."""
-    import torch
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(1_000_000)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def in_turn(calls, rounds=ROUNDS):
-    """Median seconds of each named call over as many rounds, in alternating order."""
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    for n in range(rounds):
-        for name in list(calls)[:: 1 if n % 2 == 0 else -1]:
-            times[name].append(queued(calls[name]))
-    return {name: statistics.median(t) for name, t in times.items()}
 
 
 def contestants():
@@ -53,62 +32,53 @@ def contestants():
     return {"flashgqa": peers.OnGpu()} | {name: peers.Sdpa(backend) for name, backend in backends.items()}
 
 
-def difference(got, want):
-    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(got, want, strict=True))
-
-
 def ceilings():
     """Matrix product (TFLOP/s) and read rate (TB/s) of this card in this run."""
     import torch
     n = 8192
     a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     big = torch.randint(0, 9, (1 << 29,), device="cuda", dtype=torch.int32)
-    times = in_turn({"matmul": lambda: a @ b, "read": big.amax})
+    times = in_turn({"matmul": lambda: a @ b, "read": big.amax}, ROUNDS)
     return {"matmul_tflops": 2 * n**3 / times["matmul"] / 1e12, "read_tbs": 4 * big.numel() / times["read"] / 1e12}
 
 
-def tensors(row):
-    """q, k, v, dout; [total, h, d] of packed sequences."""
-    import torch
-    torch.manual_seed(0)
-
-    def normal(heads, length):
-        shape = (sum(row.lengths), heads, row.d) if getattr(row, "lengths", ()) else (row.b, heads, length, row.d)
-        return torch.randn(shape, device="cuda", dtype=getattr(torch, row.dtype))
-
-    return normal(row.hq, row.sq), normal(row.hk, row.s), normal(row.hk, row.s), normal(row.hq, row.sq)
-
-
 def timed(row, calls, which, rounds, launches=1):
-    """A record of one pass. The results of ours are held against FlashAttention-2's before."""
+    """What a record of one pass says of the row, and the seconds of each. The results of ours are held against FlashAttention-2's
+    before."""
     results = {name: call() for name, call in calls.items()}
     got, want = (x if isinstance(x, tuple) else [x] for x in (results["flashgqa"], results["fa2"]))
-    error = difference(got, want)
+    error = peers.difference(got, want)
     if not error < TOLERANCE:
-        raise SystemExit(f"{row.label} {which}: relative difference {error:.3g} to FlashAttention-2; not timed")
+        raise RuntimeError(f"{row.label} {which}: relative difference {error:.3g} to FlashAttention-2; not timed")
     del results, got, want
     times = in_turn({name: repeated(call, launches) for name, call in calls.items()}, rounds)
-    rate = launches * counting.flops(row, which) / 1e12
     fields = {name: value for name, value in row._asdict().items() if name not in ("lengths", "passes")}
-    return dict(fields, which=which, difference=error, **{f"{name}_tflops": rate / t for name, t in times.items()})
+    return dict(fields, which=which, difference=error), times
+
+
+def rates(row, which, times, launches=1):
+    """TFLOP/s of each."""
+    work = launches * counting.flops(row, which) / 1e12
+    return {f"{name}_tflops": work / t for name, t in times.items()}
 
 
 def measure(row, rivals, passes, rounds):
-    inputs = tensors(row)
+    inputs = peers.tensors(row)
     calls = {name: peer.calls(row, *inputs) for name, peer in rivals.items()}
     for n, which in enumerate(("forward", "backward")):
         if which in passes:
-            record = timed(row, {name: both[n] for name, both in calls.items()}, which, rounds)
+            record, times = timed(row, {name: both[n] for name, both in calls.items()}, which, rounds)
+            record |= rates(row, which, times)
             record["best_peer"], record["best_tflops"] = peers.best_peer(row, which, record["cudnn_tflops"])
             yield record
 
 
 def measure_more(row, rivals, passes, rounds):
-    """A row of shapes.GPU_MORE against those who can do it."""
+    """Records and times of a row with a kind, against those who can do it."""
     import torch
     offsets = torch.tensor([0, *row.lengths], device="cuda").cumsum(0).to(torch.int32) if row.lengths else None
-    inputs = tensors(row)
-    if row.kind in ("packed", "window", "prefill", "few tiles", "cached"):
+    inputs = peers.tensors(row)
+    if row.lengths or row.kind in ("window", "prefill", "few tiles", "cached"):
         rivals = {"flashgqa": peers.OnGpu(), "fa2": peers.FlashAttention2()}
         calls = {name: peer.calls(row, *inputs, offsets) for name, peer in rivals.items()}
     else:
@@ -138,30 +108,82 @@ def test_counts(reports):
     return {"passed": len(cases) - bad - skipped, "failed": bad, "skipped": skipped}
 
 
-def run(options):
+def training(options, rivals, rounds):
+    """Records of the training rows that the options name, and of those with one thing different."""
     import torch
-
-    import flashgqa
-    rivals, records, limit = contestants(), [], ceilings()
-    rounds = QUICK_ROUNDS if options.quick else ROUNDS
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: matmul {limit['matmul_tflops']:.0f} TFLOP/s, "
-          f"read {limit['read_tbs']:.2f} TB/s")
-    rows = [row for row in shapes.GPU_TRAIN + shapes.GPU_MORE if options.rows in row.label and row.dtype in options.dtype]
-    for row in rows:
-        of_row = measure if isinstance(row, shapes.Row) else measure_more
-        for record in of_row(row, rivals, options.which, rounds):
+    records = []
+    for row in shapes.GPU_TRAIN + shapes.GPU_MORE:
+        if options.rows not in row.label or row.dtype not in options.dtype:
+            continue
+        if isinstance(row, shapes.Row):
+            of_row = measure(row, rivals, options.which, rounds)
+        else:
+            of_row = (record | rates(row, record["which"], times, row.launches)
+                      for record, times in measure_more(row, rivals, options.which, rounds))
+        for record in of_row:
             records.append(record)
             show(record, row)
         torch.cuda.empty_cache()
-    result = {
-        "sources_sha256": evidence.tree_hash(), "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
-        "toolkit": f"CUDA runtime {flashgqa.show_config()['cuda_runtime']}", "torch": torch.__version__,
-        "cudnn": torch.backends.cudnn.version(), "tests": test_counts(options.junit), "ceilings": limit, "rows": records,
-        "decode": gpu_decode.run(options),
+    return records
+
+
+def short(options, rivals, rounds):
+    """Records of the short sequences that the options name, times in microseconds."""
+    records, start = [], time.perf_counter()
+    for row in shapes.GPU_SHORT:
+        if options.rows not in row.label or row.dtype not in options.dtype:
+            continue
+        try:
+            for record, times in measure_more(row, rivals, options.which, rounds):
+                micros = {name: 1e6 * t for name, t in times.items()}
+                records.append(record | {f"{name}_us": t for name, t in micros.items()})
+                text = "   ".join(f"{name} {t:.1f}" for name, t in micros.items())
+                print(f"{row.label:50s} b {row.b:4d}   {text} us", flush=True)
+        except (RuntimeError, NotImplementedError, ValueError) as error:       # the other rows stand
+            records.append({name: getattr(row, name) for name in ("kind", "b", "hq", "hk", "s", "d", "causal")}
+                           | {"error": str(error)[:200]})
+            print(f"{row.label}: {error}", flush=True)
+    print(f"short sequences: {time.perf_counter() - start:.0f} s", flush=True)
+    return records
+
+
+def measured_here():
+    """Of which kernels a figure is, and on what."""
+    import torch
+
+    import flashgqa
+    return {"sources_sha256": evidence.tree_hash(), "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"),
+            "toolkit": f"CUDA runtime {flashgqa.show_config()['cuda_runtime']}", "torch": torch.__version__,
+            "cudnn": torch.backends.cudnn.version()}
+
+
+def write(path, record):
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def run(options):
+    here, rivals = measured_here(), contestants()
+    rounds = QUICK_ROUNDS if options.quick else ROUNDS
+    print(f"{here['device']}, torch {here['torch']}")
+    if set(options.section) <= set(evidence.OWN_PLACE):
+        result = json.loads(Path(options.out).read_text()) if options.out and Path(options.out).exists() else {}
+    else:
+        result = here | {"tests": test_counts(options.junit), "ceilings": ceilings(), "rows": [], "decode": []}
+        print(f"matmul {result['ceilings']['matmul_tflops']:.0f} TFLOP/s, read {result['ceilings']['read_tbs']:.2f} TB/s")
+    sections = {
+        "training": lambda: {"rows": training(options, rivals, rounds)},
+        "decode": lambda: {"decode": gpu_decode.run(options)},
+        "short": lambda: {"short": here | {"rows": short(options, rivals, rounds)}},
+        "options": lambda: {"options": here | {"rows": gpu_options.run(options, QUICK_ROUNDS)}},
     }
-    whole = 2 * len(shapes.GPU_TRAIN) + sum(len(row.passes) for row in shapes.GPU_MORE)
-    out = options.out or (evidence.RESULT if len(records) == whole and options.junit and not options.quick else None)
-    if out:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        Path(out).write_text(json.dumps(result, indent=1) + "\n")
-        print("wrote", out)
+    for name, of_section in sections.items():
+        if name in options.section:
+            result |= of_section()
+            if options.out:
+                write(options.out, result)      # what is measured stays, whatever becomes of the rest
+    whole = len(result.get("rows", ())) == 2 * len(shapes.GPU_TRAIN) + sum(len(row.passes) for row in shapes.GPU_MORE)
+    if not options.out and whole and set(options.section) == set(sections) and options.junit and not options.quick:
+        write(evidence.RESULT, result)
+        print("wrote", evidence.RESULT)

@@ -1,6 +1,23 @@
 """What we are compared with. A peer is a class; a library that is not installed is represented by what it did elsewhere."""
 
 
+def tensors(row, device="cuda"):
+    """q, k, v, dout; [total, h, d] of packed sequences."""
+    import torch
+    torch.manual_seed(0)
+
+    def normal(heads, length):
+        shape = (sum(row.lengths), heads, row.d) if getattr(row, "lengths", ()) else (row.b, heads, length, row.d)
+        return torch.randn(shape, device=device, dtype=getattr(torch, row.dtype))
+
+    return normal(row.hq, row.sq), normal(row.hk, row.s), normal(row.hk, row.s), normal(row.hq, row.sq)
+
+
+def difference(got, want):
+    """The largest of the relative differences of two lists of tensors."""
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(got, want, strict=True))
+
+
 class TorchSDPA:
     """torch.nn.functional.scaled_dot_product_attention on the CPU, as its users call it."""
     name = "torch"
@@ -55,16 +72,18 @@ class FlashGQA:
 
 
 class Sdpa:
-    """One backend of torch's scaled_dot_product_attention on a GPU."""
+    """One backend of torch's scaled_dot_product_attention on a GPU. options: its attn_mask, whose gradient is asked if it
+    requires one, and dropout_p."""
 
-    def __init__(self, backend):
-        self.backend = backend
+    def __init__(self, backend, **options):
+        self.backend, self.options = backend, options
 
     def forward(self, row, q, k, v):
         import torch
         from torch.nn.attention import sdpa_kernel
+        options = dict(self.options, is_causal=row.causal, enable_gqa=q.shape[1] != k.shape[1])
         with sdpa_kernel(self.backend):
-            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=row.causal, enable_gqa=row.hq != row.hk)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)
 
     def calls(self, row, q, k, v, dout):
         import torch
@@ -75,6 +94,9 @@ class Sdpa:
 
         leaves = [x.detach().requires_grad_() for x in (q, k, v)]
         out = self.forward(row, *leaves)
+        mask = self.options.get("attn_mask")
+        if mask is not None and mask.requires_grad:
+            leaves.append(mask)
         return forward, lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 

@@ -15,7 +15,9 @@ import time
 
 import counting
 import gpu
+import peers
 import shapes
+import timing
 
 VALUES = {"normal": lambda x: x, "rounded": lambda x: x.bfloat16().float(), "zeros": lambda x: 0 * x}
 CLOCK_SM, POWER_INSTANT = 1, 186      # of nvml.h
@@ -65,7 +67,7 @@ class Sampler:
 def steady(call, seconds, sampler):
     """Seconds of a call, clock and power in the second half of that many seconds of calls back to back."""
     import torch
-    count = max(4, int(seconds / gpu.queued(call) / 2))
+    count = max(4, int(seconds / timing.queued(call) / 2))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     events[0].record()
     for event in events[1:]:
@@ -83,7 +85,7 @@ def measure(calls, options, sampler):
     single, many = ({name: [] for name in calls} for _ in range(2))
     for call in calls.values():
         call()
-    for found, time_of in ((single, gpu.queued), (many, lambda call: steady(call, options.seconds, sampler))):
+    for found, time_of in ((single, timing.queued), (many, lambda call: steady(call, options.seconds, sampler))):
         for n in range(options.rounds):
             for name in list(calls)[:: 1 if n % 2 == 0 else -1]:
                 time.sleep(PAUSE)
@@ -106,7 +108,7 @@ def main():
         calls = {}
         for dtype in dtypes:
             row = shapes.Row(dtype, max(1, 16384 // options.length), *options.heads, options.length, 128)
-            inputs = [change(x.float()).to(getattr(torch, dtype)) for x in gpu.tensors(row._replace(dtype="float32"))]
+            inputs = [change(x.float()).to(getattr(torch, dtype)) for x in peers.tensors(row._replace(dtype="float32"))]
             calls |= {(name, dtype): peer.calls(row, *inputs)[0] for name, peer in rivals.items()}
         found, rate = measure(calls, options, sampler), counting.flops(row, "forward") / 1e12
         for name in rivals:

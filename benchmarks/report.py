@@ -14,6 +14,8 @@ from types import SimpleNamespace
 
 import figures
 import peers
+from figures import heads
+from report_options import options_section, short_section
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -22,10 +24,6 @@ BEGIN, END = "<!-- speed: made by benchmarks/report.py -->\n", "<!-- end of spee
 
 def ratio(record):
     return f"**{record['ratio']:.2f}**" if record["ratio"] >= 1 else f"{record['ratio']:.2f}"
-
-
-def heads(record):
-    return f"{record['hq']}/{record['hk']}"
 
 
 def training_table(rows):
@@ -150,13 +148,14 @@ def gpu_decode_table(rows):
 
 def gpu_about(record):
     tests, limit = record["tests"], record["ceilings"]
+    recovered = f"Recovered {record['recovered']}.\n" if "recovered" in record else ""
     return f"""\
 {record["device"]}, bfloat16, 16,384 tokens a row, {record["date"]}, torch {record["torch"]}: TFLOP/s of one launch behind queued
 work, and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
 {limit["matmul_tflops"]:.0f} TFLOP/s. best: to the fastest of these two, FlashAttention-3 and flash-attn-4, at the ratio to cuDNN
 that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {tests["passed"]} passed, {tests["failed"]} failed, \
 {tests["skipped"]} skipped.
-"""
+{recovered}"""
 
 
 def gpu_summary_table(rows):
@@ -212,6 +211,7 @@ def in_short(cpu, gpu):
         gpu_about(gpu), "![Our rate over that of each peer, in every row](benchmarks/results/gpu.png)", "",
         "Geometric mean over all rows, least and most:", "", *gpu_summary_table(training), "",
         *gpu_training_table(some), "", *([gpu_decode_about(decode), "", *gpu_decode_table(decode), ""] if decode else []),
+        *options_section(gpu), *short_section(gpu),
         cpu_about(cpu), "![PyTorch's time / ours in every row](benchmarks/results/cpu.png)", "", cpu_tables(shown)])
 
 
@@ -224,7 +224,8 @@ def in_full(cpu, lengths, caches, gpu):
         parts += ["", "Other settings:", "", *gpu_more_table(more)]
     if gpu.get("decode"):
         parts += ["", gpu_decode_about(gpu["decode"]), "", *gpu_decode_table(gpu["decode"])]
-    return "\n".join([*parts, "", "## CPU\n", cpu_about(cpu), cpu_tables(cpu["rows"])]) \
+    parts += ["", *options_section(gpu, everything=True), *short_section(gpu)]
+    return "\n".join([*parts, "## CPU\n", cpu_about(cpu), cpu_tables(cpu["rows"])]) \
         + length_section(lengths) + cache_section(caches)
 
 

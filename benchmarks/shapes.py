@@ -71,7 +71,7 @@ class GpuRow(NamedTuple):
         return f"{self.dtype} {self.hq}/{self.hk} d {self.d} s {self.s} {mask} {self.kind}{page}"
 
 
-def _packed(total=65536, shortest=16, longest=4096):
+def _packed(shortest, longest, total=65536):
     """Lengths of a packed batch, evenly spread on a logarithmic scale."""
     draw, lengths = random.Random(0), []
     while sum(lengths) < total:
@@ -80,7 +80,7 @@ def _packed(total=65536, shortest=16, longest=4096):
     return tuple(n for n in lengths if n > 0)
 
 
-_PACKED = _packed()
+_PACKED = _packed(16, 4096)
 GPU_MORE = (
     *(GpuRow("sustained", "bfloat16", 16384 // s, hq, hk, s, d, causal, launches=10, passes=("forward",))
       for hq, hk, d in _GPU_HEADS for s in (4096, 16384) for causal in _BOTH),
@@ -97,4 +97,57 @@ GPU_MORE = (
     GpuRow("few tiles", "bfloat16", 1, 32, 8, 32768, 128, True, queries=128, passes=("forward",)),
     *(GpuRow("cached", "bfloat16", 4, 32, 8, 8192, 128, True, queries=512, page=page, passes=("forward",))
       for page in (8192, 64, 16)),
+)
+
+# Short sequences, forward; as many tokens as a training batch has, or few.
+_SHORT = (16, 32, 64, 77, 128, 197, 256)        # a prompt of CLIP has 77 tokens, an image of a ViT 197
+_MIXED = tuple((f"packed {least} to {most}", _packed(least, most)) for least, most in ((8, 128), (16, 256), (64, 512)))
+GPU_SHORT = (
+    *(GpuRow("short", "bfloat16", tokens // s, 12, 12, s, 64, causal, passes=("forward",))
+      for tokens in (65536, 4096) for s in _SHORT for causal in _BOTH),
+    *(GpuRow("short", "bfloat16", 65536 // s, 32, 8, s, 128, causal, passes=("forward",))
+      for s in (16, 32, 64, 128, 256, 512) for causal in _BOTH),
+    *(GpuRow(kind, "bfloat16", len(lengths), hq, hk, max(lengths), d, causal, lengths=lengths, passes=("forward",))
+      for kind, lengths in _MIXED for hq, hk, d in ((12, 12, 64), (32, 8, 128)) for causal in _BOTH),
+)
+
+
+class OptionRow(NamedTuple):
+    """Self-attention with options that change more than an interval of keys; gpu_options.py says what their names stand for."""
+    what: tuple
+    hq: int
+    hk: int
+    d: int
+    s: int = 4096
+    b: int = 4
+    dtype: str = "bfloat16"
+    causal: bool = False
+
+    @property
+    def sq(self):
+        return self.s
+
+    @property
+    def passes(self):
+        return ("backward",) if "its gradient" in self.what else ("forward", "backward")
+
+    @property
+    def name(self):
+        return " + ".join(self.what) or "none"
+
+    @property
+    def label(self):
+        return f"{self.dtype} {self.hq}/{self.hk} d {self.d} s {self.s} with {self.name}"
+
+
+_OPTIONS = (
+    ("softcap",), ("alibi",), ("mask",), ("padding",), ("bias",), ("bias", "its gradient"), ("float32 bias",), ("dropout",),
+    ("softcap", "alibi"), ("softcap", "mask"), ("softcap", "bias"), ("softcap", "dropout"), ("alibi", "mask"), ("alibi", "bias"),
+    ("alibi", "dropout"), ("mask", "bias"), ("mask", "dropout"), ("bias", "dropout"), ("bias", "dropout", "its gradient"),
+)
+_HEADS_OF_OPTIONS = ((32, 8, 64), (32, 8, 128), (16, 4, 256))
+# 4,090 keys: rows of a mask or a bias of 16 bits that do not begin on 16 bytes.
+GPU_OPTIONS = tuple(
+    OptionRow(what, *heads, s) for heads in _HEADS_OF_OPTIONS
+    for s, some in ((4096, ((), *_OPTIONS)), (4090, ((), ("mask",), ("bias",)))) for what in some
 )

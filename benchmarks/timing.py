@@ -1,4 +1,5 @@
-"""Timing on a machine that is not quiet: two contestants in turn, so that drift hits both, and ratios instead of times."""
+"""Timing on a machine that is not quiet: two contestants in turn, so that drift hits both, and ratios instead of times; and calls
+on a GPU, whose time is that between two events."""
 import statistics
 import time
 
@@ -47,3 +48,26 @@ def alternate(ours, theirs, seconds=2.0, least=5, most=200):
         return mine, None, None
     ratios = statistics.quantiles([b / a for a, b in times], n=4)
     return mine, statistics.median(columns[1]), (ratios[1], ratios[0], ratios[2])
+
+
+def queued(call):
+    """Seconds of one call on the GPU."""
+    import torch
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(1_000_000)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def in_turn(calls, rounds):
+    """Median seconds of each named call over as many rounds, in alternating order."""
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for n in range(rounds):
+        for name in list(calls)[:: 1 if n % 2 == 0 else -1]:
+            times[name].append(queued(calls[name]))
+    return {name: statistics.median(t) for name, t in times.items()}
