@@ -4,8 +4,8 @@ the speed without, forward and backward, and how fast torch's backends are with 
 Ours are flashgqa.attention and the backward of flashgqa.torch.attention, which makes the gradient of a bias where the bias asks
 for one. The peers get K and V repeated to all query heads beforehand, since not all of them know groups; ALiBi is a bias to them,
 in bfloat16, and all tensors that are added come as one. Peers are cuDNN, FlashAttention-2 where dropout is all that is asked, and
-where neither takes a pass, the memory-efficient backend. A row's first group of query heads is held against the same call in
-float32 before, which other kernels serve, and a peer without dropout against ours.
+where neither takes a pass, the memory-efficient backend; not all rows are compared (OptionRow.compared). A row's first group of
+query heads is held against the same call in float32 before, which other kernels serve, and a peer without dropout against ours.
 """
 import time
 import warnings
@@ -81,7 +81,7 @@ def first_group(row, q, k, v, dout, options):
 
 def rivals(row, inputs, theirs):
     """{backend: its call} of each pass; what a backend refuses is not there."""
-    if theirs is None or not row.what:
+    if theirs is None or not row.compared:
         return {}, {}
     from torch.nn.attention import SDPBackend
     q, k, v, dout = inputs
@@ -153,6 +153,6 @@ def run(options, rounds):
             except (RuntimeError, NotImplementedError, ValueError) as error:       # the other rows stand
                 records.append(dict(row._asdict(), what=row.name, error=str(error)[:200]))
                 print(f"{row.label}: {error}", flush=True)
-            torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     print(f"options: {time.perf_counter() - start:.0f} s", flush=True)
     return records

@@ -12,10 +12,11 @@ SHOWN = ("softcap", "alibi", "mask", "padding", "bias", "bias + its gradient", "
 
 def where(record, section):
     """Of a section that was measured apart from the rest of its record."""
+    recovered = f", recovered {section['recovered']}" if "recovered" in section else ""
     if all(section[name] == record[name] for name in ("sources_sha256", "device", "date", "torch")):
-        return ""
+        return recovered
     kernels = "the same kernels" if section["sources_sha256"] == record["sources_sha256"] else "other kernels"
-    return f" (a run of its own, of {kernels}: {section['device']}, {section['date']}, torch {section['torch']})"
+    return f" (a run of its own, of {kernels}: {section['device']}, {section['date']}, torch {section['torch']}){recovered}"
 
 
 def option_cell(row, without, rate):
@@ -62,8 +63,9 @@ def options_section(record, everything=False):
 Options{where(record, record["options"])}, bfloat16, dense, batch {rows[0]["b"]}, {shapes}:
 {"TFLOP/s (without options that alone), " if everything else ""}share of our speed without, then the ratio to the
 fastest of cuDNN, FlashAttention-2 and, where neither takes it, PyTorch's memory-efficient backend with the same in the same run
-(ALiBi as a bias; no name: none takes it). mask [b, 1, s, s], padding a mask [b, 1, 1, s], bias [1, h, s, s], of q's dtype unless
-said; at a length of 4,090 the rows of masks and biases do not begin on 16 bytes (`benchmarks/gpu_options.py`):"""
+(ALiBi as a bias). They take neither softcap nor a float32 bias, and were not asked at d 256, at a length of 4,090 and for dropout
+beside another option. mask [b, 1, s, s], padding a mask [b, 1, 1, s], bias [1, h, s, s], of q's dtype unless said; at a length of
+4,090 the rows of masks and biases do not begin on 16 bytes (`benchmarks/gpu_options.py`):"""
     return [about, "", *options_table(rows, shown, everything), ""]
 
 
