@@ -28,7 +28,7 @@ def arguments(row, device="cuda"):
     ours, added, mask = {}, [], None
     if "softcap" in row.what:
         ours["softcap"] = 30.0
-    if "alibi" in row.what:
+    if "ALiBi" in row.what:
         slopes = ours["alibi_slopes"] = 2.0 ** -torch.linspace(8 / row.hq, 8, row.hq, device=device)
         position = torch.arange(row.s, device=device)
         added.append((-slopes[:, None, None] * (position[:, None] - position).abs())[None].to(dtype))

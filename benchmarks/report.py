@@ -9,6 +9,7 @@ import argparse
 import json
 import math
 import sys
+import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -148,7 +149,7 @@ def gpu_decode_table(rows):
 
 def gpu_about(record):
     tests, limit = record["tests"], record["ceilings"]
-    recovered = f"Recovered {record['recovered']}.\n" if "recovered" in record else ""
+    recovered = textwrap.fill(f"Recovered {record['recovered']}.", 125) + "\n" if "recovered" in record else ""
     return f"""\
 {record["device"]}, bfloat16, 16,384 tokens a row, {record["date"]}, torch {record["torch"]}: TFLOP/s of one launch behind queued
 work, and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached

@@ -1,22 +1,29 @@
 """The tables of options and of short sequences, for report.py. A record whose run did not measure them says so."""
 import math
+import textwrap
 
 from figures import heads
 
 PASSES = ("forward", "backward")
 PEERS = {"cudnn": "cuDNN", "fa2": "FA2", "efficient": "efficient"}
 # README's lines of the table of options; results/README.md has all.
-SHOWN = ("softcap", "alibi", "mask", "padding", "bias", "bias + its gradient", "float32 bias", "dropout", "softcap + bias",
+SHOWN = ("softcap", "ALiBi", "mask", "padding", "bias", "bias + its gradient", "float32 bias", "dropout", "softcap + bias",
          "mask + dropout", "bias + dropout", "bias + dropout + its gradient")
 
 
 def where(record, section):
     """Of a section that was measured apart from the rest of its record."""
-    recovered = f", recovered {section['recovered']}" if "recovered" in section else ""
-    if all(section[name] == record[name] for name in ("sources_sha256", "device", "date", "torch")):
-        return recovered
-    kernels = "the same kernels" if section["sources_sha256"] == record["sources_sha256"] else "other kernels"
-    return f" (a run of its own, of {kernels}: {section['device']}, {section['date']}, torch {section['torch']}){recovered}"
+    said = []
+    if any(section[name] != record[name] for name in ("sources_sha256", "device", "date", "torch")):
+        kernels = "the same kernels" if section["sources_sha256"] == record["sources_sha256"] else "other kernels"
+        said.append(f"a run of its own, of {kernels}: {section['device']}, {section['date']}, torch {section['torch']}")
+    if "recovered" in section:
+        said.append(f"recovered {section['recovered']}")
+    return f" ({'; '.join(said)})" if said else ""
+
+
+def filled(text):
+    return textwrap.fill(text, 128, break_on_hyphens=False)
 
 
 def option_cell(row, without, rate):
@@ -63,10 +70,10 @@ def options_section(record, everything=False):
 Options{where(record, record["options"])}, bfloat16, dense, batch {rows[0]["b"]}, {shapes}:
 {"TFLOP/s (without options that alone), " if everything else ""}share of our speed without, then the ratio to the
 fastest of cuDNN, FlashAttention-2 and, where neither takes it, PyTorch's memory-efficient backend with the same in the same run
-(ALiBi as a bias). They take neither softcap nor a float32 bias, and were not asked at d 256, at a length of 4,090 and for dropout
-beside another option. mask [b, 1, s, s], padding a mask [b, 1, 1, s], bias [1, h, s, s], of q's dtype unless said; at a length of
-4,090 the rows of masks and biases do not begin on 16 bytes (`benchmarks/gpu_options.py`):"""
-    return [about, "", *options_table(rows, shown, everything), ""]
+(ALiBi as a bias; no name: they do not take it, as softcap and float32 biases, or were not asked, `OptionRow` in
+`benchmarks/shapes.py`). mask [b, 1, s, s], padding a mask [b, 1, 1, s], bias [1, h, s, s], of q's dtype unless said; at a length
+of 4,090 the rows of masks and biases do not begin on 16 bytes:"""
+    return [filled(about), "", *options_table(rows, shown, everything), ""]
 
 
 def tokens(row):
@@ -101,4 +108,4 @@ def short_section(record):
 Short sequences{where(record, record["short"])}, forward, bfloat16: us of a launch, then the
 ratios of cuDNN's and FlashAttention-2's times to it; packed: lengths spread between the two, joined along one axis
 (`benchmarks/shapes.py`):"""
-    return [about, "", *short_table(record["short"]["rows"]), ""]
+    return [filled(about), "", *short_table(record["short"]["rows"]), ""]

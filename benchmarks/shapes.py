@@ -146,9 +146,9 @@ class OptionRow(NamedTuple):
 
 
 _OPTIONS = (
-    ("softcap",), ("alibi",), ("mask",), ("padding",), ("bias",), ("bias", "its gradient"), ("float32 bias",), ("dropout",),
-    ("softcap", "alibi"), ("softcap", "mask"), ("softcap", "bias"), ("softcap", "dropout"), ("alibi", "mask"), ("alibi", "bias"),
-    ("alibi", "dropout"), ("mask", "bias"), ("mask", "dropout"), ("bias", "dropout"), ("bias", "dropout", "its gradient"),
+    ("softcap",), ("ALiBi",), ("mask",), ("padding",), ("bias",), ("bias", "its gradient"), ("float32 bias",), ("dropout",),
+    ("softcap", "ALiBi"), ("softcap", "mask"), ("softcap", "bias"), ("softcap", "dropout"), ("ALiBi", "mask"), ("ALiBi", "bias"),
+    ("ALiBi", "dropout"), ("mask", "bias"), ("mask", "dropout"), ("bias", "dropout"), ("bias", "dropout", "its gradient"),
 )
 _HEADS_OF_OPTIONS = ((32, 8, 64), (32, 8, 128), (16, 4, 256))
 # 4,090 keys: rows of a mask or a bias of 16 bits that do not begin on 16 bytes.
