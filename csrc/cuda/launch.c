@@ -107,23 +107,30 @@ static const char *refuse_bias(const fgqa_problem *p)
     return p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
 }
 
-/* Why a plain row cannot serve; NULL if it can. Decode rows have softcap and ALiBi, rows of arch 90 softcap, but for short ones, some
- * ALiBi, forward ones not both; some have all that there is, bias and mask, too, those for dropout among them; backward ones a mask and
- * dropout, beside both, too, and some a bias, beside neither of the two. */
-static const char *refuse_options(const fgqa_problem *p, int has_softcap, int is_decode, int has_alibi, int has_all, int has_bits, int has_bias)
+/* What rows have that are not general, beside masks by interval, lengths and sinks. */
+typedef struct {
+    int softcap, alibi;     /* in the forward each, not both */
+    int all;                /* forward: softcap, ALiBi, a bias and a mask tensor in any mix */
+    int bits;               /* dropout; backward, a mask tensor, too, beside whatever else */
+    int bias;               /* backward, beside neither softcap nor ALiBi */
+    int natural;            /* decode: softcap and ALiBi, each or both, scores in natural units */
+} row_options;
+
+/* Why a row with these cannot serve; NULL if it can. */
+static const char *refuse_options(const fgqa_problem *p, row_options has)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
-        const char *reason = has_all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has_bits ? "mask"
-            : !p->view[FGQA_ARG_bias].data ? NULL : has_bias ? refuse_bias(p) : "bias";
+        const char *reason = has.all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has.bits ? "mask"
+            : !p->view[FGQA_ARG_bias].data ? NULL : has.bias ? refuse_bias(p) : "bias";
         if (reason) { return reason; }
     }
-    if (p->view[FGQA_ARG_alibi_slopes].data && !is_decode && !has_all) {
-        if (!has_alibi) { return "alibi_slopes"; }
+    if (p->view[FGQA_ARG_alibi_slopes].data && !has.natural && !has.all) {
+        if (!has.alibi) { return "alibi_slopes"; }
         if (p->softcap != 0.0 && p->pass == FGQA_PASS_FWD) { return "alibi_slopes with softcap"; }
     }
-    if (p->softcap != 0.0 && !has_softcap) { return "softcap"; }
-    if (p->softcap != 0.0 && !is_decode && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
-    if (p->dropout_threshold != 0 && !has_bits) { return "dropout"; }
+    if (p->softcap != 0.0 && !has.softcap && !has.natural) { return "softcap"; }
+    if (p->softcap != 0.0 && !has.natural && fgqa_in_caps(p) == 0.0f) { return "softcap whose ratio to the scale, or double, leaves float32"; }
+    if (p->dropout_threshold != 0 && !has.bits) { return "dropout"; }
     if (!(p->scale >= FLT_MIN && p->scale <= FLT_MAX)) { return "a scale that is not positive"; }
     return NULL;
 }
@@ -178,6 +185,15 @@ static int is_hopper_forward(const cuda_kernel *k) { return k->row.arch == HOPPE
 
 /* A row whose blocks share a multiprocessor, for short sequences. */
 static int is_short(const cuda_kernel *k) { return k->variant == FGQA_VARIANT_short; }
+
+static row_options options_of(const cuda_kernel *k)
+{
+    const fgqa_cuda_row *row = &k->row;
+    const int backward = row->arch == HOPPER && row->pass == FGQA_PASS_BWD, forward = is_hopper_forward(k);
+    return (row_options){.softcap = backward || (forward && FGQA_HAS_SOFTCAP(row->block_q)), .alibi = backward || (forward && FGQA_HAS_ALIBI(row->d, row->block_q)),
+                         .all = forward && FGQA_HAS_ALL(row->d, row->block_k), .bits = backward || row->dropout, .bias = backward && FGQA_BWD_HAS_BIAS(row->d),
+                         .natural = row->most_rows > 0};
+}
 
 /* Whether a plain row for Hopper reads a copy of the cache, which TMA can address, in q's dtype. */
 static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
@@ -280,7 +296,7 @@ static int merges_many_parts(const cuda_kernel *k, const fgqa_problem *p, int32_
 static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
-    const int takes_options = !refuse_options(p, 1, 0, 1, 1, 0, 0);
+    const int takes_options = !refuse_options(p, (row_options){.softcap = 1, .alibi = 1, .all = 1});      /* rows for many query rows */
     const int tiles_serve = takes_options && !k->row.float8 && !(is_paged(p) && p->cache.left_pad) && !p->batch_invariant
         && p->g >> fgqa_hopper_pack(p, DECODE_ROWS) == 1;
     const int64_t heads = (int64_t)p->b * p->hk, rows = (int64_t)p->sq * p->g;
@@ -404,11 +420,7 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
     if (k->row.float8 && p->view[FGQA_ARG_k].dtype != FGQA_F8E4M3) { return "for float8 KV caches only"; }
     if (!k->row.general) {
         const int32_t piece = 16 / (int32_t)fgqa_dtype_bytes(p->dtype);
-        const int hopper_backward = k->row.arch == HOPPER && k->row.pass == FGQA_PASS_BWD;
-        const int has_alibi = hopper_backward || (k->row.arch == HOPPER && FGQA_HAS_ALIBI(k->row.d, k->row.block_q));
-        const int has_all = is_hopper_forward(k) && FGQA_HAS_ALL(k->row.d, k->row.block_k);
-        const int has_bits = k->row.dropout || hopper_backward, has_bias = hopper_backward && FGQA_BWD_HAS_BIAS(k->row.d);
-        const char *option = refuse_options(p, k->row.arch == HOPPER && !is_short(k), k->row.most_rows > 0, has_alibi, has_all, has_bits, has_bias);
+        const char *option = refuse_options(p, options_of(k));
         if (option) {
             return fgqa_reason(why, "has no %s", option);
         }
