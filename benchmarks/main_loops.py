@@ -1,0 +1,68 @@
+"""What ptxas made of the main loops of the kernels for Hopper: products, exponentials, accesses to spilled registers.
+
+    python benchmarks/main_loops.py build/*/release/cuda_fwd_sm90_bf16_d128_dv128_tall.o ..     objects of a build, or its module
+
+Needs cuobjdump and nvdisasm of CUDA's toolkit. A line for each loop with tensor-core products and exponentials, which is what all
+passes but the second of head dim 256 have. Exit status 1 if one of a kernel without options touches local memory.
+"""
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+?)[\s;](.*)")
+LABEL = re.compile(r"\s*(\.L_x_\d+):")
+PLAIN = re.compile(r"fgqa_fwd_sm90_\w+_(plain|tall|short|decode\w*)_kernel|.*(bwd|queries)_kernel.*score_kind0E.*")
+LEAST_PRODUCTS, LEAST_EXPONENTIALS, LONGEST = 4, 8, 3000      # what jumps back further leads from tile to tile
+
+
+def functions(cubin):
+    """(name, instructions as (operation, operands), {label: index})."""
+    text = subprocess.run(["nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    for part in re.split(r"^\.text\.", text, flags=re.M)[1:]:
+        code, labels = [], {}
+        for line in part.splitlines():
+            if found := INSTRUCTION.match(line):
+                code.append(found.groups())
+            elif found := LABEL.match(line):
+                labels[found.group(1)] = len(code)
+        yield part.split(":")[0], code, labels
+
+
+def count(code, *operations):
+    return sum(name.startswith(operations) for name, _ in code)
+
+
+def loops(code, labels):
+    """Instructions of each innermost main loop."""
+    found = []
+    for end, (operation, operands) in enumerate(code):
+        target = re.search(r"\.L_x_\d+", operands) if operation == "BRA" else None
+        begin = labels.get(target.group(), end + 1) if target else end + 1
+        body = code[begin : end + 1] if end - begin < LONGEST else []
+        if count(body, "HGMMA", "HMMA") >= LEAST_PRODUCTS and count(body, "MUFU.EX2") >= LEAST_EXPONENTIALS:
+            found.append((begin, end))
+    inner = [a for a in found if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in found)]
+    return [code[begin : end + 1] for begin, end in inner]
+
+
+def main():
+    bad = False
+    for path in sys.argv[1:]:
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run(["cuobjdump", "-xelf", "sm_90a", Path(path).resolve()], cwd=folder, capture_output=True, check=True)
+            for cubin in sorted(Path(folder).glob("*.cubin")):
+                print(cubin.name.split(".")[0])
+                for name, code, labels in functions(cubin):
+                    for loop in loops(code, labels):
+                        local = count(loop, "LDL", "STL")
+                        wrong = local > 0 and PLAIN.fullmatch(name) is not None
+                        bad |= wrong
+                        print(f"    {name:54s} {len(loop):5d} instructions, {count(loop, 'HGMMA', 'HMMA'):3d} products, "
+                              f"{count(loop, 'MUFU.EX2'):3d} EX2, {local:3d} of local memory{'   WRONG' if wrong else ''}")
+    sys.exit(bad)
+
+
+if __name__ == "__main__":
+    main()
