@@ -110,6 +110,16 @@ def _array(name, x):
     return jnp.asarray(x)
 
 
+def _refuse_traced(options):
+    """Options that the compiled program is made for must be known while it is traced."""
+    for name, x in options.items():
+        for value in x if isinstance(x, tuple | list) else (x,):
+            if isinstance(value, jax.core.Tracer):
+                fix = "make it a value of Python's, as by static_argnames of jax.jit"
+                product = ", or multiply q by it, with scale=1.0" if name == "scale" else ""
+                raise TypeError(f"{name} is {value}: it must be known while the program is traced; {fix}{product}")
+
+
 def _seed_words(seed):
     """A key of jax.random as the 64-bit seed and the 32-bit offset of the kernels, in words: programs need no int64 for it."""
     try:
@@ -194,6 +204,7 @@ layout, return_lse, deterministic, batch_invariant, precision, kernel
         if options[name] is not None and not (name == "seed" and isinstance(seed, int | np.integer)):
             arrays[name], options[name] = _array(name, options[name]), None
     options["check"] = False
+    _refuse_traced(options | {"return_lse": return_lse})
     _plan(arrays, options, return_lse=return_lse)  # its errors, before JAX asks options to be hashable
     if window is not None:
         options["window"] = tuple(window)

@@ -267,10 +267,17 @@ def test_errors_while_tracing(change, message, inputs):
         jax.jit(lambda: fj.attention(**given))().block_until_ready()
 
 
-def test_numbers_are_not_traced(inputs):
+@pytest.mark.parametrize("name", ["scale", "softcap", "chunk", "causal", "dropout_p", "return_lse", "window"])
+def test_numbers_are_not_traced(name, inputs):
+    """The error says how to make them static, where float() or bool() of a tracer would be another error."""
     q, k, v, _ = inputs
-    with pytest.raises(TypeError, match="scale is .*Trace.*: it must be a number"):
-        jax.jit(lambda scale: fj.attention(q, k, v, scale=scale))(0.5)
+    fix = "static_argnames of jax.jit" + (", or multiply q by it" if name == "scale" else "")
+    with pytest.raises(TypeError, match=f"{name} is .*Trace.*: it must be known while the program is traced; .*{fix}"):
+        jax.jit(lambda x: fj.attention(q, k, v, seed=1, **{name: (x, 0) if name == "window" else x}))(1)
+
+
+def test_a_seed_is_one_key(inputs):
+    q, k, v, _ = inputs
     with pytest.raises(TypeError, match="one key of jax.random"):
         fj.attention(q, k, v, dropout_p=0.5, seed=jax.random.split(jax.random.key(0)))
 
