@@ -74,7 +74,7 @@ template <typename T> static __device__ __noinline__ void zero_rows(const fgqa_p
 template <typename T> static __device__ __noinline__ void large_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
 {
     const fgqa_problem &p = params.problem;
-    const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes], &seen = p.view[FGQA_ARG_mask];
+    const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes];
     const float slope_log2 = load_float(slopes.data, b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E;
     const bool capped = params.softcap > 0.0f;
     const float in_caps = params.scale * params.inv_softcap, scale_log2 = (capped ? params.softcap : params.scale) * (float)FGQA_LOG2E;
@@ -85,7 +85,7 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
         const float lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, sequence.q_row + i);
         if (!is_large(lse, LARGEST_LSE)) { continue; }
         const row_sum own = sum_row<T>(params, sequence, b, h, i, row_range(sequence.mask, i), 1.0f, 0.0f, [&](int32_t j, float qk) {
-            if (seen.data && !*(fgqa_row_address(seen, 1, b, h, i) + j * seen.stride_d)) { return -INFINITY; }
+            if (!mask_shows(p, b, h, i, j)) { return -INFINITY; }
             return bwd_less_alibi(capped ? tanh_score(qk * in_caps) : qk, scale_log2, slope_log2, (float)(i + sequence.mask.diag - j));
         });
         float *lse2 = bwd_tiled_stats(w, bwd_q_tile(p, w, b, h, sequence.q_row, tile), i);
@@ -99,7 +99,7 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
 template <typename T> static __device__ __noinline__ void base_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
 {
     const fgqa_problem &p = params.problem;
-    const fgqa_view &bias = p.view[FGQA_ARG_bias], &mask = p.view[FGQA_ARG_mask];
+    const fgqa_view &bias = p.view[FGQA_ARG_bias];
     const int part = (int)threadIdx.x % HALF;
     int32_t rows;
     const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
@@ -111,7 +111,7 @@ template <typename T> static __device__ __noinline__ void base_rows(const fgqa_p
         if (is_large(lse, LARGEST_LSE)) {
             const fgqa_range seen = row_range(sequence.mask, i);
             const auto bias_of = [&](int32_t j) {
-                if (mask.data && !*(fgqa_row_address(mask, 1, b, h, i) + j * mask.stride_d)) { return -INFINITY; }
+                if (!mask_shows(p, b, h, i, j)) { return -INFINITY; }
                 return load_float(bias.data, b * bias.stride_b + h * bias.stride_h + i * bias.stride_s + j * bias.stride_d, bias.dtype);
             };
             float most = -INFINITY;

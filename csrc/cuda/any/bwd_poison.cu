@@ -59,13 +59,6 @@ static __device__ __forceinline__ const float *stats_of(const fgqa_problem &p, c
     return bwd_tiled_stats(w, bwd_q_tile(p, w, t.b, h, t.sequence.q_row, i / w.block_q), i);
 }
 
-/* Whether the mask tensor lets row i of head h see key j. */
-static __device__ __forceinline__ bool shows(const fgqa_problem &p, const key_tile &t, int32_t h, int32_t i, int32_t j)
-{
-    const fgqa_view &mask = p.view[FGQA_ARG_mask];
-    return !mask.data || *(fgqa_row_address(mask, 1, t.b, h, i) + j * mask.stride_d);
-}
-
 /* A lane's columns of dK, without its scale, and of dV, from the rows of its warp. */
 template <typename T>
 static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv)[COLUMNS], const fgqa_params &params, const fgqa_bwd_workspace &w, const key_tile &t,
@@ -80,7 +73,7 @@ static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
         const float slope_log2 = slopes.data ? load_float(slopes.data, t.b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E : 0.0f;
         for (int32_t i = seen.begin + warp; i < seen.end; i += WARPS) {
-            if (!shows(p, t, h, i, j)) { continue; }
+            if (!mask_shows(p, t.b, h, i, j)) { continue; }
             const float *stats = stats_of(p, w, t, h, i);
             const float lse2 = stats[0], delta = stats[w.block_q];
             bool kept = true;
@@ -146,7 +139,7 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     bool lost = false, some_left = false;
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + thread; i < seen.end; i += THREADS) {
-            if (!shows(p, t, h, i, j)) { continue; }
+            if (!mask_shows(p, t.b, h, i, j)) { continue; }
             const float *stats = stats_of(p, w, t, h, i);
             lost |= isnan(stats[0]) || (finite_key && !isfinite(stats[w.block_q]));
             some_left |= !isnan(stats[0]);
@@ -156,7 +149,7 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     some_left = __syncthreads_or(some_left);
     for (int32_t h = t.kv_head * p.g; some_left && !finite_key && h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + warp; i < seen.end; i += WARPS) {
-            if (!shows(p, t, h, i, j)) { continue; }
+            if (!mask_shows(p, t.b, h, i, j)) { continue; }
             T *const dq_row = (T *)fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), t.b, h, sequence.q_row + i);
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <float.h>
 
+#include "../common/mask_tensor.cuh"
 #include "../common/mask_tile.cuh"
 #include "../common/numeric.cuh"
 #include "../common/params.cuh"

@@ -41,6 +41,7 @@
 #include "../common/byte_bits.cuh"
 #include "../common/dropout.cuh"
 #include "../common/launch.cuh"
+#include "../common/mask_tensor.cuh"
 #include "../common/params.cuh"
 #include "../common/ptx_bulk.cuh"
 #include "../common/ptx_global.cuh"

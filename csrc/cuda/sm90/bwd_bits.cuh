@@ -194,7 +194,6 @@ static __device__ __forceinline__ void dropout_gradients(uint32_t (&gradients)[1
 template <score_kind KIND> static __device__ __forceinline__ bool counts(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
 {
     const fgqa_problem &problem = p.common.problem;
-    const fgqa_view &mask = problem.view[FGQA_ARG_mask];
     if (HAS_BIAS<KIND> && !bias_shows(p, t, head, i, key)) { return false; }
     head += t.kv_head * problem.g;
     key += t.n * BLOCK_K;
@@ -203,7 +202,7 @@ template <score_kind KIND> static __device__ __forceinline__ bool counts(const b
         const fgqa_philox_block bits = fgqa_dropout_bits(drop.seed, drop.offset, (uint32_t)key / 8, (uint32_t)i, (uint32_t)t.b * (uint32_t)problem.hq + (uint32_t)head);
         if (!fgqa_dropout_keeps(fgqa_dropout_half(&bits, key % 8), drop.threshold)) { return false; }
     }
-    return !mask.data || *(fgqa_row_address(mask, 1, t.b, head, i) + key * mask.stride_d);
+    return mask_shows(problem, t.b, head, i, key);
 }
 
 /* Whether the mask tensor lets some of these rows see a key, in some head of the group. The four lanes that have the key share the rows
