@@ -253,9 +253,8 @@ def call(names, filled):
 
 # ---- which kernels the calls launch ----
 
-# Decode's own merge, where not all blocks of a launch are resident or streams are very many. Never chosen: copies of arguments of
-# bytes, of which there are none, and statistics of rows that do not start on 16 bytes, which no row for Hopper takes.
-RARE = r"fgqa_fwd_sm90_\w+_decode\w*_combine|gather_kernel<signed char>|bwd_delta_tiled_kernel<\w+, 32, false>"
+# Decode's own merge, where not all blocks of a launch are resident or streams are very many.
+RARE = r"fgqa_fwd_sm90_\w+_decode\w*_combine"
 
 
 def base_name(kernel):

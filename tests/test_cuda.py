@@ -398,6 +398,9 @@ def test_float64_and_other_functions_say_what_works():
         flashgqa.attention(q.double(), k.double(), v.double())
     with pytest.raises(NotImplementedError, match="float64 runs on the CPU only"):
         flashgqa.attention_weights(q.double(), k.double(), reduce="keys")
+    for x in (q.bool(), q.bool().mT.contiguous().mT):           # arguments like the second are copied, if they have another dtype
+        with pytest.raises(TypeError, match="q has dtype bool: it must be float16"):
+            flashgqa.attention(x, k, v)
     out, lse = flashgqa.attention(q, k, v, return_lse=True)
     with pytest.raises(NotImplementedError, match="outs has 33 parts: at most 32"):
         flashgqa.merge([out] * 33, [lse] * 33)

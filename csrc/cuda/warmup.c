@@ -157,7 +157,7 @@ static fgqa_status run_weights(const fgqa_kernel *kernel, fgqa_dtype dtype, cons
 
 static fgqa_status run_others(const warmup_memory *memory)
 {
-    static const fgqa_dtype dtypes[] = {FGQA_F64, FGQA_F32, FGQA_F16, FGQA_BOOL};
+    static const fgqa_dtype dtypes[] = {FGQA_F64, FGQA_F32, FGQA_F16};
     const int64_t shape[] = {8}, merged[] = {1, 1, 1, 8};
     const fgqa_view in = {memory->zeros, FGQA_F32, 0, 0, 0, 1}, out = {memory->results, FGQA_F32, 0, 0, 0, 1};
     FGQA_TRY(fgqa_cuda_merge(1, &in, &in, &out, &out, merged, NULL));

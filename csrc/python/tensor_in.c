@@ -265,6 +265,7 @@ static int strided(const fgqa_tensor *tensor, int32_t axis, int64_t wanted)
 int fgqa_needs_copy(const fgqa_tensor *tensor, unsigned flags)
 {
     if ((flags & FGQA_IN_WRITTEN) || tensor->ndim == 0) { return 0; }
+    if (fgqa_dtype_bytes(tensor->dtype) == 1) { return 0; }      /* read wherever they lie, or refused for their dtype */
     if (flags & FGQA_IN_UNIT_LAST) { return strided(tensor, tensor->ndim - 1, 1); }
     if (flags & FGQA_IN_CONTIGUOUS) {
         int64_t stride = 1;

@@ -4,11 +4,11 @@
 #include "../common/launch.cuh"
 #include "bwd_rows.cuh"
 
-static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_LANES = 32, MOST_SORTED = 1024;      /* 16-byte loads of a thread and tensor at a time; rows of a tile; lanes of a row; sequences */
+static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_SORTED = 1024;      /* 16-byte loads of a thread and tensor at a time; rows of a tile; sequences */
 static constexpr float LARGEST_LSE = 0x1p15f;      /* with ALiBi or a bias: beyond, LSE and what is added to scores, rounded in base 2, may be apart by more than 1/256 */
 
-/* rowsum(dO O) of a tile's rows, LANES lanes a row. */
-template <typename T, int LANES, bool VECTOR>
+/* rowsum(dO O) of a tile's rows, LANES lanes a row. Rows start on 16 bytes: rows of kernels.def with tiled statistics take no others. */
+template <typename T, int LANES>
 static __device__ __forceinline__ void sum_rows(float (&sums)[MOST_ROWS], const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t count)
 {
     constexpr int AT_A_TIME = THREADS / LANES;
@@ -17,31 +17,19 @@ static __device__ __forceinline__ void sum_rows(float (&sums)[MOST_ROWS], const 
     for (int32_t begin = 0; begin < count; begin += AHEAD * AT_A_TIME) {
         const int32_t row = begin + (int32_t)threadIdx.x / LANES;
         float sum[AHEAD] = {};
-        if (VECTOR) {
-            uint4 x[AHEAD] = {}, y[AHEAD] = {};
-            const char *from = fgqa_row_address(out, sizeof(T), b, h, first + row) + 16 * part, *dfrom = fgqa_row_address(dout, sizeof(T), b, h, first + row) + 16 * part;
+        uint4 x[AHEAD] = {}, y[AHEAD] = {};
+        const char *from = fgqa_row_address(out, sizeof(T), b, h, first + row) + 16 * part, *dfrom = fgqa_row_address(dout, sizeof(T), b, h, first + row) + 16 * part;
 #pragma unroll
-            for (int n = 0; n < AHEAD; n++) {
-                if (8 * part < p.dv && row + n * AT_A_TIME < count) {
-                    x[n] = *(const uint4 *)(from + n * AT_A_TIME * out.stride_s * (int64_t)sizeof(T));
-                    y[n] = *(const uint4 *)(dfrom + n * AT_A_TIME * dout.stride_s * (int64_t)sizeof(T));
-                }
+        for (int n = 0; n < AHEAD; n++) {
+            if (8 * part < p.dv && row + n * AT_A_TIME < count) {
+                x[n] = *(const uint4 *)(from + n * AT_A_TIME * out.stride_s * (int64_t)sizeof(T));
+                y[n] = *(const uint4 *)(dfrom + n * AT_A_TIME * dout.stride_s * (int64_t)sizeof(T));
             }
+        }
 #pragma unroll
-            for (int n = 0; n < AHEAD; n++) {
+        for (int n = 0; n < AHEAD; n++) {
 #pragma unroll
-                for (int m = 0; m < 8; m++) { sum[n] = fmaf(to_float(((const T *)&x[n])[m]), to_float(((const T *)&y[n])[m]), sum[n]); }
-            }
-        } else {
-#pragma unroll 1
-            for (int n = 0; n < AHEAD && row + n * AT_A_TIME < count; n++) {
-                const T *x = (const T *)fgqa_row_address(out, sizeof(T), b, h, first + row + n * AT_A_TIME);
-                const T *y = (const T *)fgqa_row_address(dout, sizeof(T), b, h, first + row + n * AT_A_TIME);
-                float product = 0.0f;
-                for (int column = part; column < p.dv; column += LANES) { product = fmaf(to_float(x[column]), to_float(y[column]), product); }
-#pragma unroll
-                for (int m = 0; m < AHEAD; m++) { sum[m] = m == n ? product : sum[m]; }
-            }
+            for (int m = 0; m < 8; m++) { sum[n] = fmaf(to_float(((const T *)&x[n])[m]), to_float(((const T *)&y[n])[m]), sum[n]); }
         }
 #pragma unroll
         for (int n = 0; n < AHEAD; n++) {
@@ -175,7 +163,7 @@ static __device__ __noinline__ void prepare_tasks(const fgqa_problem &p, const f
     if (thread == 0) { w.first_task[p.b] = before; }
 }
 
-template <typename T, int LANES, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4)
+template <typename T, int LANES> __global__ void __launch_bounds__(THREADS, 4)
 bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w, uint32_t head_tiles)
 {
     __shared__ float sums[MOST_ROWS];
@@ -207,7 +195,7 @@ bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_
         lse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, first_row + thread);
         if (p.view[FGQA_ARG_dlse].data) { dlse = *(const float *)fgqa_row_address(p.view[FGQA_ARG_dlse], sizeof(float), b, h, first_row + thread); }
     }
-    sum_rows<T, LANES, VECTOR>(sums, p, b, h, first_row, real);
+    sum_rows<T, LANES>(sums, p, b, h, first_row, real);
     if (blockIdx.x == 0) { prepare_tasks(p, w); }
     if (w.key_rows && tile >= 0) {
         fgqa_range *key_rows = bwd_key_rows(p, w, b, sequence.k_row);
@@ -244,21 +232,16 @@ bwd_delta_tiled_kernel(const __grid_constant__ fgqa_params params, const __grid_
     }
 }
 
-template <typename T, int LANES> static void (*delta_kernel(bool vector))(fgqa_params, fgqa_bwd_workspace, uint32_t)
+/* Lanes of a row: as many as it has pieces of 16 bytes. */
+template <typename T> static void (*delta_kernel(int32_t dv))(fgqa_params, fgqa_bwd_workspace, uint32_t)
 {
-    return vector ? bwd_delta_tiled_kernel<T, LANES, true> : bwd_delta_tiled_kernel<T, MOST_LANES, false>;
-}
-
-template <typename T> static void (*delta_kernel(int32_t d, bool vector))(fgqa_params, fgqa_bwd_workspace, uint32_t)
-{
-    return d <= 64 ? delta_kernel<T, 8>(vector) : d <= 128 ? delta_kernel<T, 16>(vector) : delta_kernel<T, MOST_LANES>(vector);
+    return dv <= 64 ? bwd_delta_tiled_kernel<T, 8> : dv <= 128 ? bwd_delta_tiled_kernel<T, 16> : bwd_delta_tiled_kernel<T, 32>;
 }
 
 extern "C" int fgqa_bwd_delta_tiled(const fgqa_problem *problem, const fgqa_bwd_workspace *w, void *stream)
 {
     const fgqa_params params = fgqa_params_make(problem);
-    const bool vector = params.vector_out && params.vector_dout;
     const uint32_t head_tiles = w->head_tiles > 0 ? (uint32_t)w->head_tiles : 1u, blocks = (uint32_t)problem->hq * head_tiles * (problem->varlen ? 1u : (uint32_t)problem->b);
-    const auto kernel = problem->dtype == FGQA_BF16 ? delta_kernel<bf16>(problem->dv, vector) : delta_kernel<f16>(problem->dv, vector);
+    const auto kernel = problem->dtype == FGQA_BF16 ? delta_kernel<bf16>(problem->dv) : delta_kernel<f16>(problem->dv);
     return launch_kernel(kernel, blocks > 0 ? blocks : 1u, THREADS, 0, stream, params, *w, head_tiles);
 }
