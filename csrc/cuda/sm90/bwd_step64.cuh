@@ -54,7 +54,10 @@ static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16],
 }
 
 /* What a step makes for the next one. */
-struct bits_ahead { lane_bits shown[2]; };
+struct bits_ahead { lane_bits shown[2], kept[2]; };
+
+/* Beside a bias, dropout's bits are made at the end of the step before, where registers are free; alone, under products. */
+template <score_kind KIND> static constexpr bool DRAWS_AHEAD = DROPS<KIND> && HAS_BIAS<KIND>;
 
 /* follows: whether the step before was of the same task. */
 template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state, bits_ahead &ahead,
@@ -76,7 +79,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     const ring2 before = r.before();
     int32_t next_row0 = 0, next_head = 0, own_head = 0;
     if (DROPS<KIND>) { own_head = sm.heads[r.stage].x; }
-    if (HAS_MASK<KIND>) {
+    if (HAS_MASK<KIND> || DRAWS_AHEAD<KIND>) {
         next_row0 = sm.about[r.stage].z;
         next_head = sm.heads[r.stage].y;
     }
@@ -89,17 +92,18 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         mbarrier_wait(smem_address(&sm.bias_full[0]), r.stage);
         load_bias_pairs(bias, bias_tile(sm, 0, consumer));
     }
-    drawing drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0, consumer, thread);
+    drawing drawing = {};
+    if (!DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0, consumer, thread); }
     mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
     score_products(s_a, keys.k_rows, q_rows);
     score_products(dp_a, keys.v_rows, dout_rows);
     query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
     uint32_t drawn = 0;
-    if (DROPS<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
+    if (DROPS<KIND> && !DRAWS_AHEAD<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
 
     wgmma_wait<2>();
-    if (DROPS<KIND>) { kept_a = bits_of_blocks(drawn); }
+    if (DROPS<KIND>) { kept_a = DRAWS_AHEAD<KIND> ? ahead.kept[0] : bits_of_blocks(drawn); }
     if constexpr (HAS_BIAS<KIND>) {
         add_bias(s_a, bias, p.score_scale);
         if (lowers) { lower_scores(s_a, bases_of(p, sm, r.stage)); }
@@ -145,12 +149,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         mbarrier_wait(smem_address(&sm.bias_full[1]), r.stage);
         load_bias_pairs(bias, bias_tile(sm, 1, consumer));
     }
-    drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0 + HALF, consumer, thread);
+    if (!DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0 + HALF, consumer, thread); }
     wgmma_fence();
     score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
-    if (HAS_BIAS<KIND> && DROPS<KIND>) { wgmma_wait<2>(); }     /* dV needs its operands no longer */
-    if (DROPS<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
+    if (DROPS<KIND> && !DRAWS_AHEAD<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
 
     wgmma_wait<3>();
     if constexpr (HAS_BIAS<KIND>) {
@@ -158,7 +161,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         add_bias(s_b, bias, p.score_scale);
         if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
     }
-    if (DROPS<KIND>) { kept_b = bits_of_blocks(drawn); }
+    if (DROPS<KIND>) { kept_b = DRAWS_AHEAD<KIND> ? ahead.kept[1] : bits_of_blocks(drawn); }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(weights_b, weights_b, shown_b); }
@@ -181,8 +184,16 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[0])); }
     if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, 1, r.stage, row0 + HALF, consumer, state, gradients_b); }
+    if (DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, next_head, next_row0, consumer, thread); }
     wgmma_fence();
     key_products(dk, gradients_b, q_rows + NEXT);
+    if (DRAWS_AHEAD<KIND>) {
+        const uint32_t first = draw_blocks<KIND>(p, drawing);
+        drawing.row += HALF;
+        const uint32_t second = draw_blocks<KIND>(p, drawing);
+        ahead.kept[0] = bits_of_blocks(first);
+        ahead.kept[1] = bits_of_blocks(second);
+    }
     if (other_mask) {
         if (LATE_MASK) {
             bytes_a = load_mask_bytes(p, t, next_head, next_row0, consumer, thread);
@@ -208,6 +219,12 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void t
     if (HAS_MASK<KIND> && steps > 0) {
         mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
         for (int half = 0; half < 2; half++) { ahead.shown[half] = first_bits_of_mask<KIND>(p, sm, t, r.stage, sm.about[r.stage].x + half * HALF, consumer, thread); }
+    }
+    if (DRAWS_AHEAD<KIND> && steps > 0) {
+        mbarrier_wait(smem_address(&sm.q_full[r.stage]), r.parity);
+        for (int half = 0; half < 2; half++) {
+            ahead.kept[half] = bits_of_blocks(draw_blocks<KIND>(p, prepare_drawing<KIND>(p, sm, t, sm.heads[r.stage].x, sm.about[r.stage].x + half * HALF, consumer, thread)));
+        }
     }
     for (int32_t n = 0; n < steps; n++) {
         step<MASKED, KIND>(p, sm, t, consumer, thread, keys, r, n > 0, state, ahead, dk, dv);
