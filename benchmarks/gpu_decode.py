@@ -6,6 +6,7 @@ Against torch's cuDNN and FlashAttention-2 backends, and the time in which a ker
 The best peer of a row is that of PEERS, measured on an H200 the same way, at its ratio there to cuDNN (paged: to cuDNN's
 contiguous row). A row is held against cuDNN first, paged ones against our contiguous result. The same row over a float8 e4m3
 cache, which has half of the bytes, is held against ours over its elements as bfloat16; compare its time with that "with lengths".
+"few" are four query tokens instead of one.
 """
 import statistics
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import bulk_read
 LAUNCHES, REPLAYS, QUICK_REPLAYS = 24, 15, 5
 ROTATED = 512 << 20
 TOLERANCE = 2e-2
+FEW = 4                         # queries, as of a draft that is checked
 
 
 class DecodeRow(NamedTuple):
@@ -104,10 +106,12 @@ def ours(row, sets):
     import flashgqa
     lens = torch.full((row.b,), row.s, device="cuda", dtype=torch.int32)
     if not row.page:
+        few = torch.randn(row.b, row.hq, FEW, 128, device="cuda").to(sets[0][0])
         return {
             "flashgqa": [lambda x=x: flashgqa.attention(*x) for x in sets],
             "invariant": [lambda x=x: flashgqa.attention(*x, batch_invariant=True) for x in sets],
             "lengths": [lambda x=x: flashgqa.attention_with_kvcache(*x, cache_lens=lens) for x in sets],
+            "few": [lambda x=x: flashgqa.attention(few, *x[1:]) for x in sets],
         }
     table = torch.randperm(row.b * row.s // row.page, device="cuda").to(torch.int32).view(row.b, -1)
     pages = [(q, *paged(row, k, v, table)) for q, k, v in sets]
@@ -174,7 +178,7 @@ def measure(row, replays):
 def show(record, row):
     mine = record["flashgqa_us"]
     names = {"best": f"best ({record['best_peer']})", "cudnn": "cuDNN", "fa2": "FA2", "read": "read", "lengths": "with lengths",
-             "invariant": "invariant", "float8": "float8"}
+             "invariant": "invariant", "few": f"{FEW} queries", "float8": "float8"}
     others = "   ".join(f"{text} {record[f'{name}_us']:.1f}" for name, text in names.items() if f"{name}_us" in record)
     print(f"{row.label:50s} {mine:7.1f} us {row.bytes / mine / 1e6:5.2f} TB/s   {others}", flush=True)
 

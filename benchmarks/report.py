@@ -128,9 +128,15 @@ def gpu_more_table(rows):
     return lines
 
 
+def some_few(rows):
+    """Whether the record has them: older ones do not."""
+    return any("few_us" in row for row in rows)
+
+
 def gpu_decode_table(rows):
+    more = ["invariant", *(["few"] if some_few(rows) else []), "float8"]
     columns = ("batch", "cached keys", "heads q/kv", "page", "us", "TB/s", "best peer", "ratio", "to cuDNN", "to FA2", "read us",
-               "lengths given", "invariant", "float8 cache, lengths given")
+               "lengths given", *({"few": "4 queries", "float8": "float8 cache, lengths given"}.get(name, name) for name in more))
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:
@@ -140,9 +146,9 @@ def gpu_decode_table(rows):
         mine = row["flashgqa_us"]
         ratios = [f"{row[f'{name}_us'] / mine:.2f}" for name in ("best", "cudnn", "fa2")]
         rate = 4 * row["b"] * row["hk"] * row["s"] * 128 / mine / 1e6
-        invariant, float8 = (f"{row[name]:.1f}" if name in row else "" for name in ("invariant_us", "float8_us"))
+        others = [f"{row[f'{name}_us']:.1f}" if f"{name}_us" in row else "" for name in more]
         cells = [row["b"], row["s"], heads(row), row["page"] or "", f"{mine:.1f}", f"{rate:.2f}", row["best_peer"], *ratios,
-                 f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", invariant, float8]
+                 f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", *others]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -198,7 +204,7 @@ Decode, one query token, bfloat16, d 128, replayed from a CUDA graph over more t
 ratio of the best peer's time to ours (`benchmarks/gpu_decode.py`: at its ratio to cuDNN on an H200), of cuDNN's and
 FlashAttention-2's in the same run; the time in which as many bytes are read by
 {reader}; ours with lengths on the device (of paged rows: contiguous), with
-`batch_invariant=True`, and over a float8 cache of as many keys:"""
+`batch_invariant=True`, {"with 4 queries, " if some_few(rows) else ""}and over a float8 cache of as many keys:"""
 
 
 def in_short(cpu, gpu):
