@@ -117,7 +117,7 @@ template <chain CHAIN> static __device__ __forceinline__ void merge_parts(const 
         }
         cp_async_commit();
         joined_row joined = {team > 1 ? -INFINITY : sink, team == 1 && sink != sink};
-#pragma unroll 1
+#pragma unroll 4
         for (int n = 0; n < share; n++) {
             const int of = min(lane - own_part + n, 31);
             const float top = __shfl_sync(ALL_LANES, end.x, of), log_sum = __shfl_sync(ALL_LANES, end.y, of);
@@ -126,13 +126,13 @@ template <chain CHAIN> static __device__ __forceinline__ void merge_parts(const 
         }
         const float weight = joined.weight(end);
         float sum = team > 1 ? 0.0f : joined.sink_weight(sink);
-#pragma unroll 1
+#pragma unroll 4
         for (int n = 0; n < share; n++) { sum += __shfl_sync(ALL_LANES, weight, min(lane - own_part + n, 31)); }
         const float scale = team > 1 ? 1.0f : joined.scale(sum);
         const uint32_t seen = __ballot_sync(ALL_LANES, has && end.x != -INFINITY), last = __ballot_sync(ALL_LANES, has && own.state & LAST);
         float o[4] = {};
         cp_async_wait<0>();
-#pragma unroll 1
+#pragma unroll 4
         for (int n = 0; n < items; n++) {
             const float w = __shfl_sync(ALL_LANES, weight, n);
             const float4 x = copies[32 * n];
