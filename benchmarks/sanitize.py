@@ -169,6 +169,8 @@ def run_row(name, where, put, everything=lambda x: x):
         bias = rng.standard_normal((B, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
         passes += [{"bias": bias}, {"bias": bias[:, :1]}, {"causal": True, "bias": bias, "mask": shown}]
         passes += [{"bias": bias[:, :1], **drops}, {"causal": True, "bias": bias, "mask": shown, **drops}]
+        wide = bias.astype(np.float32)
+        passes += [{"bias": wide[:, :1]}, {"causal": True, "bias": wide, "mask": shown}, {"bias": wide[:, :1], **drops}]
     for given in passes:
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

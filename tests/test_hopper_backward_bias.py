@@ -56,13 +56,14 @@ def assert_within_the_rule(x, got, bias, **options):
         assert_within(name, get(one), getattr(truth, name), (getattr(result, name) for result in naive), bias.dtype, 3)
 
 
+def backward_without_dbias(*inputs, dlse=None, **options):
+    """As frameworks call it for a bias that asks for no gradient."""
+    return flashgqa.Gradients(*flashgqa._C.backward(*inputs, dlse, False, *(options.get(*one) for one in OPTIONS)))
+
+
 @pytest.fixture
 def without_dbias(monkeypatch):
-    """As frameworks call it for a bias that asks for no gradient."""
-    def backward(*inputs, dlse=None, **options):
-        return flashgqa.Gradients(*flashgqa._C.backward(*inputs, dlse, False, *(options.get(*one) for one in OPTIONS)))
-
-    monkeypatch.setattr(flashgqa, "attention_backward", backward)
+    monkeypatch.setattr(flashgqa, "attention_backward", backward_without_dbias)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -229,7 +230,7 @@ def test_plan(d, dtype):
     for options, reason in (
         ({"bias": bias[:, :, :1]}, "query rows share"), ({"softcap": 5.0}, "with softcap"),
         ({"alibi_slopes": slopes}, "with alibi_slopes"), ({"mask": mask}, "shared bias with a mask"),
-        ({"bias": bias.float()}, "not of q's dtype"), ({"bias": bias.mT}, "side by side"),
+        ({"bias": bias.double()}, "neither float32 nor of q's dtype"), ({"bias": bias.mT}, "side by side"),
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})
         assert plan["kernel"] == general("bwd", dtype, d) and reason in dict(plan["refused"])[name]

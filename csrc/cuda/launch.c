@@ -99,12 +99,12 @@ static const char *refuse_bias(const fgqa_problem *p)
     const fgqa_view *bias = &p->view[FGQA_ARG_bias];
     if (p->softcap != 0.0) { return "bias with softcap"; }
     if (p->view[FGQA_ARG_alibi_slopes].data) { return "bias with alibi_slopes"; }
-    if (bias->dtype != p->dtype) { return "bias that is not of q's dtype"; }
+    if (bias->dtype != p->dtype && bias->dtype != FGQA_F32) { return "bias that is neither float32 nor of q's dtype"; }
     if (bias->stride_d != 1) { return "bias whose keys are not side by side"; }
     if (!p->want_dbias) { return NULL; }
     if (p->bias_shape[2] != p->sq) { return "gradient of a bias that query rows share"; }
     if (p->view[FGQA_ARG_mask].data && (p->bias_shape[0] != p->b || p->bias_shape[1] != p->hq)) { return "gradient of a shared bias with a mask"; }
-    return p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
+    return bias->dtype != FGQA_F32 && p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
 }
 
 /* What rows have that are not general, beside masks by interval, lengths and sinks. */

@@ -87,7 +87,7 @@ static axes axes_of(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *view = &p->view[arg];
     const int keys = arg == FGQA_ARG_k || arg == FGQA_ARG_v, bias = arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias;
-    const int64_t bytes = (int64_t)fgqa_dtype_bytes(keys ? view->dtype : p->dtype), rows = p->varlen && !bias ? (keys ? p->total_k : p->total_q) : keys ? p->sk : p->sq;
+    const int64_t bytes = (int64_t)fgqa_dtype_bytes(keys || bias ? view->dtype : p->dtype), rows = p->varlen && !bias ? (keys ? p->total_k : p->total_q) : keys ? p->sk : p->sq;
     axes a = {{keys ? p->hk : p->hq, keys && p->cache.page_size ? p->cache.page_size : rows,
                keys && p->cache.page_size ? p->cache.pages : p->varlen && !bias ? 1 : p->b}, {bytes * view->stride_h, bytes * view->stride_s, bytes * view->stride_b}};
     for (int n = 0; n < 3; n++) {
@@ -146,8 +146,9 @@ static int make_form(void *map, const fgqa_problem *p, fgqa_arg arg, axes a, cuu
 
 int fgqa_tensor_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)
 {
-    const int64_t columns = arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias ? p->sk : arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv;
-    return make_form(map, p, arg, axes_of(p, arg), (cuuint64_t)columns, box, p->dtype);
+    const int bias = arg == FGQA_ARG_bias || arg == FGQA_ARG_dbias;
+    const int64_t columns = bias ? p->sk : arg == FGQA_ARG_q || arg == FGQA_ARG_k ? p->d : p->dv;
+    return make_form(map, p, arg, axes_of(p, arg), (cuuint64_t)columns, box, bias ? p->view[arg].dtype : p->dtype);
 }
 
 int fgqa_term_map(void *map, const fgqa_problem *p, fgqa_arg arg, fgqa_map_box box)

@@ -11,7 +11,7 @@ extern "C" {
 /* What one copy moves: columns x heads x rows. */
 typedef struct { int32_t columns, heads, rows; } fgqa_map_box;
 
-/* Fills the CUtensorMap `map` for q, k, v, out, dout, or bias or dbias of q's dtype. Returns a cudaError_t. The encoder is the driver's,
+/* Fills the CUtensorMap `map` for q, k, v, out, dout, or bias or dbias. Returns a cudaError_t. The encoder is the driver's,
  * found when first needed. */
 int fgqa_tensor_map(void *map, const fgqa_problem *problem, fgqa_arg arg, fgqa_map_box box);
 

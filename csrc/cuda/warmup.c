@@ -14,7 +14,7 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32 };
+enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32, WITH_WIDE_BIAS = 64 | WITH_BIAS };
 enum { HEADS = 2, ROWS = 512, KEYS = 2048, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
@@ -99,6 +99,9 @@ static fgqa_status run_if_served(const fgqa_kernel *kernel, const fgqa_request *
 /* What makes a row's first kernel run. */
 static int32_t own_options(const fgqa_cuda_row *row) { return row->general ? WITH_BIAS : row->dropout ? WITH_DROPOUT : 0; }
 
+/* Kernels for a bias of q's dtype, beside those for a float32 one. */
+static int32_t has_narrow_bias(const fgqa_cuda_row *row) { return row->pass == FGQA_PASS_BWD && !row->general; }
+
 static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant,
                               int32_t options)
 {
@@ -112,7 +115,7 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     fgqa_tensor mask = ZEROS(FGQA_BOOL, 2, bias_shape);
     mask.stride[0]--;                               /* unlike the bias nothing for TMA, which has another kernel in some rows */
     const int backward = row->pass == FGQA_PASS_BWD;
-    const fgqa_tensor bias = ZEROS(backward && !row->general ? row->dtype : FGQA_F32, 2, bias_shape);
+    const fgqa_tensor bias = ZEROS(has_narrow_bias(row) && (options & WITH_WIDE_BIAS) != WITH_WIDE_BIAS ? row->dtype : FGQA_F32, 2, bias_shape);
 #undef ZEROS
     fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
                             .want_lse = 1, .want_dsink = backward, .want_dbias = backward && (options & (WITH_BIAS | WITH_MASK)) == WITH_BIAS, .deterministic = 1,
@@ -135,10 +138,11 @@ static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *r
 {
     static const int32_t sets[] = {WITH_BIAS, WITH_SOFTCAP, WITH_ALIBI, WITH_SOFTCAP | WITH_BIAS, WITH_SOFTCAP | WITH_ALIBI,
                                    WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK, WITH_DROPOUT | WITH_BIAS, WITH_BIAS | WITH_MASK,
-                                   WITH_DROPOUT | WITH_BIAS | WITH_MASK,
+                                   WITH_DROPOUT | WITH_BIAS | WITH_MASK, WITH_WIDE_BIAS, WITH_DROPOUT | WITH_WIDE_BIAS,
                                    WITH_DROPOUT | WITH_SOFTCAP, WITH_DROPOUT | WITH_ALIBI, WITH_DROPOUT | WITH_SOFTCAP | WITH_ALIBI};
     for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
-        if (sets[n] != own_options(row)) { FGQA_TRY(run_kernel(kernel, row, memory, ROWS, 0, sets[n])); }
+        const int again = (sets[n] & WITH_WIDE_BIAS) == WITH_WIDE_BIAS && !has_narrow_bias(row);
+        if (sets[n] != own_options(row) && !again) { FGQA_TRY(run_kernel(kernel, row, memory, ROWS, 0, sets[n])); }
     }
     return FGQA_OK;
 }

@@ -14,7 +14,7 @@
 
 /* ---- launches ---- */
 
-enum { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, DROPOUT = 16, CACHE = 32, SCALES = 64, DBIAS = 128, SETS = 256 };
+enum { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, DROPOUT = 16, CACHE = 32, SCALES = 64, DBIAS = 128, WIDE_BIAS = 256 | BIAS, SETS = 512 };
 
 typedef struct { const fgqa_cuda_row *row; int32_t ran[SETS], whole, in_parts; } record;
 
@@ -26,7 +26,8 @@ static int note(const fgqa_plan *plan, const fgqa_problem *p)
     const fgqa_cuda_row *row = plan->kernel->row;
     const int set = (p->softcap != 0.0 ? SOFTCAP : 0) | (p->view[FGQA_ARG_alibi_slopes].data ? ALIBI : 0) | (p->view[FGQA_ARG_bias].data ? BIAS : 0)
         | (p->view[FGQA_ARG_mask].data ? MASK : 0) | (p->dropout_threshold ? DROPOUT : 0) | (p->cache.page_size ? CACHE : 0)
-        | (p->cache.k_scale.data && p->cache.v_scale.data ? SCALES : 0) | (p->view[FGQA_ARG_dbias].data ? DBIAS : 0);
+        | (p->cache.k_scale.data && p->cache.v_scale.data ? SCALES : 0) | (p->view[FGQA_ARG_dbias].data ? DBIAS : 0)
+        | (p->pass == FGQA_PASS_BWD && p->view[FGQA_ARG_bias].data && p->view[FGQA_ARG_bias].dtype != p->dtype ? WIDE_BIAS : 0);
     int32_t n = 0;
     while (n < record_count && records[n].row != row) { n++; }
     CHECK(n < (int32_t)(sizeof records / sizeof records[0]));
@@ -193,6 +194,8 @@ static void check_row(const fgqa_kernel *kernel)
         RAN(BIAS | MASK);
         RAN(DROPOUT | BIAS | DBIAS);
         RAN(DROPOUT | BIAS | MASK);
+        RAN(WIDE_BIAS | DBIAS);
+        RAN(DROPOUT | WIDE_BIAS | DBIAS);
     }
 #undef RAN
 }

@@ -32,7 +32,7 @@
  * ds_empty[s]           consumer warps (8)                          consumers                  dQ of both was made of it
  * named BOTH            256                                         consumers                  both are here
  * bias_full[slot]       producer + bytes (1)                        consumers                  with a bias: its tile is there
- * bias_empty[slot]      consumer warps (8)                          producer                   it was used by all, dbias was read
+ * bias_empty[slot]      consumer warps (8), float32: its own (4)    producer                   it was used by all, dbias was read
  * weights_full[s]       warps of consumer 0 (4)                     consumer 1, d 256          P is stored
  * weights_empty[s]      warps of consumer 1 (4)                     consumer 0, d 256          P was read
  */
@@ -70,17 +70,21 @@ static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
  * a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be missing;
- * CAPPED_AND_BITS beside a soft cap. */
+ * CAPPED_AND_BITS beside a soft cap. WIDE_..: of a float32 bias; its .. AND_MORE: beside a mask tensor and dropout, and its gradient, of
+ * which each may be missing. */
 enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE, BIAS_AND_DROPOUT, BIAS_AND_DROPOUT_AND_MORE,
-                  ALIBI_AND_BITS, CAPPED_AND_BITS };
+                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_MORE };
 template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS;
-template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE;
+template <score_kind KIND> static constexpr bool WIDE_BIAS = KIND == WIDE_BIASED || KIND == WIDE_BIAS_AND_MORE;
+template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE || KIND == WIDE_BIAS_AND_MORE;
 template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || ANY_BITS<KIND> || STORES_DBIAS<KIND>;
-template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || ANY_BITS<KIND>;
+template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || KIND == WIDE_BIAS_AND_MORE || ANY_BITS<KIND>;
+template <score_kind KIND> static constexpr bool MAY_DROP_NOTHING = ANY_BITS<KIND> || KIND == WIDE_BIAS_AND_MORE;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI || KIND == CAPPED_AND_BITS;
 template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || ANY_BITS<KIND>;
-template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND>;
+template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND> || WIDE_BIAS<KIND>;
+template <score_kind KIND> static constexpr bool HOLDS_DBIAS = STORES_DBIAS<KIND> && !WIDE_BIAS<KIND>;      /* in the place of the bias, until TMA has stored it */
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
  * inf or NaN. With a bias: rows whose scores count from a base. */
@@ -98,7 +102,7 @@ struct bwd_params {
     float in_caps;                                               /* scale / softcap */
     int32_t mask_vectors;                                        /* eight elements of a row start on 8 bytes */
     float inv_dropout_scale;
-    CUtensorMap bias_map, dbias_map;                             /* dims (key, head, row, batch); box 64 keys x 64 rows */
+    CUtensorMap bias_map, dbias_map;                             /* dims (key, head, row, batch); box 64 keys (float32: 32) x 64 rows */
     int32_t some_dbias;
     float score_scale;                                           /* of scores, beside a bias; without dropout's, which dK and dQ have */
     float dbias_scale;                                           /* dropout's */
@@ -190,7 +194,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         init_more_barriers(sm);
         for (int s = 0; s < 2 && HAS_BIAS<KIND>; s++) {
             mbarrier_init(smem_address(&sm.bias_full[s]), 1);
-            mbarrier_init(smem_address(&sm.bias_empty[s]), CONSUMERS / 32);
+            mbarrier_init(smem_address(&sm.bias_empty[s]), CONSUMERS / 32 / (WIDE_BIAS<KIND> ? 2 : 1));
         }
         fence_mbarrier_init();
     }
@@ -224,7 +228,7 @@ static bool skips_tiles(const fgqa_problem *problem)
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[4];
+    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[6];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -293,20 +297,25 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
     bool sums_dbias = false;
     if (problem->view[FGQA_ARG_bias].data) {
-        const fgqa_map_box box = {64, 1, 64};
+        const bool wide = problem->view[FGQA_ARG_bias].dtype == FGQA_F32;
+        const fgqa_map_box box = {wide ? 32 : 64, 1, 64};
         const bool wanted = problem->view[FGQA_ARG_dbias].data != NULL;
         sums_dbias = wanted && (problem->bias_shape[0] != problem->b || problem->bias_shape[1] != problem->hq);
         p.some_dbias = wanted && !sums_dbias;
         error = fgqa_tensor_map(&p.bias_map, problem, FGQA_ARG_bias, box);
-        if (error == cudaSuccess && wanted) { error = fgqa_tensor_map(&p.dbias_map, problem, FGQA_ARG_dbias, box); }
+        if (error == cudaSuccess && wanted && !wide) { error = fgqa_tensor_map(&p.dbias_map, problem, FGQA_ARG_dbias, box); }
         if (error == cudaSuccess && p.some_dbias && skips_tiles(problem)) {
             const int64_t elements = (int64_t)problem->b * problem->hq * problem->sq * problem->sk;
-            error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * sizeof(T), stream);
+            error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * (wide ? sizeof(float) : sizeof(T)), stream);
         }
         if (error != cudaSuccess) { return error; }
         const bool more = some_mask || p.some_dbias;
         kernel = drops ? more ? bwd_kernel<true, BIAS_AND_DROPOUT_AND_MORE> : bwd_kernel<true, BIAS_AND_DROPOUT> : more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
         state = &bias_states[2 * drops + more];
+        if (wide) {
+            kernel = more || drops ? bwd_kernel<true, WIDE_BIAS_AND_MORE> : bwd_kernel<true, WIDE_BIASED>;
+            state = &bias_states[4 + (more || drops)];
+        }
     }
 #endif
     const int64_t tasks = p.sections * key_tiles;

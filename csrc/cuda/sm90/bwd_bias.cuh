@@ -1,12 +1,12 @@
-/* bwd_bias.cuh - part of bwd.cu, head dims 64 and 128: a bias tensor of q's dtype.
+/* bwd_bias.cuh - part of bwd.cu, head dims 64 and 128: a bias tensor, of q's dtype or float32.
  *
  *     x = scale S + bias    P = 2^(log2(e) (x - base) - lse2)
  *
- * The producer loads it in tiles of 64 rows x 64 keys (bias_tile()); ldmatrix transposes them. Rows whose LSE is so large that it holds
- * no digits of their sum have a base other than 0, from which lse2 counts (bwd_delta_tiled.cu); x is rounded as it was in the forward
- * pass. Tiles without such rows do not ask.
+ * The producer loads it in tiles of 64 rows x 64 keys (bias_tile()); ldmatrix transposes them, float32 ones are read word by word. Rows
+ * whose LSE is so large that it holds no digits of their sum have a base other than 0, from which lse2 counts (bwd_delta_tiled.cu); x is
+ * rounded as it was in the forward pass. Tiles without such rows do not ask.
  * Its gradient, if it is asked for and not shared (bwd_dbias.cuh), takes the tile's place: dS as it is rounded for dK and dQ, transposed
- * once more, and stored by TMA. Tiles that nobody sees are cleared before.
+ * once more, and stored by TMA; that of a float32 bias is stored from registers. Tiles that nobody sees are cleared before.
  * A bias of -inf hides a key whatever its score is. Of finite numbers that is arithmetic; where dO, Q, K or V hold others, weights and
  * dS of such keys are set to 0 once more.
  */
@@ -15,6 +15,7 @@
 
 enum { OF_CONSUMER_TILE = 2 };                                       /* named barriers, and the next: a consumer has changed its tile */
 static constexpr uint32_t HIDDEN = __is_same(T, bf16) ? 0xFF80FF80u : 0xFC00FC00u;      /* twice -inf */
+static constexpr uint32_t WIDE_HIDDEN = 0xFF800000u;
 
 /* For ldmatrix: of 16 rows from `tile` on, the lane's address. */
 static __device__ __forceinline__ uint32_t bias_of_lane(uint32_t tile)
@@ -24,34 +25,68 @@ static __device__ __forceinline__ uint32_t bias_of_lane(uint32_t tile)
 }
 
 /* Pair 2 n + half: rows 8 n + 2 (lane % 4) + {0, 1} of the lane's key, or the one 8 further. */
-static __device__ __forceinline__ void load_bias_pairs(uint32_t (&pairs)[16], uint32_t tile)
+static __device__ __forceinline__ void read_bias(uint32_t (&pairs)[16], uint32_t tile)
 {
     const uint32_t from = bias_of_lane(tile);
 #pragma unroll
     for (int n = 0; n < 4; n++) { ldmatrix_x4_trans((uint32_t (&)[4])pairs[4 * n], from + 2048 * n); }
 }
 
+/* float32: word 4 n + 2 half + e is that of register 4 n + 2 half + e of scores. Rows are 128 bytes, so that lanes meet different banks. */
+PTX_FN uint32_t wide_bias_of_lane(uint32_t tile)
+{
+    const uint32_t here = thread_index() & 127, warp = here / 32, key = here / 4 % 8, row = here % 4 * 2;
+    return tile + warp / 2 * 8192 + row * 128 + ((warp % 2 * 4 + key / 4 ^ row) << 4) + key % 4 * 4;
+}
+
+PTX_FN uint32_t read_word(uint32_t of_lane, int n, int half, int e)
+{
+    uint32_t x;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"((of_lane ^ (32 * half + 16 * e)) + 1024 * n + 128 * e) : "memory");
+    return x;
+}
+
+static __device__ __forceinline__ void read_bias(uint32_t (&words)[32], uint32_t tile)
+{
+    const uint32_t from = wide_bias_of_lane(tile);
+#pragma unroll
+    for (int n = 0; n < 32; n++) { words[n] = read_word(from, n / 4, n / 2 % 2, n % 2); }
+}
+
+/* Of registers 2 n and 2 n + 1 of scores. */
+PTX_FN float2 bias_pair(const uint32_t (&pairs)[16], int n) { return unpack2(pairs[n], T()); }
+PTX_FN float2 bias_pair(const uint32_t (&words)[32], int n) { return make_float2(__uint_as_float(words[2 * n]), __uint_as_float(words[2 * n + 1])); }
+
 /* S -> scores in natural units. */
-static __device__ __forceinline__ void add_bias(float (&s)[32], const uint32_t (&pairs)[16], float scale)
+template <int WORDS> static __device__ __forceinline__ void add_bias(float (&s)[32], const uint32_t (&bias)[WORDS], float scale)
 {
 #pragma unroll
     for (int n = 0; n < 16; n++) {
-        const float2 bias = unpack2(pairs[n], T());
-        s[2 * n] = fmaf(s[2 * n], scale, bias.x);
-        s[2 * n + 1] = fmaf(s[2 * n + 1], scale, bias.y);
+        const float2 pair = bias_pair(bias, n);
+        s[2 * n] = fmaf(s[2 * n], scale, pair.x);
+        s[2 * n + 1] = fmaf(s[2 * n + 1], scale, pair.y);
     }
 }
 
 /* Pairs of weights or dS of keys whose bias is -inf become 0, whatever they are. */
-static __device__ __forceinline__ void hide_by_bias(uint32_t (&pairs)[16], uint32_t tile)
+template <score_kind KIND> static __device__ __forceinline__ void hide_by_bias(uint32_t (&pairs)[16], uint32_t tile)
 {
-    const uint32_t from = bias_of_lane(tile);
+    if constexpr (WIDE_BIAS<KIND>) {
+        const uint32_t words = wide_bias_of_lane(tile);
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        uint32_t bias[4];
-        ldmatrix_x4_trans(bias, from + 2048 * n);
+        for (int n = 0; n < 16; n++) {
+            const bool first = read_word(words, n / 2, n % 2, 0) != WIDE_HIDDEN, second = read_word(words, n / 2, n % 2, 1) != WIDE_HIDDEN;
+            pairs[n] &= (first ? 0x0000FFFFu : 0) | (second ? 0xFFFF0000u : 0);
+        }
+    } else {
+        const uint32_t from = bias_of_lane(tile);
 #pragma unroll
-        for (int m = 0; m < 4; m++) { pairs[4 * n + m] &= __vcmpne2(bias[m], HIDDEN); }
+        for (int n = 0; n < 4; n++) {
+            uint32_t bias[4];
+            ldmatrix_x4_trans(bias, from + 2048 * n);
+#pragma unroll
+            for (int m = 0; m < 4; m++) { pairs[4 * n + m] &= __vcmpne2(bias[m], HIDDEN); }
+        }
     }
 }
 
@@ -118,13 +153,54 @@ static __device__ __forceinline__ void free_dbias(const bwd_params &p, uint64_t 
     mbarrier_arrive(smem_address(empty));
 }
 
+PTX_FN void store_word_if(bool yes, float *to, float x)
+{
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %0, 0;\n\t@p st.global.f32 [%1], %2;\n\t}" ::"r"((int)yes), "l"(to), "f"(x) : "memory");
+}
+
+/* dbias of a float32 bias, by a consumer, to `at`: key, row, head, sequence. value(n, half, e): that of register 4 n + 2 half + e. A warp's
+ * stores fill sectors of 32 bytes. */
+template <typename VALUE> static __device__ __forceinline__ void store_wide_dbias(const bwd_params &p, const int4 &at, const VALUE &value)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const fgqa_view &view = problem.view[FGQA_ARG_dbias];
+    const int here = (int)thread_index() & 127;
+    const int32_t row = at.y + here % 4 * 2, key = at.x + here / 32 * 16 + here % 32 / 4, rows = p.some_dbias ? problem.sq - row : 0;
+    const int32_t count[2] = {key < problem.sk ? rows : 0, key + 8 < problem.sk ? rows : 0};
+    float *to = (float *)fgqa_row_address(view, sizeof(float), at.w, at.z, row) + key;
+#pragma unroll
+    for (int n = 0; n < 8; n++, to += 8 * view.stride_s) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) { store_word_if(8 * n + m % 2 < count[m / 2], to + m % 2 * view.stride_s + m / 2 * 8, value(n, m / 2, m % 2)); }
+    }
+}
+
+/* By a warp that has read a float32 tile. */
+static __device__ __forceinline__ void free_wide_bias(uint64_t *empty)
+{
+    fence_proxy_async();                                             /* what has been read before what TMA writes */
+    __syncwarp();
+    if (thread_index() % 32 == 0) { mbarrier_arrive(smem_address(empty)); }
+}
+
 /* Whether weights and dS have to be hidden once more. */
 static __device__ __forceinline__ bool hides_by_bias(uint32_t state) { return state & (CARE_POISON | VALUES_POISONED); }
+
+/* Waits for the tile of half a step (head dim 64) or a step, and reads it. */
+template <score_kind KIND, int WORDS> static __device__ __forceinline__ void take_bias(uint32_t (&words)[WORDS], shared &sm, const ring2 &r, uint32_t half, int consumer, uint32_t state)
+{
+    const uint32_t slot = bias_slot<KIND>(half, r.stage, consumer);
+    mbarrier_wait(smem_address(&sm.bias_full[slot]), bias_parity<KIND>(half, r));
+    read_bias(words, bias_tile<KIND>(sm, slot, consumer));
+    if (WIDE_BIAS<KIND> && !hides_by_bias(state)) { free_wide_bias(&sm.bias_empty[slot]); }
+}
 #endif
 
 /* Whether row i of a query head of the group sees key `key` of the task's tile as far as the bias says. */
-static __device__ __forceinline__ bool bias_shows(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
+template <bool WIDE> static __device__ __forceinline__ bool bias_shows(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
 {
     const fgqa_problem &problem = p.common.problem;
-    return to_float(((const T *)fgqa_row_address(problem.view[FGQA_ARG_bias], sizeof(T), t.b, t.kv_head * problem.g + head, i))[t.n * BLOCK_K + key]) != -INFINITY;
+    const char *row = fgqa_row_address(problem.view[FGQA_ARG_bias], WIDE ? sizeof(float) : sizeof(T), t.b, t.kv_head * problem.g + head, i);
+    if (WIDE) { return ((const float *)row)[t.n * BLOCK_K + key] != -INFINITY; }
+    return to_float(((const T *)row)[t.n * BLOCK_K + key]) != -INFINITY;
 }

@@ -165,7 +165,7 @@ static __device__ __forceinline__ uint32_t draw_blocks(const drawing &d)
 
 template <score_kind KIND> static __device__ __forceinline__ uint32_t draw_blocks(const bwd_params &p, const drawing &d)
 {
-    return ANY_BITS<KIND> && p.common.problem.dropout_threshold == 0 ? 0xFFFFFFFFu : draw_blocks(d);
+    return MAY_DROP_NOTHING<KIND> && p.common.problem.dropout_threshold == 0 ? 0xFFFFFFFFu : draw_blocks(d);
 }
 
 static __device__ __forceinline__ lane_bits bits_of_blocks(uint32_t kept) { return {exchange_bits<8, 1>(exchange_bits<16, 2>(exchange_bits<4, 16>(kept)))}; }
@@ -190,14 +190,14 @@ static __device__ __forceinline__ void dropout_gradients(uint32_t (&gradients)[1
 
 /* ---- what is not finite ---- */
 
-/* Whether key `key` of the task's tile counts in row i of a query head of the group: for dV. */
-template <score_kind KIND> static __device__ __forceinline__ bool counts(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
+/* Whether key `key` of the task's tile counts in row i of a query head of the group: for dV, or, NOT_DROPPED, dS. */
+template <score_kind KIND, bool NOT_DROPPED = false> static __device__ __forceinline__ bool counts(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
 {
     const fgqa_problem &problem = p.common.problem;
-    if (HAS_BIAS<KIND> && !bias_shows(p, t, head, i, key)) { return false; }
+    if (HAS_BIAS<KIND> && !bias_shows<WIDE_BIAS<KIND>>(p, t, head, i, key)) { return false; }
     head += t.kv_head * problem.g;
     key += t.n * BLOCK_K;
-    if (DROPS<KIND>) {
+    if (DROPS<KIND> && !NOT_DROPPED) {
         const dropout_key drop = dropout_key_make(problem);
         const fgqa_philox_block bits = fgqa_dropout_bits(drop.seed, drop.offset, (uint32_t)key / 8, (uint32_t)i, (uint32_t)t.b * (uint32_t)problem.hq + (uint32_t)head);
         if (!fgqa_dropout_keeps(fgqa_dropout_half(&bits, key % 8), drop.threshold)) { return false; }
@@ -221,13 +221,13 @@ static __device__ __noinline__ bool mask_shows_some(const bwd_params &p, const t
 }
 
 /* The same with a bias, and perhaps a mask. */
-static __device__ __noinline__ bool bias_shows_some(const bwd_params &p, const task &t, fgqa_range rows, int32_t key)
+template <bool WIDE> static __device__ __noinline__ bool bias_shows_some(const bwd_params &p, const task &t, fgqa_range rows, int32_t key)
 {
     const int32_t lane = (int32_t)(thread_index() % 32);
     bool some = false;
     for (int32_t head = 0; head < p.common.problem.g; head++) {
 #pragma unroll 4
-        for (int32_t i = rows.begin + lane % 4; i < rows.end && !some; i += 4) { some = counts<BIASED>(p, t, head, i, key); }
+        for (int32_t i = rows.begin + lane % 4; i < rows.end && !some; i += 4) { some = counts<WIDE ? WIDE_BIASED : BIASED>(p, t, head, i, key); }
     }
     return __ballot_sync(0xFu << (lane & ~3), some) != 0;
 }

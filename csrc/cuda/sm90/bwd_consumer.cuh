@@ -121,7 +121,7 @@ template <score_kind KIND, typename... SUMS> static __device__ __forceinline__ v
     for (int half = 0; half < 2; half++) {
         const fgqa_range seen = rows_of_key(p, t, key + 8 * half);
         if (!is_poisoned(sm, key + 8 * half) || seen.begin >= seen.end) { continue; }
-        if (HAS_BIAS<KIND> ? !bias_shows_some(p, t, seen, key + 8 * half) : HAS_BITS<KIND> && !mask_shows_some(p, t, seen, key + 8 * half)) { continue; }
+        if (HAS_BIAS<KIND> ? !bias_shows_some<WIDE_BIAS<KIND>>(p, t, seen, key + 8 * half) : HAS_BITS<KIND> && !mask_shows_some(p, t, seen, key + 8 * half)) { continue; }
 #pragma unroll
         for (int n = 2 * half; n < D / 2; n += 4) { ((sums[n] = sums[n + 1] = NAN), ...); }
     }
@@ -130,7 +130,7 @@ template <score_kind KIND, typename... SUMS> static __device__ __forceinline__ v
 
 /* For dbias: dS of keys that are inf or NaN themselves is NaN in the rows that see them. dQ has it as 0 then, and dK of such a key is
  * overwritten in the end. */
-static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, uint32_t (&gradients)[16])
+template <score_kind KIND> static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, uint32_t (&gradients)[16])
 {
     const int thread = (int)thread_index() & 127;
     const int32_t own = row0 + thread % 4 * 2, head = sm.bias_at[stage].z - t.kv_head * p.common.problem.g;
@@ -143,7 +143,7 @@ static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const s
 #pragma unroll 1
             for (int n = 0; n < 16; n++) {
                 const int32_t i = own + n / 2 * 8 + n % 2;
-                if (rows.begin <= i && i < rows.end && counts<BIAS_AND_MORE>(p, t, head, i, key)) { seen |= 1u << n; }
+                if (rows.begin <= i && i < rows.end && counts<KIND, true>(p, t, head, i, key)) { seen |= 1u << n; }
             }
         }
 #pragma unroll
@@ -151,16 +151,28 @@ static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const s
     }
 }
 
-/* The tile of a slot is no longer read: it is free, or gives its place to dS. */
-template <score_kind KIND> static __device__ __forceinline__ void leave_bias(const bwd_params &p, shared &sm, const task &t, uint32_t slot, uint32_t stage, int32_t row0, int consumer, uint32_t state,
+/* The tile is no longer read: its slot is free, or gives its place to dS. */
+template <score_kind KIND> static __device__ __forceinline__ void leave_bias(const bwd_params &p, shared &sm, const task &t, uint32_t half, uint32_t stage, int32_t row0, int consumer, uint32_t state,
                                                                              uint32_t (&gradients)[16])
 {
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
+    const uint32_t slot = bias_slot<KIND>(half, stage, consumer);
     if constexpr (STORES_DBIAS<KIND>) {
-        if (state & KEYS_POISONED && p.some_dbias) { poison_dbias(p, sm, t, stage, row0, consumer, gradients); }
+        if (state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, stage, row0, consumer, gradients); }
         const int4 at = sm.bias_at[stage];
-        store_dbias<KIND>(p, bias_tile(sm, slot, consumer), &sm.bias_empty[slot], make_int4(at.x + 64 * consumer, at.y + (D == 64 ? 64 * (int)slot : 0), at.z, at.w), gradients, consumer);
-    } else {
+        const int4 own = make_int4(at.x + 64 * consumer, at.y + 64 * (int)half, at.z, at.w);
+        if constexpr (WIDE_BIAS<KIND>) {
+            store_wide_dbias(p, own, [&](int n, int half, int e) {
+                const float2 pair = unpack2(gradients[2 * n + half], T());
+                return (e ? pair.y : pair.x) * p.dbias_scale;
+            });
+        } else {
+            store_dbias<KIND>(p, bias_tile<KIND>(sm, slot, consumer), &sm.bias_empty[slot], own, gradients, consumer);
+        }
+    }
+    if constexpr (WIDE_BIAS<KIND>) {
+        if (hides_by_bias(state)) { free_wide_bias(&sm.bias_empty[slot]); }
+    } else if constexpr (!STORES_DBIAS<KIND>) {
         __syncwarp();
         if (thread_index() % 32 == 0) { mbarrier_arrive(smem_address(&sm.bias_empty[slot])); }
     }

@@ -2,7 +2,7 @@
  *
  *     dbias = sum of P (dP - delta) over those that share it
  *
- * A block owns a tile of 128 rows x 128 keys of it and computes S and dP of all that add to it once more, in a fixed order: the sums
+ * A block owns a tile of 128 rows (of a float32 bias at head dim 128, which finds no room, 64) x 128 keys of it and computes S and dP of all that add to it once more, in a fixed order: the sums
  * stay in registers, and there is neither an atomic nor memory for parts. No product mixes rows or keys, so that what is inf or NaN
  * stays where it is: it is hidden in the end.
  *
@@ -11,52 +11,56 @@
  */
 #pragma once
 
-static constexpr int TILE = 128, ITEMS = TILE / BLOCK_Q, HALVES = BLOCK_Q / 64;      /* rows of a tile of dbias; query tiles of it; halves of one */
+static constexpr int HALVES = BLOCK_Q / 64;                      /* of a query tile */
+/* Rows of a tile of dbias, halves and query tiles of it. WIDE: float32 */
+template <bool WIDE> static constexpr int TILE = WIDE && D == 128 ? 64 : 128;
+template <bool WIDE> static constexpr int TILE_HALVES = TILE<WIDE> / 64;
+template <bool WIDE> static constexpr int ITEMS = TILE<WIDE> / BLOCK_Q;
 
 /* Tiles of dbias; its heads and sequences. */
 struct dbias_extent { int32_t row_tiles, key_tiles, heads, sequences; };
 
-struct dbias_shared {
+template <bool WIDE> struct dbias_shared {
     T k[2][CHUNKS][BLOCK_K * CHUNK], v[2][CHUNKS][BLOCK_K * CHUNK];
     T q[2][CHUNKS][BLOCK_Q * CHUNK], dout[2][CHUNKS][BLOCK_Q * CHUNK];
-    T bias[2][2][64 * 64];                                       /* half, consumer; in the end dbias */
+    uint16_t bias[TILE_HALVES<WIDE>][2][64 * 64 * (WIDE ? 2 : 1)];      /* half, consumer; in the end dbias, unless that is float32 */
     float lse2[2][BLOCK_Q], delta[2][BLOCK_Q];
     fgqa_range rows[2 * 64];                                     /* that see each key of each consumer, where not all do */
     int4 about[2];                                               /* of K and V: sequence (-1: the tile is done), head, CARE_ bits, query tile */
     dropout_key dropout;
     uint64_t k_full[2], v_full[2], kv_empty[2], q_full[2], dout_full[2], rows_empty[2], bias_full[2], bias_empty[2];
 };
-static_assert(sizeof(dbias_shared) <= SM_BYTES, "the tiles do not fit into shared memory");
+static_assert(sizeof(dbias_shared<false>) <= SM_BYTES && sizeof(dbias_shared<true>) <= SM_BYTES, "the tiles do not fit into shared memory");
 
 /* A tile of dbias. */
-struct dbias_place {
+template <bool WIDE> struct dbias_place {
     int32_t i0, j0, head, batch, halves;
     __device__ __forceinline__ dbias_place(const fgqa_problem &problem, const dbias_extent &extent, int64_t n)
     {
         j0 = (int32_t)(n % extent.key_tiles) * BLOCK_K;
         n /= extent.key_tiles;
-        i0 = (int32_t)(n % extent.row_tiles) * TILE;
+        i0 = (int32_t)(n % extent.row_tiles) * TILE<WIDE>;
         n /= extent.row_tiles;
         head = (int32_t)(n % extent.heads);
         batch = (int32_t)(n / extent.heads);
-        halves = problem.sq - i0 > 64 ? 2 : 1;
+        halves = TILE_HALVES<WIDE> > 1 && problem.sq - i0 > 64 ? 2 : 1;
     }
 };
 
 /* Whether some row of the tile sees some key of it. whole: all see all. */
-static __device__ __forceinline__ bool meets(const bwd_params &p, const fgqa_sequence &sequence, int32_t b, const dbias_place &at, bool *whole)
+template <bool WIDE> static __device__ __forceinline__ bool meets(const bwd_params &p, const fgqa_sequence &sequence, int32_t b, const dbias_place<WIDE> &at, bool *whole)
 {
     const fgqa_mask &mask = sequence.mask;
-    const int32_t i1 = min(mask.sq, at.i0 + TILE), j1 = min(mask.sk, at.j0 + BLOCK_K);
+    const int32_t i1 = min(mask.sq, at.i0 + TILE<WIDE>), j1 = min(mask.sk, at.j0 + BLOCK_K);
     *whole = false;
     if (at.i0 >= i1 || at.j0 >= j1) { return false; }
     const fgqa_range *key_rows = bwd_key_rows(p.common.problem, p.w, b, sequence.k_row);
     const fgqa_range first = key_rows[at.j0], last = key_rows[j1 - 1];
-    *whole = j1 - at.j0 == BLOCK_K && last.begin <= at.i0 && first.end >= at.i0 + TILE;
+    *whole = j1 - at.j0 == BLOCK_K && last.begin <= at.i0 && first.end >= at.i0 + TILE<WIDE>;
     return max(first.begin, at.i0) < min(last.end, i1);
 }
 
-static __device__ void produce_dbias(const bwd_params &p, dbias_shared &sm, const dbias_extent &extent)
+template <bool WIDE> static __device__ void produce_dbias(const bwd_params &p, dbias_shared<WIDE> &sm, const dbias_extent &extent)
 {
     const fgqa_problem &problem = p.common.problem;
     const uint64_t policy = createpolicy_evict_normal();
@@ -65,14 +69,17 @@ static __device__ void produce_dbias(const bwd_params &p, dbias_shared &sm, cons
     ring2 kv, r;
     uint32_t parity = 0;
     for (int64_t n = blockIdx.x; n < tiles; n += gridDim.x, parity ^= 1) {
-        const dbias_place at(problem, extent, n);
+        const dbias_place<WIDE> at(problem, extent, n);
         for (int half = 0; half < at.halves; half++) {
             const uint32_t bar = smem_address(&sm.bias_full[half]);
             mbarrier_wait(smem_address(&sm.bias_empty[half]), parity ^ 1);
             mbarrier_arrive_expect_tx(bar, sizeof(sm.bias[0]));
-            for (int c = 0; c < 2; c++) { tma_load_4d(smem_address(sm.bias[half][c]), &p.bias_map, bar, policy, at.j0 + 64 * c, at.head, at.i0 + 64 * half, at.batch); }
+            constexpr int BOXES = WIDE ? 4 : 2;
+            for (int c = 0; c < BOXES; c++) {
+                tma_load_4d(smem_address(sm.bias[half]) + c * 8192, &p.bias_map, bar, policy, at.j0 + 128 / BOXES * c, at.head, at.i0 + 64 * half, at.batch);
+            }
         }
-        if (at.halves == 1) {                                    /* in step */
+        if (TILE_HALVES<WIDE> > 1 && at.halves == 1) {           /* in step */
             mbarrier_wait(smem_address(&sm.bias_empty[1]), parity ^ 1);
             mbarrier_arrive(smem_address(&sm.bias_full[1]));
         }
@@ -89,7 +96,7 @@ static __device__ void produce_dbias(const bwd_params &p, dbias_shared &sm, cons
                 load_keys(&p.k_map, sm.k[kv.stage], &sm.k_full[kv.stage], policy, fgqa_kv_head(head, problem.g), (int)sequence.k_row + at.j0, batch);
                 load_keys(&p.v_map, sm.v[kv.stage], &sm.v_full[kv.stage], policy, fgqa_kv_head(head, problem.g), (int)sequence.k_row + at.j0, batch);
                 kv.advance();
-                for (int item = 0; item < ITEMS && (item == 0 || at.halves > 1); item++, r.advance()) {
+                for (int item = 0; item < ITEMS<WIDE> && (item == 0 || at.halves > 1); item++, r.advance()) {
                     const int row = (int)sequence.q_row + at.i0 + item * BLOCK_Q;
                     const float *stats = (const float *)p.w.stats + (int64_t)(first_tile + item) * 2 * BLOCK_Q;
                     mbarrier_wait(smem_address(&sm.rows_empty[r.stage]), r.parity ^ 1);
@@ -108,8 +115,8 @@ static __device__ void produce_dbias(const bwd_params &p, dbias_shared &sm, cons
 
 /* sum += dS of the own 64 keys and 64 rows, beside dropout without its scale. bases: NULL where there are none; row0: of the rows;
  * some_hidden: some bias is -inf. key_tile, batch_head: for dropout. */
-template <bool DROPPING>
-static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_params &p, const dbias_shared &sm, int consumer, uint32_t stage, uint32_t kv_stage, int half,
+template <bool DROPPING, bool WIDE>
+static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_params &p, const dbias_shared<WIDE> &sm, int consumer, uint32_t stage, uint32_t kv_stage, int half,
                                                   const float *bases, int32_t row0, bool partial, bool some_hidden, int32_t key_tile, uint32_t batch_head)
 {
     const int lane = (int)thread_index() & 31;
@@ -119,13 +126,13 @@ static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_pa
     const int quarter = (HALVES > 1 ? half : 0) * 16 + (lane & 3);
     float s[32], dp[32];
     float4 lse2[4], delta[4];
-    uint32_t bias[16];
+    uint32_t bias[WIDE ? 32 : 16];
 #pragma unroll
     for (int n = 0; n < 4; n++) {
         lse2[n] = ((const float4 *)sm.lse2[stage])[quarter + 4 * n];
         delta[n] = ((const float4 *)sm.delta[stage])[quarter + 4 * n];
     }
-    load_bias_pairs(bias, smem_address(sm.bias[half][consumer]));
+    read_bias(bias, smem_address(sm.bias[half][consumer]));
     drawing drawing = {};
     if (DROPPING) { drawing = prepare_drawing(sm.dropout, key_tile, batch_head, row0, consumer, (int)thread_index() & 127); }
     wgmma_fence();
@@ -157,7 +164,7 @@ static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_pa
     if (some_hidden) {
 #pragma unroll
         for (int n = 0; n < 16; n++) {
-            const float2 x = unpack2(bias[n], T());
+            const float2 x = bias_pair(bias, n);
             s[2 * n] = x.x == -INFINITY ? 0.0f : s[2 * n];
             s[2 * n + 1] = x.y == -INFINITY ? 0.0f : s[2 * n + 1];
         }
@@ -171,17 +178,17 @@ static __device__ __forceinline__ void add_scores(float (&sum)[32], const bwd_pa
     for (int n = 0; n < 32; n++) { sum[n] += s[n]; }
 }
 
-/* Whether some pair of the warpgroup's part of a tile holds -inf, as far as this warp's keys go. */
-static __device__ __forceinline__ bool hides_some(uint32_t tile)
+/* Whether the warpgroup's part of a tile holds -inf somewhere, as far as this warp's keys go. */
+template <bool WIDE> static __device__ __forceinline__ bool hides_some(uint32_t tile)
 {
-    uint32_t pairs[16], same = 0;
-    load_bias_pairs(pairs, tile);
+    uint32_t bias[WIDE ? 32 : 16], same = 0;
+    read_bias(bias, tile);
 #pragma unroll
-    for (int n = 0; n < 16; n++) { same |= __vcmpeq2(pairs[n], HIDDEN); }
+    for (int n = 0; n < (WIDE ? 32 : 16); n++) { same |= WIDE ? bias[n] == WIDE_HIDDEN : __vcmpeq2(bias[n], HIDDEN); }
     return __any_sync(ALL_LANES, same != 0);
 }
 
-template <bool DROPPING> static __device__ void consume_dbias(const bwd_params &p, dbias_shared &sm, const dbias_extent &extent, int consumer)
+template <bool DROPPING, bool WIDE> static __device__ void consume_dbias(const bwd_params &p, dbias_shared<WIDE> &sm, const dbias_extent &extent, int consumer)
 {
     const fgqa_problem &problem = p.common.problem;
     const int thread = (int)thread_index() & 127, lane = thread & 31;
@@ -190,13 +197,13 @@ template <bool DROPPING> static __device__ void consume_dbias(const bwd_params &
     ring2 kv, r;
     uint32_t parity = 0;
     for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, parity ^= 1) {
-        const dbias_place at(problem, extent, tile);
-        float sums[2][32] = {};
-        bool some_hidden[2] = {};
+        const dbias_place<WIDE> at(problem, extent, tile);
+        float sums[TILE_HALVES<WIDE>][32] = {};
+        bool some_hidden[TILE_HALVES<WIDE>] = {};
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < TILE_HALVES<WIDE>; half++) {
             mbarrier_wait(smem_address(&sm.bias_full[half]), parity);
-            if (half < at.halves) { some_hidden[half] = hides_some(smem_address(sm.bias[half][consumer])); }
+            if (half < at.halves) { some_hidden[half] = hides_some<WIDE>(smem_address(sm.bias[half][consumer])); }
         }
         for (;; kv.advance()) {
             mbarrier_wait(smem_address(&sm.k_full[kv.stage]), kv.parity);
@@ -216,7 +223,7 @@ template <bool DROPPING> static __device__ void consume_dbias(const bwd_params &
                 __syncwarp();
             }
 #pragma unroll
-            for (int item = 0; item < ITEMS; item++) {
+            for (int item = 0; item < ITEMS<WIDE>; item++) {
                 if (item > 0 && at.halves == 1) { continue; }
                 const int64_t q_tile = about.w + item;
                 const float *bases = p.w.based[q_tile] ? p.w.bases + q_tile * BLOCK_Q : NULL;
@@ -226,7 +233,7 @@ template <bool DROPPING> static __device__ void consume_dbias(const bwd_params &
                 for (int n = 0; n < HALVES; n++) {
                     const int half = item * HALVES + n;
                     if (half > 0 && at.halves == 1) { continue; }
-                    add_scores<DROPPING>(sums[half], p, sm, consumer, r.stage, kv.stage, half, bases ? bases + n * 64 : NULL, at.i0 + half * 64, partial, some_hidden[half],
+                    add_scores<DROPPING, WIDE>(sums[half], p, sm, consumer, r.stage, kv.stage, half, bases ? bases + n * 64 : NULL, at.i0 + half * 64, partial, some_hidden[half],
                                          at.j0 / BLOCK_K, (uint32_t)about.x * (uint32_t)problem.hq + (uint32_t)about.y);
                 }
                 __syncwarp();
@@ -239,26 +246,32 @@ template <bool DROPPING> static __device__ void consume_dbias(const bwd_params &
         if (lane == 0) { mbarrier_arrive(smem_address(&sm.kv_empty[kv.stage])); }
         kv.advance();
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
+        for (int half = 0; half < TILE_HALVES<WIDE>; half++) {
             if (half >= at.halves) {
                 if (lane == 0) { mbarrier_arrive(smem_address(&sm.bias_empty[half])); }
                 continue;
             }
-            uint32_t pairs[16];
+            const int4 to = make_int4(at.j0 + 64 * consumer, at.i0 + 64 * half, at.head, at.batch);
+            if constexpr (WIDE) {
+                free_wide_bias(&sm.bias_empty[half]);
+                store_wide_dbias(p, to, [&](int n, int of, int e) { return sums[half][4 * n + 2 * of + e] * factor; });
+            } else {
+                uint32_t pairs[16];
 #pragma unroll
-            for (int n = 0; n < 16; n++) { pairs[n] = pack2(sums[half][2 * n] * factor, sums[half][2 * n + 1] * factor, T()); }
-            store_dbias<BIASED>(p, smem_address(sm.bias[half][consumer]), &sm.bias_empty[half], make_int4(at.j0 + 64 * consumer, at.i0 + 64 * half, at.head, at.batch), pairs, consumer);
+                for (int n = 0; n < 16; n++) { pairs[n] = pack2(sums[half][2 * n] * factor, sums[half][2 * n + 1] * factor, T()); }
+                store_dbias<BIASED>(p, smem_address(sm.bias[half][consumer]), &sm.bias_empty[half], to, pairs, consumer);
+            }
         }
-        if (thread == 0) {
+        if (!WIDE && thread == 0) {
             for (int half = 0; half < at.halves; half++) { free_dbias(p, &sm.bias_empty[half]); }
         }
     }
 }
 
-template <bool DROPPING> static __global__ void __launch_bounds__(THREADS, 1) dbias_kernel(const __grid_constant__ bwd_params p, const dbias_extent extent)
+template <bool DROPPING, bool WIDE> static __global__ void __launch_bounds__(THREADS, 1) dbias_kernel(const __grid_constant__ bwd_params p, const dbias_extent extent)
 {
     extern __shared__ __align__(1024) char memory[];
-    dbias_shared &sm = *(dbias_shared *)memory;
+    dbias_shared<WIDE> &sm = *(dbias_shared<WIDE> *)memory;
     const int warp = __shfl_sync(ALL_LANES, thread_index() / 32, 0), wg = warp / 4, lane = (int)thread_index() % 32;
     if (thread_index() == 0) {
         if (smem_address(memory) % 1024) { __trap(); }           /* the swizzle pattern repeats every 1024 bytes */
@@ -281,21 +294,23 @@ template <bool DROPPING> static __global__ void __launch_bounds__(THREADS, 1) db
         if (warp == 0 && lane == 0) { produce_dbias(p, sm, extent); }
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
-        consume_dbias<DROPPING>(p, sm, extent, wg - 1);
+        consume_dbias<DROPPING, WIDE>(p, sm, extent, wg - 1);
     }
 }
 
 /* Behind the main kernel: it needs its statistics alone. */
 static int sum_dbias(const bwd_params &p, int32_t device, int multiprocessors, cudaStream_t stream)
 {
-    static launch_state states[2];
+    static launch_state states[4];
     const fgqa_problem &problem = p.common.problem;
-    const bool drops = problem.dropout_threshold != 0;
-    const auto kernel = drops ? dbias_kernel<true> : dbias_kernel<false>;
-    const dbias_extent extent = {(problem.sq + TILE - 1) / TILE, (problem.sk + BLOCK_K - 1) / BLOCK_K, problem.bias_shape[1], problem.bias_shape[0]};
+    const bool drops = problem.dropout_threshold != 0, wide = problem.view[FGQA_ARG_bias].dtype == FGQA_F32;
+    const auto kernel = wide ? drops ? dbias_kernel<true, true> : dbias_kernel<false, true> : drops ? dbias_kernel<true, false> : dbias_kernel<false, false>;
+    const int32_t rows = wide ? TILE<true> : TILE<false>;
+    const size_t bytes = wide ? sizeof(dbias_shared<true>) : sizeof(dbias_shared<false>);
+    const dbias_extent extent = {(problem.sq + rows - 1) / rows, (problem.sk + BLOCK_K - 1) / BLOCK_K, problem.bias_shape[1], problem.bias_shape[0]};
     const int64_t tiles = (int64_t)extent.row_tiles * extent.key_tiles * extent.heads * extent.sequences;
     if (tiles == 0) { return cudaSuccess; }
-    const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(dbias_shared), device, &states[drops]);
+    const cudaError_t error = allow_shared_memory((const void *)kernel, bytes, device, &states[2 * wide + drops]);
     if (error != cudaSuccess) { return error; }
-    return launch_kernel(kernel, (uint32_t)min(tiles, (int64_t)multiprocessors), THREADS, sizeof(dbias_shared), stream, p, extent);
+    return launch_kernel(kernel, (uint32_t)min(tiles, (int64_t)multiprocessors), THREADS, bytes, stream, p, extent);
 }

@@ -52,9 +52,8 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     for (int n = 0; n < 4; n++) { lse2[n] = of_lane[4 * n]; }
     if (MASKED) { store_dq<KIND>(sm, r, dq, staged_late, consumer); }                    /* of two steps before: the same buffer */
     if constexpr (HAS_BIAS<KIND>) {
-        uint32_t bias[16];
-        mbarrier_wait(smem_address(&sm.bias_full[r.stage]), r.parity);
-        load_bias_pairs(bias, bias_tile(sm, r.stage, consumer));
+        uint32_t bias[WIDE_BIAS<KIND> ? 32 : 16];
+        take_bias<KIND>(bias, sm, r, 0, consumer, state);
         add_bias(s, bias, p.score_scale);
         if (sm.about[r.stage].y & CARE_BASES) { lower_scores(s, bases_of(p, sm, r.stage)); }
     }
@@ -95,7 +94,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (MASKED && left.partial) { hide(weights, tile_mask(sm.rows + consumer * 64, left.row0)); }
     if (hides) { keep(weights, weights, left.shown); }
     uint32_t dropped[16];
-    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights, bias_tile(sm, r.stage, consumer)); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(weights, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     if (DROPS<KIND>) { keep(dropped, weights, left.kept); }
     wgmma_fence();
 #pragma unroll
@@ -117,13 +116,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     mask_bytes bytes = {};
     const bool other_mask = HAS_MASK<KIND> && !same_mask(p, left.row0, following.x);
     if (other_mask) { bytes = load_mask_bytes(p, t, next_head, following.x, consumer, thread); }
-    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients, bias_tile(sm, r.stage, consumer)); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(gradients, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     mbarrier_wait(smem_address(&sm.ds_empty[r.stage]), r.parity ^ 1);
     store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
     fence_proxy_async();
     __syncwarp();
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
-    if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, r.stage, r.stage, left.row0, consumer, state, gradients); }
+    if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, 0, r.stage, left.row0, consumer, state, gradients); }
     const drawing drawing = prepare_drawing<KIND>(p, sm, t, next_head, following.x, consumer, thread);
     wgmma_fence();
 #pragma unroll
@@ -152,7 +151,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (STORES_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
+        if constexpr (HOLDS_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
     }
     wgmma_fence();
     first_products(s, sm, keys, next.stage);

@@ -85,12 +85,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     alibi_lane alibi = alibi_of_lane<KIND>(sm, r.stage, consumer, thread);
     if (!HAS_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 0, lane); }
-    uint32_t bias[16];
+    uint32_t bias[WIDE_BIAS<KIND> ? 32 : 16];
     bool lowers = false;
     if constexpr (HAS_BIAS<KIND>) {
         lowers = sm.about[r.stage].y & CARE_BASES;
-        mbarrier_wait(smem_address(&sm.bias_full[0]), r.stage);
-        load_bias_pairs(bias, bias_tile(sm, 0, consumer));
+        take_bias<KIND>(bias, sm, r, 0, consumer, state);
     }
     drawing drawing = {};
     if (!DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0, consumer, thread); }
@@ -114,7 +113,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(weights_a, weights_a, shown_a); }
-    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights_a, bias_tile(sm, 0, consumer)); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(weights_a, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     if (DROPS<KIND>) { keep(dropped_a, weights_a, kept_a); }
     wgmma_fence();
     score_products(s_b, keys.k_rows, q_rows + NEXT);
@@ -126,11 +125,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     } else {
         make_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
-    load_stats(delta, sm.delta[r.stage], 1, lane);
+    if (!WIDE_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 1, lane); }
     if (HAS_BITS<KIND> || HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits or the bias take its registers before */
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(gradients_a, gradients_a, shown_a); }
-    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients_a, bias_tile(sm, 0, consumer)); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(gradients_a, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     if (follows) { wait_for_dq_buffer<KIND>(sm, before); }
     wgmma_wait<2>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
@@ -146,8 +145,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, 0, r.stage, row0, consumer, state, gradients_a); }
     if constexpr (HAS_BIAS<KIND>) {
-        mbarrier_wait(smem_address(&sm.bias_full[1]), r.stage);
-        load_bias_pairs(bias, bias_tile(sm, 1, consumer));
+        take_bias<KIND>(bias, sm, r, 1, consumer, state);
     }
     if (!DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0 + HALF, consumer, thread); }
     wgmma_fence();
@@ -157,15 +155,16 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<3>();
     if constexpr (HAS_BIAS<KIND>) {
-        if (STORES_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
+        if (HOLDS_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
         add_bias(s_b, bias, p.score_scale);
         if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
     }
     if (DROPS<KIND>) { kept_b = DRAWS_AHEAD<KIND> ? ahead.kept[1] : bits_of_blocks(drawn); }
     if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
+    if (WIDE_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 1, lane); }       /* whose registers the bias takes before */
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(weights_b, weights_b, shown_b); }
-    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(weights_b, bias_tile(sm, 1, consumer)); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(weights_b, bias_tile<KIND>(sm, bias_slot<KIND>(1, r.stage, consumer), consumer)); }
     if (DROPS<KIND>) { keep(dropped_b, weights_b, kept_b); }
     wgmma_fence();
     key_products(dv, DROPS<KIND> ? dropped_b : weights_b, dout_rows + NEXT);
@@ -178,7 +177,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(gradients_b, gradients_b, shown_b); }
-    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias(gradients_b, bias_tile(sm, 1, consumer)); }
+    if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(gradients_b, bias_tile<KIND>(sm, bias_slot<KIND>(1, r.stage, consumer), consumer)); }
     store_gradients(smem_address(sm.ds[0][1]), gradients_b, consumer);
     fence_proxy_async();
     __syncwarp();
@@ -207,7 +206,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (STORES_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
+        if constexpr (HOLDS_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
     }
 }
 

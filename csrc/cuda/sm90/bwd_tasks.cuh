@@ -56,11 +56,6 @@ struct shared {
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
 
-#if FGQA_BWD_HAS_BIAS(FGQA_D)
-/* Of a slot and a consumer: 64 rows x 64 keys of a bias, where other kernels have their second buffer for dQ. */
-static __device__ __forceinline__ uint32_t bias_tile(const shared &sm, uint32_t slot, int consumer) { return smem_address(sm.dq[1]) + slot * 16384 + consumer * 8192; }
-#endif
-
 template <bool MASKED> struct walk {
     int32_t tile, head;
     __device__ __forceinline__ walk(const task &t) : tile(t.tile), head(t.head) {}
@@ -90,6 +85,25 @@ struct ring2 {
     /* The position behind which this one is. */
     __device__ __forceinline__ ring2 before() const { return {stage ^ 1, parity ^ (stage == 0)}; }
 };
+
+#if FGQA_BWD_HAS_BIAS(FGQA_D)
+/* Where other kernels have their second buffer for dQ there are two slots for tiles of a bias: of both consumers in a step, or, head dim 64,
+ * in half of one. A float32 one leaves each consumer one slot. */
+template <score_kind KIND> static __device__ __forceinline__ uint32_t bias_slot(uint32_t half, uint32_t stage, int consumer) { return WIDE_BIAS<KIND> ? (uint32_t)consumer : D == 64 ? half : stage; }
+
+/* Of the phase in which a slot is full, for those who wait. */
+template <score_kind KIND> static __device__ __forceinline__ uint32_t bias_parity(uint32_t half, const ring2 &r)
+{
+    if (WIDE_BIAS<KIND>) { return D == 64 ? half : r.stage; }
+    return D == 64 ? r.stage : r.parity;
+}
+
+/* Of a slot and a consumer: 64 rows x 64 keys, of float32 twice 32 keys. */
+template <score_kind KIND> static __device__ __forceinline__ uint32_t bias_tile(const shared &sm, uint32_t slot, int consumer)
+{
+    return smem_address(sm.dq[1]) + slot * 16384 + (WIDE_BIAS<KIND> ? 0 : consumer * 8192);
+}
+#endif
 
 /* ---- scheduler: a warp ---- */
 
@@ -244,15 +258,19 @@ template <score_kind KIND> static __device__ __forceinline__ alibi_tile alibi_of
 }
 
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
-/* Tiles of a step: of both consumers in one slot, or head dim 64, of each half of the rows in its own. */
-static __device__ __forceinline__ void load_bias(const bwd_params &p, shared &sm, const ring2 &r, uint64_t policy, int key, int row, int head, int batch)
+/* Tiles of a step. */
+template <score_kind KIND> static __device__ __forceinline__ void load_bias(const bwd_params &p, shared &sm, const ring2 &r, uint64_t policy, int key, int row, int head, int batch)
 {
 #pragma unroll
     for (uint32_t half = 0; half < BLOCK_Q / 64; half++) {
-        const uint32_t slot = D == 64 ? half : r.stage, parity = D == 64 ? r.stage : r.parity, bar = smem_address(&sm.bias_full[slot]);
-        mbarrier_wait(smem_address(&sm.bias_empty[slot]), parity ^ 1);
-        mbarrier_arrive_expect_tx(bar, 16384);
-        for (int c = 0; c < 2; c++) { tma_load_4d(bias_tile(sm, slot, c), &p.bias_map, bar, policy, key + 64 * c, head, row + 64 * (int)half, batch); }
+        for (int of = 0; of < (WIDE_BIAS<KIND> ? 2 : 1); of++) {
+            const uint32_t slot = bias_slot<KIND>(half, r.stage, of), parity = bias_parity<KIND>(half, r), bar = smem_address(&sm.bias_full[slot]);
+            mbarrier_wait(smem_address(&sm.bias_empty[slot]), parity ^ 1);
+            mbarrier_arrive_expect_tx(bar, 16384);
+            for (int c = 0; c < 2; c++) {
+                tma_load_4d(smem_address(sm.dq[1]) + slot * 16384 + c * 8192, &p.bias_map, bar, policy, key + (WIDE_BIAS<KIND> ? 64 * of + 32 * c : 64 * c), head, row + 64 * (int)half, batch);
+            }
+        }
     }
 }
 #endif
@@ -316,7 +334,7 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
                 mbarrier_wait(smem_address(&sm.dout_empty[r.stage]), r.parity ^ 1);
                 load_rows(&p.dout_map, sm.dout[r.stage], sm.delta[r.stage], (const float *)p.w.stats + tile * 2 * BLOCK_Q + BLOCK_Q, &sm.dout_full[r.stage], keep, head, row, batch);
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
-                if (HAS_BIAS<KIND>) { load_bias(p, sm, r, createpolicy_evict_normal(), t.n * BLOCK_K, row - t.q_row, head, t.b); }
+                if (HAS_BIAS<KIND>) { load_bias<KIND>(p, sm, r, createpolicy_evict_normal(), t.n * BLOCK_K, row - t.q_row, head, t.b); }
 #endif
                 r.advance();
             }
