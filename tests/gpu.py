@@ -2,6 +2,9 @@
 strides, and results come back as NumPy arrays.
 """
 
+import itertools
+import math
+
 import hypothesis
 import ml_dtypes
 import numpy as np
@@ -10,6 +13,7 @@ import torch
 from checking import memory_of
 
 import flashgqa
+from flashgqa._bounds import BACKWARD_FACTOR, EPSILON, FORWARD_FACTOR
 
 BFLOAT16, FLOAT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 # NumPy's name for the bits, torch's for them, torch's for what they mean
@@ -86,6 +90,35 @@ def assert_alike(got, expected, names=("out", "lse"), factor=1, dtype=None):
     for name, a, b in zip(names, got, expected, strict=True):
         apart = units_apart(a, b, dtype)
         assert apart <= factor * UNITS[name], f"{name}: {apart} units"
+
+
+def equations(dout, q, k, v, causal, narrow, step=2048):
+    """out, dq, dk, dv of one sequence and one KV head: k and v [n, d], q and dout of its query heads [h, n, d]. In float64, or
+    `narrow` as the plain computation in their dtype has them: sums in float32, weights and their gradients rounded. So many rows
+    at a time."""
+    exact, scale = torch.float32 if narrow else torch.float64, q.shape[-1] ** -0.5
+    store = (lambda x, dtype=q.dtype: x.to(dtype).to(exact)) if narrow else (lambda x: x)
+    dout, q, k, v = (x.to(exact) for x in (dout, q, k, v))
+    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
+    keys = torch.arange(len(k), device=k.device)
+    for h, begin in itertools.product(range(len(q)), range(0, len(k), step)):
+        rows = slice(begin, begin + step)
+        x = q[h, rows] @ k.mT * scale
+        p = x.masked_fill_(keys > keys[rows, None], -torch.inf).softmax(-1) if causal else x.softmax(-1)
+        out[h, rows] = store(p @ v)
+        p = store(p)
+        ds = store(p * (dout[h, rows] @ v.mT - (dout[h, rows] * out[h, rows]).sum(-1, keepdim=True))) * scale
+        dq[h, rows] = ds @ k
+        dk += ds.mT @ q[h, rows]
+        dv += p.mT @ dout[h, rows]
+    return [store(x) for x in (out, dq, dk, dv)]
+
+
+def within(got, exact, naive, backward):
+    """The error rule for one result of equations()."""
+    ours, plain, largest = (x.abs().max().item() for x in (got.double() - exact, naive.double() - exact, exact))
+    ulp = EPSILON[str(got.dtype).removeprefix("torch.")] * 2.0 ** math.floor(math.log2(largest))
+    return ours <= (BACKWARD_FACTOR if backward else FORWARD_FACTOR) * plain + 2 * ulp
 
 
 class CudaBackend:
