@@ -92,7 +92,7 @@ def run_cached(q, k, v, options, put, where, stored, scaled=False):
 def attention_beside_inf(q, k, v, options):
     """A tile of which few rows see an inf in V: done twice."""
     poisoned = v + 0
-    poisoned[..., SK - 1, :] = float("inf")
+    poisoned[..., v.shape[2] - 1, :] = float("inf")
     return flashgqa.attention(q, k, poisoned, causal=True, **options)[:, :, : SQ - 1]
 
 
@@ -106,7 +106,9 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
     d, own = q.shape[-1], variant in ("plain", "dropout") and q.shape[-1] == v.shape[-1]
     few_keys, wide_keys, many_keys = ((k, v), *((repeated(k, rows), repeated(v, rows)) for rows in (WIDE, MANY)))
     calls = [(few_keys, {})]
-    if variant != "short":
+    if variant == "short":                      # whole in a tile: a kernel for each of these numbers
+        calls += [((k[:, :, :rows], v[:, :, :rows]), {"causal": rows == 90}) for rows in (30, 60, 70, 90, 100, 120)]
+    else:
         calls.append((few_keys, CAPPED))
     if variant != "short" and d in ALIBI_HEAD_DIMS:
         calls.append((few_keys, {"causal": True, "alibi_slopes": slopes}))
@@ -119,6 +121,8 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
     results = [x for keys, options in calls for x in flashgqa.attention(q, *keys, **options, return_lse=True, **where)]
     if variant in ("plain", "tall"):            # keys in parts
         results += flashgqa.attention(q[:, :, :70], *many_keys, return_lse=True, **where)
+    if variant == "short":
+        results.append(attention_beside_inf(q, k[:, :, :70], v[:, :, :70], where))
     return [*results, attention_beside_inf(q, k, v, where)]
 
 

@@ -125,7 +125,7 @@ def test_short_tiles_where_taller_ones_are_emptier(dtype):
     short, tall, plain = rows_for(dtype, 64, 64, ("short", "tall", "plain"))
     for heads, s, options, expected in (
         ((12, 12), 64, {}, short), ((12, 12), 77, {"causal": True}, short), ((12, 12), 128, {"batch_invariant": True}, short),
-        ((32, 8), 64, {}, tall), ((12, 12), 256, {}, tall), ((12, 12), 257, {}, plain), ((12, 12), 64, {"softcap": 9.0}, plain),
+        ((32, 8), 64, {}, short), ((12, 12), 256, {}, tall), ((12, 12), 257, {}, plain), ((12, 12), 64, {"softcap": 9.0}, plain),
         ((12, 12), 64, {"alibi_slopes": torch.ones(12, device="cuda")}, plain),
     ):
         for b in (3, 400):
@@ -136,6 +136,11 @@ def test_short_tiles_where_taller_ones_are_emptier(dtype):
     reasons = dict(flashgqa.explain(*qkv(64, 16, 128, 128, hk=16, dtype=dtype))["refused"])
     assert "taller tiles are nearly as full" in reasons[wide[0]]
     assert flashgqa.explain(*qkv(64, 16, 64, 128, hk=16, dtype=dtype))["kernel"] == wide[0]
+    expected = {(80, 77): "short", (96, 64): "short", (72, 64): "short", (72, 77): "plain",
+                (128, 77): "short", (128, 97): "plain"}
+    for (d, s), variant in expected.items():
+        few = (qkv(4, 16, n, d, hk=16, dtype=dtype)[part] for part, n in enumerate((1024, s, s)))
+        assert flashgqa.explain(*few)["kernel"] == row_for(dtype, d, d, variant=variant), (d, s)
     starts = torch.arange(0, 7701, 77, dtype=torch.int32, device="cuda")
     packed = [random(7700, 12, 64, dtype=dtype) for _ in range(3)]
     call = {"cu_seqlens_q": starts, "cu_seqlens_kv": starts, "max_q": 77}
@@ -148,8 +153,7 @@ def test_short_tiles_where_taller_ones_are_emptier(dtype):
 @pytest.mark.parametrize("name", ROWS)
 def test_all_pairs_of_lengths(name, mask):
     """Packed, and padded with NaN: every pair of 1, 8, .. 130 queries and 1, 8, .. 260 keys."""
-    dtype = next(t for t, text in DTYPES.items() if f"_{text}_" in name)
-    d, dv = (int(name.split(f"_{letter}")[1].split("_")[0]) for letter in ("d", "dv"))
+    dtype, d, dv = of_name(name)
     grid = torch.meshgrid(torch.arange(1, 131, 7), torch.arange(1, 261, 7), indexing="ij")
     queries, keys = (x.reshape(-1).int().cuda() for x in grid)
     starts = [torch.nn.functional.pad(n.cumsum(0), (1, 0)).int() for n in (queries, keys)]
@@ -159,6 +163,43 @@ def test_all_pairs_of_lengths(name, mask):
     for x, lengths in zip(padded, (queries, keys, keys), strict=True):
         x.masked_fill_((torch.arange(x.shape[2], device="cuda") >= lengths[:, None])[:, None, :, None], float("nan"))
     compare(*padded, q_lens=queries, kv_lens=keys, **MASKS[mask])
+
+
+def of_name(name):
+    """dtype, d, dv of a row."""
+    _, _, dtype, d, dv, _ = name.split("_")
+    return next(t for t, text in DTYPES.items() if text == dtype), int(d[1:]), int(dv[2:])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("name", SHORT)
+def test_all_keys_of_a_tile_at_once(name, mask):
+    """Short rows, padded sequences of few keys: every pair of 1, 8, .. 130 queries and 1, 8, .. keys beside NaN; lengths that
+    the host knows; sinks, NaN and inf that some rows see, weights that leave float32."""
+    dtype, d, dv = of_name(name)
+    grid = torch.meshgrid(torch.arange(1, 131, 7), torch.arange(1, 129, 7), indexing="ij")
+    queries, keys = (x.reshape(-1).int().cuda() for x in grid)
+    padded = inputs(len(queries), 1, 1, 130, 128, d, dv, dtype)
+    for x, lengths in zip(padded, (queries, keys, keys), strict=True):
+        x.masked_fill_((torch.arange(x.shape[2], device="cuda") >= lengths[:, None])[:, None, :, None], float("nan"))
+    compare(*padded, names=[name], q_lens=queries, kv_lens=keys, **MASKS[mask])
+    for (sq, g), sk in itertools.product(((13, 4), (130, 1)), (1, 32, 33, 77, 96, 97, 128)):
+        q, k, v = inputs(3, 2 * g, 2, sq, sk, d, dv, dtype)
+        options = {"names": [name], "sink": torch.linspace(-2, 2, 2 * g, device="cuda", dtype=dtype), **MASKS[mask]}
+        clean, _ = compare(q, k, v, **options)
+        compare(30 * q, 30 * k, v, **options)
+        v[:, 0, sk // 2, 5], v[0, 1, sk - 1, 3], v[1, :, 0, 1] = float("nan"), float("inf"), float("-inf")
+        out, _ = compare(q, k, v, **options)
+        assert torch.equal(out[torch.isfinite(out)], clean[torch.isfinite(out)])
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_more_sequences_than_a_grid_is_wide(name):
+    dtype, d, dv = of_name(name)
+    q, k, v = inputs(65537, 1, 1, 2, 3, d, dv, dtype)
+    out = flashgqa.attention(q, k, v, kernel=name)
+    for part in (slice(0, 2), slice(65534, 65537)):
+        assert torch.equal(out[part], flashgqa.attention(q[part], k[part], v[part], kernel=name))
 
 
 @pytest.mark.parametrize("d, dv", [(8, 8), (16, 40), (72, 120), (104, 64), (136, 8), (160, 136), (200, 256), (16, 248)])
@@ -229,8 +270,7 @@ def test_heads_share_tiles(d, g, dtype):
 @pytest.mark.parametrize("name", ROWS + SHORT)
 def test_tiles_that_see_nothing(name, shape):
     """Padding, and rows that see no key, are zeros over whatever memory held; the third shape shares its keys out."""
-    dtype = next(t for t, text in DTYPES.items() if f"_{text}_" in name)
-    d, dv = (int(name.split(f"_{letter}")[1].split("_")[0]) for letter in ("d", "dv"))
+    dtype, d, dv = of_name(name)
     hq, hk, sq, sk = shape
     q, k, v = inputs(6, hq, hk, sq, sk, d, dv, dtype)
     lens = [sq, 0, 1, sq, 130, 100], [sk, sk, 300, 0, 129, 70]

@@ -28,6 +28,9 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
 enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, SHORT_KEYS = 224, STREAM_ROWS = 64, MOST_PARTS = 16,
        COPY_ROWS = 32, UNCOPIED_ROWS = 256, COPY_BYTES = 1 << 29 };
 
+/* Keys that tiles of wide heads hold at once; where rows begin in the middle of a sector of memory, of so many elements, fewer. */
+enum { SECTOR = 16, WIDE_KEYS = 96, WIDE_KEYS_OFF_SECTORS = 64 };
+
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
 {
     static fgqa_cuda_properties known[MAX_DEVICES];        /* capability 0: not read yet; threads that race write the same */
@@ -365,10 +368,13 @@ static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
 }
 
 /* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. Between it and the plain row
- * the choice of padded sequences is the same in every batch: no count of tiles goes into it. */
+ * the choice of padded sequences is the same in every batch: no count of tiles goes into it. Tiles that hold all keys at once are faster
+ * whatever the number of rows, but for wide heads with many keys. */
 static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     const int64_t keys = fgqa_usual_keys(p);
+    const int32_t whole = fgqa_whole_keys(p);
+    if (whole > 0 && (k->row.d <= 64 || whole <= (p->d % SECTOR == 0 ? WIDE_KEYS : WIDE_KEYS_OFF_SECTORS))) { return NULL; }
     if (keys > SHORT_KEYS) { return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys); }
     if (p->batch_invariant && p->varlen) { return "the choice would depend on the batch"; }
     const cuda_kernel *tall = row_behind(k, FGQA_VARIANT_tall);

@@ -39,6 +39,7 @@ PTX_FN uint64_t wgmma_desc_sw128(uint32_t addr, uint32_t lbo, uint32_t sbo)
 #define PTX_ACC8(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
 #define PTX_ACC16(d, i) PTX_ACC8(d, i), PTX_ACC8(d, i + 8)
 #define PTX_ACC32(d, i) PTX_ACC16(d, i), PTX_ACC16(d, i + 16)
+#define PTX_D32 PTX_ACC16(d, 0)
 #define PTX_D64 PTX_ACC32(d, 0)
 #define PTX_D80 PTX_ACC32(d, 0), PTX_ACC8(d, 32)
 #define PTX_D96 PTX_ACC32(d, 0), PTX_ACC16(d, 32)
@@ -46,8 +47,8 @@ PTX_FN uint64_t wgmma_desc_sw128(uint32_t addr, uint32_t lbo, uint32_t sbo)
 #define PTX_D128 PTX_ACC32(d, 0), PTX_ACC32(d, 32)
 #define PTX_D192 PTX_ACC32(d, 0), PTX_ACC32(d, 32), PTX_ACC32(d, 64)
 #define PTX_D256 PTX_ACC32(d, 0), PTX_ACC32(d, 32), PTX_ACC32(d, 64), PTX_ACC32(d, 96)
-#define PTX_R64 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27," \
-    "%28,%29,%30,%31"
+#define PTX_R32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define PTX_R64 PTX_R32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define PTX_R80 PTX_R64 ",%32,%33,%34,%35,%36,%37,%38,%39"
 #define PTX_R96 PTX_R80 ",%40,%41,%42,%43,%44,%45,%46,%47"
 #define PTX_R112 PTX_R96 ",%48,%49,%50,%51,%52,%53,%54,%55"
@@ -76,6 +77,7 @@ PTX_FN uint64_t wgmma_desc_sw128(uint32_t addr, uint32_t lbo, uint32_t sbo)
                      : PTX_D##N : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));                 \
     }
 
+PTX_WGMMA_SS(32, 16, 17, 18)
 PTX_WGMMA_SS(64, 32, 33, 34)
 PTX_WGMMA_SS(80, 40, 41, 42)
 PTX_WGMMA_SS(96, 48, 49, 50)

@@ -6,6 +6,7 @@
  * A block owns one tile at a time, BLOCK_Q query rows of one head, or of a few that share a KV head (fwd_tiles.cuh), and walks
  * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values
  * may lie in a KV cache, contiguous or in pages. Of a copy of a float8 cache, scales of heads go to the softmax's scale and to O / l.
+ * Short rows have kernels without roles, too, for few keys (fwd_whole.cuh).
  *
  *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q; tiles that see nothing are done there
  *                warp 1   producer:  TMA loads of K, V; of pages, a lane knows where one lies
@@ -113,6 +114,7 @@ struct fwd_params {
     score_terms terms;
     term_tiles term_boxes;
     known_keys known;                                            /* MERGED */
+    whole_call whole;                                            /* of short rows */
 };
 
 /* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
@@ -312,6 +314,7 @@ static __device__ __forceinline__ bool all_done(const shared &sm)
 
 #include "fwd_consumer.cuh"
 #include "fwd_begin.cuh"
+#include "fwd_whole.cuh"
 
 template <chain CHAIN> static __device__ __forceinline__ void run_block(const fwd_params &p)
 {
@@ -454,7 +457,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     resident *= BLOCKS;
     fwd_params p;
     const int paged = problem->cache.table && problem->cache.page_size < problem->cache.capacity;
-    p.box_rows = paged ? common_divisor(problem->cache.page_size, BLOCK_K) : BLOCK_K;
+    const int32_t at_once = SHORT ? fgqa_whole_keys(problem) : 0;
+    p.box_rows = at_once > 0 ? at_once : paged ? common_divisor(problem->cache.page_size, BLOCK_K) : BLOCK_K;
     p.list.pack = fgqa_hopper_pack(problem, BLOCK_Q);
     const fgqa_map_box query = {CHUNK, 1 << p.list.pack, WG_ROWS >> p.list.pack}, key = {CHUNK, 1, p.box_rows};
     if (error == cudaSuccess) { error = fgqa_tensor_map(&p.q_map, problem, FGQA_ARG_q, query); }
@@ -485,6 +489,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int64_t blocks = plan->tasks < resident ? plan->tasks : resident;
     const int wait_at_end = masked && !problem->varlen && plan->tasks > 5 * blocks;      /* of packed sequences nobody knows the end */
     p.early_items = problem->sk > 2048 ? 0 : wait_at_end ? (uint32_t)(plan->tasks - 4 * blocks) : UINT32_MAX;
+#if FGQA_IS_SHORT(FGQA_BLOCK_Q)
+    if (at_once > 0) { return launch_whole<FGQA_WHOLE_KEYS>(at_once, p, stream); }
+#endif
 #if FGQA_MERGES
     if (of_scores == PLAIN && merges_in_place(problem, plan, resident)) {
         p.known = known_keys_of(problem, p.list);

@@ -58,6 +58,25 @@ static __device__ __forceinline__ void end_rows(row_ends &e, const softmax_rows 
     }
 }
 
+/* The largest weight, about 1, is lost or has overflowed: the tile is done again. */
+static __device__ __forceinline__ bool row_is_lost(const row_ends &ends, int r)
+{
+    return !(ends.sum[r] >= 0.5f && ends.sum[r] < INFINITY) && ends.base[r] > -INFINITY;
+}
+
+/* Sinks in the denominators. first: the thread's first row. */
+template <bool LOWEST> static __device__ __forceinline__ void add_sinks(const fwd_params &p, const tile &t, int32_t first, row_ends &ends)
+{
+#pragma unroll 1
+    for (int r = 0; r < 2; r++) {
+        const int32_t packed = t.row0 + first + 8 * r;
+        const float sink = sink_logit(p.common.problem, t.batch, head_of(p, t.head, packed), packed >> p.list.pack >= t.sq);
+        const float top = natural_base<LOWEST>(r ? ends.base[1] : ends.base[0], r ? ends.lse[1] : ends.lse[0]);
+        float lse, factor = softmax_finish(top, r ? ends.sum[1] : ends.sum[0], sink, &lse);
+        if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
+    }
+}
+
 /* O / l and LSE, or what a part of the keys gives -> global memory. slot: of the tile; at: of its rows. */
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &sm, uint32_t slot, uint32_t at, const row_places &places, float (&o)[DV / 2],
@@ -71,20 +90,9 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     constexpr bool LOWEST = CAREFUL && WITH_TERMS<CHAIN>;
     bool again = false;
 #pragma unroll
-    for (int r = 0; r < 2; r++) {                                /* the largest weight, about 1, is lost or has overflowed */
-        again |= !(ends.sum[r] >= 0.5f && ends.sum[r] < INFINITY) && ends.base[r] > -INFINITY;
-    }
-    if (problem.view[FGQA_ARG_sink].data && !partial) {
-#pragma unroll 1
-        for (int r = 0; r < 2; r++) {
-            const int32_t packed = t.row0 + first + 8 * r;
-            const float sink = sink_logit(problem, t.batch, head_of(p, t.head, packed), packed >> p.list.pack >= t.sq);
-            const float top = natural_base<LOWEST>(r ? ends.base[1] : ends.base[0], r ? ends.lse[1] : ends.lse[0]);
-            float lse, factor = softmax_finish(top, r ? ends.sum[1] : ends.sum[0], sink, &lse);
-            if (r) { ends.factor[1] = factor; ends.lse[1] = lse; } else { ends.factor[0] = factor; ends.lse[0] = lse; }
-        }
-    }
-    if (CAREFUL) { add_seen_poison<CHAIN>(p, sm, at, t, o); }
+    for (int r = 0; r < 2; r++) { again |= row_is_lost(ends, r); }
+    if (problem.view[FGQA_ARG_sink].data && !partial) { add_sinks<LOWEST>(p, t, first, ends); }
+    if (CAREFUL) { add_seen_poison<CHAIN>(p, thread_index(), sm.rows[at], t, o); }
     const float out_scale = DROPOUT ? p.common.dropout_scale : CHAIN == SCALED ? cache_scale(problem.cache.v_scale, t.batch, fgqa_kv_head(t.head, problem.g)) : 1.0f;
 #pragma unroll
     for (int r = 0; r < 2; r++) { ends.factor[r] *= out_scale; }
@@ -496,7 +504,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         }
     };
     if (wg == WG_COUNT - 1) { pass_turn(); }
-    if (KEEP_PLACES) { places = place_rows(p); }
+    if (KEEP_PLACES) { places = place_rows(p, thread_index()); }
     if (DROPOUT) { of_call = dropout_key_make(p.common.problem); }
     if (!take_tile()) { return; }
     skip_blocks(true, true);
@@ -551,7 +559,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
                 }
             }
         }
-        finish_rows<CAREFUL, CHAIN>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p), o, ends);
+        finish_rows<CAREFUL, CHAIN>(p, sm, slot, at, KEEP_PLACES ? places : place_rows(p, thread_index()), o, ends);
         if (CAREFUL) { release_q(done); }                        /* and its rows */
         if (CHAIN == MERGED) {
             if (CAREFUL) { take_tile(); }                        /* the end */

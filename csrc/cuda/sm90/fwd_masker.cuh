@@ -8,6 +8,15 @@ static __device__ __forceinline__ uint32_t place_of_rows(const ring<Q_STAGES> &r
     return R_STAGES == T_STAGES ? rt.stage : rq.stage;
 }
 
+/* Where a tile's first row goes, in bytes from where the tensors begin. */
+static __device__ __forceinline__ void place_tile(const fwd_params &p, tile &t)
+{
+    const fgqa_view &out = p.common.problem.view[FGQA_ARG_out], &lse = p.common.problem.view[FGQA_ARG_lse];
+    const int64_t row = t.q_row + (t.row0 >> p.list.pack);
+    t.out = (t.batch * out.stride_b + t.head * out.stride_h + row * out.stride_s) * (int64_t)sizeof(T);
+    t.lse = (t.batch * lse.stride_b + t.head * lse.stride_h + row * lse.stride_s) * (int64_t)sizeof(float);
+}
+
 template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void describe_rows(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const int lane = thread_index() % 32;
@@ -54,12 +63,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void descri
             if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
             sm.blocks[at][lane] = own;
         }
-        if (lane == WG_COUNT && more) {
-            const fgqa_view &out = problem.view[FGQA_ARG_out], &lse = problem.view[FGQA_ARG_lse];
-            const int64_t row = t.q_row + (t.row0 >> p.list.pack);
-            t.out = (t.batch * out.stride_b + t.head * out.stride_h + row * out.stride_s) * (int64_t)sizeof(T);
-            t.lse = (t.batch * lse.stride_b + t.head * lse.stride_h + row * lse.stride_s) * (int64_t)sizeof(float);
-        }
+        if (lane == WG_COUNT && more) { place_tile(p, t); }
         if (R_STAGES == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
         __syncwarp();
         if constexpr (CHAIN == MERGED && !AGAIN) {               /* there when the end is announced */

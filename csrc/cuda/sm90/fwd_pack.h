@@ -4,8 +4,23 @@
 #include "../any/fwd_split.h"
 
 /* Forward rows for Hopper whose tiles are so few rows that a multiprocessor holds several blocks, for short sequences. They have the plain
- * kernel and no other: each costs as much of a build. */
+ * kernel, and those below: each chain of scores costs as much of a build. */
 #define FGQA_IS_SHORT(block_q) ((block_q) < 128)
+
+/* Short rows hold all keys of a sequence at once where they are so few and the host knows all lengths (sm90/fwd_whole.cuh): a kernel for
+ * each of these numbers. The answer is the same for every batch. */
+#define FGQA_WHOLE_KEYS 32, 64, 80, 96, 112, 128
+
+/* The least of them that serves; 0: none. */
+static inline int32_t fgqa_whole_keys(const fgqa_problem *p)
+{
+    static const int32_t keys[] = {FGQA_WHOLE_KEYS};
+    const int serves = !p->varlen && !p->q_lens && !p->kv_lens && p->sk > 0 && p->hq <= UINT16_MAX;      /* as wide as a grid is along y */
+    for (size_t n = 0; serves && n < sizeof keys / sizeof keys[0]; n++) {
+        if (p->sk <= keys[n]) { return keys[n]; }
+    }
+    return 0;
+}
 
 /* Those that have a kernel with softcap, and with ALiBi. */
 #define FGQA_HAS_SOFTCAP(block_q) (!FGQA_IS_SHORT(block_q))

@@ -9,10 +9,9 @@ static __device__ __forceinline__ int32_t first_column() { return (int32_t)(thre
  * without one. */
 struct row_places { char *o[2], *lse; };
 
-static __device__ __forceinline__ row_places place_rows(const fwd_params &p)
+static __device__ __forceinline__ row_places place_rows(const fwd_params &p, uint32_t thread)
 {
     const fgqa_view &out = p.common.problem.view[FGQA_ARG_out], &lse = p.common.problem.view[FGQA_ARG_lse];
-    uint32_t thread = thread_index();
     row_places to = {};
     asm volatile("" : "+r"(thread));                             /* where they are not kept nobody else keeps them, either */
 #pragma unroll
@@ -45,11 +44,11 @@ static __device__ __forceinline__ uint32_t store_o(char *const (&to)[2], const i
     return (poison[0] | poison[1] | poison[2] | poison[3]) & 0x7FFF7FFFu;
 }
 
-/* What this warp's rows see of inf and NaN in V, on top of an O without. */
+/* What this warp's rows see of inf and NaN in V, on top of an O without. seen: keys of the tile's rows. */
 template <chain CHAIN>
-static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, const shared &sm, uint32_t at, const tile &t, float (&o)[DV / 2])
+static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, uint32_t thread, const fgqa_range *seen, const tile &t, float (&o)[DV / 2])
 {
-    const uint32_t thread = thread_index(), lane = thread % 32;
+    const uint32_t lane = thread % 32;
     const fgqa_problem &problem = p.common.problem;
     poison_rows rows;
     const fgqa_view &v = problem.view[FGQA_ARG_v];
@@ -64,7 +63,7 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, cons
     rows.end = 0;
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        rows.seen[r] = sm.rows[at][row_in_tile(thread) + 8 * r];
+        rows.seen[r] = seen[row_in_tile(thread) + 8 * r];
         if (rows.seen[r].begin < rows.seen[r].end) {
             rows.begin = min(rows.begin, rows.seen[r].begin);
             rows.end = max(rows.end, rows.seen[r].end);

@@ -51,6 +51,9 @@ struct known_keys {
     }
 };
 
+/* Where all keys of a sequence are in shared memory at once (fwd_whole.cuh): its mask; units of a KV head. */
+struct whole_call { int32_t sk, diag, masked, units; };
+
 /* Which rows of which unit: what the list itself says of a tile. */
 struct tile_place { int32_t batch, head, row0, part; };
 
