@@ -149,7 +149,8 @@ static tile_kind few_tile(const bwd_tiles *tiles, const tile_sequence *t, const 
 static void few_grads(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, const bwd_panel *bp, fgqa_range keys, const tile_block *k, real *dq)
 {
     const few_source rows = {k->data, k->stride, NULL, FEW_BLOCK};
-    few_accumulate(bp->panel.rows, keys.end - keys.begin, t->p->d, s->tiles.dp, KEYS, &rows, dq, job->shape.ldk, NULL);
+    const int at_once = few_keys(bp->panel.rows, t->p->d, FEW_BLOCK);
+    few_accumulate(bp->panel.rows, keys.end - keys.begin, t->p->d, at_once, s->tiles.dp, KEYS, &rows, dq, job->shape.ldk, NULL);
     for (int32_t r = 0; r < bp->panel.rows && (job->dbias.way == DBIAS_STORED || job->dbias.way == DBIAS_ADDED); r++) {
         store_dbias_row(job, t, bp->panel.r0 + r, keys, s->tiles.dp + r * KEYS);
     }

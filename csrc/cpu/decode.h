@@ -5,11 +5,11 @@
  * few instructions per byte leave the core's window to loads in flight, which is what a memory-bound pass is made of.
  *
  *     few_scores()       s[row][key]  = q[row] . k[key]
- *     few_accumulate()   o[row][:]    = o[row][:]*factor[row] + sum over keys of p[row][key] * v[key][:]
+ *     few_accumulate()   o[row][:]    = o[row][:]*factor[row] + sum over keys of p[row][key] * v[key][:],  few_keys() at a time
  *
  * q and o are rows of columns rounded up to VL. Rows of K and V that are bfloat16 or
  * float16 become floats in registers: a copy as floats would be written and read again. Nothing outside the d or dv elements of a
- * row is read. A row's bits do not depend on how keys and rows are grouped: every sum runs over the
+ * row is read. A row's bits do not depend on its place among rows, nor on how keys are stored: every sum runs over the
  * same vectors and folds their lanes by halves.
  */
 #ifndef FGQA_DECODE_H
@@ -27,9 +27,6 @@
 #define FEW_SUMS (VBYTES == 64 ? 16 : 8)
 #define FEW_DOTS (FEW_SUMS < VL ? FEW_SUMS : VL)
 #endif
-/* Keys whose columns are accumulated in registers before o is touched: few enough that passes over the column blocks of
- * wide rows find V in L1, many enough that loading and storing o does not count. */
-#define FEW_KEYS 32
 /* Rows of K and V are prefetched about this many bytes of them ahead, in lists no more than there are in a block; beyond the last row
  * that does no harm. */
 #define FEW_AHEAD 8192
@@ -42,9 +39,6 @@ typedef struct { const real *data; ptrdiff_t stride; const void *const *list; fe
 #define FEW_HAS_F16 (SIMD_HALF && !FGQA_REAL_F64)
 
 SIMD ptrdiff_t few_bytes(const few_form form) { return form == FEW_LIST_BF16 || form == FEW_LIST_F16 ? 2 : (ptrdiff_t)sizeof(real); }
-
-/* Vectors of a row for each prefetch: those of a cache line, where they are short. */
-SIMD int few_line(const few_form form) { return VBYTES == 16 ? 64 / (VL * (int)few_bytes(form)) : 1; }
 
 SIMD const void *few_row(const few_source *from, const few_form form, int j) { return form != FEW_BLOCK ? from->list[j] : from->data + j * from->stride; }
 
@@ -75,11 +69,47 @@ SIMD int few_lanes(int rows) { return rows <= 2 ? rows : rows <= 4 ? 4 : 8; }
 
 SIMD int few_min(int a, int b) { return a < b ? a : b; }
 
+SIMD int few_max(int a, int b) { return a > b ? a : b; }
+
+/* Vectors of columns that are accumulated at once. */
+SIMD int few_width(int rows) { return few_min(FEW_SUMS / rows, 8); }
+
+/* Keys whose columns are accumulated in registers before o is touched: where wide rows take several passes few enough that all but the
+ * first find V, stored in this form, in L1, beside what they prefetch, else many enough that loading and storing o does not count. */
+SIMD int few_keys(int rows, int dv, const few_form form)
+{
+    return dv <= few_width(few_lanes(rows)) * VL ? 32 : few_max(8, few_min(32, FEW_AHEAD / (dv * (int)few_bytes(form))));
+}
+
+/* Vectors of a row for each prefetch: those of a cache line, where they are short. */
+SIMD int few_line(const few_form form) { return VBYTES == 16 ? 64 / (VL * (int)few_bytes(form)) : 1; }
+
 /* Rows ahead, of a block of n. */
 SIMD int few_ahead(const few_form form, int n, int columns)
 {
-    const int rows = columns > 0 ? FEW_AHEAD / (columns * (int)few_bytes(form)) + 1 : 0;
+    const int rows = few_max(8, columns > 0 ? FEW_AHEAD / (columns * (int)few_bytes(form)) + 1 : 0);
     return form == FEW_BLOCK ? rows : few_min(rows, few_min(n, LIST_AHEAD));
+}
+
+/* Products go over rows and columns in orders of their own. Lines of rows that lie side by side are prefetched in the one in which they
+ * lie: memory is faster so. Of listed rows each is prefetched where row j, `rows` before it, is read. */
+typedef struct { const real *at; ptrdiff_t skip; int left, pieces; } few_cursor;   /* `pieces` of a row, skip: to the next row */
+
+SIMD few_cursor few_cursor_begin(const few_source *from, int row, int pieces, int columns)
+{
+    const few_cursor next = {from->form == FEW_BLOCK ? from->data + row * from->stride : NULL, from->stride - columns, pieces, pieces};
+    return next;
+}
+
+SIMD void few_prefetch_next(few_cursor *next, const int vectors)
+{
+    UNROLL(8)
+    for (int n = 0; n < vectors * VBYTES; n += 64) { __builtin_prefetch((const char *)next->at + n); }
+    next->at += vectors * VL;
+    if (--next->left == 0) {
+        next->at += next->skip;
+        next->left = next->pieces;
+    }
 }
 
 SIMD void few_prefetch(const few_source *from, const few_form form, int j, int c, int rows)
@@ -111,14 +141,16 @@ SIMD vreal few_fold(vreal *x, const int n, const int largest)
     return all;
 }
 
-/* s of keys j0.., `keys` of them, for `rows` rows, keys*rows at most VL, from the lanes of sum[key*rows + row]. */
+/* s of keys j0.., `keys` of them, for `rows` rows, keys*rows at most VL, from the lanes of sum[row*keys + key]. */
 SIMD void few_put(const int rows, const int keys, int j0, vreal *sum, real *s, ptrdiff_t lds)
 {
-    const vreal folded = few_fold(sum, keys * rows, 0);
-    UNROLL(4)
-    for (int j = 0; j < keys; j++) {
-        UNROLL(8)
-        for (int r = 0; r < rows; r++) { s[r * lds + j0 + j] = folded[(j * rows + r) * (VL / (keys * rows))]; }
+    const int step = VL / (keys * rows);
+    _Alignas(64) real lane[VL];
+    v_store(lane, few_fold(sum, keys * rows, 0));
+    UNROLL(8)
+    for (int r = 0; r < rows; r++) {
+        UNROLL(4)
+        for (int j = 0; j < keys; j++) { s[r * lds + j0 + j] = lane[(r * keys + j) * step]; }
     }
 }
 
@@ -128,22 +160,25 @@ SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, i
 {
     vreal sum[FEW_SUMS], key[4];
     const void *at[4];
+    const int pieces = form == FEW_BLOCK ? d / (keys * VL) : 0, in_order = pieces * keys * VL;
+    few_cursor next = few_cursor_begin(k, j0 + ahead, pieces, in_order);
     UNROLL(4)
     for (int j = 0; j < keys; j++) { at[j] = few_row(k, form, j0 + j); }
     UNROLL(16)
     for (int i = 0; i < keys * rows; i++) { sum[i] = v_zero(); }
     int c = 0;
     for (; c + VL <= d; c += VL) {
+        if (c < in_order) { few_prefetch_next(&next, keys); }
         UNROLL(4)
         for (int j = 0; j < keys; j++) {
             key[j] = few_load(at[j], form, c);
-            if (c / VL % few_line(form) == 0) { few_prefetch(k, form, j0 + j, c, ahead); }
+            if (c >= in_order && c / VL % few_line(form) == 0) { few_prefetch(k, form, j0 + j, c, ahead); }
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
             const vreal query = v_load(q + r * ldq + c);
             UNROLL(4)
-            for (int j = 0; j < keys; j++) { sum[j * rows + r] += key[j] * query; }
+            for (int j = 0; j < keys; j++) { sum[r * keys + j] += key[j] * query; }
         }
     }
     if (c < d) {
@@ -153,14 +188,14 @@ SIMD void few_dot(const int rows, const few_form form, const int keys, int j0, i
         for (int r = 0; r < rows; r++) {
             const vreal query = v_load(q + r * ldq + c);
             UNROLL(4)
-            for (int j = 0; j < keys; j++) { sum[j * rows + r] += key[j] * query; }
+            for (int j = 0; j < keys; j++) { sum[r * keys + j] += key[j] * query; }
         }
     }
-    if (keys * rows <= VL) {
-        few_put(rows, keys, j0, sum, s, lds);
-    } else {
-        UNROLL(8)
-        for (int j = 0; j < keys; j += VL / rows) { few_put(rows, VL / rows, j0 + j, sum + j * rows, s, lds); }
+    const int keys_put = keys < VL ? keys : VL, rows_put = keys * rows < VL ? rows : VL / keys_put;
+    UNROLL(8)
+    for (int r = 0; r < rows; r += rows_put) {
+        UNROLL(4)
+        for (int j = 0; j < keys; j += keys_put) { few_put(rows_put, keys_put, j0 + j, sum + r * keys + j, s + r * lds, lds); }
     }
 }
 
@@ -173,10 +208,10 @@ SIMD void few_scores_strip(const int rows, const few_form form, int n, int d, co
     for (; j < n; j++) { few_dot(rows, form, 1, j, d, k, q, ldq, s, lds, ahead); }
 }
 
-/* nv vectors of columns, from c0 on, of `rows` rows, over keys j0.., at most FEW_KEYS. `part` > 0: nv is 1 and the vector has only
- * that many columns. */
-SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, int j0, int n, int c0, int ahead, const real *p, ptrdiff_t ldp,
-                   const few_source *v, real *o, ptrdiff_t ldo, const real *factor)
+/* nv vectors of columns, from c0 on, of `rows` rows, over n keys from j0 on. `part` > 0: nv is 1 and the vector has only that many columns.
+ * `next`, or NULL: what passes prefetch together; else each does its own columns, `ahead` rows ahead. */
+SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, int j0, int n, int c0, int ahead, few_cursor *next, const real *p,
+                   ptrdiff_t ldp, const few_source *v, real *o, ptrdiff_t ldo, const real *factor)
 {
     vreal sum[FEW_SUMS];
     UNROLL(16)
@@ -184,10 +219,11 @@ SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, 
     for (int j = 0; j < n; j++) {
         vreal value[8];
         const void *const at = few_row(v, form, j0 + j);
+        if (next) { few_prefetch_next(next, nv); }
         UNROLL(8)
         for (int c = 0; c < nv; c++) {
             value[c] = part ? few_load_part(at, form, c0, part) : few_load(at, form, c0 + c * VL);
-            if (c % few_line(form) == 0) { few_prefetch(v, form, j0 + j, c0 + c * VL, ahead); }
+            if (!next && c % few_line(form) == 0) { few_prefetch(v, form, j0 + j, c0 + c * VL, ahead); }
         }
         UNROLL(8)
         for (int r = 0; r < rows; r++) {
@@ -206,17 +242,23 @@ SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, 
     }
 }
 
-SIMD void few_accumulate_strip(const int rows, const few_form form, int n, int dv, const real *p, ptrdiff_t ldp, const few_source *v, real *o,
-                               ptrdiff_t ldo, const real *factor)
+SIMD void few_accumulate_strip(const int rows, const few_form form, int n, int dv, int most, const real *p, ptrdiff_t ldp, const few_source *v,
+                               real *o, ptrdiff_t ldo, const real *factor)
 {
-    const int nv = FEW_SUMS / rows < 8 ? FEW_SUMS / rows : 8, ahead = few_ahead(form, n, dv);
-    for (int j = 0; j < n; j += FEW_KEYS) {
-        const int keys = few_min(n - j, FEW_KEYS);
+    const int nv = few_width(rows), ahead = few_ahead(form, n, dv), pieces = dv / (nv * VL);
+    for (int j = 0; j < n; j += most) {
+        const int keys = few_min(n - j, most);
+        few_cursor next = few_cursor_begin(v, j + ahead, pieces, pieces * nv * VL);
         const real *scale = j == 0 ? factor : NULL;
         int c = 0;
-        for (; c + nv * VL <= dv; c += nv * VL) { few_axpy(rows, form, nv, 0, j, keys, c, ahead, p, ldp, v, o, ldo, scale); }
-        for (; c + VL <= dv; c += VL) { few_axpy(rows, form, 1, 0, j, keys, c, ahead, p, ldp, v, o, ldo, scale); }
-        if (c < dv) { few_axpy(rows, form, 1, dv - c, j, keys, c, ahead, p, ldp, v, o, ldo, scale); }
+        for (; c + nv * VL <= dv; c += nv * VL) {
+            few_axpy(rows, form, nv, 0, j, keys, c, ahead, form == FEW_BLOCK ? &next : NULL, p, ldp, v, o, ldo, scale);
+        }
+        UNROLL(4)
+        for (int half = nv / 2; half > 0; half /= 2) {
+            for (; c + half * VL <= dv; c += half * VL) { few_axpy(rows, form, half, 0, j, keys, c, ahead, NULL, p, ldp, v, o, ldo, scale); }
+        }
+        if (c < dv) { few_axpy(rows, form, 1, dv - c, j, keys, c, ahead, NULL, p, ldp, v, o, ldo, scale); }
     }
 }
 
@@ -253,10 +295,10 @@ FGQA_SHARED __attribute__((noinline)) void few_scores(int rows, int n, int d, co
     FEW_BY_FORM(few_scores_strip, k->form, rows, n, d, k, q, ldq, s, lds);
 }
 
-FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, const real *p, ptrdiff_t ldp, const few_source *v, real *o,
-                                                          ptrdiff_t ldo, const real *factor)
+FGQA_SHARED __attribute__((noinline)) void few_accumulate(int rows, int n, int dv, int most, const real *p, ptrdiff_t ldp, const few_source *v,
+                                                          real *o, ptrdiff_t ldo, const real *factor)
 {
-    FEW_BY_FORM(few_accumulate_strip, v->form, rows, n, dv, p, ldp, v, o, ldo, factor);
+    FEW_BY_FORM(few_accumulate_strip, v->form, rows, n, dv, most, p, ldp, v, o, ldo, factor);
 }
 
 #endif

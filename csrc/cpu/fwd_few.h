@@ -123,14 +123,15 @@ static void attend_few(fwd_scratch *scratch, const tile_sequence *t, int32_t n, 
     if (kind == TILE_PARTIAL) { memcpy(scratch->rows, o, (size_t)used * sizeof(real)); }
     const tile_block v = block->v_list ? block->v : block_from(&block->v, first);
     const few_source v_rows = {v.data, v.stride, block->v_list ? block->v_list + first : NULL, block->v_list ? block->form : FEW_BLOCK};
-    few_accumulate(panel->rows, keys, p->dv, tile.s, KEYS, &v_rows, o, ld, tile.factor);
+    const int at_once = few_keys(panel->rows, p->dv, v_rows.form);
+    few_accumulate(panel->rows, keys, p->dv, at_once, tile.s, KEYS, &v_rows, o, ld, tile.factor);
     if (kind != TILE_PARTIAL || row_is_finite(o, used)) { return; }
 
     search_values(scratch, t, block);
     const tile_block clean = block_from(block->bad.count ? &block->clean : &block->v, first);
     const few_source clean_rows = {clean.data, clean.stride, NULL, FEW_BLOCK};
     memcpy(o, scratch->rows, (size_t)used * sizeof(real));
-    few_accumulate(panel->rows, keys, p->dv, tile.s, KEYS, &clean_rows, o, ld, tile.factor);
+    few_accumulate(panel->rows, keys, p->dv, at_once, tile.s, KEYS, &clean_rows, o, ld, tile.factor);
     for (int32_t i = 0; i < block->bad.count; i++) {
         const int32_t j = block->j0 + block->bad.row[i];
         if (j < j0 || j >= j1) { continue; }
