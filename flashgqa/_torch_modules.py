@@ -252,9 +252,7 @@ class FlashGQA(nn.Module):
             start, length = torch.from_numpy(cache.lens).to(q.device), cache.capacity
         elif cache is not None:
             start, length = cache.length, max(cache.length + length, cache.k.shape[1])
-        rotary._update_cos_sin_cache(length, q.device, torch.promote_types(q.dtype, torch.float32))
-        tables = (rotary._cos_cached, rotary._sin_cached)
-        tables_k = tables if rotary.scale is None else (rotary._cos_k_cached, rotary._sin_k_cached)
+        tables, tables_k = rotary._tables(length, q.device, torch.promote_types(q.dtype, torch.float32))
         options = dict(interleaved=rotary.interleaved, seqlen_offsets=start, cu_seqlens=cu_seqlens)
         return apply_rotary_emb(q, *tables, **options), apply_rotary_emb(k, *tables_k, **options)
 

@@ -166,28 +166,42 @@ class RotaryEmbedding(nn.Module):
             self.inv_freq, self.scale = self._compute_inv_freq(device), self._compute_scale(device)
         return self
 
+    def _holds(self, seqlen, device, dtype):
+        cos = self._cos_cached
+        return cos is not None and seqlen <= self._seq_len_cached and cos.device == device and cos.dtype == dtype
+
     def _update_cos_sin_cache(self, seqlen, device=None, dtype=None):
         """Makes the tables hold seqlen positions."""
-        cos = self._cos_cached
-        if cos is not None and seqlen <= self._seq_len_cached and cos.device == device and cos.dtype == dtype:
+        if self._holds(seqlen, device, dtype):
             return
         with torch.inference_mode(False):       # tables made there could not be part of training
-            self._make_tables(seqlen, device, dtype)
+            tables = self._make_tables(seqlen, device, dtype)
+        self._seq_len_cached = seqlen
+        self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached = tables
+
+    def _tables(self, seqlen, device, dtype):
+        """(cos, sin) of queries and of keys, of at least seqlen positions.
+
+        A compiled call keeps none: what it computes may lie in the memory of a CUDA graph, which the next call writes.
+        """
+        if torch.compiler.is_compiling() and not self._holds(seqlen, device, dtype):
+            cos, sin, cos_k, sin_k = self._make_tables(seqlen, device, dtype)
+        else:
+            self._update_cos_sin_cache(seqlen, device, dtype)
+            cos, sin, cos_k, sin_k = self._cos_cached, self._sin_cached, self._cos_k_cached, self._sin_k_cached
+        return (cos, sin), (cos, sin) if self.scale is None else (cos_k, sin_k)
 
     def _make_tables(self, seqlen, device, dtype):
-        self._seq_len_cached = seqlen
         # In float32, whatever module.to(dtype) made of the buffers: narrow positions would be wrong by whole turns.
         frequencies = self.inv_freq if self.inv_freq.dtype == torch.float32 else self._compute_inv_freq(device)
         position = torch.arange(seqlen, device=device, dtype=torch.float32)
         angles = torch.outer(position, frequencies.to(position.device))
         cos, sin = angles.cos(), angles.sin()
         if self.scale is None:
-            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
-        else:
-            power = (position - seqlen // 2) / self.scale_base
-            scale = self.scale.to(position.device, torch.float32) ** power[:, None]
-            self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
-            self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
+            return cos.to(dtype), sin.to(dtype), None, None
+        power = (position - seqlen // 2) / self.scale_base
+        scale = self.scale.to(position.device, torch.float32) ** power[:, None]
+        return tuple(x.to(dtype) for x in (cos * scale, sin * scale, cos / scale, sin / scale))
 
     def forward(self, qkv, kv=None, seqlen_offset=0, max_seqlen=None, num_heads_q=None):
         """Turns in place and returns qkv, as in `apply_rotary_emb_qkv_`; or (q, kv), if qkv is q [batch, seq, heads, d] and kv
@@ -195,14 +209,12 @@ class RotaryEmbedding(nn.Module):
 
         seqlen_offset: int, or int tensor [batch]; with a tensor max_seqlen says how many positions the tables must hold.
         """
-        if max_seqlen is not None:
-            self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
-        elif isinstance(seqlen_offset, int):
-            self._update_cos_sin_cache(qkv.shape[1] + seqlen_offset, qkv.device, qkv.dtype)
-        elif self._cos_cached is None:
+        if max_seqlen is None and isinstance(seqlen_offset, int):
+            max_seqlen = qkv.shape[1] + seqlen_offset
+        elif max_seqlen is None and self._cos_cached is None:
             raise ValueError("seqlen_offset is a tensor and there are no tables yet: give max_seqlen, how much they must hold")
-        cos, sin = self._cos_cached, self._sin_cached
-        cos_k, sin_k = (cos, sin) if self.scale is None else (self._cos_k_cached, self._sin_k_cached)
+        length = self._seq_len_cached if max_seqlen is None else max_seqlen
+        (cos, sin), (cos_k, sin_k) = self._tables(length, qkv.device, qkv.dtype)
         if kv is None:
             return apply_rotary_emb_qkv_(qkv, cos, sin, cos_k, sin_k, self.interleaved, seqlen_offset, num_heads_q)
         q = apply_rotary_emb(qkv, cos, sin, self.interleaved, True, seqlen_offset)

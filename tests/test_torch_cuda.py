@@ -243,6 +243,19 @@ def test_torchs_own_ways_to_graphs():
         for a, b in zip(gradients((out,), tensors, cotangent), gradients((expected,), tensors, cotangent), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-2)     # inductor adds the gradients of q without rounding between
 
+    layer = fg.FlashGQA(64, 4, 2, causal=True, rotary_dim=16, device="cuda")       # with tables that no call has made yet
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, mode="reduce-overhead")
+    for _ in range(4):
+        x = torch.randn(2, 40, 64, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        results = []
+        for function in (layer, compiled):
+            out = function(x)
+            results.append((out.clone(), *gradients((out,), tuple(function.parameters()))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
 
 def test_memory_that_does_not_suffice():
     q = torch.zeros(1, 1, 1, 128, dtype=torch.bfloat16, device="cuda").expand(64, 64, 2**20, 128)

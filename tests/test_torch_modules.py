@@ -184,6 +184,20 @@ def test_layers_that_turn(make_layer):
         assert torch.equal(twin(x), expected)
 
 
+@pytest.mark.parametrize("scale_base", [None, 64])
+def test_compiled_layers_keep_no_tables(scale_base):
+    """In a CUDA graph they would lie in memory that the next call writes: torch refuses to read them again."""
+    x = randn(2, 9, 32, dtype=torch.float32, grad=False)
+    for layer in (fg.FlashGQA(32, 4, 2, rotary_dim=8, rotary_scale_base=scale_base),
+                  mha.MHA(32, 4, rotary_emb_dim=8, rotary_emb_scale_base=scale_base, use_flash_attn=True)):  # fmt: skip
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        outs = [compiled(x[:, :length]) for length in (9, 5, 9)]
+        rotary = layer.rotary if isinstance(layer, fg.FlashGQA) else layer.rotary_emb
+        assert rotary._cos_cached is rotary._cos_k_cached is None and rotary._seq_len_cached == 0
+        for out in outs if scale_base is None else outs[:1]:     # xPos: tables for other lengths are others
+            assert torch.equal(out, layer(x[:, : out.shape[1]]))
+
+
 def test_flash_gqa_errors():
     layer, x = make("cpu", 32, 4, 2, rotary_dim=8), randn(2, 9, 32)
     for arguments, options in (((30, 4), {}), ((32, 4, 3), {}), ((32, 0), {})):

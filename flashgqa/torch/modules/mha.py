@@ -196,9 +196,8 @@ class MHA(nn.Module):
         if self.rotary_emb_dim > 0:
             if self.rotary_emb.scale is not None:
                 raise NotImplementedError("rotary_emb_scale_base is given: sequences of different lengths have no xPos")
-            self.rotary_emb._update_cos_sin_cache(inference_params.max_seqlen, q.device, q.dtype)
-            rotary = dict(rotary_cos=self.rotary_emb._cos_cached, rotary_sin=self.rotary_emb._sin_cached)
-            rotary["rotary_interleaved"] = self.rotary_emb.interleaved
+            (cos, sin), _ = self.rotary_emb._tables(inference_params.max_seqlen, q.device, q.dtype)
+            rotary = dict(rotary_cos=cos, rotary_sin=sin, rotary_interleaved=self.rotary_emb.interleaved)
         slopes = inner.alibi_slopes
         return flash_attn_with_kvcache(
             q, *cache.unbind(2), *kv.unbind(2), cache_seqlens=lengths.int(),
