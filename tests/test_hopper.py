@@ -126,7 +126,8 @@ def test_short_tiles_where_taller_ones_are_emptier(dtype):
     for heads, s, options, expected in (
         ((12, 12), 64, {}, short), ((12, 12), 77, {"causal": True}, short), ((12, 12), 128, {"batch_invariant": True}, short),
         ((32, 8), 64, {}, short), ((12, 12), 256, {}, tall), ((12, 12), 257, {}, plain), ((12, 12), 64, {"softcap": 9.0}, plain),
-        ((12, 12), 64, {"alibi_slopes": torch.ones(12, device="cuda")}, plain),
+        ((12, 12), 64, {"alibi_slopes": torch.ones(12, device="cuda")}, plain), ((12, 12), 256, {"causal": True}, tall),
+        ((12, 12), 384, {"causal": True}, short), ((12, 12), 385, {"causal": True}, tall),
     ):
         for b in (3, 400):
             plan = flashgqa.explain(*qkv(b, heads[0], s, 64, hk=heads[1], dtype=dtype), **options)

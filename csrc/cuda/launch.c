@@ -25,7 +25,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, SHORT_KEYS = 224, STREAM_ROWS = 64, MOST_PARTS = 16,
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, SHORT_KEYS = 224, SHORT_KEYS_CAUSAL = 384, STREAM_ROWS = 64, MOST_PARTS = 16,
        COPY_ROWS = 32, UNCOPIED_ROWS = 256, COPY_BYTES = 1 << 29 };
 
 /* Keys that tiles of wide heads hold at once; where rows begin in the middle of a sector of memory, of so many elements, fewer. */
@@ -375,12 +375,13 @@ static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, 
     const int64_t keys = fgqa_usual_keys(p);
     const int32_t whole = fgqa_whole_keys(p);
     if (whole > 0 && (k->row.d <= 64 || whole <= (p->d % SECTOR == 0 ? WIDE_KEYS : WIDE_KEYS_OFF_SECTORS))) { return NULL; }
-    if (keys > SHORT_KEYS) { return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys); }
+    const int skips = k->row.d <= 64 && !p->varlen && p->right != FGQA_UNBOUNDED && p->sk <= p->sq;      /* half of the keys, in finer steps */
+    if (keys > (skips ? SHORT_KEYS_CAUSAL : SHORT_KEYS)) { return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys); }
     if (p->batch_invariant && p->varlen) { return "the choice would depend on the batch"; }
     const cuda_kernel *tall = row_behind(k, FGQA_VARIANT_tall);
     const int is_tall = !pass_over_tall(tall, p);
     const int32_t block_q = (is_tall ? tall : row_behind(k, FGQA_VARIANT_plain))->row.block_q;
-    const double loss = k->row.d <= 64 ? (is_tall ? 1.25 : 1.12) : is_tall ? 1.7 : 1.5;
+    const double loss = k->row.d > 64 ? (is_tall ? 1.7 : 1.5) : is_tall ? (skips && keys <= 256 ? 1.0 : 1.25) : skips ? 0.95 : 1.12;
     return loss * rows_passed(p, k->row.block_q, 1, 1) < rows_passed(p, block_q, 1, 1) ? NULL : "taller tiles are nearly as full";
 }
 
