@@ -92,25 +92,26 @@ def assert_alike(got, expected, names=("out", "lse"), factor=1, dtype=None):
         assert apart <= factor * UNITS[name], f"{name}: {apart} units"
 
 
-def equations(dout, q, k, v, causal, narrow, step=2048):
+def equations(dout, q, k, v, causal, narrow, step=1024):
     """out, dq, dk, dv of one sequence and one KV head: k and v [n, d], q and dout of its query heads [h, n, d]. In float64, or
     `narrow` as the plain computation in their dtype has them: sums in float32, weights and their gradients rounded. So many rows
     at a time."""
     exact, scale = torch.float32 if narrow else torch.float64, q.shape[-1] ** -0.5
     store = (lambda x, dtype=q.dtype: x.to(dtype).to(exact)) if narrow else (lambda x: x)
-    dout, q, k, v = (x.to(exact) for x in (dout, q, k, v))
-    out, dq, dk, dv = (torch.zeros_like(x) for x in (dout, q, k, v))
+    k, v = k.to(exact), v.to(exact)
+    out, dq, dk, dv = (torch.zeros_like(x, dtype=exact) for x in (dout, q, k, v))
     keys = torch.arange(len(k), device=k.device)
     for h, begin in itertools.product(range(len(q)), range(0, len(k), step)):
         rows = slice(begin, begin + step)
-        x = q[h, rows] @ k.mT * scale
+        own, given = q[h, rows].to(exact), dout[h, rows].to(exact)
+        x = own @ k.mT * scale
         p = x.masked_fill_(keys > keys[rows, None], -torch.inf).softmax(-1) if causal else x.softmax(-1)
         out[h, rows] = store(p @ v)
         p = store(p)
-        ds = store(p * (dout[h, rows] @ v.mT - (dout[h, rows] * out[h, rows]).sum(-1, keepdim=True))) * scale
+        ds = store(p * (given @ v.mT - (given * out[h, rows]).sum(-1, keepdim=True))) * scale
         dq[h, rows] = ds @ k
-        dk += ds.mT @ q[h, rows]
-        dv += p.mT @ dout[h, rows]
+        dk += ds.mT @ own
+        dv += p.mT @ given
     return [store(x) for x in (out, dq, dk, dv)]
 
 

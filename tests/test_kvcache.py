@@ -21,7 +21,7 @@ from checking import (
 from conftest import cache_backends
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvcases import CASES, FLOAT8_CASES, CacheCase, angles, build, expected
+from kvcases import CASES, FLOAT8, FLOAT8_CASES, CacheCase, angles, build, expected
 from test_forward import FAR, sparse
 
 import flashgqa
@@ -117,9 +117,9 @@ def test_random_calls_reach_every_field():
 
 # ---- token by token ----
 
-STEPS = 11
+STEPS, UNIT = 11, 0.5       # the scale of a float8 cache: its elements times that are numbers of every dtype
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16, 71)
-KINDS = ("contiguous", "indexed", 1, 3, 16)
+KINDS = ("contiguous", "indexed", "float8", 1, 3, 16)
 OPTIONS = {
     "plain": {},
     "window": {"window": (4, None)},
@@ -135,7 +135,7 @@ OPTIONS = {
 
 
 def decode(backend, kind, q, k, v, lens_at_start, **options):
-    """out [b, hq, s, dv] of s tokens, each its own call, on an empty cache of this kind."""
+    """out [b, hq, s, dv] of s tokens, each its own call, on an empty cache of this kind, and what a float8 one then holds."""
     b, hk, s, d = k.shape
     slots = lens_at_start + s
     if isinstance(kind, int):
@@ -146,7 +146,10 @@ def decode(backend, kind, q, k, v, lens_at_start, **options):
         shape = (b + 1, hk, slots) if kind == "indexed" else (b, hk, slots)
         if kind == "indexed":
             options["batch_index"] = np.arange(b, 0, -1, dtype=np.int32)
-    caches = [backend.put(place(np.full((*shape, x.shape[-1]), np.nan, x.dtype))) for x in (k, v)]
+    dtype, stored = k.dtype, FLOAT8 if kind == "float8" else k.dtype
+    if kind == "float8":
+        options |= {name: np.full(hk, UNIT, np.float32) for name in ("k_scale", "v_scale")}
+    caches = [backend.put(place(np.full((*shape, x.shape[-1]), np.nan, stored))) for x in (k, v)]
     options = {name: backend.put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     if "rotary" in options:
         options["rotary"] = [backend.put(x) for x in options["rotary"]]
@@ -158,7 +161,8 @@ def decode(backend, kind, q, k, v, lens_at_start, **options):
         out.append(flashgqa.attention_with_kvcache(
             token[0], *caches, *token[1:], cache_lens=lens_at_start + i, causal=True, **options, kernel=kernel
         ))  # fmt: skip
-    return np.concatenate([backend.get(x) for x in out], axis=2)
+    held = [backend.get(x)[:, :, lens_at_start:].astype(dtype) * dtype.type(UNIT) for x in caches]
+    return np.concatenate([backend.get(x) for x in out], axis=2), held if kind == "float8" else None
 
 
 @pytest.mark.parametrize("on", BEST, ids=repr)
@@ -183,9 +187,12 @@ def test_token_by_token_equals_the_whole_causal_forward(g, name, on, rng):
             options["rotary"] = angles(STEPS, options["rotary"])
             turn = (*options["rotary"], np.arange(STEPS), options.get("rotary_interleaved", False))
             q_turned, k_turned = reference.rotate(q, *turn), reference.rotate(k, *turn).astype(dtype)
-        out = decode(on, kind, q, k, v, pad, **options)
-        right = reference.attention(q_turned, k_turned, v, causal=True, **whole)
-        naive = naive_forward(q_turned.astype(dtype), k_turned, v, causal=True, **whole)
+        out, held = decode(on, kind, q, k, v, pad, **options)
+        keys, values = held or (k_turned, v)
+        for x, exact in ((keys, k_turned), (values, v)):
+            np.testing.assert_allclose(x.astype(np.float64), exact.astype(np.float64), rtol=0.07, atol=2e-3)
+        right = reference.attention(q_turned, keys, values, causal=True, **whole)
+        naive = naive_forward(q_turned.astype(dtype), keys, values, causal=True, **whole)
         assert_within(f"out of {kind}", out, right, (x for x, _ in naive), dtype, 2)
 
 
