@@ -107,6 +107,7 @@ static const char *refuse_bias(const fgqa_problem *p)
     if (!p->want_dbias) { return NULL; }
     if (p->bias_shape[2] != p->sq) { return "gradient of a bias that query rows share"; }
     if (p->view[FGQA_ARG_mask].data && (p->bias_shape[0] != p->b || p->bias_shape[1] != p->hq)) { return "gradient of a shared bias with a mask"; }
+    if (p->view[FGQA_ARG_mask].data && bias->dtype == FGQA_F32) { return "gradient of a float32 bias with a mask"; }
     return bias->dtype != FGQA_F32 && p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
 }
 

@@ -70,21 +70,18 @@ static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
  * a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be missing;
- * CAPPED_AND_BITS beside a soft cap. WIDE_..: of a float32 bias; its .. AND_MORE: beside a mask tensor and dropout, and its gradient, of
- * which each may be missing. */
+ * CAPPED_AND_BITS beside a soft cap, WIDE_BIAS_AND_BITS beside a float32 bias and without slopes. */
 enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE, BIAS_AND_DROPOUT, BIAS_AND_DROPOUT_AND_MORE,
-                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_MORE };
-template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS;
-template <score_kind KIND> static constexpr bool WIDE_BIAS = KIND == WIDE_BIASED || KIND == WIDE_BIAS_AND_MORE;
-template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE || KIND == WIDE_BIAS_AND_MORE;
+                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_BITS };
+template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == WIDE_BIAS_AND_BITS;
+template <score_kind KIND> static constexpr bool WIDE_BIAS = KIND == WIDE_BIASED || KIND == WIDE_BIAS_AND_BITS;
+template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE;       /* in the place of the bias, until TMA has stored it */
 template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || ANY_BITS<KIND> || STORES_DBIAS<KIND>;
-template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || KIND == WIDE_BIAS_AND_MORE || ANY_BITS<KIND>;
-template <score_kind KIND> static constexpr bool MAY_DROP_NOTHING = ANY_BITS<KIND> || KIND == WIDE_BIAS_AND_MORE;
+template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || ANY_BITS<KIND>;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI || KIND == CAPPED_AND_BITS;
-template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || ANY_BITS<KIND>;
+template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS;
 template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND> || WIDE_BIAS<KIND>;
-template <score_kind KIND> static constexpr bool HOLDS_DBIAS = STORES_DBIAS<KIND> && !WIDE_BIAS<KIND>;      /* in the place of the bias, until TMA has stored it */
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
  * inf or NaN. With a bias: rows whose scores count from a base. */
@@ -300,21 +297,21 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
         const bool wide = problem->view[FGQA_ARG_bias].dtype == FGQA_F32;
         const fgqa_map_box box = {wide ? 32 : 64, 1, 64};
         const bool wanted = problem->view[FGQA_ARG_dbias].data != NULL;
-        sums_dbias = wanted && (problem->bias_shape[0] != problem->b || problem->bias_shape[1] != problem->hq);
+        sums_dbias = wanted && (wide || problem->bias_shape[0] != problem->b || problem->bias_shape[1] != problem->hq);
         p.some_dbias = wanted && !sums_dbias;
         error = fgqa_tensor_map(&p.bias_map, problem, FGQA_ARG_bias, box);
         if (error == cudaSuccess && wanted && !wide) { error = fgqa_tensor_map(&p.dbias_map, problem, FGQA_ARG_dbias, box); }
         if (error == cudaSuccess && p.some_dbias && skips_tiles(problem)) {
             const int64_t elements = (int64_t)problem->b * problem->hq * problem->sq * problem->sk;
-            error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * (wide ? sizeof(float) : sizeof(T)), stream);
+            error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * sizeof(T), stream);
         }
         if (error != cudaSuccess) { return error; }
         const bool more = some_mask || p.some_dbias;
         kernel = drops ? more ? bwd_kernel<true, BIAS_AND_DROPOUT_AND_MORE> : bwd_kernel<true, BIAS_AND_DROPOUT> : more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
         state = &bias_states[2 * drops + more];
         if (wide) {
-            kernel = more || drops ? bwd_kernel<true, WIDE_BIAS_AND_MORE> : bwd_kernel<true, WIDE_BIASED>;
-            state = &bias_states[4 + (more || drops)];
+            kernel = bits ? bwd_kernel<true, WIDE_BIAS_AND_BITS> : bwd_kernel<true, WIDE_BIASED>;
+            state = &bias_states[4 + bits];
         }
     }
 #endif

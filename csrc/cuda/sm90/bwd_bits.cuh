@@ -165,7 +165,7 @@ static __device__ __forceinline__ uint32_t draw_blocks(const drawing &d)
 
 template <score_kind KIND> static __device__ __forceinline__ uint32_t draw_blocks(const bwd_params &p, const drawing &d)
 {
-    return MAY_DROP_NOTHING<KIND> && p.common.problem.dropout_threshold == 0 ? 0xFFFFFFFFu : draw_blocks(d);
+    return ANY_BITS<KIND> && p.common.problem.dropout_threshold == 0 ? 0xFFFFFFFFu : draw_blocks(d);
 }
 
 static __device__ __forceinline__ lane_bits bits_of_blocks(uint32_t kept) { return {exchange_bits<8, 1>(exchange_bits<16, 2>(exchange_bits<4, 16>(kept)))}; }

@@ -161,14 +161,7 @@ template <score_kind KIND> static __device__ __forceinline__ void leave_bias(con
         if (state & KEYS_POISONED && p.some_dbias) { poison_dbias<KIND>(p, sm, t, stage, row0, consumer, gradients); }
         const int4 at = sm.bias_at[stage];
         const int4 own = make_int4(at.x + 64 * consumer, at.y + 64 * (int)half, at.z, at.w);
-        if constexpr (WIDE_BIAS<KIND>) {
-            store_wide_dbias(p, own, [&](int n, int half, int e) {
-                const float2 pair = unpack2(gradients[2 * n + half], T());
-                return (e ? pair.y : pair.x) * p.dbias_scale;
-            });
-        } else {
-            store_dbias<KIND>(p, bias_tile<KIND>(sm, slot, consumer), &sm.bias_empty[slot], own, gradients, consumer);
-        }
+        store_dbias<KIND>(p, bias_tile<KIND>(sm, slot, consumer), &sm.bias_empty[slot], own, gradients, consumer);
     }
     if constexpr (WIDE_BIAS<KIND>) {
         if (hides_by_bias(state)) { free_wide_bias(&sm.bias_empty[slot]); }

@@ -1,10 +1,11 @@
-/* bwd_dbias.cuh - part of bwd.cu, head dims 64 and 128: the gradient of a bias that sequences or heads share, by a kernel of its own.
+/* bwd_dbias.cuh - part of bwd.cu, head dims 64 and 128: the gradient of a bias that sequences or heads share, and of any float32 bias,
+ * for which dS must not be rounded as products take it, by a kernel of its own.
  *
  *     dbias = sum of P (dP - delta) over those that share it
  *
- * A block owns a tile of 128 rows (of a float32 bias at head dim 128, which finds no room, 64) x 128 keys of it and computes S and dP of all that add to it once more, in a fixed order: the sums
- * stay in registers, and there is neither an atomic nor memory for parts. No product mixes rows or keys, so that what is inf or NaN
- * stays where it is: it is hidden in the end.
+ * A block owns a tile of 128 rows (of a float32 bias at head dim 128, which finds no room, 64) x 128 keys of it and computes S and dP
+ * of all that add to it once more, in a fixed order: the sums stay in registers, and there is neither an atomic nor memory for parts.
+ * No product mixes rows or keys, so that what is inf or NaN stays where it is: it is hidden in the end.
  *
  *   warpgroup 0, warp 0   producer: the tile of the bias, then K, V, Q, dO and the statistics of each head of each sequence that meets it
  *   warpgroups 1, 2       consumers: 64 keys each, scores transposed (bwd_consumer.cuh), a half of 64 rows after the other

@@ -151,7 +151,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (HOLDS_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
+        if constexpr (STORES_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[r.stage]); }
     }
     wgmma_fence();
     first_products(s, sm, keys, next.stage);

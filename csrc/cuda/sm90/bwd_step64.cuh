@@ -155,7 +155,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<3>();
     if constexpr (HAS_BIAS<KIND>) {
-        if (HOLDS_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
+        if (STORES_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
         add_bias(s_b, bias, p.score_scale);
         if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
     }
@@ -206,7 +206,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (thread == 0) {
         mbarrier_arrive(smem_address(&sm.dout_empty[r.stage]));
         mbarrier_arrive(smem_address(&sm.q_empty[r.stage]));
-        if constexpr (HOLDS_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
+        if constexpr (STORES_DBIAS<KIND>) { free_dbias(p, &sm.bias_empty[1]); }
     }
 }
 
