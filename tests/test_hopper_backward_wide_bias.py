@@ -127,7 +127,9 @@ def test_gradient_is_not_rounded(d, dtype, shape):
     dout, dlse = random(*out.shape, dtype=dtype, seed=8), random(*lse.shape, dtype=torch.float32, seed=7)
     kernel = backward_row(dtype, d)
     dbias = flashgqa.attention_backward(dout, q, k, v, out, lse, dlse=dlse, bias=bias, kernel=kernel, **options).dbias
-    expected = torch.diag_embed(dlse.sum([n for n in (0, 1) if shape[n] == 1], keepdim=True))
+    for n in range(2):
+        dlse = dlse.sum(n, keepdim=True) if shape[n] == 1 else dlse
+    expected = torch.diag_embed(dlse)
     assert (dbias - expected).abs().max() < 1e-4
 
 
@@ -143,7 +145,11 @@ def test_where_numbers_are_not_finite(d, beside):
     for which, at, value in itertools.product(range(4), (120, 200, 250), (torch.nan, torch.inf)):
         odd = [y.clone() for y in x]
         odd[which][1, 1, at, 5] = value
-        assert_same(*both(odd[:3], bias, dout=odd[3], dbias=dbias, **more), more, True)
+        narrow, wide = map(list, both(odd[:3], bias, dout=odd[3], dbias=dbias, **more))
+        if dbias and value == torch.inf:  # the kernel that stores a narrow dbias takes dP of what is finite in dO
+            assert torch.equal(narrow[3].isfinite(), wide[3].isfinite())
+            narrow[3], wide[3] = (y[3].nan_to_num(0.0, 0.0, 0.0) for y in (narrow, wide))
+        assert_same(narrow, wide, more, True)
     for value in (torch.nan, torch.inf):
         odd = bias.clone()
         odd[1, 3, 7, 200] = odd[1, 3, 9, 390] = value
