@@ -15,22 +15,23 @@ class Known(NamedTuple):
     why: str
 
 
+FORWARD = r"fwd_sm90_.*_(plain|tall|short|dropout)|rows_any"      # the last one merges what some of these made
 RACE = r"^(Error|Warning): Race reported between"
 OF_DROPOUT = r"bwd_kernel<\(bool\)1, \(score_kind\)5>"       # bwd.cu's DROPOUT
 
 KNOWN = (
-    Known("racecheck", "fwd_sm90_.*_(plain|tall|short|dropout)", RACE,
+    Known("racecheck", FORWARD, RACE,
           (r"Write .*\bdescribe_rows[<(]", r"Read .*\b(consume<|add_seen_poison<)"),
           "The masker's lanes write rows and blocks, meet at __syncwarp, and its lane 0 arrives at the mbarrier q_full, for "
           "whose phase consumers wait before they read. Before the next write: a consumer warp reads, meets at __syncwarp, "
           "its lane 0 arrives at q_empty (in the careful pass behind add_seen_poison()), for which the masker waits; where each "
           "tile has a place for its rows, at o_full; collector, tile_empty, scheduler, tile_full, masker. The tool follows an "
           "mbarrier for the thread that arrives, not for those which that thread has met before."),
-    Known("racecheck", "fwd_sm90_.*_(plain|tall|short|dropout)", RACE, (r"Write .*\bdescribe_rows[<(]", r"Read .*\bfinish_rows<"),
+    Known("racecheck", FORWARD, RACE, (r"Write .*\b(describe_rows[<(]|place_tile\()", r"Read .*\bfinish_rows<"),
           "A lane of the masker writes into tiles[t] where its O and LSE go, the warp meets at __syncwarp, lane 0 arrives at "
           "q_full, for which consumers wait. Before the next write their lanes meet at __syncwarp behind the read, lane 0 "
           "arrives at o_full; collector, tile_empty, scheduler, tile_full, masker. The same limit of the tool."),
-    Known("racecheck", "fwd_sm90_.*_(plain|tall|short|dropout)", RACE,
+    Known("racecheck", FORWARD, RACE,
           (r"Write .*\b(describe_tile|schedule)<",
            r"Read .*\b(consume<|finish_rows<|add_seen_poison<|find_rows\(|produce\(|describe_rows[<(])"),
           "The scheduler's lane 0 writes tiles[t] and arrives at tile_full and q_full itself, for which the others wait. "
@@ -38,11 +39,11 @@ KNOWN = (
           "o_full, the collector waits for it and arrives at tile_empty, for which the scheduler waits; lanes of the masker and "
           "of the producer meet at __syncwarp behind theirs, before lane 0 arrives at q_full and before the copies leave for "
           "which those consumers wait. The same limit of the tool."),
-    Known("racecheck", "fwd_sm90_.*_(plain|tall|short|dropout)", RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bcollect\("),
+    Known("racecheck", FORWARD, RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bcollect\("),
           "Lanes of a consumer warp set poisoned[s], all to 1, meet at __syncwarp, lane 0 arrives at o_full; the collector "
           "waits for it, reads, sets 0 and arrives at tile_empty, behind which the scheduler, q_full and the consumers follow."
           " The same limit."),
-    Known("racecheck", "fwd_sm90_.*_(plain|tall|short|dropout)", RACE, (r"Read .*\bclean_v<", r"Write .*\bclean_v<"),
+    Known("racecheck", FORWARD, RACE, (r"Read .*\bclean_v<", r"Write .*\bclean_v<"),
           "Consumer warpgroups clean the same V buffer, each all of it before its own product. A word that is written "
           "becomes what every other warpgroup makes of it, too: whether it is read before or after, the result is the same "
           "word."),
