@@ -3,7 +3,8 @@
     python benchmarks/main_loops.py build/*/release/cuda_fwd_sm90_bf16_d128_dv128_tall.o ..     objects of a build, or its module
 
 Needs cuobjdump and nvdisasm of CUDA's toolkit. A line for each loop with tensor-core products and exponentials, which is what all
-passes but the second of head dim 256 have. Exit status 1 if one of a kernel without options touches local memory.
+passes but the second of head dim 256 have. Exit status 1 if one of a kernel without options touches local memory; those that
+merge parts in place are not asked, nor decode_wide_kernel, which does where a warpgroup has 64 query rows.
 """
 import re
 import subprocess

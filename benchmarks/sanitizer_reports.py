@@ -70,9 +70,9 @@ KNOWN = (
           "and arrives at q_full. Before the next write: the reads lie before a product of all four warps, behind which one "
           "thread of each consumer arrives at q_empty, for which the producer waits. The same limit."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bbulk_load\(", r"Read .*\badd_scores<"),
-          "The kernel for the gradient of a shared bias: bulk copies write lse2 and delta of a stage and complete on q_full and "
-          "dout_full, for which consumers wait. Before the next copy the lanes of a warp meet at __syncwarp behind their reads, "
-          "lane 0 arrives at rows_empty, for which the producer waits. The same limit."),
+          "The kernel for the gradient of a shared or float32 bias: bulk copies write lse2 and delta of a stage and complete on "
+          "q_full and dout_full, for which consumers wait. Before the next copy the lanes of a warp meet at __syncwarp behind "
+          "their reads, lane 0 arrives at rows_empty, for which the producer waits. The same limit."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce_dbias<", r"Read .*\bconsume_dbias<"),
           "There, too, the producer's thread writes about[s] and arrives at k_full, for which consumers wait. Before the next "
           "write the lanes of a warp meet at __syncwarp behind their reads, lane 0 arrives at kv_empty, for which it waits. The "

@@ -5,8 +5,8 @@
  * The producer loads it in tiles of 64 rows x 64 keys (bias_tile()); ldmatrix transposes them, float32 ones are read word by word. Rows
  * whose LSE is so large that it holds no digits of their sum have a base other than 0, from which lse2 counts (bwd_delta_tiled.cu); x is
  * rounded as it was in the forward pass. Tiles without such rows do not ask.
- * Its gradient, if it is asked for and not shared (bwd_dbias.cuh), takes the tile's place: dS as it is rounded for dK and dQ, transposed
- * once more, and stored by TMA; that of a float32 bias is stored from registers. Tiles that nobody sees are cleared before.
+ * The gradient of one of q's dtype, if it is asked for and not shared, takes the tile's place: dS as it is rounded for dK and dQ, transposed
+ * once more, and stored by TMA. Tiles that nobody sees are cleared before. Of others bwd_dbias.cuh makes it, of float32 ones without a mask.
  * A bias of -inf hides a key whatever its score is. Of finite numbers that is arithmetic; where dO, Q, K or V hold others, weights and
  * dS of such keys are set to 0 once more.
  */
