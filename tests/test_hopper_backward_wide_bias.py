@@ -207,6 +207,7 @@ def test_plan(d, dtype):
     for options, reason in (
         ({"bias": bias.double()}, "neither float32 nor of q's dtype"), ({"softcap": 5.0}, "with softcap"),
         ({"mask": mask}, "shared bias with a mask"), ({"bias": odd}, "16 bytes"),
+        ({"bias": bias.repeat(2, 1, 1, 1), "mask": mask}, "float32 bias with a mask"),
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})
         assert plan["kernel"] == general("bwd", dtype, d) and reason in dict(plan["refused"])[name]
