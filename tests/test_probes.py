@@ -15,7 +15,8 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 pytestmark = pytest.mark.skipif(NVCC is None or not HOPPER, reason="needs nvcc and a GPU of compute capability 9.0")
-# Head dim of q and k, keys of a tile, head dim of v: every width of a product that a row of kernels.def has.
+# Head dim of q and k, keys of a tile, head dim of v: every width of a product that a row of kernels.def has, but for the 32 keys
+# of the shortest sequences (FGQA_WHOLE_KEYS): backward tiles, which are looked at here, too, have 64.
 TILES = [(64, 64, 64), (64, 128, 64), (64, 192, 64), (64, 256, 64), (96, 96, 96), (128, 64, 128), (128, 128, 128),
          (192, 112, 192), (256, 64, 256), (256, 80, 256)]  # fmt: skip
 B, HQ, HK, SQ, SK = 3, 8, 2, 150, 300
