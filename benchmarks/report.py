@@ -9,14 +9,13 @@ import argparse
 import json
 import math
 import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 import figures
 import peers
 from figures import heads
-from report_options import options_section, short_section
+from report_options import filled, options_section, short_section
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -59,13 +58,13 @@ def cpu_about(result):
     machine, limit, rows = result["machine"], result["ceilings"], result["rows"]
     commit = f"commit {machine['commit']}, " if machine.get("commit") else ""
     wins = sum(record["ratio"] >= 1 for record in rows)
-    fma = f"float32 multiply-adds in registers reached {limit['fma_gflops']:.0f} GFLOP/s,\n" if limit.get("fma_gflops") else ""
-    return f"""\
+    fma = f"float32 multiply-adds in registers reached {limit['fma_gflops']:.0f} GFLOP/s, " if limit.get("fma_gflops") else ""
+    return filled(f"""\
 {machine["processor"]}, {machine["threads"]} threads: {machine["flashgqa"]} ({commit}{machine["isa"]}) and {machine["torch"]}
 (`scaled_dot_product_attention`) on the same arrays in alternating calls, {machine["date"]}. ratio = PyTorch's time / ours, the
 median over the pairs: above 1 we are faster, in {wins} of {len(rows)} rows. In the same run {fma}a float32 matrix product reached
 {limit["matmul_gflops"]:.0f} GFLOP/s and reading memory {limit["read_gbs"]:.0f} GB/s.
-"""
+""") + "\n"
 
 
 def cpu_tables(rows):
@@ -128,15 +127,9 @@ def gpu_more_table(rows):
     return lines
 
 
-def some_few(rows):
-    """Whether the record has them: older ones do not."""
-    return any("few_us" in row for row in rows)
-
-
 def gpu_decode_table(rows):
-    more = ["invariant", *(["few"] if some_few(rows) else []), "float8"]
     columns = ("batch", "cached keys", "heads q/kv", "page", "us", "TB/s", "best peer", "ratio", "to cuDNN", "to FA2", "read us",
-               "lengths given", *({"few": "4 queries", "float8": "float8 cache, lengths given"}.get(name, name) for name in more))
+               "lengths given", "invariant", "4 queries", "float8 cache, lengths given")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:
@@ -146,7 +139,7 @@ def gpu_decode_table(rows):
         mine = row["flashgqa_us"]
         ratios = [f"{row[f'{name}_us'] / mine:.2f}" for name in ("best", "cudnn", "fa2")]
         rate = 4 * row["b"] * row["hk"] * row["s"] * 128 / mine / 1e6
-        others = [f"{row[f'{name}_us']:.1f}" if f"{name}_us" in row else "" for name in more]
+        others = [f"{row[f'{name}_us']:.1f}" if f"{name}_us" in row else "" for name in ("invariant", "few", "float8")]
         cells = [row["b"], row["s"], heads(row), row["page"] or "", f"{mine:.1f}", f"{rate:.2f}", row["best_peer"], *ratios,
                  f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", *others]
         lines.append(f"| {' | '.join(map(str, cells))} |")
@@ -155,14 +148,13 @@ def gpu_decode_table(rows):
 
 def gpu_about(record):
     tests, limit = record["tests"], record["ceilings"]
-    recovered = textwrap.fill(f"Recovered {record['recovered']}.", 125) + "\n" if "recovered" in record else ""
     return f"""\
 {record["device"]}, bfloat16, 16,384 tokens a row, {record["date"]}, torch {record["torch"]}: TFLOP/s of one launch behind queued
 work, and its ratio to PyTorch's FlashAttention-2 and cuDNN backends in the same run, where a matrix product reached
 {limit["matmul_tflops"]:.0f} TFLOP/s. best: to the fastest of these two, FlashAttention-3 and flash-attn-4, at the ratio to cuDNN
 that it had on an H200 (`benchmarks/peers.py`). GPU tests of that build: {tests["passed"]} passed, {tests["failed"]} failed, \
 {tests["skipped"]} skipped.
-{recovered}"""
+"""
 
 
 def gpu_summary_table(rows):
@@ -204,7 +196,7 @@ Decode, one query token, bfloat16, d 128, replayed from a CUDA graph over more t
 ratio of the best peer's time to ours (`benchmarks/gpu_decode.py`: at its ratio to cuDNN on an H200), of cuDNN's and
 FlashAttention-2's in the same run; the time in which as many bytes are read by
 {reader}; ours with lengths on the device (of paged rows: contiguous), with
-`batch_invariant=True`, {"with 4 queries, " if some_few(rows) else ""}and over a float8 cache of as many keys:"""
+`batch_invariant=True`, with 4 queries, and over a float8 cache of as many keys:"""
 
 
 def in_short(cpu, gpu):

@@ -17,8 +17,6 @@ def where(record, section):
     if any(section[name] != record[name] for name in ("sources_sha256", "device", "date", "torch")):
         kernels = "the same kernels" if section["sources_sha256"] == record["sources_sha256"] else "other kernels"
         said.append(f"a run of its own, of {kernels}: {section['device']}, {section['date']}, torch {section['torch']}")
-    if "recovered" in section:
-        said.append(f"recovered {section['recovered']}")
     return f" ({'; '.join(said)})" if said else ""
 
 
