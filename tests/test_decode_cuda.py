@@ -287,6 +287,5 @@ def test_plan_says_why_not():
     assert "too few" in why(q, k[:, :, :200], v[:, :, :200])
     assert "bias" in why(q, k, v, bias=q.new_zeros(1, 1, 1, 1000))
     assert "up to 8 query rows" in why(*inputs(1, 2, 4, 3, 1000))
-    assert "strides above 0" in why(q, k[:, :1].expand(1, 2, 1000, 128), v)
     packed = [x[0].transpose(0, 1) for x in (q, k, v)]
     assert "packed" in why(*packed, cu_seqlens_q=int32([0, 1]), cu_seqlens_kv=int32([0, 1000]))

@@ -139,7 +139,7 @@ def test_head_dims_and_layouts(g, d, dv, dtype):
     q, k, v, options = inputs(2, 3, g, 1, 700, lens, d, dv, dtype)
     if d % 16 or dv % 16:
         plan = flashgqa.explain_with_kvcache(q, k, v, **options)
-        assert plan["kernel"].endswith("cache") and dict(plan["refused"])[kernel_of(q, k)] == "rows must start on 16 bytes"
+        assert plan["kernel"].endswith("cache") and dict(plan["refused"])[kernel_of(q, k)] == "k: rows must start on 16 bytes"
         padded = [torch.nn.functional.pad(x.view(torch.uint8), (0, -n % 16)) for x, n in ((k, d), (v, dv))]
         k, v = (x.view(FLOAT8)[..., :n] for x, n in zip(padded, (d, dv), strict=True))
     out = check(q, k, v, options)

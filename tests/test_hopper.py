@@ -74,8 +74,6 @@ def test_plan_takes_it_and_says_why_not(dtype):
     assert (plan["kernel"], plan["tasks"], plan["splits"]) == (row_for(dtype, 128, 128, variant="short"), 16, 1)
     plan = flashgqa.explain(*(random(1, 2, n, 128, dtype=dtype) for n in (160, 4096, 4096)))
     assert plan["kernel"] == row_for(dtype, 128, 128) and plan["splits"] > 1 and plan["tasks"] == 4 * plan["splits"]
-    shared = k[:1].expand(8, 2, 512, 128)
-    assert "strides above 0" in dict(flashgqa.explain(q, shared, v)["refused"])[row_for(dtype, 128, 128)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

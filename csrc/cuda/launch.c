@@ -412,6 +412,7 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
 
 static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_out, FGQA_ARG_dout};
     const cuda_kernel *k = kernel->row;
     if (p->precision != FGQA_PRECISION_DEFAULT) { return "precision=\"bf16x3\" is for CPUs with AMX: GPUs multiply float32 numbers as they are; leave precision out"; }
     if (p->dtype != k->row.dtype) {      /* of most rows: a call should not wait for the text */
@@ -435,10 +436,9 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         if (p->d % piece != 0 || p->dv % piece != 0) {
             return fgqa_reason(why, "head dims must be multiples of %d", piece);
         }
-        if (!is_vector(p, FGQA_ARG_q) || !is_vector(p, FGQA_ARG_k) || !is_vector(p, FGQA_ARG_v) || !is_vector(p, FGQA_ARG_out)) {
-            return "rows must start on 16 bytes";
+        for (int n = 0; n < (k->row.pass == FGQA_PASS_BWD ? 5 : 4); n++) {
+            if (!is_vector(p, tensors[n])) { return fgqa_reason(why, "%s: rows must start on 16 bytes", fgqa_arg_name(tensors[n])); }
         }
-        if (k->row.pass == FGQA_PASS_BWD && !is_vector(p, FGQA_ARG_dout)) { return "rows of dout must start on 16 bytes"; }
         if (k->row.pass == FGQA_PASS_BWD && k->row.arch == HOPPER) { return refuse_hopper_backward(k, p, why); }
     }
     if (k->row.most_rows) { return refuse_decode(k, p, why); }

@@ -96,19 +96,19 @@ static axes axes_of(const fgqa_problem *p, fgqa_arg arg)
     return a;
 }
 
-static const char *refuse_axes(axes a, const void *address, int64_t least_stride)
+static const char *refuse_axes(axes a, const void *address)
 {
     if ((uintptr_t)address % 16 != 0) { return "rows must start on 16 bytes"; }
     for (int n = 0; n < 3; n++) {
         if (a.extent[n] < 1) { return "a tensor is empty"; }
         if (a.extent[n] > INT32_MAX / 2) { return "TMA counts rows in 31 bits"; }
         if (a.stride[n] % 16 != 0) { return "rows must start on 16 bytes"; }
-        if (a.stride[n] < least_stride || a.stride[n] >= (int64_t)1 << 40) { return "TMA takes strides above 0 and below 2^40 bytes"; }
+        if (a.stride[n] < 0 || a.stride[n] >= (int64_t)1 << 40) { return "TMA takes strides from 0 to 2^40 bytes"; }
     }
     return NULL;
 }
 
-const char *fgqa_tensor_map_refuse(const fgqa_problem *p, fgqa_arg arg) { return refuse_axes(axes_of(p, arg), p->view[arg].data, arg != FGQA_ARG_bias); }
+const char *fgqa_tensor_map_refuse(const fgqa_problem *p, fgqa_arg arg) { return refuse_axes(axes_of(p, arg), p->view[arg].data); }
 
 /* Of a bias or a mask. An axis that is broadcast has stride 0. */
 static axes term_axes(const fgqa_problem *p, fgqa_arg arg)
@@ -124,7 +124,7 @@ static axes term_axes(const fgqa_problem *p, fgqa_arg arg)
 
 const char *fgqa_term_map_refuse(const fgqa_problem *p, fgqa_arg arg)
 {
-    return p->view[arg].stride_d != 1 ? "keys must be next to each other" : refuse_axes(term_axes(p, arg), p->view[arg].data, 1);
+    return p->view[arg].stride_d != 1 ? "keys must be next to each other" : refuse_axes(term_axes(p, arg), p->view[arg].data);
 }
 
 static cuuint32_t type_of(fgqa_dtype dtype)
