@@ -27,7 +27,7 @@ template <int N> static __device__ void store(float *to, const float (&d)[N / 2]
 }
 
 /* scores = Q K^T, out = scores V, of 64 rows and N keys. Of the first 64 columns and rows of Q and K alone, as the backward pass has its
- * tiles: rows = Q K^T, columns = Q^T K. */
+ * tiles, if there are so many keys: rows = Q K^T, columns = Q^T K. */
 template <int D, int N, int DV> static __global__ void __launch_bounds__(128) products(const __grid_constant__ probe p)
 {
     extern __shared__ __align__(1024) unsigned char memory[];
@@ -65,19 +65,21 @@ template <int D, int N, int DV> static __global__ void __launch_bounds__(128) pr
     wgmma_pin(o);
     store<DV>(p.out, o);
 
-    float part[32];
-    wgmma_fence();
-    for (int i = 0; i < 4; i++) { wgmma64<0>(part, wgmma_desc_sw128(q, 0, 1024) + 2 * i, wgmma_desc_sw128(k, 0, 1024) + 2 * i, i == 0); }
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_pin(part);
-    store<64>(p.rows, part);
-    wgmma_fence();
-    for (int i = 0; i < 4; i++) { wgmma64<1>(part, wgmma_desc_sw128(q, Q_BYTES, 1024) + 128 * i, wgmma_desc_sw128(k, BYTES, 1024) + 128 * i, i == 0); }
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_pin(part);
-    store<64>(p.columns, part);
+    if constexpr (N >= 64) {
+        float part[32];
+        wgmma_fence();
+        for (int i = 0; i < 4; i++) { wgmma64<0>(part, wgmma_desc_sw128(q, 0, 1024) + 2 * i, wgmma_desc_sw128(k, 0, 1024) + 2 * i, i == 0); }
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(part);
+        store<64>(p.rows, part);
+        wgmma_fence();
+        for (int i = 0; i < 4; i++) { wgmma64<1>(part, wgmma_desc_sw128(q, Q_BYTES, 1024) + 128 * i, wgmma_desc_sw128(k, BYTES, 1024) + 128 * i, i == 0); }
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_pin(part);
+        store<64>(p.columns, part);
+    }
 }
 
 template <int D, int N, int DV> static int run(const probe &p)
@@ -136,6 +138,7 @@ extern "C" int fgqa_probe(void *q, void *k, void *v, int32_t b, int32_t hq, int3
     p.columns = columns;
     p.rows = rows;
 #define PROBE(D, N, DV) if (d == D && n == N && dv == DV) { return run<D, N, DV>(p); }
+    PROBE(64, 32, 64)
     PROBE(64, 64, 64)
     PROBE(64, 128, 64)
     PROBE(64, 192, 64)
