@@ -205,6 +205,12 @@ class Verdict(NamedTuple):
     problem: str | None
 
 
+def allowed(naive_error, largest, dtype, factor):
+    """The largest error of a result by the rule. largest: of the reference values; dtype: its name."""
+    ulp = EPSILON[dtype] * 2.0 ** np.floor(np.log2(largest)) if largest > 0 else 0.0
+    return factor * naive_error + 2 * max(ulp, FLOOR[dtype])
+
+
 def judge(got, expected, naive, dtype, factor):
     """The error rule for one result, `naive` being that of each naive arithmetic; NaN and infinities must match."""
     got = np.asarray(got)
@@ -224,18 +230,16 @@ def judge(got, expected, naive, dtype, factor):
     error = np.where(finite, np.abs(got - np.where(finite, expected, 0)), 0)
     worst = error.max()
     largest = np.abs(expected[finite]).max()
-    ulp = EPSILON[dtype.name] * 2.0 ** np.floor(np.log2(largest)) if largest > 0 else 0.0
-    ulp = max(ulp, FLOOR[dtype.name])
     naive_error = bound = 0
     for x in naive:
         naive_error = max(naive_error, np.abs(x.astype(expected.dtype)[finite] - expected[finite]).max())
-        bound = factor * naive_error + 2 * ulp
+        bound = allowed(naive_error, largest, dtype.name, factor)
         if worst <= bound:
             return Verdict(worst, bound, None)
     at = [int(n) for n in np.unravel_index(error.argmax(), error.shape)]
     return Verdict(
         worst,
         bound,
-        f"error {worst:.3g} at {at} exceeds {bound:.3g} = {factor} * naive error {naive_error:.3g} + 2 ulp {ulp:.3g}; "
-        f"largest reference {largest:.3g}",
+        f"error {worst:.3g} at {at} exceeds {bound:.3g} = {factor} * naive error {naive_error:.3g} + 2 ulp of the largest "
+        f"reference value, {largest:.3g}",
     )

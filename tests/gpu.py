@@ -3,7 +3,6 @@ strides, and results come back as NumPy arrays.
 """
 
 import itertools
-import math
 
 import hypothesis
 import ml_dtypes
@@ -13,7 +12,7 @@ import torch
 from checking import memory_of
 
 import flashgqa
-from flashgqa._bounds import BACKWARD_FACTOR, EPSILON, FORWARD_FACTOR
+from flashgqa._bounds import BACKWARD_FACTOR, FORWARD_FACTOR, allowed
 
 BFLOAT16, FLOAT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 # NumPy's name for the bits, torch's for them, torch's for what they mean
@@ -118,8 +117,8 @@ def equations(dout, q, k, v, causal, narrow, step=1024):
 def within(got, exact, naive, backward):
     """The error rule for one result of equations()."""
     ours, plain, largest = (x.abs().max().item() for x in (got.double() - exact, naive.double() - exact, exact))
-    ulp = EPSILON[str(got.dtype).removeprefix("torch.")] * 2.0 ** math.floor(math.log2(largest))
-    return ours <= (BACKWARD_FACTOR if backward else FORWARD_FACTOR) * plain + 2 * ulp
+    factor = BACKWARD_FACTOR if backward else FORWARD_FACTOR
+    return ours <= allowed(plain, largest, str(got.dtype).removeprefix("torch."), factor)
 
 
 class CudaBackend:
