@@ -33,6 +33,16 @@ def assert_gradients_alike(got, expected):
     assert_alike(got, expected, ("dq", "dk", "dv"))
 
 
+def assert_poison_alike(got, expected, clean):
+    """Of two sequences the second is poisoned: inf and NaN are where they are in `expected`, the first one is that of `clean`."""
+    for a, b, before in zip(got, expected, clean, strict=True):
+        poisoned = ~b.isfinite()
+        assert torch.equal(poisoned, ~a.isfinite())
+        assert torch.equal(a[0], before[0])
+        others = ~poisoned.any(-1, keepdim=True)
+        assert_gradients_alike([a.where(others, 0)] * 3, [b.where(others, 0)] * 3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_each_head_dim_has_its_row(dtype):
     for d, row in ((8, 64), (64, 64), (72, 128), (128, 128), (136, 256), (256, 256)):

@@ -12,7 +12,7 @@ from checking import assert_within, exact, naive_backward
 from gpu import assert_alike, get
 from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_alibi import all_pairs_of_lengths, gradients
-from test_hopper_backward import ROWS, assert_gradients_alike, backward_row
+from test_hopper_backward import ROWS, assert_gradients_alike, assert_poison_alike, backward_row
 from test_hopper_softcap import ALIGNED, check_backward_row, extents, general
 
 import flashgqa
@@ -187,12 +187,7 @@ def test_poison_stays_where_it_is_seen(d, which):
         poisoned = [y.clone() for y in x]
         poisoned[which][1, 1, at, 5] = torch.nan
         got, expected = gradients(*poisoned[:3], dout=poisoned[3], **options)
-        for a, b, before in zip(got, expected, clean, strict=True):
-            touched = ~b.isfinite()
-            assert torch.equal(touched, ~a.isfinite())
-            assert torch.equal(a[0], before[0])
-            untouched = ~(touched.any(-1, keepdim=True).expand_as(a))
-            assert_gradients_alike([a.where(untouched, 0)] * 3, [b.where(untouched, 0)] * 3)
+        assert_poison_alike(got, expected, clean)
         if at == 250 and which in (1, 2):                  # a key that nobody sees
             assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
 
