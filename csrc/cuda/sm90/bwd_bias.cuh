@@ -153,28 +153,6 @@ static __device__ __forceinline__ void free_dbias(const bwd_params &p, uint64_t 
     mbarrier_arrive(smem_address(empty));
 }
 
-PTX_FN void store_word_if(bool yes, float *to, float x)
-{
-    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %0, 0;\n\t@p st.global.f32 [%1], %2;\n\t}" ::"r"((int)yes), "l"(to), "f"(x) : "memory");
-}
-
-/* dbias of a float32 bias, by a consumer, to `at`: key, row, head, sequence. value(n, half, e): that of register 4 n + 2 half + e. A warp's
- * stores fill sectors of 32 bytes. */
-template <typename VALUE> static __device__ __forceinline__ void store_wide_dbias(const bwd_params &p, const int4 &at, const VALUE &value)
-{
-    const fgqa_problem &problem = p.common.problem;
-    const fgqa_view &view = problem.view[FGQA_ARG_dbias];
-    const int here = (int)thread_index() & 127;
-    const int32_t row = at.y + here % 4 * 2, key = at.x + here / 32 * 16 + here % 32 / 4, rows = p.some_dbias ? problem.sq - row : 0;
-    const int32_t count[2] = {key < problem.sk ? rows : 0, key + 8 < problem.sk ? rows : 0};
-    float *to = (float *)fgqa_row_address(view, sizeof(float), at.w, at.z, row) + key;
-#pragma unroll
-    for (int n = 0; n < 8; n++, to += 8 * view.stride_s) {
-#pragma unroll
-        for (int m = 0; m < 4; m++) { store_word_if(8 * n + m % 2 < count[m / 2], to + m % 2 * view.stride_s + m / 2 * 8, value(n, m / 2, m % 2)); }
-    }
-}
-
 /* By a warp that has read a float32 tile. */
 static __device__ __forceinline__ void free_wide_bias(uint64_t *empty)
 {

@@ -189,6 +189,27 @@ template <bool WIDE> static __device__ __forceinline__ bool hides_some(uint32_t 
     return __any_sync(ALL_LANES, same != 0);
 }
 
+PTX_FN void store_word_if(bool yes, float *to, float x)
+{
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %0, 0;\n\t@p st.global.f32 [%1], %2;\n\t}" ::"r"((int)yes), "l"(to), "f"(x) : "memory");
+}
+
+/* dbias of a float32 bias, by a consumer, to `at`: key, row, head, sequence. A warp's stores fill sectors of 32 bytes. */
+static __device__ __forceinline__ void store_wide_dbias(const bwd_params &p, const int4 &at, const float (&sums)[32], float factor)
+{
+    const fgqa_problem &problem = p.common.problem;
+    const fgqa_view &view = problem.view[FGQA_ARG_dbias];
+    const int here = (int)thread_index() & 127;
+    const int32_t row = at.y + here % 4 * 2, key = at.x + here / 32 * 16 + here % 32 / 4, rows = problem.sq - row;
+    const int32_t count[2] = {key < problem.sk ? rows : 0, key + 8 < problem.sk ? rows : 0};
+    float *to = (float *)fgqa_row_address(view, sizeof(float), at.w, at.z, row) + key;
+#pragma unroll
+    for (int n = 0; n < 8; n++, to += 8 * view.stride_s) {
+#pragma unroll
+        for (int m = 0; m < 4; m++) { store_word_if(8 * n + m % 2 < count[m / 2], to + m % 2 * view.stride_s + m / 2 * 8, sums[4 * n + m] * factor); }
+    }
+}
+
 template <bool DROPPING, bool WIDE> static __device__ void consume_dbias(const bwd_params &p, dbias_shared<WIDE> &sm, const dbias_extent &extent, int consumer)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -255,7 +276,7 @@ template <bool DROPPING, bool WIDE> static __device__ void consume_dbias(const b
             const int4 to = make_int4(at.j0 + 64 * consumer, at.i0 + 64 * half, at.head, at.batch);
             if constexpr (WIDE) {
                 free_wide_bias(&sm.bias_empty[half]);
-                store_wide_dbias(p, to, [&](int n, int of, int e) { return sums[half][4 * n + 2 * of + e] * factor; });
+                store_wide_dbias(p, to, sums[half], factor);
             } else {
                 uint32_t pairs[16];
 #pragma unroll
