@@ -6,8 +6,8 @@
 
 It serves every model that asks transformers' AttentionInterface for its attention: forward, training and `generate`, with
 grouped heads (never repeated in memory), causal masks, sliding windows, chunks, padding on either side, packed sequences,
-softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attention and encoders. Tested with transformers 4.57,
-5.5, 5.17 and 5.24.
+softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attention, encoders and rows that choose their keys.
+Tested with transformers 4.57, 5.5, 5.17 and 5.24.
 
 - Masks stay intervals and lengths (`flashgqa._transformers_masks`); only one that is something else is a [b, 1, sq, sk] bool
   tensor, as it is for transformers' own "sdpa". A padding token's row that sees no key gives 0; in "eager" it gives the mean
@@ -16,8 +16,9 @@ softcap, sinks, dropout, dynamic and static caches, torch.compile, cross attenti
 - ``output_attentions=True`` given to a call returns the weights, and they have gradients. Of a config transformers refuses it;
   of transformers 4, models that keep the argument to themselves (GPT-2) give None.
 - Compiled training without an attention_mask has a dense mask: transformers then assumes packed sequences.
-- `head_mask` and continuous batching are NotImplementedError, and so are models that compute their attention
-  themselves instead of asking for it, as BLOOM, MPT and XGLM do.
+- `head_mask`, continuous batching, a sink of each row (Inkling 2) and a choice of blocks of keys (MiniMax M3) are
+  NotImplementedError, and so are models that compute their attention themselves instead of asking for it, as BLOOM, MPT and XGLM
+  do, or add keys that their mask does not know of, as DeepSeek V4 does.
 """
 
 import torch
@@ -28,7 +29,12 @@ from ._transformers_masks import BoolMask, IntervalMask, create
 __all__ = ["IntervalMask", "attention_forward", "register"]
 
 # Of an argument that changes the result and has no option here, in whatever version of transformers passes it.
-_UNSERVED = {"head_mask": "a mask of heads", "read_index": "the paged cache of continuous batching"}
+_UNSERVED = {
+    "head_mask": "a mask of heads",
+    "read_index": "the paged cache of continuous batching",
+    "sinks": "a sink of each row",
+    "block_indices": "a choice of blocks of keys",
+}
 
 
 def register(name="fgqa"):
@@ -76,9 +82,14 @@ def _weights_wanted(output_attentions):
     return any("attentions" in name for name in recorded)
 
 
-def _mask_options(mask, is_causal, q_length):
+def _mask_options(mask, is_causal, q_length, k_length):
     """The options of `attention` for what a model passes as attention_mask."""
     if isinstance(mask, IntervalMask):
+        if mask.shape[2:] != (q_length, k_length):
+            raise NotImplementedError(
+                f"attention_mask is made for {mask.shape[2]} rows and {mask.shape[3]} keys, and there are {q_length} and "
+                f'{k_length}: the model adds keys of its own, which attn_implementation="fgqa" cannot serve; use "eager"'
+            )
         return dict(mask.options)
     if mask is None:        # one row is the last one of a cache, as for "sdpa"
         return dict(causal=True, align="top-left") if is_causal and q_length > 1 else {}
@@ -105,6 +116,15 @@ def _separated(options, mask, query, key, cu_seq_lens_q, cu_seq_lens_k):
     return dict(mask=(mask & (numbers[0][:, None] == numbers[1])).as_subclass(torch.Tensor))
 
 
+def _chosen(options, indices, k_length):
+    """The mask of options, or none, and of the keys whose numbers indices has, [b, 1, sq, sk]."""
+    if "cu_seqlens_q" in options:
+        raise NotImplementedError('indices: attn_implementation="fgqa" serves no chosen keys of packed sequences; use "eager"')
+    chosen = torch.zeros((*indices.shape[:2], k_length), dtype=torch.bool, device=indices.device)
+    chosen.scatter_(-1, indices.long(), True)
+    return chosen[:, None] & options["mask"] if "mask" in options else chosen[:, None]
+
+
 def attention_forward(
     module,
     query,
@@ -119,6 +139,7 @@ def attention_forward(
     position_bias=None,
     cu_seq_lens_q=None,
     cu_seq_lens_k=None,
+    indices=None,
     output_attentions=False,
     **kwargs,
 ):
@@ -143,6 +164,8 @@ def attention_forward(
         Added to the scores, [1 or b, hq, sq, sk]; has a gradient.
     cu_seq_lens_q, cu_seq_lens_k : torch.Tensor, optional
         Bounds of packed sequences in the rows of all b one after the other, int [n + 1].
+    indices : torch.Tensor, optional
+        The keys that each row chooses among those that it may see, int [b, sq, n]: sparse attention of the kind of DeepSeek V3.2.
 
     Returns
     -------
@@ -156,10 +179,12 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise NotImplementedError(f'{name}: attn_implementation="fgqa" does not serve {what}; use "eager" or "sdpa" for it')
     batch, _, q_length, _ = query.shape
-    options = _mask_options(attention_mask, is_causal, q_length)
+    options = _mask_options(attention_mask, is_causal, q_length, key.shape[2])
     options |= dict(scale=scaling, softcap=softcap, sink=s_aux, dropout_p=dropout)
     if cu_seq_lens_q is not None and "cu_seqlens_q" not in options:
         options = _separated(options, attention_mask, query, key, cu_seq_lens_q, cu_seq_lens_k)
+    if indices is not None:
+        options["mask"] = _chosen(options, indices, key.shape[2])
     if position_bias is not None:
         options["bias"] = position_bias if "bias" not in options else position_bias + options["bias"]
     wanted = _weights_wanted(output_attentions)

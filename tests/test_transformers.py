@@ -313,12 +313,17 @@ OTHERS = {
         moe_intermediate_size=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=6, first_k_dense_replace=1,
     )),
 }  # fmt: skip
+# Each row chooses three keys.
+CHOSEN = dict(index_topk=3, index_n_heads=2, index_head_dim=8)
+OTHERS["DeepseekV32Model"] = ("DeepseekV32Config", OTHERS["DeepseekV3Model"][1] | CHOSEN)
 
 
 @version_5
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_families(name):
     config, options = OTHERS[name]
+    if not hasattr(transformers, config):
+        pytest.skip(f"transformers {transformers.__version__} has no {config}")
     torch.manual_seed(1)
     model = randomized(getattr(transformers, name)(getattr(transformers, config)(**options)))
     ids, mask = batch("right")
@@ -518,10 +523,28 @@ def test_errors_name_what_works():
         ft.attention_forward(module, q, q, q, head_mask=torch.ones(2))
     with pytest.raises(NotImplementedError, match="continuous batching"):
         ft.attention_forward(module, q, q, q, read_index=torch.ones(2))
+    with pytest.raises(NotImplementedError, match='sinks.*a sink of each row; use "eager"'):
+        ft.attention_forward(module, q, q, q, sinks=torch.ones(1, 2, 3, 1))
+    with pytest.raises(NotImplementedError, match="choice of blocks"):
+        ft.attention_forward(module, q, q, q, block_indices=torch.zeros(1, 1, 3, 1, dtype=torch.int64))
+    packed = dict(cu_seq_lens_q=torch.tensor([0, 1, 3]), cu_seq_lens_k=torch.tensor([0, 1, 3]))
+    with pytest.raises(NotImplementedError, match="chosen keys of packed sequences"):
+        ft.attention_forward(module, q, q, q, indices=torch.zeros(1, 3, 1, dtype=torch.int64), is_causal=True, **packed)
     with pytest.raises(ValueError, match=r"attention_mask has shape \[1, 3\]"):
         ft.attention_forward(module, q, q, q, torch.ones(1, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match='name is "?\'flashgqa\'.*use "fgqa"'):
         ft.register("flashgqa")
+
+
+@version_5
+def test_keys_that_a_mask_does_not_know_of_are_an_error():
+    """DeepSeek V4 adds keys of its own to those of the tokens, and columns to a mask that is a tensor; ours is none."""
+    q, k = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 5, 8)
+    mask = ft.create(1, 3, 3, 0, 0)
+    assert isinstance(mask, ft.IntervalMask)
+    ft.attention_forward(torch.nn.Identity(), q, q, q, mask)
+    with pytest.raises(NotImplementedError, match='made for 3 rows and 3 keys, and there are 3 and 5.*use "eager"'):
+        ft.attention_forward(torch.nn.Identity(), q, k, k, mask)
 
 
 @pytest.mark.parametrize("name", ["bloom", "mpt", "xglm", "rembert"])
