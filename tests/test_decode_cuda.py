@@ -264,6 +264,62 @@ def test_one_graph_serves_all_lengths():
         assert torch.equal(out, flashgqa.attention(q, k, v, kv_lens=lens))
 
 
+@pytest.mark.parametrize(("sq", "g"), [(1, 1), (1, 4), (2, 4), (1, 12), (1, 32), (3, 8)])
+@pytest.mark.parametrize(("b", "hk"), [(1, 1), (1, 8), (3, 8), (5, 7), (8, 8), (15, 1)])
+def test_short_caches_in_clusters(b, hk, sq, g):
+    """A cluster has a pair, of as many blocks as there is room for, also where some have nothing to do."""
+    kernel = "decode" if sq * g <= 8 else "decodewide"
+    for sk in (257, 1000, 2048):
+        lens = int32([(sk, 1, 0, sk // 2, 64, 65)[n % 6] for n in range(b)])
+        q, k, v = inputs(b, hk, g, sq, sk)
+        sink = torch.linspace(-2, 2, hk * g, device="cuda")
+        out = check(q, k, v, kernel, causal=True, sink=sink)
+        full = flashgqa.attention(q, k, v, causal=True, sink=sink, kv_lens=torch.full_like(lens, sk))
+        assert_alike([full], [out], ["out"])
+        q, k, v = inputs(b, hk, g, sq, sk, lens=lens)
+        check(q, k, v, kernel, causal=True, kv_lens=lens)
+        check(q, k, v, kernel, causal=True, kv_lens=lens, window=(100, None))
+    pages, slots = sk // 16, sk // 16 * 16
+    table = torch.randperm(b * pages, generator=torch.Generator().manual_seed(0)).to("cuda", torch.int32).view(b, pages)
+    paged = [torch.full((b * pages, hk, 16, 128), math.nan, device="cuda", dtype=q.dtype) for _ in range(2)]
+    for to, x in zip(paged, (k, v), strict=True):
+        to[table.view(-1).long()] = x[:, :, :slots].reshape(b, hk, pages, 16, 128).transpose(1, 2).reshape(-1, hk, 16, 128)
+    out = flashgqa.attention_with_kvcache(q, *paged, cache_lens=lens, page_table=table, causal=True)
+    assert torch.equal(out, flashgqa.attention(q, k, v, kv_lens=lens, causal=True))
+
+
+@pytest.mark.parametrize(
+    ("b", "hk", "g", "sk"),
+    [(1, 8, 4, 1024), (4, 8, 4, 512), (1, 1, 32, 1024), (1, 8, 4, 60000), (66, 1, 32, 1024), (40, 8, 4, 300)],
+)
+def test_launches_see_what_came_before(b, hk, g, sk):
+    """A launch begins ahead of the end of the one before it: results that are the next one's queries and keys, also by kernels
+    of others."""
+    q, k, v = inputs(b, hk, g, 1, sk)
+
+    def chain(wait):
+        x, keys, values = q, k.clone(), v.clone()
+        for n in range(20):
+            x = flashgqa.attention(x, keys, values) * 4 if n % 3 == 0 else flashgqa.attention(x, keys, values)
+            wait()
+            keys[:, :, n] = x[:, ::g, 0]
+            values[:, :, -1 - n] += x[:, ::g, 0]
+            wait()
+            x = flashgqa.attention(flashgqa.attention(x, keys, values), keys, values)
+            wait()
+        return x
+
+    expected = chain(torch.cuda.synchronize)
+    for _ in range(5):
+        assert torch.equal(chain(lambda: None), expected)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.graph(graph, stream=stream):
+        out = chain(lambda: None)
+    for _ in range(5):
+        graph.replay()
+        assert torch.equal(out, expected)
+
+
 def test_streams_side_by_side():
     """Blocks of a launch wait for each other; those of two launches, of which the card holds one at a time, do not."""
     calls = [inputs(3, 4, 8, 1, 5000), inputs(1, 1, 32, 1, 9000)]

@@ -14,7 +14,11 @@
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
- * `Shared` is the block's shared memory: STREAMS, STAGES, READERS and PIECE_LANES; ring, full, empty, pages, schedule.
+ * Every warp waits for the launches before this one before it looks at memory (programmatic launch: this one may begin ahead of their
+ * end), and the launch behind this one may begin when all blocks have done so.
+ *
+ * `Shared` is the block's shared memory: STREAMS, STAGES, READERS, PIECE_LANES and JOINS; ring, full, empty, pages, schedule. JOINS: blocks
+ * have a part of their cluster's pair each (dec_join.cuh), which needs no schedule: the helper ends at once.
  */
 #pragma once
 #include "dec_combine.cuh"
@@ -70,7 +74,8 @@ static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem,
     constexpr bool APART = KIND == PIECES_APART, IN_TURN = KIND == ANY_SOURCE && !Shared::PIECE_LANES;
     constexpr int COUNT = IN_TURN ? PIECES : 1;         /* of pieces, by a lane */
     static_assert(2 * COPIES <= Shared::STAGES, "kernels.def: the ring holds what is under way");
-    const int window = KIND == ANY_SOURCE && p.table ? 2 * COPIES : COPIES;         /* pages are waited for in between */
+    const int usual = KIND == ANY_SOURCE && p.table ? 2 * COPIES : COPIES;          /* pages are waited for in between */
+    const int window = Shared::JOINS && p.fills_ring ? Shared::STAGES : usual;
     const lane_type own(p, mem, lane, evict_normal);
     int stage = 0;
     /* the first copy by itself: the shortest way to it */
@@ -143,6 +148,28 @@ template <class Shared, class Fetch> static __device__ __forceinline__ bool begi
     return works;
 }
 
+/* Consumers of a block that has a part of its cluster's pair. */
+template <class Fetch> static __device__ __forceinline__ dec_segment begin_part(const dec_params &p, dec_sequence &sequence, const Fetch &fetch)
+{
+    const dec_place at = place_of_pair(p, (int32_t)cluster_number());
+    dec_segment segment;
+    segment.b = at.b;
+    segment.h = at.h;
+    fetch(segment);
+    sequence = p.uniform ? p.sequence : dec_sequence_at(p, at.b);
+    barrier_sync(START, THREADS);
+    return part_of_pair(p, at, sequence);
+}
+
+/* The producer's first segment. Whole warp. */
+template <class Shared, bool UNIFORM> static __device__ __forceinline__ dec_segment own_segment(const dec_params &p, bool *evict_normal)
+{
+    if (!Shared::JOINS) { return first_segment_early<UNIFORM>(p, evict_normal); }
+    const dec_place at = place_of_pair(p, (int32_t)cluster_number());
+    *evict_normal = p.evict_normal;
+    return part_of_pair(p, at, UNIFORM || p.uniform ? p.sequence : dec_sequence_at(p, at.b));
+}
+
 /* The producer does its work here. Whether the warp is to go on: consumers, and the helper of a block with work. */
 template <class Shared> static __device__ __forceinline__ bool open_block(const dec_params &p, Shared &mem)
 {
@@ -154,11 +181,13 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
             if (lane == 0) { init_barriers(mem); }
             __syncwarp();
             barrier_arrive(START, THREADS);
-            const dec_segment first = first_segment_early<true>(p, &evict_normal);
+            const dec_segment first = own_segment<Shared, true>(p, &evict_normal);
+            launches_before_wait();
             produce<PLAIN>(p, mem, lane, first, evict_normal);
         } else {
             barrier_arrive(START, THREADS);
-            const dec_segment first = first_segment_early<false>(p, &evict_normal);
+            launches_before_wait();
+            const dec_segment first = own_segment<Shared, false>(p, &evict_normal);
             if (Shared::PIECE_LANES && p.pieces) {
                 if constexpr (Shared::PIECE_LANES) { produce<PIECES_APART>(p, mem, lane, first, evict_normal); }
             } else {
@@ -172,8 +201,11 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
         __syncwarp();
         barrier_arrive(BARRIERS, 64);
     }
+    launches_before_wait();
     if (warp < CONSUMERS) { return true; }
-    if (p.uniform) { barrier_arrive(START, THREADS); }
+    if (!Shared::JOINS || p.releases) { launch_behind_begin(); }
+    if (p.uniform || Shared::JOINS) { barrier_arrive(START, THREADS); }
+    if (Shared::JOINS) { return false; }
     make_schedule(p, mem.schedule, lane);
     if (!p.uniform) { barrier_sync(START, THREADS); }
     if ((int32_t)blockIdx.x >= mem.schedule.split.blocks) { return false; }

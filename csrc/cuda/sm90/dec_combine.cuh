@@ -13,6 +13,7 @@
  *     at once     the block that has all chunks of a pair, with batch_invariant; in registers, without records, where they are few
  *                 and the kernel can (p.folds).
  *     in pairs    two blocks of a cluster that have half of a pair each, without records (dec_wide_end.cuh).
+ *     in clusters the blocks of a cluster that has a pair, of short caches, without records (dec_join.cuh).
  *     afterwards  a second kernel, where there is no counter.
  */
 #pragma once

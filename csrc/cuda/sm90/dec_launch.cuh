@@ -6,6 +6,7 @@
 #include "../cuda.h"
 #include "../tensor_map.h"
 #include "dec_combine.cuh"
+#include "dec_join.cuh"
 
 /* Largest N <= blocks for which every block has one pair's part or whole pairs; `blocks` if that leaves a tenth of them idle.
  * Memory is the limit: a few idle SMs cost nothing, and a second segment or a record costs microseconds. */
@@ -57,6 +58,7 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     p->split = split_of(*p, p->uniform ? (int32_t)pairs * p->units : 1, true);
     const bool even = p->uniform && p->layout.chunk == 0 && p->split.longer == 0;
     p->halves = even && joins_halves && p->layout.tile_rows >= 32 && 2 * p->split.share == p->units;
+    p->parts = 0;
     p->counters = fgqa_dec_counters(problem->device.index, p->layout.blocks, exec->stream);
     p->folds = BLOCK_Q > 8 && p->counters && p->layout.chunk && p->layout.tile_rows <= FOLD_ROWS && pairs >= p->blocks_aligned;      /* blocks may have whole pairs */
     const bool whole_pairs = leaves_no_records(*p, p->split, p->units);
@@ -88,29 +90,108 @@ static int make_params(dec_params *p, const fgqa_plan *plan, const fgqa_problem 
     return error != cudaSuccess ? error : make_tile_map(&p->v_map, &p->v_boxes, problem, FGQA_ARG_v, problem->dv, deep_pieces);
 }
 
-/* COOPERATIVE: all blocks are resident. CLUSTERS: two at a time, and only those with work. */
+/* Of a kernel that joins parts. */
+static cudaError_t allow_clusters(const void *kernel, int32_t bytes, int32_t device, launch_state *state)
+{
+    if (state->ready[device]) { return cudaSuccess; }
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return error != cudaSuccess ? error : allow_shared_memory(kernel, bytes, device, state);
+}
+
+/* COOPERATIVE: all blocks are resident. CLUSTERS: two at a time, or as many as have parts of a pair, and only those with work. */
 enum dec_blocks { ANY, COOPERATIVE, CLUSTERS };
 
+struct dec_launch_config {
+    cudaLaunchAttribute attributes[2];
+    cudaLaunchConfig_t config;
+
+    dec_launch_config(uint32_t blocks, uint32_t cluster, int32_t shared_bytes)
+    {
+        memset(this, 0, sizeof *this);
+        config.gridDim = dim3(blocks);
+        config.blockDim = dim3(THREADS);
+        config.dynamicSmemBytes = (size_t)shared_bytes;
+        config.attrs = attributes;
+        if (cluster > 1) {
+            attributes[0].id = cudaLaunchAttributeClusterDimension;
+            attributes[0].val.clusterDim.x = cluster;
+            attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
+            config.numAttrs = 1;
+        }
+    }
+    cudaLaunchAttribute *add() { return &attributes[config.numAttrs++]; }
+};
+
+/* Launches that are recorded in a graph take what lets them begin early since 12.3. */
+static bool may_begin_early(void)
+{
+    static int32_t version;
+    if (version == 0 && cudaDriverGetVersion(&version) != cudaSuccess) { version = -1; }
+    return version >= 12030;
+}
+
+/* Where all blocks are resident, a launch begins ahead of the end of the one before it, and waits for that before it looks at memory. */
 static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, dec_blocks how, void *stream)
 {
-    cudaLaunchAttribute attribute = {};
-    if (how == CLUSTERS) {
-        attribute.id = cudaLaunchAttributeClusterDimension;
-        attribute.val.clusterDim.x = 2;
-        attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-    } else {
-        attribute.id = cudaLaunchAttributeCooperative;
-        attribute.val.cooperative = 1;
+    dec_launch_config launch((uint32_t)(how == CLUSTERS ? p->split.blocks : p->layout.blocks), how != CLUSTERS ? 1 : p->parts ? (uint32_t)p->parts : 2, shared_bytes);
+    launch.config.stream = (cudaStream_t)stream;
+    if (how == COOPERATIVE) {
+        cudaLaunchAttribute *cooperative = launch.add();
+        cooperative->id = cudaLaunchAttributeCooperative;
+        cooperative->val.cooperative = 1;
     }
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3((uint32_t)(how == CLUSTERS ? p->split.blocks : p->layout.blocks));
-    config.blockDim = dim3(THREADS);
-    config.dynamicSmemBytes = (size_t)shared_bytes;
-    config.stream = (cudaStream_t)stream;
-    config.attrs = &attribute;
-    config.numAttrs = how == ANY ? 0 : 1;
+    if (how != ANY && may_begin_early()) {
+        cudaLaunchAttribute *early = launch.add();
+        early->id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        early->val.programmaticStreamSerializationAllowed = 1;
+    }
     void *arguments[] = {(void *)p};
-    return cudaLaunchKernelExC(&config, kernel, arguments);
+    return cudaLaunchKernelExC(&launch.config, kernel, arguments);
+}
+
+/* Of a kernel that joins parts: how many clusters of so many blocks there is room for at once, + 1; 0: not known yet. */
+struct cluster_room { volatile int32_t known[MAX_DEVICES][MOST_JOINED + 1]; };
+
+static int32_t clusters_at_once(const void *kernel, int32_t blocks, int32_t shared_bytes, int32_t device, cluster_room *room)
+{
+    if (room->known[device][blocks] == 0) {
+        const dec_launch_config launch((uint32_t)blocks, (uint32_t)blocks, shared_bytes);
+        int clusters = 0;
+        if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) != cudaSuccess) {
+            cudaGetLastError();
+            clusters = 0;
+        }
+        room->known[device][blocks] = clusters + 1;
+    }
+    return room->known[device][blocks] - 1;
+}
+
+/* Whether clusters are to have a pair each, of as many blocks as there is room for; then params say so. Measured on an H100 (LOG.md): a block
+ * takes in 65 bytes a nanosecond, all together 3,200, 5% fewer if they leave multiprocessors idle, and records take 2 us, 3.5 with
+ * lengths on the device, of which all but one may be 0. */
+static bool join_pays(dec_params *p, const void *kernel, int32_t shared_bytes, cluster_room *room)
+{
+    const fgqa_problem *problem = &p->common.problem;
+    const int32_t device = problem->device.index;
+    const int64_t pairs = (int64_t)problem->b * p->layout.heads;
+    const int32_t units = p->uniform ? p->units : (problem->sk + GRANULE - 1) / GRANULE;
+    fgqa_cuda_properties properties;
+    int32_t parts = MOST_JOINED;
+    if (p->layout.chunk || pairs > INT32_MAX / MOST_JOINED || fgqa_cuda_device_properties(device, &properties) != FGQA_OK) { return false; }
+    while (parts > 1 && clusters_at_once(kernel, parts, shared_bytes, device, room) < pairs) { parts = parts > PORTABLE_JOINED ? PORTABLE_JOINED : parts - 1; }
+    const int32_t share = (units + parts - 1) / parts, blocks = (int32_t)pairs * parts, multiprocessors = properties.multiprocessors;
+    const double pair_bytes = 2.0 * TILE_BYTES * units, of_block = 2.0 * TILE_BYTES * share / 65, of_all = pair_bytes * (double)(p->uniform ? pairs : p->layout.heads) / 3200;
+    const double joined = fmax(of_block, 10 * blocks < 9 * multiprocessors ? 1.05 * of_all : of_all);
+    if (parts < 2 || units < 2 || joined - of_all > (p->uniform ? 2000 : 3500)) { return false; }
+    p->parts = p->uniform ? (units + share - 1) / share : parts;
+    p->by_parts = fast_div_make(p->parts);
+    p->counters = NULL;
+    p->split = {(int32_t)pairs * p->parts, share, 0};
+    p->fills_ring = 2 * p->split.blocks <= multiprocessors;
+    /* Both at once on one half of the multiprocessors each, blocks of two launches share their ways to memory unevenly. */
+    p->releases = share <= 2 || 3 * p->split.blocks <= multiprocessors || 3 * p->split.blocks >= 2 * multiprocessors;
+    p->evict_normal = has_slow_memory(device);
+    return true;
 }
 
 /* The kernel, and the one that merges where blocks do not. Clusters join halves themselves. */

@@ -21,6 +21,19 @@ PTX_FN void cp_async_4(uint32_t dst, const void *src)
 PTX_FN void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 PTX_FN void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
+PTX_FN uint32_t cluster_number()
+{
+    uint32_t n;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(n));
+    return n;
+}
+PTX_FN uint32_t cluster_rank()
+{
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
+    return n;
+}
+
 /* The same place in the shared memory of block `rank` of the cluster. */
 PTX_FN uint32_t map_to_rank(uint32_t address, uint32_t rank)
 {
@@ -36,6 +49,11 @@ PTX_FN void store_cluster(uint32_t address, float2 x)
 {
     asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
+
+/* Waits for the launches before this one, where it may begin ahead of their end; what they wrote is seen then. And lets the launch behind
+ * this one begin, if that waits likewise. */
+PTX_FN void launches_before_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+PTX_FN void launch_behind_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 /* Named barriers that warps reach at different places in the code. */
 PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -2,6 +2,7 @@
 #pragma once
 #include "../common/params.cuh"
 #include "../common/ptx_tma.cuh"
+#include "dec_ptx.cuh"
 #include "dec_work.h"
 
 /* A tile: GRANULE keys in chunks of 128 bytes a row, one or two a column. */
@@ -80,6 +81,10 @@ struct dec_params {
     int32_t chunk_pitch, piece_pitch;   /* of a tile: bytes from one chunk, from one 16 keys to the next */
     int32_t k_boxes, v_boxes;       /* copies across the head dim of a tile */
     dec_lengths lengths;
+    int32_t parts;                  /* not 0: a cluster of so many blocks has a pair, a part each: no records (dec_join.cuh) */
+    fast_div by_parts;
+    int32_t fills_ring;             /* and blocks are few: all of a ring under way */
+    int32_t releases;               /* and the launch behind this one may begin ahead of its end */
     int32_t blocks_aligned;         /* as layout.blocks, where all pairs are equal: blocks then have whole pairs, or parts of one */
     dec_sequence sequence;          /* each of them, where they are uniform */
     int32_t one_query;              /* uniform, and one query: all rows see these slots */
@@ -440,6 +445,14 @@ template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segm
     const dec_cut cut(p, scan);
     *evict_normal = p.evict_normal && cut.whole_pairs;
     return first_segment(p, cut.head, cut.begin, cut.end, cut.b_step);
+}
+
+/* Of a pair, `at`, that a cluster has, the part of this block, which may be empty. */
+static __device__ __forceinline__ dec_segment part_of_pair(const dec_params &p, const dec_place &at, const dec_sequence &sequence)
+{
+    const int32_t units = sequence.span.count, share = p.uniform ? p.split.share : p.by_parts(units + p.parts - 1), begin = min((int32_t)cluster_rank() * share, units);
+    const dec_segment part = {at.b, at.h, sequence.span, begin, min(begin + share, units), 0, 0};
+    return part;
 }
 
 /* Without chunks part n is that of block first + n: its first segment, or for n = 0 maybe its last. */

@@ -128,7 +128,7 @@ template <int COUNT> struct chunk_sum {
 /* Consumers. A whole pair goes to the result, a part to its record, or half of it to where the other half is. */
 template <class Shared, int N> static __device__ __forceinline__ void finish_segment(const dec_params &p, Shared &mem, const dec_actor &actor, const state<N> &st, int32_t b,
                                                                                      const pair_rows &rows, int32_t sq, int group, int64_t record, chunk_end chunk,
-                                                                                     chunk_sum<N / Shared::STREAMS / 4> &sum)
+                                                                                     chunk_sum<N / Shared::STREAMS / 4> &sum, const row_end &joined)
 {
     constexpr int STREAMS = Shared::STREAMS, OWN_ROWS = N / STREAMS, COUNT = OWN_ROWS / 4;
     constexpr bool FOLDS = Shared::FOLDS;
@@ -137,9 +137,9 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
     const int row = STREAMS == 2 ? actor.thread : group * N + at;
     const bool has_row = (STREAMS == 2 ? actor.thread : at) < N;       /* of each row one thread makes the sums */
     row_end end;
-    const bool halves = N >= 32 && !FLOAT8 && !FOLDS && p.halves;
-    if (halves && !actor.rehearsal) { cluster_arrive(); }
-    if ((record < 0 || halves) && has_row) { end = row_end_of(p, b, rows, sq, row, true); }
+    const bool halves = N >= 32 && !FLOAT8 && !FOLDS && !Shared::JOINS && p.halves;
+    if (Shared::JOINS || (halves && !actor.rehearsal)) { cluster_arrive(); }
+    if ((record < 0 || halves) && has_row && !Shared::JOINS) { end = row_end_of(p, b, rows, sq, row, true); }
     float o[COUNT][ITEM];
     share_sums(mem, actor, st, group);
 #pragma unroll
@@ -185,7 +185,13 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
             return;
         }
     }
-    if constexpr (N >= 32 && !FLOAT8 && !FOLDS) {
+    if constexpr (Shared::JOINS) {
+        float2 ml = make_float2(0.0f, 0.0f);
+        if (has_row) { ml = sums_of_row(p, mem, actor, row); }
+        join_parts<2 * COUNT * 128>(p, mem.ring, b, rows, sq, o, has_row, row, ml, joined, [&](int n) { return (group * COUNT + n) * 128 + at; });
+        return;
+    }
+    if constexpr (N >= 32 && !FLOAT8 && !FOLDS && !Shared::JOINS) {
         if (halves) {
             join_halves(p, mem, actor, end, row, has_row, o, rows, group);
             return;

@@ -8,6 +8,7 @@
  *   barrier                    arrivals                                  waited for by
  *   named MERGE                consumers                                 end of a segment
  *   named COMBINE, + 1         warps that merge records                  dec_combine.cuh
+ *   cluster, twice             consumers of blocks that join parts       all are past their tiles; sums are where they belong
  *
  * A tile is GRANULE keys in chunks of 64 columns, 128 bytes a row, with the swizzle of TMA: piece c of row r at c ^ (r & 7). Where
  * pages are smaller, the chunks of each 16 keys follow each other instead.
@@ -41,16 +42,18 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 #include "../sm80/gemm.cuh"
 #include "dec_block.cuh"
 #include "dec_float8.cuh"
+#include "dec_join.cuh"
 #include "dec_launch.cuh"
 #include "dec_score.cuh"
 
 static constexpr int K_STEPS = D / 16;
+static constexpr int JOINED_ITEMS = BLOCK_Q * ITEMS_OF_ROW;
 static constexpr int MERGE_PITCH = D + 4, MERGE = 1;        /* + m, l; and the 8 rows of a fragment fall on different banks */
 static_assert(GRANULE % 16 == 0 && CONSUMERS % (GRANULE / 16) == 0 && BLOCK_Q == 8, "kernels.def: one mma per warp and 16 columns, 8 rows");
 
 struct shared {
     static constexpr int READERS = GRANULE / 16, STREAMS = CONSUMERS / READERS, STAGES = FGQA_STAGES;
-    static constexpr bool DEEP_PIECES = true, PIECE_LANES = !FLOAT8;
+    static constexpr bool DEEP_PIECES = true, PIECE_LANES = !FLOAT8, JOINS = false;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(16) float merge[CONSUMERS][BLOCK_Q][MERGE_PITCH];   /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
@@ -58,6 +61,9 @@ struct shared {
     dec_schedule schedule;
 };
 static_assert(sizeof(shared) <= 227 * 1024, "kernels.def: the stages fit into shared memory");
+
+/* Of blocks that have a part of a pair each, which their cluster joins. */
+struct joining_shared : shared { static constexpr bool JOINS = true; };
 
 /* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
  * address of this lane's row for ldmatrix at k = 0, chunks are `chunk` bytes apart. */
@@ -217,10 +223,11 @@ static __device__ __forceinline__ int item_row(int item) { return item / ITEMS_O
 static __device__ __forceinline__ int item_column(int item, int e) { return item % ITEMS_OF_ROW * ITEM + e; }
 
 /* Consumer warps: sum of their states; a whole pair goes to the result, a part to its record. */
-static __device__ __forceinline__ void finish_segment(const dec_params &p, shared &mem, const dec_actor &actor, const state &st, int32_t b, const pair_rows &rows,
-                                                      int32_t sq, int warp, int64_t record)
+template <class Shared> static __device__ __forceinline__ void finish_segment(const dec_params &p, Shared &mem, const dec_actor &actor, const state &st, int32_t b, const pair_rows &rows,
+                                                      int32_t sq, int warp, int64_t record, const row_end &joined)
 {
     const int lane = (int)thread_index() % 32;
+    if (Shared::JOINS) { cluster_arrive(); }
 #pragma unroll
     for (int c = 0; c < 2; c++) {
         float l = st.l[c], *row = mem.merge[warp][2 * (lane % 4) + c];
@@ -235,9 +242,10 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
         }
     }
     actor.sync();
+    dec_partial own = empty_partial();
     for (int item = actor.thread; item < rows.valid * ITEMS_OF_ROW; item += 32 * CONSUMERS) {
         const int local = item_row(item), column = item_column(item, 0);
-        const row_end end = record < 0 ? row_end_of(p, b, rows, sq, local, column == 0) : row_end();
+        const row_end end = record < 0 && !Shared::JOINS ? row_end_of(p, b, rows, sq, local, column == 0) : row_end();
         dec_partial sum = empty_partial();
         float2 ml[CONSUMERS];
 #pragma unroll
@@ -256,7 +264,9 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
             sum.o[2] += weight * o.z;
             sum.o[3] += weight * o.w;
         }
-        if (record < 0) {
+        if (Shared::JOINS) {
+            own = sum;
+        } else if (record < 0) {
             if (!actor.rehearsal) { store_output(p, end, item, sum); }
         } else if (!actor.rehearsal) {
             float *const to = record_of(p, record);
@@ -264,11 +274,18 @@ static __device__ __forceinline__ void finish_segment(const dec_params &p, share
             if (column == 0) { sums_of_record(p, to)[local] = make_float2(sum.m, sum.l); }
         }
     }
+    if (Shared::JOINS) {
+        const float o[1][ITEM] = {{own.o[0], own.o[1], own.o[2], own.o[3]}};
+        const bool has_item = actor.thread < rows.valid * ITEMS_OF_ROW;
+        join_parts<JOINED_ITEMS>(p, mem.ring, b, rows, sq, o, has_item && item_column(actor.thread, 0) == 0, item_row(actor.thread), make_float2(own.m, own.l), joined,
+                                 [&](int) { return actor.thread; });
+        return;
+    }
     actor.sync();                               /* merge is free again; every record of the segment is written */
 }
 
 /* Whether the block has work. */
-static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem, const dec_actor &actor)
+template <class Shared> static __device__ __forceinline__ bool consume(const dec_params &p, Shared &mem, const dec_actor &actor)
 {
     const int lane = (int)thread_index() % 32, warp = actor.thread / 32, stream = warp / shared::READERS, part = warp % shared::READERS;
     dec_segment segment;
@@ -284,7 +301,12 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
         for (int c = 0; c < 2; c++) { slope_next[c] = slope_of(p, first.b, rows, 2 * (lane % 4) + c); }
         if (FLOAT8) { scales_next.fetch(p, first.b, rows.kv_head); }
     };
-    if (!begin_block(p, mem, actor, segment, fetch)) { return false; }
+    dec_sequence own_sequence;
+    if (Shared::JOINS) {
+        segment = begin_part(p, own_sequence, fetch);
+    } else if (!begin_block(p, mem, actor, segment, fetch)) {
+        return false;
+    }
     rows_next = rows;
 
     /* Rows for ldmatrix. K: matrices (keys 0-7 | 8-15) x (columns 0-7 | 8-15), key half first. V, transposed: column half first. */
@@ -302,7 +324,7 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
     for (int segments = 0; segment.valid(); segments++) {
         dec_segment next = segment;
         next.next(p, &mem.schedule);
-        const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
+        const dec_sequence sequence = Shared::JOINS ? own_sequence : sequence_of(p, mem.schedule, segment.b);
         const fgqa_mask rule = mask_of(p, sequence);
         const pair_slots slots = pair_slots_of(p, rule, sequence, rows);
         tile_mask mask = {0, slots.seen, {slots_of_row(p, rule, sequence, rows, 2 * (lane % 4)), slots_of_row(p, rule, sequence, rows, 2 * (lane % 4) + 1)}};
@@ -327,6 +349,8 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
 #pragma unroll
             for (int c = 0; c < 2; c++) { unit[c] = __shfl_sync(0xFFFFFFFFu, power, 4 * (2 * (lane % 4) + c)); }
         }
+        row_end joined;                         /* made while the first keys are on their way */
+        if (Shared::JOINS) { joined = joined_end<JOINED_ITEMS>(p, segment.b, rows, sequence.sq, own_item(p)); }
         state st = {{}, {-INFINITY, -INFINITY}, {0.0f, 0.0f}};
         for (int32_t g = segment.g0 + stream; g < segment.g1 && !actor.rehearsal; g += shared::STREAMS) {
             const int offset = 2 * TILE_BYTES * stage;
@@ -371,7 +395,8 @@ static __device__ __forceinline__ bool consume(const dec_params &p, shared &mem,
 #pragma unroll
             for (int n = 0; n < 4 * K_STEPS; n++) { st.o[n / 4][n % 4] *= scales.v; }
         }
-        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, warp, record);
+        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, warp, record, joined);
+        if (Shared::JOINS) { return true; }
         combine_chunks(p, actor, segment, sequence.sq, record, segments, (dec_partial *)mem.merge);
         if (actor.rehearsal) { return true; }
         segment = next;
@@ -391,16 +416,30 @@ FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ dec_params p)
     if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.merge, actor.rehearsal); }
 }
 
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+FGQA_SUFFIX(FGQA_ROW, _joining_kernel)(const __grid_constant__ dec_params p)
+{
+    extern __shared__ __align__(1024) char memory[];
+    joining_shared &mem = *(joining_shared *)memory;
+    if (!open_block(p, mem)) { return; }
+    const dec_actor actor = actor_of((int)thread_index(), MERGE);
+    consume(p, mem, actor);
+}
+
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state state;
-    const void *kernel = (const void *)FGQA_SUFFIX(FGQA_ROW, _kernel);
+    static launch_state state, joining_state;
+    static cluster_room room;
+    const void *kernel = (const void *)FGQA_SUFFIX(FGQA_ROW, _kernel), *joining = (const void *)FGQA_SUFFIX(FGQA_ROW, _joining_kernel);
     dec_params p;
     int error = allow_shared_memory(kernel, sizeof(shared), problem->device.index, &state);
+    if (error == cudaSuccess) { error = allow_clusters(joining, sizeof(shared), problem->device.index, &joining_state); }
     if (error == cudaSuccess) { error = make_params(&p, plan, problem, workspace, exec, shared::DEEP_PIECES, false); }
-    return error != cudaSuccess ? error : launch_decode(kernel, &p, sizeof(shared), exec->stream);
+    if (error != cudaSuccess) { return error; }
+    return join_pays(&p, joining, sizeof(shared), &room) ? launch_blocks(joining, &p, sizeof(shared), CLUSTERS, exec->stream)
+         : launch_decode(kernel, &p, sizeof(shared), exec->stream);
 }
 
 #else

@@ -43,6 +43,7 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, GRANULE =
 
 #include "../sm80/gemm.cuh"
 #include "dec_block.cuh"
+#include "dec_join.cuh"
 #include "dec_launch.cuh"
 #include "dec_score.cuh"
 #include "dec_wide_float8.cuh"
@@ -53,10 +54,10 @@ static_assert(GRANULE == 64 && BLOCK_Q == 128, "kernels.def: granules of 64 keys
 
 typedef std::conditional<FLOAT8, f16, T>::type product;
 
-/* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. */
-template <int N_, int STREAMS_, bool FOLDS_ = false> struct wide_shared {
+/* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. JOINS: clusters have a pair each. */
+template <int N_, int STREAMS_, bool FOLDS_ = false, bool JOINS_ = false> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
-    static constexpr bool FOLDS = FOLDS_, PIECE_LANES = false;
+    static constexpr bool FOLDS = FOLDS_, JOINS = JOINS_, PIECE_LANES = false;
     static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
@@ -423,7 +424,12 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
         slope_next = slope_of(p, first.b, rows, actor.thread);
         if (FLOAT8) { scales_next.fetch(p, first.b, rows.kv_head); }
     };
-    if (!begin_block(p, mem, actor, segment, fetch)) { return false; }
+    dec_sequence own_sequence;
+    if (Shared::JOINS) {
+        segment = begin_part(p, own_sequence, fetch);
+    } else if (!begin_block(p, mem, actor, segment, fetch)) {
+        return false;
+    }
     rows_next = rows;
     int stage = 0;
     uint32_t parity = 0;
@@ -434,7 +440,7 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
         if (segments > 0) { q.begin_place(mem, p, segment.b, rows); }
         dec_segment next = segment;
         next.next(p, &mem.schedule);
-        const dec_sequence sequence = sequence_of(p, mem.schedule, segment.b);
+        const dec_sequence sequence = Shared::JOINS ? own_sequence : sequence_of(p, mem.schedule, segment.b);
         const fgqa_mask rule = mask_of(p, sequence);
         const pair_slots slots = pair_slots_of(p, rule, sequence, rows);
         if (!actor.rehearsal) {
@@ -452,6 +458,8 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
             slope_next = slope_of(p, next.b, rows_next, actor.thread);
             if (FLOAT8) { scales_next.fetch(p, next.b, rows_next.kv_head); }
         }
+        row_end joined;                         /* made while the first keys are on their way */
+        if (Shared::JOINS) { joined = joined_end<N * ITEMS_OF_ROW>(p, segment.b, rows, sequence.sq, own_item(p)); }
         state<N> st = {};
 #pragma unroll
         for (int j = 0; j < N / 4; j++) { st.m[j] = -INFINITY; }
@@ -479,7 +487,8 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
 #pragma unroll
             for (int n = 0; n < CHUNKS * N / 2; n++) { st.o[n / (N / 2)][n % (N / 2)] *= scales.v; }
         }
-        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record, chunk, sum);
+        finish_segment(p, mem, actor, st, segment.b, rows, sequence.sq, group, record, chunk, sum, joined);
+        if (Shared::JOINS) { return true; }
         combine_chunks(p, actor, segment, sequence.sq, record, segments, (dec_partial *)mem.of_group);
         if (actor.rehearsal) { return true; }
         segment = next;
@@ -494,7 +503,7 @@ template <class Shared> static __global__ void __launch_bounds__(THREADS, 1) dec
     Shared &mem = *(Shared *)memory;
     if (!open_block(p, mem)) { return; }
     const dec_actor actor = actor_of((int)thread_index(), MERGE);
-    if (!consume(p, mem, actor)) { return; }
+    if (!consume(p, mem, actor) || Shared::JOINS) { return; }
     if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.of_group, actor.rehearsal); }
 }
 
@@ -506,6 +515,22 @@ template <class Shared> static cudaError_t run(dec_params *p, int32_t device, vo
     const void *kernel = (const void *)decode_wide_kernel<Shared>;
     const cudaError_t error = allow_shared_memory(kernel, BYTES, device, &state);
     return error != cudaSuccess ? error : launch_decode(kernel, p, BYTES, stream);
+}
+
+/* Up to 32 rows; parts of a pair may be joined. */
+template <int N> static cudaError_t run_few(dec_params *p, int32_t device, void *stream)
+{
+    if constexpr (!FLOAT8) {
+        typedef wide_shared<N, 2, false, true> joining;
+        static launch_state state, joining_state;
+        static cluster_room room;
+        const void *kernel = (const void *)decode_wide_kernel<joining>;
+        cudaError_t error = allow_shared_memory((const void *)decode_wide_kernel<wide_shared<N, 2>>, sizeof(joining), device, &state);      /* loads it, too */
+        if (error == cudaSuccess) { error = allow_clusters(kernel, sizeof(joining), device, &joining_state); }
+        if (error != cudaSuccess) { return error; }
+        if (!p->halves && join_pays(p, kernel, sizeof(joining), &room)) { return launch_blocks(kernel, p, sizeof(joining), CLUSTERS, stream); }
+    }
+    return run<wide_shared<N, 2>>(p, device, stream);
 }
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void)
@@ -522,8 +547,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const int error = make_params(&p, plan, problem, workspace, exec, false, !FLOAT8);
     if (error != cudaSuccess) { return error; }
     if (p.folds) { return p.layout.rows <= 16 ? run<wide_shared<16, 2, true>>(&p, problem->device.index, exec->stream) : run<wide_shared<32, 2, true>>(&p, problem->device.index, exec->stream); }
-    if (p.layout.rows <= 16) { return run<wide_shared<16, 2>>(&p, problem->device.index, exec->stream); }
-    if (p.layout.rows <= 32) { return run<wide_shared<32, 2>>(&p, problem->device.index, exec->stream); }
+    if (p.layout.rows <= 16) { return run_few<16>(&p, problem->device.index, exec->stream); }
+    if (p.layout.rows <= 32) { return run_few<32>(&p, problem->device.index, exec->stream); }
     if (p.layout.rows <= 64) { return run<wide_shared<64, 2>>(&p, problem->device.index, exec->stream); }
     return run<wide_shared<64, 1>>(&p, problem->device.index, exec->stream);
 }
