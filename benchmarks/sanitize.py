@@ -120,6 +120,8 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
     if d in ALL_HEAD_DIMS and own:
         terms = {"alibi_slopes": slopes, "bias": bias[..., :SK], "mask": bias[..., :SK] > -1}
         calls.append((few_keys, {**CAPPED, **terms}))
+        odd_keys = [x[:, :, 1:] for x in many_keys]              # whose mask is copied to rows on 16 bytes
+        calls.append((odd_keys, {"mask": (odd_keys[0][:, :1, None, :, 0] > -1) & (q[:, :1, :, None, 0] > -9)}))
     results = [x for keys, options in calls for x in flashgqa.attention(q, *keys, **options, return_lse=True, **where)]
     if variant in ("plain", "tall"):            # keys in parts
         results += flashgqa.attention(q[:, :, :70], *many_keys, return_lse=True, **where)

@@ -14,6 +14,7 @@ from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_alibi import all_pairs_of_lengths, gradients
 from test_hopper_backward import ROWS, assert_gradients_alike, assert_poison_alike, backward_row
 from test_hopper_softcap import ALIGNED, check_backward_row, extents, general
+from test_hopper_terms import at_offset
 
 import flashgqa
 from flashgqa import reference
@@ -132,6 +133,11 @@ def test_the_same_bits_wherever_elements_lie(d):
     first, *others = (gradients(*x, rows=(90,), bias=of)[0] for of in (bias, apart, swapped))
     for other in others:
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    places = (0, 393), (3, 394), (1, 396), (5, 400), (2, 407)            # copied here; the forward pass reads them as they are
+    off, *others = (gradients(*x, rows=(90,), bias=at_offset(bias, *place))[0] for place in places)
+    assert_gradients_alike(off, first)
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(off, other, strict=True))
     row = random(1, 1, 1, 392, dtype=torch.bfloat16)
     first, *others = (gradients(*x, rows=(90,), bias=of)[0] for of in (row, row.expand(2, 4, 200, 392), row.repeat(2, 4, 200, 1)))
     for other in others:
@@ -229,8 +235,10 @@ def test_plan(d, dtype):
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})
         assert plan["kernel"] == general("bwd", dtype, d) and reason in dict(plan["refused"])[name]
+    assert flashgqa.explain(*x, backward=True, bias=odd)["kernel"] == name
+    assert_gradients_alike(*gradients(*x, bias=odd))
     with pytest.raises(NotImplementedError, match="16 bytes"):
-        gradients(*x, bias=odd)
+        gradients(*x, bias=odd, batch_invariant=True)
     wide = flashgqa.explain(*inputs(1, 8, 2, 200, 200, 256, dtype=dtype), backward=True, bias=random(200, 200, dtype=dtype))
     assert "has no bias" in dict(wide["refused"])[backward_row(dtype, 256)]
 

@@ -12,6 +12,7 @@ from test_hopper_alibi import all_pairs_of_lengths
 from test_hopper_backward import backward_row
 from test_hopper_backward_bias import CASES, NAMES, SHAPES, backward_without_dbias, bools
 from test_hopper_softcap import ALIGNED, check_backward_row, extents, general
+from test_hopper_terms import at_offset
 
 import flashgqa
 
@@ -86,7 +87,7 @@ def test_the_same_wherever_elements_lie(d, beside):
     for shape in SHAPES.values():
         bias = random(*shape, dtype=torch.bfloat16)
         storage = torch.full((*shape[:-1], 528), torch.nan, dtype=torch.float32, device="cuda")[..., :520]
-        for wide in (None, storage.copy_(bias)):
+        for wide in (None, storage.copy_(bias), *(at_offset(bias.float(), n, 520 + n) for n in (1, 2, 4, 7))):
             assert_same(*both(x, bias, dbias=False, wide=wide, **BESIDE[beside]), BESIDE[beside], False)
 
 
@@ -204,9 +205,10 @@ def test_plan(d, dtype):
     odd = random(1, 8, 304, 306, dtype=torch.float32)[..., :304]
     for of, drops in itertools.product((bias, bias.repeat(2, 1, 1, 1), bias[0, 0]), ({}, {"dropout_p": 0.5, "seed": 1})):
         assert flashgqa.explain(*x, backward=True, bias=of, **drops)["kernel"] == name
+    assert flashgqa.explain(*x, backward=True, bias=odd)["kernel"] == name
     for options, reason in (
         ({"bias": bias.double()}, "neither float32 nor of q's dtype"), ({"softcap": 5.0}, "with softcap"),
-        ({"mask": mask}, "shared bias with a mask"), ({"bias": odd}, "16 bytes"),
+        ({"mask": mask}, "shared bias with a mask"), ({"bias": odd, "batch_invariant": True}, "16 bytes"),
         ({"bias": bias.repeat(2, 1, 1, 1), "mask": mask}, "float32 bias with a mask"),
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})

@@ -110,6 +110,35 @@ def test_tiles_by_tma(d, extents, options):
             assert_alike(*both(q, k, v, **{what: at_offset(x, 16, row) for what, x in given.items()}, **MASKS[options]))
 
 
+# Elements in front of the tensor, and how much longer than a multiple of 16 its rows are.
+OFF_16_BYTES = (0, 1), (3, 2), (8, 4), (1, 8), (5, 16), (2, 15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 700, 1037), (4, 1, 700, 1037), (4, 8, 1, 1037), (1, 1, 1, 1037), (700, 1037)], ids=str)
+@pytest.mark.parametrize("d", DIMS)
+def test_copies_of_rows_off_16_bytes(d, shape, dtype):
+    """The same bits as of rows on 16 bytes, NaN or True between them; a copy is memory that the plan tells of."""
+    q, k, v = inputs(4, 8, 2, 700, 1037, d, dtype=dtype)
+    kernel = row_for(dtype, d, d)
+    bias, wide, mask = random(*shape, dtype=dtype), random(*shape, dtype=torch.float32), bools(*shape)
+    for given in ({"bias": bias}, {"bias": wide}, {"mask": mask}, {"bias": bias, "mask": mask}):
+        places = ((elements, 1040 + longer) for elements, longer in ((16, 16), *OFF_16_BYTES))
+        first, *others = ({what: at_offset(x, *place) for what, x in given.items()} for place in places)
+        expected = flashgqa.attention(q, k, v, return_lse=True, kernel=kernel, **first)
+        memory = flashgqa.explain(q, k, v, kernel=kernel, **first)["workspace_bytes"]
+        for other in others:
+            copied = flashgqa.explain(q, k, v, kernel=kernel, **other)["workspace_bytes"] - memory
+            got = flashgqa.attention(q, k, v, return_lse=True, kernel=kernel, **other)
+            assert_alike(got, expected)
+            if copied and len(given) == 1:
+                assert copied >= sum(x.numel() * x.element_size() for x in given.values())
+                assert all(torch.equal(x, y) for x, y in zip(got, expected, strict=True))
+            plans = (flashgqa.explain(q, k, v, kernel=kernel, batch_invariant=True, **x) for x in (first, other))
+            assert len({plan["workspace_bytes"] for plan in plans}) == 1
+        assert "mask" not in given or copied
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("d", [64, 128])
 def test_tiles_by_tma_of_packed_sequences(d, dtype):
@@ -119,7 +148,8 @@ def test_tiles_by_tma_of_packed_sequences(d, dtype):
         q, k, v = (x[0].transpose(0, 1).contiguous() for x in inputs(1, hq, hk, 196, 839, d, dtype=dtype))
         options = dict(cu_seqlens_q=starts[0], cu_seqlens_kv=starts[1], max_q=130, max_kv=700, causal=True)
         bias, mask = random(4, hq, 130, 704, dtype=dtype)[..., :700], bools(4, 1, 130, 704)[..., :700]
-        for more in ({"bias": bias}, {"bias": bias[:1].float(), "mask": mask}, {"mask": mask[:, :, :1]}):
+        odd = at_offset(mask, 3, 705)
+        for more in ({"bias": bias}, {"bias": bias[:1].float(), "mask": mask}, {"mask": mask[:, :, :1]}, {"mask": odd}):
             assert_alike(*both(q, k, v, **more, **options, sink=random(hq, dtype=torch.float32)))
 
 

@@ -6,6 +6,7 @@
 #include "any/cache_copy.h"
 #include "any/fwd_split.h"
 #include "any/score_units.h"
+#include "any/term_copy.h"
 #include "any/weights.h"
 #include "sm90/dec_work.h"
 #include "sm90/fwd_pack.h"
@@ -27,6 +28,11 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
 
 enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, SHORT_KEYS = 224, SHORT_KEYS_CAUSAL = 384, STREAM_ROWS = 64, MOST_PARTS = 16,
        COPY_ROWS = 32, UNCOPIED_ROWS = 256, COPY_BYTES = 1 << 29 };
+
+/* Of a copy of a bias or a mask. What it takes, as a memory stream and as a launch, in picoseconds. */
+#define TERM_COPY_BYTES 2147483648.0
+#define TERM_COPY_BYTE_PS 0.75
+#define TERM_COPY_LAUNCH_PS 4e6
 
 /* Keys that tiles of wide heads hold at once; where rows begin in the middle of a sector of memory, of so many elements, fewer. */
 enum { SECTOR = 16, WIDE_KEYS = 96, WIDE_KEYS_OFF_SECTORS = 64 };
@@ -139,22 +145,6 @@ static const char *refuse_options(const fgqa_problem *p, row_options has)
     return NULL;
 }
 
-/* What the backward rows for Hopper cannot address. */
-static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_problem *p, char why[128])
-{
-    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_dout, FGQA_ARG_bias};
-    for (int n = 0; n < 5; n++) {
-        const char *reason = tensors[n] == FGQA_ARG_bias && !p->view[FGQA_ARG_bias].data ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
-        if (reason) {
-            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
-        }
-    }
-    /* Tasks are counted in 32 bits. Of packed sequences the longest is not known here, all together are. Splits: if they are few. */
-    const double sections = (double)p->b * p->hk + 2048, key_tiles = (double)(p->varlen ? p->total_k : p->sk) / k->row.block_k + 1;
-    const double query_tiles = (double)p->b * p->hq * ((double)p->sq / k->row.block_q + 1);
-    return sections * key_tiles > INT32_MAX || query_tiles > INT32_MAX ? "too many tiles" : NULL;
-}
-
 static int is_vector(const fgqa_problem *p, fgqa_arg arg)
 {
     const fgqa_view *v = &p->view[arg];
@@ -205,6 +195,49 @@ static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
     if (!is_hopper_forward(k) || p->cache.page_size == 0) { return 0; }
     const int float8 = p->view[FGQA_ARG_k].dtype == FGQA_F8E4M3 || p->view[FGQA_ARG_v].dtype == FGQA_F8E4M3;
     return float8 || (is_paged(p) && (p->cache.page_size % CACHE_PAGE != 0 || p->cache.left_pad));
+}
+
+/* What reading rows on 16 bytes saves of a score, in picoseconds of an H100: LOG.md. A bias that TMA does not bring is not for a backward
+ * row at all. */
+static double saved_by_term_copy(const cuda_kernel *k, const fgqa_problem *p, int which)
+{
+    if (which == FGQA_COPY_MASK) { return p->pass == FGQA_PASS_BWD ? 0.3 : 2.3; }
+    return p->pass == FGQA_PASS_BWD ? HUGE_VAL : k->row.d <= 64 ? 0.9 : k->row.d <= 128 ? 0.6 : 0.0;
+}
+
+/* Which of a bias and a mask are copied to rows on 16 bytes (any/term_copy.h). What has to be the same in every batch must not depend on
+ * the memory that a copy takes. */
+static int copies_terms(const cuda_kernel *k, const fgqa_problem *p)
+{
+    const row_options has = options_of(k);
+    const int backward = p->pass == FGQA_PASS_BWD;
+    int which = 0;
+    if (k->row.arch != HOPPER || p->cache.page_size > 0 || p->batch_invariant) { return 0; }
+    for (int of = FGQA_COPY_BIAS; of <= FGQA_COPY_MASK; of *= 2) {
+        const fgqa_arg arg = fgqa_copied_term(of);
+        if (!(backward ? of == FGQA_COPY_BIAS ? has.bias : has.bits : has.all) || !fgqa_term_is_off(&p->view[arg], backward && of == FGQA_COPY_MASK ? 8 : 16)) { continue; }
+        const double bytes = fgqa_term_copy_bytes(p, arg), rows = p->varlen ? (double)p->total_q : (double)p->b * p->sq;
+        const double scores = rows * p->hq * p->sk * (p->right != FGQA_UNBOUNDED || p->left != FGQA_UNBOUNDED || p->chunk > 0 ? 0.5 : 1.0);
+        if (bytes <= TERM_COPY_BYTES && saved_by_term_copy(k, p, of) * scores > TERM_COPY_BYTE_PS * bytes + TERM_COPY_LAUNCH_PS) { which |= of; }
+    }
+    return which;
+}
+
+/* What the backward rows for Hopper cannot address. */
+static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_problem *p, char why[128])
+{
+    static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_dout, FGQA_ARG_bias};
+    for (int n = 0; n < 5; n++) {
+        const int skips = tensors[n] == FGQA_ARG_bias && (!p->view[FGQA_ARG_bias].data || copies_terms(k, p) & FGQA_COPY_BIAS);
+        const char *reason = skips ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
+        if (reason) {
+            return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
+        }
+    }
+    /* Tasks are counted in 32 bits. Of packed sequences the longest is not known here, all together are. Splits: if they are few. */
+    const double sections = (double)p->b * p->hk + 2048, key_tiles = (double)(p->varlen ? p->total_k : p->sk) / k->row.block_k + 1;
+    const double query_tiles = (double)p->b * p->hq * ((double)p->sq / k->row.block_q + 1);
+    return sections * key_tiles > INT32_MAX || query_tiles > INT32_MAX ? "too many tiles" : NULL;
 }
 
 /* Scales of a float8 cache are not in its copy, where they would be rounded with every element: they go to scores and results. */
@@ -449,12 +482,15 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
 {
     const cuda_kernel *k = kernel->row;
     fgqa_cuda_properties device = {80, 108, 0, 0, 0};
+    fgqa_problem copy;
+    const int terms = copies_terms(k, p);
     plan->block_q = k->row.block_q;
     plan->block_k = k->row.block_k;
     plan->threads = 1;
     (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
     if (k->row.pass == FGQA_PASS_BWD) {
         fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
+        if (terms) { plan->workspace_bytes += fgqa_term_copy(p, terms, NULL, &copy); }
         return;
     }
     if (k->row.most_rows) {
@@ -468,8 +504,8 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
             return;
         }
         fgqa_fwd_share(p, plan, plan->tasks, device.multiprocessors, plan->tasks == p->b * (int64_t)(p->hq >> fgqa_hopper_pack(p, k->row.block_q)));
-        fgqa_problem copy;
         if (copies_cache(k, p)) { plan->workspace_bytes += fgqa_cache_copy(p, NULL, &copy); }
+        if (terms) { plan->workspace_bytes += fgqa_term_copy(p, terms, NULL, &copy); }
         return;
     }
     const int32_t by_smem = device.smem_per_multiprocessor / (k->smem() + 1024), by_registers = 8 / k->row.warps;
@@ -506,12 +542,12 @@ static int run_empty(const fgqa_problem *p, cudaStream_t stream)
     return error;
 }
 
-/* Over a copy of the cache, which comes first in the workspace. */
-static int run_copied(const cuda_kernel *k, const fgqa_plan *plan, const fgqa_problem *p, void *workspace, const fgqa_exec *exec)
+/* Over a copy of the cache, or of a bias and a mask, which comes first in the workspace. */
+static int run_copied(const cuda_kernel *k, const fgqa_plan *plan, const fgqa_problem *p, int terms, void *workspace, const fgqa_exec *exec)
 {
     fgqa_problem copy;
-    const size_t bytes = fgqa_cache_copy(p, workspace, &copy);
-    const int error = fgqa_cache_copy_launch(p, &copy, exec->stream);
+    const size_t bytes = terms ? fgqa_term_copy(p, terms, workspace, &copy) : fgqa_cache_copy(p, workspace, &copy);
+    const int error = terms ? fgqa_term_copy_launch(p, &copy, terms, exec->stream) : fgqa_cache_copy_launch(p, &copy, exec->stream);
     return error != cudaSuccess ? error : k->launch(plan, &copy, (char *)workspace + bytes, exec);
 }
 
@@ -520,8 +556,9 @@ static fgqa_status run(const fgqa_plan *plan, const fgqa_problem *p, void *works
 {
     const cuda_kernel *k = plan->kernel->row;
     if (plan->tasks == 0 && p->pass != FGQA_PASS_BWD) { return FGQA_OK; }
+    const int terms = copies_terms(k, p);
     const int error = plan->tasks == 0 ? run_empty(p, exec->stream)
-        : copies_cache(k, p) ? run_copied(k, plan, p, workspace, exec) : k->launch(plan, p, workspace, exec);
+        : terms || copies_cache(k, p) ? run_copied(k, plan, p, terms, workspace, exec) : k->launch(plan, p, workspace, exec);
     if (error != cudaSuccess) { cudaGetLastError(); }      /* the runtime keeps it, too: it is reported once */
     return fgqa_cuda_check(error, plan->kernel->name);
 }
