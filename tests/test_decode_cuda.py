@@ -248,20 +248,34 @@ def test_blocks_with_several_sequences(sq, g):
                                flashgqa.attention(q, k, v, causal=True, batch_invariant=invariant))
 
 
-def test_one_graph_serves_all_lengths():
-    """Lengths are read on the device: a graph recorded once follows them, with the counters of its own."""
+@pytest.mark.parametrize("sk", [3000, 40000])
+def test_one_graph_serves_all_lengths(sk):
+    """Lengths are read on the device: a graph recorded once follows them, by clusters or with the counters of its own."""
     lens = int32([5, 1])
-    q, k, v = inputs(2, 2, 16, 1, 3000)
+    q, k, v = inputs(2, 2, 16, 1, sk)
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     flashgqa.attention(q, k, v, kv_lens=lens)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph, stream=stream):
         out = flashgqa.attention(q, k, v, kv_lens=lens)
-    for pair in ((3000, 1), (1, 2999), (1500, 1500), (0, 3000)):
+    for pair in ((sk, 1), (1, sk - 1), (sk // 2, sk // 2), (0, sk)):
         lens.copy_(int32(pair))
         graph.replay()
         assert torch.equal(out, flashgqa.attention(q, k, v, kv_lens=lens))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("sq", "g", "d"), [(1, 4, 128), (2, 4, 64), (1, 16, 128), (1, 32, 64), (3, 8, 128), (4, 32, 128)])
+def test_long_caches(sq, g, d, dtype):
+    """Too long for a cluster: blocks leave records of their parts, however long these are, and merge them in place."""
+    for lens in (None, int32([40000, 3, 0, 12345])):
+        q, k, v = inputs(1 if lens is None else 4, 2, g, sq, 40000, d, dtype=dtype, lens=lens)
+        kernel = f"{'bf16' if dtype == torch.bfloat16 else 'f16'}_d{d}_dv{d}_decode" + ("" if sq * g <= 8 else "wide")
+        forced = {"kernel": f"fwd_sm90_{kernel}"}
+        check(q, k, v, kernel, causal=True, kv_lens=lens, **forced)
+        sink = torch.linspace(-2, 2, 2 * g, device="cuda")
+        check(q, k, v, kernel, causal=True, kv_lens=lens, window=(30001, None), sink=sink, **forced)
 
 
 @pytest.mark.parametrize(("sq", "g"), [(1, 1), (1, 4), (2, 4), (1, 12), (1, 32), (3, 8)])
@@ -322,7 +336,7 @@ def test_launches_see_what_came_before(b, hk, g, sk):
 
 def test_streams_side_by_side():
     """Blocks of a launch wait for each other; those of two launches, of which the card holds one at a time, do not."""
-    calls = [inputs(3, 4, 8, 1, 5000), inputs(1, 1, 32, 1, 9000)]
+    calls = [inputs(3, 4, 8, 1, 50000), inputs(1, 1, 32, 1, 9000)]
     expected = [flashgqa.attention(*call) for call in calls]
     streams, wrong = [torch.cuda.Stream() for _ in calls], torch.zeros(2, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
