@@ -2,9 +2,9 @@
  * and is not allowed while a graph is recorded.
  *
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
- * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, and one more
- * for batch_invariant; rows that read a copy of some caches bring the kernels that make it. Rows for Hopper have kernels of their own for
- * some options, and for some that come together.
+ * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, another one for so few
+ * keys that clusters join their parts, and one more for batch_invariant; rows that read a copy of some caches bring the kernels that
+ * make it. Rows for Hopper have kernels of their own for some options, and for some that come together.
  */
 #include "../core/cache.h"
 #include "device.h"
@@ -14,8 +14,9 @@
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32, WITH_WIDE_BIAS = 64 | WITH_BIAS };
-enum { HEADS = 2, ROWS = 512, KEYS = 2048, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
+enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32, WITH_WIDE_BIAS = 64 | WITH_BIAS,
+       WITH_MANY_KEYS = 128 };
+enum { HEADS = 2, ROWS = 512, KEYS = 2048, MANY_KEYS = 16384, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
 typedef struct { int32_t device; void *zeros, *results; } warmup_memory;
@@ -106,7 +107,8 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
                               int32_t options)
 {
     if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, rows, invariant, 0); }
-    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, KEYS, row->d}, v_shape[] = {1, 1, KEYS, row->dv};
+    const int64_t keys = options & WITH_MANY_KEYS ? MANY_KEYS : KEYS;
+    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, keys, row->d}, v_shape[] = {1, 1, keys, row->dv};
     const int64_t out_shape[] = {1, HEADS, rows, row->dv}, lse_shape[] = {1, HEADS, rows}, sink_shape[] = {HEADS}, bias_shape[] = {rows, KEYS};
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
@@ -191,7 +193,10 @@ static fgqa_status run_all(const warmup_memory *memory)
                 FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, 0));
                 FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, WITH_SCALES));
             }
-            for (; row->most_rows && rows > 0; rows /= 2) { FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, own_options(row))); }
+            for (; row->most_rows && rows > 0; rows /= 2) {
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, own_options(row)));
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, WITH_MANY_KEYS));
+            }
             if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) { FGQA_TRY(run_options(&kernels[n], row, memory)); }
             continue;
         }
