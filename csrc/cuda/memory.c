@@ -45,8 +45,8 @@ fgqa_status fgqa_cuda_memory_wait(const fgqa_cuda_memory *m, void *stream)
 
 void fgqa_cuda_memory_share(fgqa_cuda_memory *m) { atomic_fetch_add_explicit(&m->references, 1, memory_order_relaxed); }
 
-/* Whoever drops the last reference is done with the memory, as DLPack demands of a consumer. The stream of the call may be gone by
- * now: the memory goes back in the order of the default stream, behind what filled it. */
+/* Whoever drops the last reference is done with the memory, as DLPack demands of a consumer. The stream of the call may be gone
+ * by now: the memory goes back in the order of the default stream, behind what filled it. */
 void fgqa_cuda_memory_drop(fgqa_cuda_memory *m)
 {
     int32_t before;

@@ -2,9 +2,9 @@
  * and is not allowed while a graph is recorded.
  *
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
- * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, another one for so few
- * keys that clusters join their parts, and one more for batch_invariant; rows that read a copy of some caches bring the kernels that
- * make it. Rows for Hopper have kernels of their own for some options, and for some that come together.
+ * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, another one for
+ * so few keys that clusters join their parts, and one more for batch_invariant; rows that read a copy of some caches bring the
+ * kernels that make it. Rows for Hopper have kernels of their own for some options, and for some that come together.
  */
 #include "../core/cache.h"
 #include "device.h"
