@@ -26,7 +26,7 @@ fgqa_status fgqa_cuda_check(int error, const char *call)
                      cudaGetErrorName((cudaError_t)error), error);
 }
 
-enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, SHORT_KEYS = 224, SHORT_KEYS_CAUSAL = 384, STREAM_ROWS = 64, MOST_PARTS = 16,
+enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, STREAM_ROWS = 64, MOST_PARTS = 16,
        COPY_ROWS = 32, UNCOPIED_ROWS = 256, COPY_BYTES = 1 << 29 };
 
 /* Of a copy of a bias or a mask. What it takes, as a memory stream and as a launch, in picoseconds. */
@@ -365,6 +365,8 @@ static const cuda_kernel *row_behind(const cuda_kernel *k, int32_t variant)
     return NULL;
 }
 
+static double round_up(int64_t n, int32_t step) { return (double)((n + step - 1) / step * step); }
+
 /* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each. `even`: none waits at the
  * end for others. */
 static double rows_passed(const fgqa_problem *p, int32_t block_q, int32_t multiprocessors, int even)
@@ -401,22 +403,54 @@ static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
     return own > others ? "its tiles would be emptier than shorter ones" : "shorter tiles are faster with ALiBi";
 }
 
-/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. Between it and the plain row
- * the choice of padded sequences is the same in every batch: no count of tiles goes into it. Tiles that hold all keys at once are faster
- * whatever the number of rows, but for wide heads with many keys. */
+/* Keys up to which short tiles are a choice: where it is the same in every batch, with half of the keys hidden; where tiles are counted. */
+enum { SHORT_KEYS = 224, SHORT_KEYS_CAUSAL = 384, SHORT_KEYS_COUNTED = 512 };
+
+/* What a launch of taller tiles takes longer if some wait for others, in query rows times keys that a multiprocessor does meanwhile. */
+enum { SHORT_GAIN = 15000 };
+
+/* Tiles of 64 rows a multiprocessor that hold up to 128 keys of wide heads at once, where reading keys often does not count yet. */
+enum { WIDE_TILES = 8, WIDE_TILES_OFF_SECTORS = 4 };
+
+/* How much longer a query row and a key take in short tiles than in those behind, which are tall or not. `skips`: half of the keys are
+ * hidden, in finer steps, as fine in tall tiles that heads share. */
+static double short_loss(const cuda_kernel *k, const fgqa_problem *p, int is_tall, int32_t tall_rows, int skips)
+{
+    if (k->row.d > 64) { return is_tall ? 1.7 : 1.5; }
+    if (skips) { return !is_tall ? 0.95 : fgqa_hopper_pack(p, tall_rows) > 0 ? 1.15 : 1.0; }
+    const int is_full = fgqa_usual_rows(p) % tall_rows == 0;     /* if all are as long */
+    return p->varlen ? (is_tall ? is_full ? 1.5 : 1.25 : 1.12) : is_tall ? 1.13 : 1.08;
+}
+
+/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. With batch_invariant the
+ * choice of padded sequences is the same in every batch; else tiles are counted. Tiles that hold all keys at once are faster whatever the
+ * number of rows, but for wide heads with many keys. */
 static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
-    const int64_t keys = fgqa_usual_keys(p);
+    fgqa_cuda_properties device;
+    const int64_t keys = fgqa_usual_keys(p), tiles = fgqa_hopper_tiles(p, k->row.block_q);
     const int32_t whole = fgqa_whole_keys(p);
-    if (whole > 0 && (k->row.d <= 64 || whole <= (p->d % SECTOR == 0 ? WIDE_KEYS : WIDE_KEYS_OFF_SECTORS))) { return NULL; }
-    const int skips = k->row.d <= 64 && !p->varlen && p->right != FGQA_UNBOUNDED && p->sk <= p->sq;      /* half of the keys, in finer steps */
-    if (keys > (skips ? SHORT_KEYS_CAUSAL : SHORT_KEYS)) { return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys); }
+    const int wide = k->row.d > 64, on_sectors = p->d % SECTOR == 0;
+    if (whole > 0 && (!wide || whole <= (on_sectors ? WIDE_KEYS : WIDE_KEYS_OFF_SECTORS))) { return NULL; }
     if (p->batch_invariant && p->varlen) { return "the choice would depend on the batch"; }
+    const int known = !p->batch_invariant && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK;
+    const int64_t multiprocessors = known ? device.multiprocessors : 1;
+    if (known && whole > 0 && tiles <= (on_sectors ? WIDE_TILES : WIDE_TILES_OFF_SECTORS) * multiprocessors) { return NULL; }
+    if (known && !p->varlen && tiles <= multiprocessors && keys <= SHORT_KEYS_COUNTED) { return NULL; }      /* none waits for another */
+    const int counts = known && !wide, skips = !wide && !p->varlen && p->right != FGQA_UNBOUNDED && p->sk <= p->sq;
+    if (keys > (counts ? SHORT_KEYS_COUNTED : skips ? SHORT_KEYS_CAUSAL : SHORT_KEYS)) {
+        return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys);
+    }
     const cuda_kernel *tall = row_behind(k, FGQA_VARIANT_tall);
     const int is_tall = !pass_over_tall(tall, p);
-    const int32_t block_q = (is_tall ? tall : row_behind(k, FGQA_VARIANT_plain))->row.block_q;
-    const double loss = k->row.d > 64 ? (is_tall ? 1.7 : 1.5) : is_tall ? (skips && keys <= 256 ? 1.0 : 1.25) : skips ? 0.95 : 1.12;
-    return loss * rows_passed(p, k->row.block_q, 1, 1) < rows_passed(p, block_q, 1, 1) ? NULL : "taller tiles are nearly as full";
+    const cuda_kernel *behind = is_tall ? tall : row_behind(k, FGQA_VARIANT_plain);
+    const int32_t among = counts ? (int32_t)multiprocessors : 1, even = !counts || p->varlen;
+    const int waits = counts && !p->varlen && fgqa_hopper_tiles(p, behind->row.block_q) > multiprocessors;
+    const int rounds_keys = !wide && !p->varlen && !skips;
+    const double own_keys = rounds_keys ? round_up(keys, k->row.block_k) : (double)keys, others_keys = rounds_keys ? round_up(keys, behind->row.block_k) : (double)keys;
+    const double own = short_loss(k, p, is_tall, tall->row.block_q, skips) * rows_passed(p, k->row.block_q, among, even) * own_keys;
+    const double others = rows_passed(p, behind->row.block_q, among, even) * others_keys + (waits ? SHORT_GAIN : 0);
+    return own <= others ? NULL : "taller tiles are nearly as full";
 }
 
 /* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by groups of any size, not by powers of two. */
