@@ -353,8 +353,8 @@ def backward_head(head, do, o, lse, dlse, dk, dv, arithmetic):
     dp = arithmetic.matmul(do, head.v.T)
     if head.keep is not None:
         dp = dp * head.keep
-    # d lse / d x = p, so dlse enters beside delta = sum over j of p dp = do.o
-    delta = np.where(head.seen.any(axis=1), arithmetic.sum(do * o, 1)[:, 0], 0) - dlse
+    # d lse / d x = p, so dlse enters beside delta = sum over j of p dp = do.o; of a row whose o is 0 whatever do is
+    delta = np.where((o != 0).any(axis=1), arithmetic.sum(do * o, 1)[:, 0], 0) - dlse
     dx = np.where(head.seen, p * (dp - delta[:, None]), 0)
     ds = arithmetic.store(np.where(head.seen, head.scale * dx * slope, 0))
     p_sink = np.where(head.sink == -np.inf, 0, _exp_less(head.sink, lse))

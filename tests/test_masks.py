@@ -96,6 +96,26 @@ def test_row_that_sees_nothing_is_zero_with_lse_of_the_sink(how, sink, rng, back
         np.testing.assert_allclose(got.dsink, dlse.sum(axis=(0, 2)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", NOTHING_SEEN)
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_poison_in_dout_of_rows_that_see_nothing_reaches_no_gradient(dtype, poison, how, rng, backend):
+    """dsink is the only one that such rows have, of dlse alone. Their out is 0, of which a norm's gradient is NaN."""
+    sq, sk, dtype = 5, 40, DTYPES[dtype]
+    q, k, v, dout = (rng.standard_normal((2, heads, n, 16)).astype(dtype) for heads, n in ((4, sq), (2, sk), (2, sk), (4, sq)))
+    options = NOTHING_SEEN[how](sq, sk) | {"sink": rng.standard_normal(4).astype(dtype)}
+    out, lse = backend.attention(q, k, v, **options, return_lse=True)
+    dlse = rng.integers(-4, 5, lse.shape).astype(lse.dtype)
+    results = []
+    for value in (0, poison):
+        dout[:, 1::2, 2:] = value
+        results.append(backend.attention_backward(dout, q, k, v, out, lse, dlse=dlse, **options))
+    for name, clean, poisoned in zip(results[0]._fields, *results, strict=True):
+        assert clean is None or same_bits(clean, poisoned), name
+    oracle = reference.attention_backward(dout, q, k, v, dlse=dlse, **options)
+    np.testing.assert_allclose(results[1].dsink.astype(np.float64), oracle.dsink, rtol=1e-6)
+
+
 @pytest.mark.parametrize("sq, sk", [(40, 7), (129, 1), (3, 0)])
 def test_causal_rows_before_the_first_key_see_nothing(sq, sk, rng, backend):
     q, dout = (rng.standard_normal((1, 2, sq, 8)) for _ in range(2))

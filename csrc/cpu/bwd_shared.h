@@ -99,7 +99,15 @@ static real *delta_at(const bwd_job *job, const tile_sequence *t, int64_t r)
     return job->workspace.delta + (int64_t)h * job->p->total_q + first_row(job->p, &t->seq, t->b) + i;
 }
 
-/* delta = rowsum(dO*O) - dLSE of packed row r, kept for dsink and dbias. `row`: room for a row of O. */
+static int all_zero(const real *row, int32_t n)
+{
+    int32_t c = 0;
+    while (c < n && row[c] == 0) { c++; }
+    return c == n;
+}
+
+/* delta = rowsum(dO*O) - dLSE of packed row r, kept for dsink and dbias. `row`: room for a row of O. Where all of O is 0, as in a row
+ * that sees no key, dO does not matter, not even NaN. */
 static real row_delta(const bwd_job *job, const tile_sequence *t, int64_t r, const real *dout, real *row)
 {
     const fgqa_problem *p = job->p;
@@ -111,6 +119,7 @@ static real row_delta(const bwd_job *job, const tile_sequence *t, int64_t r, con
     for (; c + VL <= p->dv; c += VL) { sums += v_load(dout + c) * v_load(row + c); }
     for (; c < p->dv; c++) { sum += dout[c] * row[c]; }
     sum += v_sum(sums);
+    if (sum != sum && all_zero(row, p->dv)) { sum = 0; }
     if (dlse->data) { sum -= tile_lse_load(t, dlse, r); }
     *delta_at(job, t, r) = sum;
     return sum;

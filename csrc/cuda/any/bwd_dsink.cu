@@ -12,6 +12,22 @@
 
 static constexpr int THREADS = 512;
 
+static __device__ __noinline__ bool out_is_zero(const fgqa_problem &p, int32_t b, int32_t h, int64_t row)
+{
+    const fgqa_view &out = p.view[FGQA_ARG_out];
+    int32_t c = 0;
+    while (c < p.dv && load_float(out.data, b * out.stride_b + h * out.stride_h + row * out.stride_s + c * out.stride_d, out.dtype) == 0.0f) { c++; }
+    return c == p.dv;
+}
+
+/* Where all of O is 0, as in a row that sees no key, dO does not matter, not even NaN. */
+static __device__ __forceinline__ float sink_delta(const fgqa_problem &p, int32_t b, int32_t h, int64_t row, float delta)
+{
+    if (!isnan(delta) || !out_is_zero(p, b, h, row)) { return delta; }
+    const fgqa_view &dlse = p.view[FGQA_ARG_dlse];
+    return dlse.data ? -*(const float *)fgqa_row_address(dlse, sizeof(float), b, h, row) : 0.0f;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
 fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_constant__ fgqa_bwd_workspace w)
 {
@@ -28,7 +44,7 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
             const int64_t row = bwd_q_row(p, b, h, sequence.q_row, i);
             if (w.stats_kind == FGQA_BWD_GENERAL) {
                 const general_stats stats = ((const general_stats *)w.stats)[row];
-                sum -= ex2(fmaf(FGQA_SINK_EXPONENT(logit, stats.top), (float)FGQA_LOG2E, -stats.log_sum)) * stats.delta;
+                sum -= ex2(fmaf(FGQA_SINK_EXPONENT(logit, stats.top), (float)FGQA_LOG2E, -stats.log_sum)) * sink_delta(p, b, h, sequence.q_row + i, stats.delta);
             } else {
                 plain_stats stats;
                 if (w.stats_kind == FGQA_BWD_TILED) {
@@ -39,7 +55,7 @@ fgqa_bwd_dsink_kernel(const __grid_constant__ fgqa_params params, const __grid_c
                     stats = ((const plain_stats *)w.stats)[row];
                 }
                 const float logit2 = logit * (float)FGQA_LOG2E;      /* FGQA_SINK_EXPONENT(logit2, lse2) in one rounding */
-                sum -= ex2(logit2 == stats.lse2 ? 0.0f : fmaf(logit, (float)FGQA_LOG2E, -stats.lse2)) * stats.delta;
+                sum -= ex2(logit2 == stats.lse2 ? 0.0f : fmaf(logit, (float)FGQA_LOG2E, -stats.lse2)) * sink_delta(p, b, h, sequence.q_row + i, stats.delta);
             }
         }
     }
