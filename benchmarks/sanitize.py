@@ -46,8 +46,8 @@ FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 WIDE, MANY = 208, 4000                          # keys whose masks TMA can address; so many that they are shared out
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
-ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward with a bias
-ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have one for all of that together
+ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward dbias shared
+ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have a bias and a mask by TMA, and all together
 SCALED_HEAD_DIMS = {"plain": (64, 128, 256), "tall": (64,)}
 # query rows, of which a KV head has twice as many
 FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (7, 14, 20, 50), "decodewidef8": (7, 14, 20, 50)}
@@ -114,10 +114,10 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
         calls.append((few_keys, CAPPED))
     if variant != "short" and d in ALIBI_HEAD_DIMS:
         calls.append((few_keys, {"causal": True, "alibi_slopes": slopes}))
-    if d in ALIBI_HEAD_DIMS and own:            # by TMA, and wherever elements lie
+    if d in ALL_HEAD_DIMS and own:              # by TMA, and wherever elements lie
         calls += [(wide_keys, {"bias": bias}), (wide_keys, {"mask": bias > -1}), (wide_keys, {"bias": bias, "mask": bias > -1})]
         calls.append((few_keys, {"bias": bias[..., :1], "mask": bias[..., :SK] > -1}))
-    if d in ALL_HEAD_DIMS and own:
+        calls.append((wide_keys, {**CAPPED, "alibi_slopes": slopes, "bias": bias, "mask": bias > -1}))
         terms = {"alibi_slopes": slopes, "bias": bias[..., :SK], "mask": bias[..., :SK] > -1}
         calls.append((few_keys, {**CAPPED, **terms}))
         odd_keys = [x[:, :, 1:] for x in many_keys]              # whose mask is copied to rows on 16 bytes
@@ -182,8 +182,12 @@ def run_row(name, where, put, everything=lambda x: x):
         wide = bias.astype(np.float32)
         passes += [{"bias": wide[:, :1]}, {"causal": True, "bias": wide}, {"bias": wide[:, :1], **drops}]
         passes.append({"bias": wide, "mask": shown})
-    for given in passes:
-        no_dbias = {"bias", "mask"} <= given.keys() and given["bias"].dtype == np.float32      # such a row has none of it
+    frozen = []                                 # biases that ask for no gradient
+    if passes and int(d[1:]) in ALL_HEAD_DIMS:
+        bias = rng.standard_normal((1, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
+        frozen += [{"bias": bias, **CAPPED}, {"bias": bias, "alibi_slopes": slopes, "mask": shown, **drops}]
+    for n, given in enumerate(passes + frozen):
+        no_dbias = n >= len(passes) or ({"bias", "mask"} <= given.keys() and given["bias"].dtype == np.float32)    # rows lack it
         backward = without_dbias if no_dbias else flashgqa.attention_backward
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

@@ -90,7 +90,7 @@ def test_every_way_of_sharing(d, dtype, options):
 @pytest.mark.parametrize(
     "extents", [(2, 8, 2, 300, 527), (2, 6, 6, 700, 1040), (1, 32, 1, 40, 304), (3, 6, 2, 33, 5), (1, 4, 1, 9, 3000)], ids=str
 )
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_tiles_by_tma(d, extents, options):
     """Rows on 16 bytes, NaN or True between them: every way of sharing, alone and together, few chunks a block and many."""
     b, hq, hk, sq, sk = extents
@@ -140,7 +140,7 @@ def test_copies_of_rows_off_16_bytes(d, shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("d", DIMS)
 def test_tiles_by_tma_of_packed_sequences(d, dtype):
     """Rows and keys of a bias or a mask count from where a sequence begins; some sequences have none."""
     for hq, hk in ((8, 2), (3, 3), (32, 1)):

@@ -102,12 +102,18 @@ static const char *refuse_terms(const fgqa_problem *p)
     return bias->data && bias->dtype != p->dtype && bias->dtype != FGQA_F32 ? "bias that is neither float32 nor of q's dtype" : NULL;
 }
 
-/* The same in the backward. */
-static const char *refuse_bias(const fgqa_problem *p)
+/* The same in the backward: of rows that read a bias by TMA, and of those that read any. */
+static const char *refuse_bias(const fgqa_problem *p, int any)
 {
     const fgqa_view *bias = &p->view[FGQA_ARG_bias];
-    if (p->softcap != 0.0) { return "bias with softcap"; }
-    if (p->view[FGQA_ARG_alibi_slopes].data) { return "bias with alibi_slopes"; }
+    if (any) {
+        const int shared = p->bias_shape[0] != p->b || p->bias_shape[1] != p->hq || p->bias_shape[2] != p->sq || p->bias_shape[3] != p->sk;
+        return !p->want_dbias ? refuse_terms(p) : p->softcap != 0.0 ? "gradient of a bias with softcap" : shared ? "gradient of a shared bias" : refuse_terms(p);
+    }
+    if (p->softcap != 0.0 && (p->want_dbias || bias->dtype != p->dtype)) { return p->want_dbias ? "gradient of a bias with softcap" : "float32 bias with softcap"; }
+    if (p->view[FGQA_ARG_alibi_slopes].data && (p->want_dbias || bias->dtype != p->dtype)) {
+        return p->want_dbias ? "gradient of a bias with alibi_slopes" : "float32 bias with alibi_slopes";
+    }
     if (bias->dtype != p->dtype && bias->dtype != FGQA_F32) { return "bias that is neither float32 nor of q's dtype"; }
     if (bias->stride_d != 1) { return "bias whose keys are not side by side"; }
     if (!p->want_dbias) { return NULL; }
@@ -122,7 +128,8 @@ typedef struct {
     int softcap, alibi;     /* in the forward each, not both */
     int all;                /* forward: softcap, ALiBi, a bias and a mask tensor in any mix */
     int bits;               /* dropout; backward, a mask tensor, too, beside whatever else */
-    int bias;               /* backward, beside neither softcap nor ALiBi */
+    int bias;               /* backward, beside neither softcap nor ALiBi, by TMA */
+    int any_bias;           /* backward, whatever is beside it and wherever its elements lie, but without its gradient */
     int natural;            /* decode: softcap and ALiBi, each or both, scores in natural units */
 } row_options;
 
@@ -131,7 +138,7 @@ static const char *refuse_options(const fgqa_problem *p, row_options has)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
         const char *reason = has.all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has.bits ? "mask"
-            : !p->view[FGQA_ARG_bias].data ? NULL : has.bias ? refuse_bias(p) : "bias";
+            : !p->view[FGQA_ARG_bias].data ? NULL : has.bias || has.any_bias ? refuse_bias(p, has.any_bias) : "bias";
         if (reason) { return reason; }
     }
     if (p->view[FGQA_ARG_alibi_slopes].data && !has.natural && !has.all) {
@@ -186,7 +193,7 @@ static row_options options_of(const cuda_kernel *k)
     const int backward = row->arch == HOPPER && row->pass == FGQA_PASS_BWD, forward = is_hopper_forward(k);
     return (row_options){.softcap = backward || (forward && FGQA_HAS_SOFTCAP(row->block_q)), .alibi = backward || (forward && FGQA_HAS_ALIBI(row->d, row->block_q)),
                          .all = forward && FGQA_HAS_ALL(row->d, row->block_k), .bits = backward || row->dropout, .bias = backward && FGQA_BWD_HAS_BIAS(row->d),
-                         .natural = row->most_rows > 0};
+                         .any_bias = backward && !FGQA_BWD_HAS_BIAS(row->d), .natural = row->most_rows > 0};
 }
 
 /* Whether a plain row for Hopper reads a copy of the cache, which TMA can address, in q's dtype. */
@@ -228,7 +235,7 @@ static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_probl
 {
     static const fgqa_arg tensors[] = {FGQA_ARG_q, FGQA_ARG_k, FGQA_ARG_v, FGQA_ARG_dout, FGQA_ARG_bias};
     for (int n = 0; n < 5; n++) {
-        const int skips = tensors[n] == FGQA_ARG_bias && (!p->view[FGQA_ARG_bias].data || copies_terms(k, p) & FGQA_COPY_BIAS);
+        const int skips = tensors[n] == FGQA_ARG_bias && (!p->view[FGQA_ARG_bias].data || !FGQA_BWD_HAS_BIAS(k->row.d) || copies_terms(k, p) & FGQA_COPY_BIAS);
         const char *reason = skips ? NULL : fgqa_tensor_map_refuse(p, tensors[n]);
         if (reason) {
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);

@@ -82,12 +82,16 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
     }
 }
 
-/* With a bias, of rows whose LSE is large the base, which is the largest bias that the row has, and lse2 of scores from which it has been
- * taken: they hold what the LSE does not. */
+/* With a bias, of rows whose LSE is large the base, which is the most that the row's scores have added to them, and lse2 of scores from
+ * which it has been taken: they hold what the LSE does not. */
 template <typename T> static __device__ __noinline__ void base_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
 {
     const fgqa_problem &p = params.problem;
     const fgqa_view &bias = p.view[FGQA_ARG_bias];
+    const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes];
+    const float slope = slopes.data ? load_float(slopes.data, b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) : 0.0f;
+    const bool capped = params.softcap > 0.0f;
+    const float in_caps = params.scale * params.inv_softcap;
     const int part = (int)threadIdx.x % HALF;
     int32_t rows;
     const fgqa_sequence sequence = fgqa_device_sequence(p, b, &rows);
@@ -102,15 +106,17 @@ template <typename T> static __device__ __noinline__ void base_rows(const fgqa_p
                 if (!mask_shows(p, b, h, i, j)) { return -INFINITY; }
                 return load_float(bias.data, b * bias.stride_b + h * bias.stride_h + i * bias.stride_s + j * bias.stride_d, bias.dtype);
             };
+            const auto less_alibi = [&](float x, int32_t j) { return slopes.data ? fmaf(-slope, fabsf((float)(i + sequence.mask.diag - j)), x) : x; };
             float most = -INFINITY;
-            for (int32_t j = seen.begin + part; j < seen.end; j += HALF) { most = fmaxf(most, bias_of(j)); }
+            for (int32_t j = seen.begin + part; j < seen.end; j += HALF) { most = fmaxf(most, less_alibi(bias_of(j), j)); }
 #pragma unroll
             for (int step = HALF / 2; step > 0; step /= 2) { most = fmaxf(most, __shfl_xor_sync(0xFFFFu << (threadIdx.x & 16), most, step)); }
             if (fabsf(most) < INFINITY) {
                 base = most;
                 const row_sum own = sum_row<T>(params, sequence, b, h, i, seen, (float)FGQA_LOG2E, base, [&](int32_t j, float qk) {
                     const float x = bias_of(j);
-                    return x == -INFINITY ? x : fmaf(qk, params.scale, x) - base;
+                    if (x == -INFINITY) { return x; }
+                    return less_alibi(capped ? fmaf(tanh_score(qk * in_caps), params.softcap, x) : fmaf(qk, params.scale, x), j) - base;
                 });
                 const float log_sum = own.log_sum * (float)FGQA_LN2;
                 if (part == 0) {

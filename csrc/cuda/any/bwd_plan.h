@@ -6,7 +6,8 @@
 
 enum { FGQA_BWD_MAX_SPLITS = 4, FGQA_BWD_LONG = 64 };           /* FGQA_BWD_LONG: key tiles */
 
-/* Backward rows for Hopper that have kernels with a bias tensor, without or beside a mask tensor and dropout, and its gradient: sm90/bwd_bias.cuh. */
+/* Backward rows for Hopper that have kernels with a bias tensor that TMA can address, without or beside a mask tensor and dropout, and its
+ * gradient: sm90/bwd_bias.cuh. Others take any bias beside anything, but make no gradient of it: sm90/bwd_any_bias.cuh. */
 #define FGQA_BWD_HAS_BIAS(d) ((d) <= 128)
 
 static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }

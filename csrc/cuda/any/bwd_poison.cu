@@ -22,6 +22,13 @@ struct key_tile {
     int32_t b, kv_head, tile, keys;       /* keys of the sequence that have a gradient, padding included */
 };
 
+/* Whether the mask tensor and the bias let a row see a key. */
+static __device__ __forceinline__ bool row_sees(const fgqa_problem &p, int32_t b, int32_t h, int32_t i, int32_t j)
+{
+    const fgqa_view &bias = p.view[FGQA_ARG_bias];
+    return mask_shows(p, b, h, i, j) && !(bias.data && load_float(bias.data, b * bias.stride_b + h * bias.stride_h + i * bias.stride_s + j * bias.stride_d, bias.dtype) == -INFINITY);
+}
+
 /* Float32 units of scores, as the main kernel's. */
 struct units { float in_caps, scale_log2; };
 
@@ -66,14 +73,14 @@ static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv
 {
     const fgqa_problem &p = params.problem;
     const int warp = (int)threadIdx.x / 32, column = (int)threadIdx.x % 32 * COLUMNS;
-    const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes];
+    const fgqa_view &slopes = p.view[FGQA_ARG_alibi_slopes], &bias = p.view[FGQA_ARG_bias];
     const dropout_key key = dropout_key_make(p);
     float v[COLUMNS];
     load_eight<T>(v, fgqa_row_address(p.view[FGQA_ARG_v], sizeof(T), t.b, t.kv_head, t.sequence.k_row + j), column, p.dv, params.vector_v);
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
-        const float slope_log2 = slopes.data ? load_float(slopes.data, t.b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E : 0.0f;
+        const float slope = slopes.data ? load_float(slopes.data, t.b * slopes.stride_b + h * slopes.stride_h, slopes.dtype) : 0.0f;
         for (int32_t i = seen.begin + warp; i < seen.end; i += WARPS) {
-            if (!mask_shows(p, t.b, h, i, j)) { continue; }
+            if (!row_sees(p, t.b, h, i, j)) { continue; }
             const float *stats = stats_of(p, w, t, h, i);
             const float lse2 = stats[0], delta = stats[w.block_q];
             bool kept = true;
@@ -90,7 +97,16 @@ static __device__ __forceinline__ void sum_rows(float (&dk)[COLUMNS], float (&dv
                 dp = fmaf(dout[n], v[n], dp);
             }
             const float capped = tanh_score(warp_sum(qk) * units.in_caps);
-            const float weight = ex2(bwd_less_alibi(capped, units.scale_log2, slope_log2, (float)(i + t.sequence.mask.diag - j)) - lse2);
+            const float distance = (float)(i + t.sequence.mask.diag - j);
+            float weight;
+            if (bias.data) {
+                const float x = fmaf(capped, params.softcap, load_float(bias.data, t.b * bias.stride_b + h * bias.stride_h + i * bias.stride_s + j * bias.stride_d, bias.dtype));
+                const int64_t q_tile = bwd_q_tile(p, w, t.b, h, t.sequence.q_row, i / w.block_q);
+                const float base = w.based[q_tile] ? w.bases[q_tile * w.block_q + i % w.block_q] : 0.0f;
+                weight = ex2(fmaf((slopes.data ? fmaf(-slope, fabsf(distance), x) : x) - base, (float)FGQA_LOG2E, -lse2));
+            } else {
+                weight = ex2(bwd_less_alibi(capped, units.scale_log2, slope * (float)FGQA_LOG2E, distance) - lse2);
+            }
             dp = warp_sum(dp);
             const float ds = weight * FGQA_SOFTCAP_GRAD(capped, 1.0f) * ((kept ? dp * params.dropout_scale : 0.0f) - delta), of_dv = weight * params.dropout_scale;
 #pragma unroll
@@ -139,7 +155,7 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     bool lost = false, some_left = false;
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + thread; i < seen.end; i += THREADS) {
-            if (!mask_shows(p, t.b, h, i, j)) { continue; }
+            if (!row_sees(p, t.b, h, i, j)) { continue; }
             const float *stats = stats_of(p, w, t, h, i);
             lost |= isnan(stats[0]) || (finite_key && !isfinite(stats[w.block_q]));
             some_left |= !isnan(stats[0]);
@@ -149,7 +165,7 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     some_left = __syncthreads_or(some_left);
     for (int32_t h = t.kv_head * p.g; some_left && !finite_key && h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + warp; i < seen.end; i += WARPS) {
-            if (!mask_shows(p, t.b, h, i, j)) { continue; }
+            if (!row_sees(p, t.b, h, i, j)) { continue; }
             T *const dq_row = (T *)fgqa_row_address(p.view[FGQA_ARG_dq], sizeof(T), t.b, h, sequence.q_row + i);
 #pragma unroll
             for (int n = 0; n < COLUMNS; n++) {

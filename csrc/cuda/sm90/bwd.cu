@@ -70,18 +70,21 @@ static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
  * a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be missing;
- * CAPPED_AND_BITS beside a soft cap, WIDE_BIAS_AND_BITS beside a float32 bias and without slopes. */
+ * CAPPED_AND_BITS beside a soft cap, WIDE_BIAS_AND_BITS beside a float32 bias and without slopes. BIAS_AND_ALL: a bias, of
+ * head dim 256 any, of others of q's dtype, beside a soft cap, slopes, a mask tensor and dropout, of which each may be missing. */
 enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE, BIAS_AND_DROPOUT, BIAS_AND_DROPOUT_AND_MORE,
-                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_BITS };
-template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == WIDE_BIAS_AND_BITS;
+                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_BITS, BIAS_AND_ALL };
+template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == WIDE_BIAS_AND_BITS || KIND == BIAS_AND_ALL;
 template <score_kind KIND> static constexpr bool WIDE_BIAS = KIND == WIDE_BIASED || KIND == WIDE_BIAS_AND_BITS;
 template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE;       /* in the place of the bias, until TMA has stored it */
 template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || ANY_BITS<KIND> || STORES_DBIAS<KIND>;
 template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || ANY_BITS<KIND>;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI || KIND == CAPPED_AND_BITS;
-template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS;
-template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND> || WIDE_BIAS<KIND>;
+template <score_kind KIND> static constexpr bool SLOPED = WITH_CAP<KIND> || KIND == BIAS_AND_ALL;      /* what dS is made of is not P */
+template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == BIAS_AND_ALL;
+template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND> || WIDE_BIAS<KIND> || KIND == BIAS_AND_ALL;
+template <score_kind KIND> static constexpr bool BIAS_BY_TMA = HAS_BIAS<KIND> && D != 256;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
 /* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
  * inf or NaN. With a bias: rows whose scores count from a base. */
@@ -100,8 +103,8 @@ struct bwd_params {
     int32_t mask_vectors;                                        /* eight elements of a row start on 8 bytes */
     float inv_dropout_scale;
     CUtensorMap bias_map, dbias_map;                             /* dims (key, head, row, batch); box 64 keys (float32: 32) x 64 rows */
-    int32_t some_dbias;
-    float score_scale;                                           /* of scores, beside a bias; without dropout's, which dK and dQ have */
+    int32_t some_dbias, vector_dbias;                            /* pairs or eights of elements are aligned */
+    float score_scale;                                           /* of scores, or with a soft cap the cap, beside a bias; without dropout's, which dK and dQ have */
     float dbias_scale;                                           /* dropout's */
 };
 
@@ -154,6 +157,7 @@ static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pa
 #include "bwd_consumer.cuh"
 #include "bwd_alibi.cuh"
 #include "bwd_softcap.cuh"
+#include "bwd_any_bias.cuh"
 #if FGQA_D == 256
 #include "bwd_wide.cuh"
 #include "fwd_dropout.cuh"
@@ -176,7 +180,8 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         prefetch_tensormap(&p.v_map);
         prefetch_tensormap(&p.dout_map);
         if (DROPS<KIND>) { sm.dropout = dropout_key_make(p.common.problem); }
-        if (HAS_BIAS<KIND>) { prefetch_tensormap(&p.bias_map); }
+        if (BIAS_BY_TMA<KIND>) { prefetch_tensormap(&p.bias_map); }
+        if (KIND == BIAS_AND_ALL) { sm.capped = p.in_caps > 0.0f; }
         mbarrier_init(smem_address(&sm.task_full), 1);
         mbarrier_init(smem_address(&sm.task_free), (D == 256 ? 1 : 3) + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
@@ -189,7 +194,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
             mbarrier_init(smem_address(&sm.dout_empty[s]), 2);
         }
         init_more_barriers(sm);
-        for (int s = 0; s < 2 && HAS_BIAS<KIND>; s++) {
+        for (int s = 0; s < 2 && BIAS_BY_TMA<KIND>; s++) {
             mbarrier_init(smem_address(&sm.bias_full[s]), 1);
             mbarrier_init(smem_address(&sm.bias_empty[s]), CONSUMERS / 32 / (WIDE_BIAS<KIND> ? 2 : 1));
         }
@@ -225,7 +230,7 @@ static bool skips_tiles(const fgqa_problem *problem)
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[6];
+    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[6], bias_and_all_state;
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -243,7 +248,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
-    p.score_scale = p.common.scale;
+    p.score_scale = capped ? p.common.softcap : p.common.scale;
     p.in_caps = fgqa_in_caps(problem);
     /* Free, float32 sums of dQ are cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
     p.ordered = p.w.dq == NULL || problem->deterministic || (problem->sk <= FEW_KEYS && !problem->varlen);
@@ -272,7 +277,18 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
         p.dbias_scale = p.common.dropout_scale;
         p.common.scale *= p.common.dropout_scale;                /* of dK and dQ: that of scores is scale_log2 */
     }
-    if (capped && bits) {
+    if (D == 256 && problem->view[FGQA_ARG_bias].data) {
+        const fgqa_view &dbias = problem->view[FGQA_ARG_dbias];
+        p.some_dbias = dbias.data != NULL;
+        p.vector_dbias = (uintptr_t)dbias.data % 16 == 0 && problem->sk % 8 == 0;
+        if (p.some_dbias && skips_tiles(problem)) {
+            const int64_t elements = (int64_t)problem->b * problem->hq * problem->sq * problem->sk;
+            error = cudaMemsetAsync(dbias.data, 0, (size_t)elements * (dbias.dtype == FGQA_F32 ? 4 : 2), stream);
+            if (error != cudaSuccess) { return error; }
+        }
+        kernel = bwd_kernel<true, D == 256 ? BIAS_AND_ALL : PLAIN>;
+        state = &bias_and_all_state;
+    } else if (capped && bits) {
         kernel = bwd_kernel<true, CAPPED_AND_BITS>;
         state = &capped_and_bits_state;
     } else if (slopes && capped) {
@@ -309,7 +325,10 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
         const bool more = some_mask || p.some_dbias;
         kernel = drops ? more ? bwd_kernel<true, BIAS_AND_DROPOUT_AND_MORE> : bwd_kernel<true, BIAS_AND_DROPOUT> : more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
         state = &bias_states[2 * drops + more];
-        if (wide) {
+        if (capped || slopes) {
+            kernel = bwd_kernel<true, BIAS_AND_ALL>;
+            state = &bias_and_all_state;
+        } else if (wide) {
             kernel = bits ? bwd_kernel<true, WIDE_BIAS_AND_BITS> : bwd_kernel<true, WIDE_BIASED>;
             state = &bias_states[4 + bits];
         }

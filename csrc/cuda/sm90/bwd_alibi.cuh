@@ -8,15 +8,15 @@
  */
 #pragma once
 
-/* Of a step and a lane: slope of the head; diag(i) - j of the lane's first row and key. */
-struct alibi_lane { float slope_log2, first; };
+/* Of a step and a lane: slope of the head, as of its tile; diag(i) - j of the lane's first row and key. */
+struct alibi_lane { float slope, first; };
 
 template <score_kind KIND> static __device__ __forceinline__ alibi_lane alibi_of_lane(const shared &sm, uint32_t stage, int consumer, int thread)
 {
     alibi_lane alibi = {};
     if constexpr (WITH_ALIBI<KIND>) {
         const alibi_tile tile = sm.alibi[stage];
-        alibi.slope_log2 = tile.slope_log2;
+        alibi.slope = tile.slope;
         alibi.first = (float)(tile.first + thread % 4 * 2 - (consumer * 64 + thread / 32 * 16 + thread % 32 / 4));
     }
     return alibi;
@@ -25,7 +25,7 @@ template <score_kind KIND> static __device__ __forceinline__ alibi_lane alibi_of
 /* Of register 4 n + e. Keys 8 further are as far as rows 8 before: of 32 distances 18 are different. */
 template <score_kind KIND> static __device__ __forceinline__ float exponent(float s, float lse2, float scale_log2, const alibi_lane &alibi, int n, int e)
 {
-    if constexpr (WITH_ALIBI<KIND>) { return bwd_less_alibi(s, scale_log2, alibi.slope_log2, alibi.first + (float)(8 * (n - e / 2) + e % 2)) - lse2; }
+    if constexpr (WITH_ALIBI<KIND>) { return bwd_less_alibi(s, scale_log2, alibi.slope, alibi.first + (float)(8 * (n - e / 2) + e % 2)) - lse2; }
     return fmaf(s, HAS_BIAS<KIND> ? (float)FGQA_LOG2E : scale_log2, -lse2);
 }
 

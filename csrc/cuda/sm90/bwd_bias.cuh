@@ -11,11 +11,28 @@
  * dS of such keys are set to 0 once more.
  */
 #pragma once
+
+static constexpr uint32_t HIDDEN = __is_same(T, bf16) ? 0xFF80FF80u : 0xFC00FC00u;      /* twice -inf */
+static constexpr uint32_t WIDE_HIDDEN = 0xFF800000u;
+
+/* Takes the bases of 64 rows off scores. */
+static __device__ __forceinline__ void lower_scores(float (&s)[32], const float *bases)
+{
+    const float *of_lane = bases + thread_index() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 32; n++) { s[n] -= of_lane[n / 4 * 8 + n % 2]; }
+}
+
+/* Of registers 2 n and 2 n + 1 of scores. */
+PTX_FN float2 bias_pair(const uint32_t (&pairs)[16], int n) { return unpack2(pairs[n], T()); }
+PTX_FN float2 bias_pair(const uint32_t (&words)[32], int n) { return make_float2(__uint_as_float(words[2 * n]), __uint_as_float(words[2 * n + 1])); }
+
+/* Whether weights and dS have to be hidden once more. */
+static __device__ __forceinline__ bool hides_by_bias(uint32_t state) { return state & (CARE_POISON | VALUES_POISONED); }
+
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
 
 enum { OF_CONSUMER_TILE = 2 };                                       /* named barriers, and the next: a consumer has changed its tile */
-static constexpr uint32_t HIDDEN = __is_same(T, bf16) ? 0xFF80FF80u : 0xFC00FC00u;      /* twice -inf */
-static constexpr uint32_t WIDE_HIDDEN = 0xFF800000u;
 
 /* For ldmatrix: of 16 rows from `tile` on, the lane's address. */
 static __device__ __forceinline__ uint32_t bias_of_lane(uint32_t tile)
@@ -53,10 +70,6 @@ static __device__ __forceinline__ void read_bias(uint32_t (&words)[32], uint32_t
     for (int n = 0; n < 32; n++) { words[n] = read_word(from, n / 4, n / 2 % 2, n % 2); }
 }
 
-/* Of registers 2 n and 2 n + 1 of scores. */
-PTX_FN float2 bias_pair(const uint32_t (&pairs)[16], int n) { return unpack2(pairs[n], T()); }
-PTX_FN float2 bias_pair(const uint32_t (&words)[32], int n) { return make_float2(__uint_as_float(words[2 * n]), __uint_as_float(words[2 * n + 1])); }
-
 /* S -> scores in natural units. */
 template <int WORDS> static __device__ __forceinline__ void add_bias(float (&s)[32], const uint32_t (&bias)[WORDS], float scale)
 {
@@ -88,14 +101,6 @@ template <score_kind KIND> static __device__ __forceinline__ void hide_by_bias(u
             for (int m = 0; m < 4; m++) { pairs[4 * n + m] &= __vcmpne2(bias[m], HIDDEN); }
         }
     }
-}
-
-/* Takes the bases of 64 rows off scores. */
-static __device__ __forceinline__ void lower_scores(float (&s)[32], const float *bases)
-{
-    const float *of_lane = bases + thread_index() % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < 32; n++) { s[n] -= of_lane[n / 4 * 8 + n % 2]; }
 }
 
 /* Those of the rows of a step. */
@@ -161,9 +166,6 @@ static __device__ __forceinline__ void free_wide_bias(uint64_t *empty)
     if (thread_index() % 32 == 0) { mbarrier_arrive(smem_address(empty)); }
 }
 
-/* Whether weights and dS have to be hidden once more. */
-static __device__ __forceinline__ bool hides_by_bias(uint32_t state) { return state & (CARE_POISON | VALUES_POISONED); }
-
 /* Waits for the tile of half a step (head dim 64) or a step, and reads it. */
 template <score_kind KIND, int WORDS> static __device__ __forceinline__ void take_bias(uint32_t (&words)[WORDS], shared &sm, const ring2 &r, uint32_t half, int consumer, uint32_t state)
 {
@@ -178,7 +180,9 @@ template <score_kind KIND, int WORDS> static __device__ __forceinline__ void tak
 template <bool WIDE> static __device__ __forceinline__ bool bias_shows(const bwd_params &p, const task &t, int32_t head, int32_t i, int32_t key)
 {
     const fgqa_problem &problem = p.common.problem;
-    const char *row = fgqa_row_address(problem.view[FGQA_ARG_bias], WIDE ? sizeof(float) : sizeof(T), t.b, t.kv_head * problem.g + head, i);
+    const fgqa_view &bias = problem.view[FGQA_ARG_bias];
+    if (D == 256) { return load_float(bias.data, t.b * bias.stride_b + (t.kv_head * problem.g + head) * bias.stride_h + i * bias.stride_s + (t.n * BLOCK_K + key) * bias.stride_d, bias.dtype) != -INFINITY; }
+    const char *row = fgqa_row_address(bias, WIDE ? sizeof(float) : sizeof(T), t.b, t.kv_head * problem.g + head, i);
     if (WIDE) { return ((const float *)row)[t.n * BLOCK_K + key] != -INFINITY; }
     return to_float(((const T *)row)[t.n * BLOCK_K + key]) != -INFINITY;
 }

@@ -43,7 +43,7 @@ template <score_kind KIND> static __device__ __forceinline__ void clean_rows(sha
 #pragma unroll 1
     for (int n = thread; n < (int)sizeof(sm.q[0]) / 16; n += CONSUMERS) {
         clean_piece(smem_address(sm.dout[stage]) + 16 * n);
-        if (WITH_CAP<KIND> && isfinite(sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)])) { continue; }
+        if ((WITH_CAP<KIND> || (KIND == BIAS_AND_ALL && sm.capped)) && isfinite(sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)])) { continue; }
         if (clean_piece(smem_address(sm.q[stage]) + 16 * n)) { sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)] = NAN; }
     }
     fence_proxy_async();

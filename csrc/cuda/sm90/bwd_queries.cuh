@@ -140,9 +140,22 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
     const term_rows of_rows = find_term_rows(problem, terms, t.b, heads, own_rows);
     const uint32_t batch_head = (uint32_t)t.b * (uint32_t)problem.hq + (uint32_t)t.h;
     const drop_rows drawn_rows = {{(uint32_t)own_rows[0], (uint32_t)own_rows[1]}, {batch_head, batch_head}};
-    float slope_log2 = 0.0f;
-    if (sloped) { slope_log2 = load_float(slopes.data, t.b * slopes.stride_b + t.h * slopes.stride_h, slopes.dtype) * (float)FGQA_LOG2E; }
+    float slope = 0.0f;
+    biased_rows biased = {{lse2[0], lse2[1]}, {0.0f, 0.0f}, 0.0f, 0.0f};
+    bool dirty = false;
+    if (HAS_BIAS<KIND> && i0 < mask.sq) {
+        const int64_t q_tile = bwd_q_tile(problem, p.w, t.b, t.h, t.sequence.q_row, i0 / BLOCK_Q);
+        dirty = load_relaxed_s32(p.w.turn + q_tile) & FGQA_BWD_DIRTY;
+        if (p.w.based[q_tile]) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) { biased.base[half] = p.w.bases[q_tile * BLOCK_Q + row + 8 * half]; }
+        }
+    }
+    if (sloped) { slope = load_float(slopes.data, t.b * slopes.stride_b + t.h * slopes.stride_h, slopes.dtype); }
+    const float slope_log2 = slope * (float)FGQA_LOG2E;
     const float distance = (float)(own_rows[0] + mask.diag - lane % 4 * 2);      /* of the first row and column of a lane, from key 0 on */
+    biased.slope = slope;
+    biased.first = distance;
     if (drops) { delta[0] *= p.inv_dropout_scale; delta[1] *= p.inv_dropout_scale; }
     float dq[D / 2];
 #pragma unroll
@@ -155,13 +168,28 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
         const int32_t j0 = n * BLOCK_K;
         uint32_t shown[2] = {0xFFFFFFFFu, 0xFFFFFFFFu}, kept[2] = {};
         if (some_mask) { load_mask<BLOCK_K>(shown, of_rows, terms, j0, problem.sk); }
+        block_terms bias;
+        if constexpr (HAS_BIAS<KIND>) {
+            if (terms.wide_bias) { load_bias<2, TERM_WORDS / 4, BLOCK_K>(bias, of_rows, terms, j0, 0, problem.sk); } else { load_bias<1, TERM_WORDS / 2, BLOCK_K>(bias, of_rows, terms, j0, 0, problem.sk); }
+            if (n + 1 < t.end) { prefetch_terms<BLOCK_K>(of_rows, terms, j0 + BLOCK_K); }
+        }
         const dropout_key key = sm.dropout;                    /* before products are issued, behind which it would wait */
         mbarrier_wait(smem_address(&sm.k_full[r.stage]), r.parity);
         uint32_t poisoned = 0;
+        bool values_poisoned = false;
         if (MASKED) {
             poisoned = sm.poisoned[r.stage];
+            values_poisoned = poisoned & POISONED_V;
+            poisoned &= POISONED_K;
             if (poisoned) { clean_tile(sm, r.stage, consumer * 128 + thread); }
         }
+        /* keep_nan: for dbias */
+        const auto clear_poisoned = [&](bool keep_nan) {
+#pragma unroll
+            for (int m = 0; m < 32; m++) {
+                if (sm.poisoned_keys[m / 16] >> (m / 4 % 4 * 8 + m % 2 + 2 * (lane % 4)) & 1) { s[m] = keep_nan ? s[m] * 0.0f : 0.0f; }
+            }
+        };
         const uint64_t k_rows = wgmma_desc_sw128(smem_address(sm.k[r.stage]), 0, 1024), k_columns = wgmma_desc_sw128(smem_address(sm.k[r.stage]), BLOCK_K * 128, 1024);
         if (n == t.begin) { mbarrier_wait(smem_address(&sm.q_full[consumer]), 0); }
         wgmma_fence();
@@ -182,8 +210,14 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
         wgmma_commit();
         if (drops) { draw_kept<BLOCK_K>(kept, key, drawn_rows, j0); }
         wgmma_wait<1>();
-        if (WITH_CAP<KIND>) { cap_scores(s, p.in_caps); }
-        if (sloped) {
+        if (WITH_CAP<KIND> || (HAS_BIAS<KIND> && p.in_caps > 0.0f)) { cap_scores(s, p.in_caps); }
+        if constexpr (HAS_BIAS<KIND>) {
+            const bool more = sloped || p.in_caps > 0.0f;
+            if (terms.wide_bias && more) { biased_weights_of_rows<true, 2>(s, bias, of_rows, terms, p, biased, j0); }
+            if (terms.wide_bias && !more) { biased_weights_of_rows<false, 2>(s, bias, of_rows, terms, p, biased, j0); }
+            if (!terms.wide_bias && more) { biased_weights_of_rows<true, 1>(s, bias, of_rows, terms, p, biased, j0); }
+            if (!terms.wide_bias && !more) { biased_weights_of_rows<false, 1>(s, bias, of_rows, terms, p, biased, j0); }
+        } else if (sloped) {
             const float first = distance - (float)j0;
 #pragma unroll
             for (int m = 0; m < 32; m++) {
@@ -203,7 +237,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
 #pragma unroll
             for (int m = 0; m < 32; m++) { s[m] *= dp[m] - delta[m / 2 % 2]; }
         }
-        if (some_mask) {
+        const bool hides = HAS_BIAS<KIND> && (dirty || values_poisoned);
+        if (hides) {
+            const uint2 hidden = hidden_by_bias(p, t.b, t.h, i0 + row, j0);
+            shown[0] &= ~hidden.x;
+            shown[1] &= ~hidden.y;
+        }
+        if (some_mask || hides) {
 #pragma unroll
             for (int m = 0; m < 32; m++) { s[m] = shown[m / 2 % 2] >> (m / 4 * 2 + m % 2) & 1 ? s[m] : 0.0f; }
         }
@@ -214,12 +254,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void c
                 const int column = m / 4 * 8 + m % 2;
                 if (column < begin[m / 2 % 2] - own || column >= end[m / 2 % 2] - own) { s[m] = 0.0f; }
             }
-            if (poisoned) {
-#pragma unroll
-                for (int m = 0; m < 32; m++) {
-                    if (sm.poisoned_keys[m / 16] >> (m / 4 % 4 * 8 + m % 2 + 2 * (lane % 4)) & 1) { s[m] = 0.0f; }
-                }
-            }
+            if (poisoned) { clear_poisoned(HAS_BIAS<KIND> && p.some_dbias); }
+        }
+        if (HAS_BIAS<KIND> && p.some_dbias) {
+            store_dbias_of_rows(p, s, t.b, t.h, i0 + row, j0);
+            if (poisoned) { clear_poisoned(false); }
         }
 #pragma unroll
         for (int m = 0; m < 16; m++) { pairs[m] = pack2(s[2 * m], s[2 * m + 1], T()); }
@@ -269,13 +308,13 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
 /* dQ, after the main kernel. */
 static int finish(const bwd_params &p, int32_t device, int32_t multiprocessors, cudaStream_t stream)
 {
-    static launch_state states[6];
+    static launch_state states[7];
     const fgqa_problem &problem = p.common.problem;
     const score_terms terms = score_terms_of(&problem);
     const bool capped = problem.softcap > 0.0, alibi = problem.view[FGQA_ARG_alibi_slopes].data;
     const bool bits = terms.some_mask || problem.dropout_threshold != 0;
-    const int which = capped ? bits ? 5 : alibi ? 4 : 3 : alibi || bits ? 2 : p.w.key_rows != NULL;
-    const auto kernel = which == 5 ? queries_kernel<true, CAPPED_AND_BITS> : which == 4 ? queries_kernel<true, CAPPED_ALIBI> : which == 3 ? queries_kernel<true, CAPPED> : which == 2 ? queries_kernel<true, ALIBI_AND_BITS>
+    const int which = terms.some_bias ? 6 : capped ? bits ? 5 : alibi ? 4 : 3 : alibi || bits ? 2 : p.w.key_rows != NULL;
+    const auto kernel = which == 6 ? queries_kernel<true, BIAS_AND_ALL> : which == 5 ? queries_kernel<true, CAPPED_AND_BITS> : which == 4 ? queries_kernel<true, CAPPED_ALIBI> : which == 3 ? queries_kernel<true, CAPPED> : which == 2 ? queries_kernel<true, ALIBI_AND_BITS>
         : which == 1 ? queries_kernel<true, PLAIN> : queries_kernel<false, PLAIN>;
     const uint32_t tiles = problem.varlen ? (uint32_t)(problem.total_q / TILE_ROWS) + (uint32_t)problem.b + 1 : ((uint32_t)problem.sq + TILE_ROWS - 1) / TILE_ROWS;
     const uint32_t heads = (uint32_t)problem.hq * (problem.varlen ? 1u : (uint32_t)problem.b), g = (uint32_t)problem.g;

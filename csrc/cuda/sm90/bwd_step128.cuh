@@ -54,8 +54,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if constexpr (HAS_BIAS<KIND>) {
         uint32_t bias[WIDE_BIAS<KIND> ? 32 : 16];
         take_bias<KIND>(bias, sm, r, 0, consumer, state);
-        add_bias(s, bias, p.score_scale);
-        if (sm.about[r.stage].y & CARE_BASES) { lower_scores(s, bases_of(p, sm, r.stage)); }
+        if constexpr (KIND == BIAS_AND_ALL) {
+            const float *bases = sm.about[r.stage].y & CARE_BASES ? bases_of(p, sm, r.stage) : NULL;
+            biased_weights(weights, sloped, s, bias, lse2, p, alibi_of_lane<KIND>(sm, r.stage, consumer, thread), bases);
+        } else {
+            add_bias(s, bias, p.score_scale);
+            if (sm.about[r.stage].y & CARE_BASES) { lower_scores(s, bases_of(p, sm, r.stage)); }
+        }
     }
     int2 following = {0, 0};
     const bool hides = mask_hides<KIND>(left.shown);
@@ -74,13 +79,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     const float4 *delta_of_lane = (const float4 *)sm.delta[r.stage] + (lane & 3);
     float4 delta[4];
-    if (WITH_CAP<KIND>) {
-        capped_weights<KIND>(weights, sloped, s, lse2, p, alibi);
+    if (SLOPED<KIND>) {
+        if (WITH_CAP<KIND>) { capped_weights<KIND>(weights, sloped, s, lse2, p, alibi); }
 #pragma unroll
         for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
     }
 #pragma unroll
-    for (int n = 0; n < 8 && !WITH_CAP<KIND>; n++) {
+    for (int n = 0; n < 8 && !SLOPED<KIND>; n++) {
         if (n == 4) {
 #pragma unroll
             for (int m = 0; m < 4; m++) { delta[m] = delta_of_lane[4 * m]; }
@@ -102,12 +107,12 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     wgmma_commit();
 
     wgmma_wait<1>();
-    if (DROPS<KIND>) { dropout_gradients(gradients, WITH_CAP<KIND> ? sloped : weights, dp, delta, left.kept, p.inv_dropout_scale); }
+    if (DROPS<KIND>) { dropout_gradients(gradients, SLOPED<KIND> ? sloped : weights, dp, delta, left.kept, p.inv_dropout_scale); }
 #pragma unroll
     for (int n = 0; n < 8 && !DROPS<KIND>; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float2 weight = unpack2((WITH_CAP<KIND> ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
+            const float2 weight = unpack2((SLOPED<KIND> ? sloped : weights)[2 * n + half], T());       /* as dV sees it */
             gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
         }
     }

@@ -103,11 +103,17 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<2>();
     if (DROPS<KIND>) { kept_a = DRAWS_AHEAD<KIND> ? ahead.kept[0] : bits_of_blocks(drawn); }
-    if constexpr (HAS_BIAS<KIND>) {
+    if constexpr (HAS_BIAS<KIND> && KIND != BIAS_AND_ALL) {
         add_bias(s_a, bias, p.score_scale);
         if (lowers) { lower_scores(s_a, bases_of(p, sm, r.stage)); }
     }
-    if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi); } else { make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi); }
+    if constexpr (KIND == BIAS_AND_ALL) {
+        biased_weights(weights_a, sloped_a, s_a, bias, lse2, p, alibi, lowers ? bases_of(p, sm, r.stage) : NULL);
+    } else if (WITH_CAP<KIND>) {
+        capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi);
+    } else {
+        make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi);
+    }
     if (!HAS_BITS<KIND> && !HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
     if (HAS_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 0, lane); }        /* as below */
     alibi.first += (float)HALF;
@@ -121,9 +127,9 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<3>();
     if (DROPS<KIND>) {
-        dropout_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
+        dropout_gradients(gradients_a, SLOPED<KIND> ? sloped_a : weights_a, dp_a, delta, kept_a, p.inv_dropout_scale);
     } else {
-        make_gradients(gradients_a, WITH_CAP<KIND> ? sloped_a : weights_a, dp_a, delta);
+        make_gradients(gradients_a, SLOPED<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
     if (!WIDE_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 1, lane); }
     if (HAS_BITS<KIND> || HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits or the bias take its registers before */
@@ -156,11 +162,19 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     wgmma_wait<3>();
     if constexpr (HAS_BIAS<KIND>) {
         if (STORES_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
-        add_bias(s_b, bias, p.score_scale);
-        if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
+        if (KIND != BIAS_AND_ALL) {
+            add_bias(s_b, bias, p.score_scale);
+            if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
+        }
     }
     if (DROPS<KIND>) { kept_b = DRAWS_AHEAD<KIND> ? ahead.kept[1] : bits_of_blocks(drawn); }
-    if (WITH_CAP<KIND>) { capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi); } else { make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi); }
+    if constexpr (KIND == BIAS_AND_ALL) {
+        biased_weights(weights_b, sloped_b, s_b, bias, lse2, p, alibi, lowers ? bases_of(p, sm, r.stage) + HALF : NULL);
+    } else if (WITH_CAP<KIND>) {
+        capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi);
+    } else {
+        make_weights<KIND>(weights_b, s_b, lse2, p.scale_log2, alibi);
+    }
     if (WIDE_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 1, lane); }       /* whose registers the bias takes before */
     if (MASKED && partial) { hide(weights_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(weights_b, weights_b, shown_b); }
@@ -171,9 +185,9 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<2>();
     if (DROPS<KIND>) {
-        dropout_gradients(gradients_b, WITH_CAP<KIND> ? sloped_b : weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
+        dropout_gradients(gradients_b, SLOPED<KIND> ? sloped_b : weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
     } else {
-        make_gradients(gradients_b, WITH_CAP<KIND> ? sloped_b : weights_b, dp_b, delta);
+        make_gradients(gradients_b, SLOPED<KIND> ? sloped_b : weights_b, dp_b, delta);
     }
     if (MASKED && partial) { hide(gradients_b, tile_mask(sm.rows + consumer * 64, row0 + HALF)); }
     if (hides_b) { keep(gradients_b, gradients_b, shown_b); }

@@ -19,8 +19,9 @@ struct task {
     fgqa_mask mask;
 };
 
-/* With ALiBi: of a query tile of one head, the slope; diag(i) - j of its first row and the key tile's first key. */
-struct alibi_tile { float slope_log2; int32_t first; };
+/* With ALiBi: of a query tile of one head, the slope, times log2(e) but with BIAS_AND_ALL; diag(i) - j of its first row and the key tile's
+ * first key. */
+struct alibi_tile { float slope; int32_t first; };
 
 struct shared {
     T k[CHUNKS][BLOCK_K * CHUNK], v[CHUNKS][BLOCK_K * CHUNK];
@@ -52,6 +53,7 @@ struct shared {
     dropout_key dropout;
     uint64_t bias_full[2], bias_empty[2];                        /* bwd_bias.cuh */
     int32_t q_tile[2];                                           /* of a stage, with a bias: in the workspace */
+    int32_t capped;                                              /* there is a soft cap */
     int4 bias_at[2];                                             /* of a stage: key, row, head, batch */
 };
 static_assert(sizeof(shared) <= SM_BYTES, "the tiles do not fit into shared memory");
@@ -254,7 +256,7 @@ template <score_kind KIND> static __device__ __forceinline__ alibi_tile alibi_of
     const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
     float slope = 0.0f;
     if (!ANY_BITS<KIND> || slopes.data) { slope = load_float(slopes.data, t.b * slopes.stride_b + (t.kv_head * p.common.problem.g + at.head) * slopes.stride_h, slopes.dtype); }
-    return {slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
+    return {KIND == BIAS_AND_ALL ? slope : slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
 }
 
 #if FGQA_BWD_HAS_BIAS(FGQA_D)

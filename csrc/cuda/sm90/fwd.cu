@@ -90,14 +90,19 @@ static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
  * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). */
-enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, MERGED };
-/* A bias and a mask tensor: TILED through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED };
+/* A bias and a mask tensor: TILED and TILED_ALL, which is ALL else, through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
 template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
-template <chain CHAIN> static constexpr bool WITH_TERMS = DIRECT_TERMS<CHAIN> || CHAIN == TILED;
+template <chain CHAIN> static constexpr bool BY_TMA = CHAIN == TILED || CHAIN == TILED_ALL;
+template <chain CHAIN> static constexpr bool WITH_TERMS = DIRECT_TERMS<CHAIN> || BY_TMA<CHAIN>;
+template <chain CHAIN> static constexpr bool ANY_MIX = CHAIN == ALL || CHAIN == TILED_ALL;
 /* Chunks of a bias and a mask take the place of the third V buffer where nothing else is left. */
 static constexpr int TERMS_BYTES = WG_COUNT * TERM_SLOTS * TERM_CHUNK;
 static constexpr bool TERMS_IN_V = V_STAGES > STAGES && V_BYTES >= TERMS_BYTES;
-template <chain CHAIN> static constexpr int V_RING = CHAIN == TILED && TERMS_IN_V ? STAGES : V_STAGES;
+/* Or the second and third of rows[]. */
+static constexpr bool TERMS_IN_ROWS = D == 256;
+template <chain CHAIN> static constexpr int ROW_PLACES = BY_TMA<CHAIN> && TERMS_IN_ROWS ? Q_STAGES : R_STAGES;
+template <chain CHAIN> static constexpr int V_RING = BY_TMA<CHAIN> && TERMS_IN_V ? STAGES : V_STAGES;
 enum { TURN = 1, TOGETHER = TURN + WG_COUNT };                   /* named barriers TURN + n, TOGETHER + n of warpgroup n; 0 is __syncthreads */
 
 struct fwd_params {
@@ -125,20 +130,21 @@ struct shared {
     T q[Q_STAGES][WG_COUNT][Q_CHUNKS][WG_ROWS * CHUNK];
     T k[STAGES][K_CHUNKS][BLOCK_K * CHUNK];
     T v[V_STAGES][V_CHUNKS][BLOCK_K * CHUNK];
-    fgqa_range rows[R_STAGES][BLOCK_Q];                          /* keys seen */
     wg_blocks blocks[R_STAGES][WG_COUNT];
     tile tiles[T_STAGES];
     int32_t poisoned[T_STAGES];                                  /* some element of O is not finite: the tile is done again */
     tile_place again;                                            /* the last such tile, which names the one before; batch -1: none */
     uint64_t tile_full[T_STAGES], o_full[T_STAGES], tile_empty[T_STAGES], q_full[Q_STAGES], q_empty[Q_STAGES];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES];
+    fgqa_range rows[R_STAGES][BLOCK_Q];                          /* keys seen */
 };
 static_assert(sizeof(shared) <= SM_BYTES, "kernels.def: the tiles do not fit into shared memory");
 
-/* Behind it, with TILED: barriers of each warpgroup's chunks, and the chunks, if not in a V buffer. */
-static constexpr int TERMS_END = (int)(sizeof(shared) + WG_COUNT * TERM_BARRIERS * sizeof(uint64_t)), TERMS_AT = (TERMS_END + 1023) / 1024 * 1024;
+/* Behind it, with BY_TMA: barriers of each warpgroup's chunks, and the chunks, if not in a V buffer. */
+static constexpr int TERMS_BEGIN = (int)sizeof(shared) - (R_STAGES - ROW_PLACES<TILED>) * BLOCK_Q * (int)sizeof(fgqa_range);
+static constexpr int TERMS_END = (int)(TERMS_BEGIN + WG_COUNT * TERM_BARRIERS * sizeof(uint64_t)), TERMS_AT = (TERMS_END + 1023) / 1024 * 1024;
 static constexpr int TERMS_MEMORY = TERMS_IN_V ? TERMS_END : TERMS_AT + TERMS_BYTES;
-#if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
+#if FGQA_HAS_TILED(FGQA_D, FGQA_BLOCK_K)
 static_assert(TERMS_MEMORY <= SM_BYTES, "chunks of a bias do not fit into shared memory");
 #endif
 
@@ -247,7 +253,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
         tile &t = sm.tiles[rt.stage];
         mbarrier_wait(smem_address(&sm.tile_empty[rt.stage]), rt.parity ^ 1);
         for (bool seen = begun; !seen;) {
-            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, CHAIN == TILED && p.term_boxes.batch_first, &place);
+            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, BY_TMA<CHAIN> && p.term_boxes.batch_first, &place);
             if (leader) {
                 if (more) {
                     describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t);
@@ -342,8 +348,8 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             mbarrier_init(smem_address(&sm.tile_empty[s]), 1);
         }
         if (!known) { init_key_barriers<CHAIN>(sm, 0); }
-        for (int n = 0; CHAIN == TILED && n < WG_COUNT * TERM_BARRIERS; n++) {
-            mbarrier_init(smem_address(&sm + 1) + 8 * n, n % TERM_BARRIERS < TERM_SLOTS ? 1 : 4);
+        for (int n = 0; BY_TMA<CHAIN> && n < WG_COUNT * TERM_BARRIERS; n++) {
+            mbarrier_init(smem_address(&sm) + TERMS_BEGIN + 8 * n, n % TERM_BARRIERS < TERM_SLOTS ? 1 : 4);
         }
         for (int s = 0; s < T_STAGES; s++) { sm.poisoned[s] = 0; }
         sm.again.batch = -1;
@@ -379,7 +385,7 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
     } else {
         setmaxnreg_inc<CONSUMER_REGS>();
         consumer_rings<CHAIN> rings;
-        if (CHAIN == TILED) { rings.terms = find_chunks(sm, wg - 1); }
+        if (BY_TMA<CHAIN>) { rings.terms = find_chunks(sm, wg - 1); }
         consume<false, CHAIN>(p, sm, warp, rings);
         if constexpr (CHAIN == MERGED) {
             if (part_is_done<CHAIN>(sm)) {
@@ -401,7 +407,12 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ fwd_params p) { run_block<PLAIN>(p); }
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _terms)(const __grid_constant__ fwd_params p) { run_block<TERMS>(p); }
+#endif
+#if FGQA_HAS_TILED(FGQA_D, FGQA_BLOCK_K)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _tiled)(const __grid_constant__ fwd_params p) { run_block<TILED>(p); }
+#endif
+#if FGQA_HAS_TILED_ALL(FGQA_D, FGQA_BLOCK_K, FGQA_DROPOUT)
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _tiled_all)(const __grid_constant__ fwd_params p) { run_block<TILED_ALL>(p); }
 #endif
 #if FGQA_MERGES
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _merged)(const __grid_constant__ fwd_params p) { run_block<MERGED>(p); }
@@ -429,14 +440,20 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const bool capped = problem->softcap > 0.0, alibi = problem->view[FGQA_ARG_alibi_slopes].data;
     const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
-    const bool has_own = capped + alibi + terms < 2 && (FGQA_HAS_ALIBI(FGQA_D, FGQA_BLOCK_Q) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms);
+    const bool alone = capped + alibi + terms < 2;
+    const bool tiled = terms && (alone ? FGQA_HAS_TILED(FGQA_D, FGQA_BLOCK_K) : FGQA_HAS_TILED_ALL(FGQA_D, FGQA_BLOCK_K, FGQA_DROPOUT)) && term_tiles_fit(problem);
+    const bool has_own = (alone && tiled) || (alone && (FGQA_HAS_ALIBI(FGQA_D, FGQA_BLOCK_Q) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms));
     const bool scaled = problem->cache.k_scale.data || problem->cache.v_scale.data;
-    const bool tiled = has_own && terms && term_tiles_fit(problem);
-    const chain of_scores = !has_own ? ALL : capped ? CAPPED : alibi ? ALIBI : terms ? (tiled ? TILED : TERMS) : scaled ? SCALED : PLAIN;
+    const chain of_scores = !has_own ? (tiled ? TILED_ALL : ALL) : capped ? CAPPED : alibi ? ALIBI : terms ? (tiled ? TILED : TERMS) : scaled ? SCALED : PLAIN;
     auto kernel = FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
+#endif
+#if FGQA_HAS_TILED(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TILED) { kernel = FGQA_SUFFIX(FGQA_ROW, _tiled); }
+#endif
+#if FGQA_HAS_TILED_ALL(FGQA_D, FGQA_BLOCK_K, FGQA_DROPOUT)
+    if (of_scores == TILED_ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _tiled_all); }
 #endif
 #if FGQA_HAS_SOFTCAP(FGQA_BLOCK_Q)
     if (of_scores == CAPPED) { kernel = FGQA_SUFFIX(FGQA_ROW, _capped); }
@@ -467,7 +484,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess && tiled) { error = term_tiles_make(&p.term_boxes, problem, p.list.pack); }
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
-    p.inv_unit = of_scores == ALL ? 1.0f : (float)(1.0 / problem->scale);
+    p.inv_unit = !has_own ? 1.0f : (float)(1.0 / problem->scale);
     p.in_caps = fgqa_in_caps(problem);
     p.terms = score_terms_of(problem);
     p.slot = fgqa_stream_slot(stream);

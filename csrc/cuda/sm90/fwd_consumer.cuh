@@ -135,8 +135,8 @@ static constexpr int ALIBI_RISE = DV > 64 ? 3 : 8;
 static constexpr int TERMS_RISE = 3;
 static constexpr float LOWEST_BASE = -0x1p26f;
 
-/* A row whose base is above this has had scores like others': with TILED nobody looks for its maximum, and its weights are moderated as
- * without a bias. */
+/* A row whose base is above this has had scores like others': with BY_TMA, unless there is ALiBi, nobody looks for its maximum, and its
+ * weights are moderated as without a bias. */
 static constexpr float LOW_BASE = -64.0f;
 
 /* Largest exponent, relative to the base, of a weight that leaves it. */
@@ -146,16 +146,16 @@ template <chain CHAIN> static constexpr bool ALL_MODERATE = (CHAIN == ALIBI || D
 template <chain CHAIN> struct consumer_rings { ring<Q_STAGES> q; ring<T_STAGES> t; ring<STAGES> k; ring<V_RING<CHAIN>> v; term_ring terms; };
 
 /* CAREFUL: tiles that came out non-finite once more, without inf and NaN in V (careful.cuh), one step after the other.
- * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED, in natural ones with a bias and with ALL. */
+ * CHAIN: what else happens to scores. S and m are in units of the cap with CAPPED, in natural ones with a bias and with ANY_MIX. */
 template <bool CAREFUL, chain CHAIN>
 static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, int warp, consumer_rings<CHAIN> &rings)
 {
     constexpr bool CROSS = CROSS_TILE && !CAREFUL && CHAIN != MERGED, TURNS = TAKE_TURNS && !CAREFUL, ONLY_Q = Q_STAGES == 1 && !CAREFUL;
     /* others' main loops have no registers left */
-    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && CHAIN != ALL && CHAIN != TILED && CHAIN != MERGED;
+    constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && !ANY_MIX<CHAIN> && CHAIN != TILED && CHAIN != MERGED;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
     const int wg = warp / 4 - 1;
-    const bool natural = CHAIN == ALL || (CHAIN == TERMS && p.terms.some_bias) || (CHAIN == TILED && p.term_boxes.bias.some);
+    const bool natural = ANY_MIX<CHAIN> || (CHAIN == TERMS && p.terms.some_bias) || (CHAIN == TILED && p.term_boxes.bias.some);
     const float unit = CHAIN == CAPPED ? p.common.softcap : natural ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
     float scale_log2 = unit_log2;                                /* with SCALED of the tile's keys */
     ring<Q_STAGES> &rq = rings.q;
@@ -199,7 +199,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         rv.advance();
         v_at = desc_low(smem_address(sm.v[rv.stage]), BLOCK_K * 128);
     };
-    /* Of TILED. */
+    /* With BY_TMA. */
     auto hand_back_chunk = [&] {
         fence_proxy_async();                                     /* what has been read before what TMA writes */
         __syncwarp();
@@ -237,7 +237,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             return false;
         }
         block_begin = t.block_begin;
-        const uint32_t at = place_of_rows(rq, rt);
+        const uint32_t at = place_of_rows<CHAIN>(rq, rt);
         block_end = CAREFUL ? t.block_end : sm.blocks[at][wg].end;      /* there all warps of a warpgroup clean each V */
         skipped = t.block_end - block_end;
         row_place = at;
@@ -251,7 +251,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             begin[r] = seen.begin - 2 * (int32_t)(lane % 4);
             end[r] = seen.end - 2 * (int32_t)(lane % 4);
         }
-        if (CHAIN == ALIBI || (CHAIN == ALL && some_alibi)) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
+        if (CHAIN == ALIBI || (ANY_MIX<CHAIN> && some_alibi)) { take_slopes<CAREFUL>(p, sm.tiles[rt.stage], (int32_t)first_row, alibi); }
         if (CHAIN == SCALED) {
             const tile &t = sm.tiles[rt.stage];
             scale_log2 = unit_log2 * cache_scale(p.common.problem.cache.k_scale, t.batch, fgqa_kv_head(t.head, p.common.problem.g));
@@ -265,10 +265,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     auto fetch = [&](block_terms &of_block, int j) {
         if constexpr (DIRECT_TERMS<CHAIN>) { fetch_terms<BLOCK_K>(of_block, terms, p.terms, j * BLOCK_K, p.common.problem.sk); }
-        if constexpr (CHAIN == TILED) {
+        if constexpr (BY_TMA<CHAIN>) {
             of_block.seen[0] = of_block.seen[1] = ALL_LANES;
             if (p.term_boxes.mask.some) {
-                take_chunk([&](uint32_t slot) { read_mask(of_block.seen, p.term_boxes.mask, slot); });
+                take_chunk([&](uint32_t slot) { read_mask<BLOCK_K>(of_block.seen, p.term_boxes.mask, slot); });
             }
         }
     };
@@ -295,39 +295,41 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     auto score = [&](float (&s)[BLOCK_K / 2], int j, block_terms &of_block) {
         if constexpr (CHAIN == TERMS) { add_terms<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, p.common.scale, j * BLOCK_K, p.common.problem.sk); }
-        if constexpr (CHAIN == TILED) {
+        const bool capped = ANY_MIX<CHAIN> && p.in_caps > 0.0f;
+        const float of_scores = capped ? p.common.softcap : p.common.scale;
+        if (CHAIN == CAPPED || capped) { cap_scores(s, p.in_caps); }
+        if constexpr (BY_TMA<CHAIN>) {
             const term_source &bias = p.term_boxes.bias;
             if (bias.some && bias.bytes == 4) {
 #pragma unroll
                 for (int n = 0; n < BLOCK_K / 8; n += 4) {
-                    take_chunk([&](uint32_t slot) { add_wide_chunk<CAREFUL>(s, bias, slot, p.common.scale, n); });
+                    take_chunk([&](uint32_t slot) { add_wide_chunk<CAREFUL>(s, bias, slot, of_scores, n); });
                 }
             } else if (bias.some) {
 #pragma unroll
                 for (int n = 0; n < BLOCK_K / 8; n += 8) {
-                    take_chunk([&](uint32_t slot) { add_chunk<CAREFUL, T>(s, bias, slot, p.common.scale, n); });
+                    take_chunk([&](uint32_t slot) { add_chunk<CAREFUL, T>(s, bias, slot, of_scores, n); });
                 }
+            } else if (CHAIN == TILED_ALL) {
+#pragma unroll
+                for (int n = 0; n < BLOCK_K / 2; n++) { s[n] = with_bias<CAREFUL>(s[n], of_scores, 0.0f); }
             }
         }
-        if (CHAIN == CAPPED) { cap_scores(s, p.in_caps); }
-        if constexpr (CHAIN == ALL) {
-            const bool capped = p.in_caps > 0.0f;
-            if (capped) { cap_scores(s, p.in_caps); }
-            add_terms_in_natural_units<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, capped ? p.common.softcap : p.common.scale, j * BLOCK_K, p.common.problem.sk);
-        }
-        if (CHAIN == ALIBI || (CHAIN == ALL && some_alibi)) {
+        if constexpr (CHAIN == ALL) { add_terms_in_natural_units<CAREFUL, T, BLOCK_K>(s, of_block, terms, p.terms, of_scores, j * BLOCK_K, p.common.problem.sk); }
+        if (CHAIN == ALIBI || (ANY_MIX<CHAIN> && some_alibi)) {
             const int32_t further = 8 >> p.list.pack;
-            if (CAREFUL) { add_any_alibi<CHAIN == ALL>(s, alibi, further, j * BLOCK_K, p.inv_unit); } else { add_alibi(s, alibi, further, j * BLOCK_K); }
+            if (CAREFUL) { add_any_alibi<ANY_MIX<CHAIN>>(s, alibi, further, j * BLOCK_K, p.inv_unit); } else { add_alibi(s, alibi, further, j * BLOCK_K); }
         }
     };
     auto in_interval = [&](int r, int j) { return columns_before(end[r] - j * BLOCK_K) & ~columns_before(begin[r] - j * BLOCK_K); };
     auto mask = [&](float (&s)[BLOCK_K / 2], int j, bool bounded, const block_terms &of_block) {
         uint32_t seen[2];
-        const bool some_mask = CHAIN == TILED ? p.term_boxes.mask.some : p.terms.some_mask;
+        const bool some_mask = BY_TMA<CHAIN> ? p.term_boxes.mask.some : p.terms.some_mask;
         if (WITH_TERMS<CHAIN> && !bounded && !some_mask) { return; }
 #pragma unroll
         for (int r = 0; r < 2; r++) { seen[r] = !WITH_TERMS<CHAIN> ? in_interval(r, j) : bounded ? in_interval(r, j) & of_block.seen[r] : of_block.seen[r]; }
-        if (CHAIN == TILED && __all_sync(ALL_LANES, (seen[0] & seen[1]) == 0xFFFFFFFFu)) { return; }
+        constexpr uint32_t OF_BLOCK = BLOCK_K == 128 ? ALL_LANES : (1u << BLOCK_K / 4) - 1;
+        if (BY_TMA<CHAIN> && __all_sync(ALL_LANES, (seen[0] & seen[1] & OF_BLOCK) == OF_BLOCK)) { return; }
         if (WITH_TERMS<CHAIN> || bounded) { hide_others(s, seen); }
     };
     auto await_turn = [&] {
@@ -358,6 +360,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         release_v();
     };
     auto has_none = [&](float m) { return WITH_TERMS<CHAIN> && !CAREFUL ? m < LOWEST_BASE : m == -INFINITY; };
+    /* the base follows scores whatever it is */
+    const bool follows = CHAIN == TILED_ALL ? some_alibi : CHAIN != TILED;
     auto is_low = [&](float m) { return m * scale_log2 < LOW_BASE; };
     auto take_base = [&](int r, float top) {
         set_base(rows, r, top, scale_log2);
@@ -390,7 +394,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             const float top = row_top(s, r), m = rows.m[r], base = rows.base[r];
             const bool none = has_none(m), enormous = CAREFUL && !none && is_enormous(m, scale_log2);
             alpha[r] = 1.0f;
-            const float rise = CHAIN != TILED || is_low(m) ? RISE<CHAIN> : ALMOST_OVERFLOW;
+            const float rise = follows || is_low(m) ? RISE<CHAIN> : ALMOST_OVERFLOW;
             if (none || (enormous ? top > m : fmaf(top, scale_log2, -base) >= rise)) {
                 take_base(r, top);
                 if (!none) { alpha[r] = ex2(enormous ? (m - top) * scale_log2 : base - rows.base[r]); }
@@ -408,8 +412,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             first_weights(s, sum);
         } else {
             if (RISING) {
-                if (CHAIN == TILED) { alpha[0] = alpha[1] = 1.0f; }
-                if (CAREFUL || CHAIN != TILED || __any_sync(ALL_LANES, is_low(rows.m[0]) || is_low(rows.m[1]))) { rising_base(s, alpha); }
+                if (BY_TMA<CHAIN>) { alpha[0] = alpha[1] = 1.0f; }
+                if (CAREFUL || follows || __any_sync(ALL_LANES, is_low(rows.m[0]) || is_low(rows.m[1]))) { rising_base(s, alpha); }
             } else if (MASKED) {
                 late_base(s);
             }
@@ -436,7 +440,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
 #pragma unroll 1
         for (int n = skipped; n > 0; n--) {
             if (k) {
-                if (CHAIN == TILED) { skip_chunks(); }
+                if (BY_TMA<CHAIN>) { skip_chunks(); }
                 await_turn();
                 pass_turn();
                 if (warp % 4 == 0) { wait_k(); }

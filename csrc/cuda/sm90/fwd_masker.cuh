@@ -3,9 +3,9 @@
 
 template <chain CHAIN> static __device__ __forceinline__ void plan_merge(const fwd_params &p, shared &sm);
 
-static __device__ __forceinline__ uint32_t place_of_rows(const ring<Q_STAGES> &rq, const ring<T_STAGES> &rt)
+template <chain CHAIN> static __device__ __forceinline__ uint32_t place_of_rows(const ring<Q_STAGES> &rq, const ring<T_STAGES> &rt)
 {
-    return R_STAGES == T_STAGES ? rt.stage : rq.stage;
+    return ROW_PLACES<CHAIN> == T_STAGES ? rt.stage : rq.stage;
 }
 
 /* Where a tile's first row goes, in bytes from where the tensors begin. */
@@ -25,7 +25,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void descri
         tile &t = sm.tiles[rt.stage];
         const fgqa_problem &problem = p.common.problem;
         const fgqa_mask mask = {t.sq, t.sk, t.diag, problem.left, problem.right, problem.chunk};
-        const uint32_t at = place_of_rows(rq, rt);
+        const uint32_t at = place_of_rows<CHAIN>(rq, rt);
         fgqa_range seen[BLOCK_Q / 32];                           /* of rows that have no place yet */
         const int32_t last_row = t.row0 + t.valid - 1;           /* of others nobody asks for O */
         more = t.block_end != 0;
@@ -34,13 +34,13 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void descri
             const int32_t i = min(t.row0 + lane + 32 * n, last_row) >> p.list.pack;
             fgqa_range x = {0, 0};
             if (more && i < mask.sq) { x.begin = fgqa_kv_begin(&mask, i); x.end = fgqa_kv_end(&mask, i); }
-            if (R_STAGES == T_STAGES) { sm.rows[at][lane + 32 * n] = x; }
+            if (ROW_PLACES<CHAIN> == T_STAGES) { sm.rows[at][lane + 32 * n] = x; }
 #pragma unroll
-            for (int k = 0; R_STAGES < T_STAGES && k < BLOCK_Q / 32; k++) {
+            for (int k = 0; ROW_PLACES<CHAIN> < T_STAGES && k < BLOCK_Q / 32; k++) {
                 if (k == n) { seen[k] = x; }
             }
         }
-        if (R_STAGES < T_STAGES) {
+        if (ROW_PLACES<CHAIN> < T_STAGES) {
             mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
 #pragma unroll
             for (int n = 0; n < BLOCK_Q / 32; n++) { sm.rows[at][lane + 32 * n] = seen[n]; }
@@ -64,7 +64,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void descri
             sm.blocks[at][lane] = own;
         }
         if (lane == WG_COUNT && more) { place_tile(p, t); }
-        if (R_STAGES == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
+        if (ROW_PLACES<CHAIN> == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
         __syncwarp();
         if constexpr (CHAIN == MERGED && !AGAIN) {               /* there when the end is announced */
             if (!more && rt.stage == 0) { plan_merge<CHAIN>(p, sm); }

@@ -29,6 +29,12 @@ static inline int32_t fgqa_whole_keys(const fgqa_problem *p)
 /* Those that take a bias and a mask tensor, plain rows and those for dropout: a kernel each, too. */
 #define FGQA_HAS_TERMS(d, block_k) (((d) == 64 || (d) == 128) && (block_k) == 128)
 
+/* Those that take them by TMA where it can address them: so too. */
+#define FGQA_HAS_TILED(d, block_k) (FGQA_HAS_TERMS(d, block_k) || (d) == 256)
+
+/* Those of them that have another one for these beside softcap and ALiBi, in any mix. */
+#define FGQA_HAS_TILED_ALL(d, block_k, dropout) (FGQA_HAS_TILED(d, block_k) && !(dropout))
+
 /* Those that have a kernel for what others lack: softcap, ALiBi, a bias and a mask tensor, each or all together. */
 #define FGQA_HAS_ALL(d, block_k) (FGQA_HAS_TERMS(d, block_k) || (d) == 256)
 

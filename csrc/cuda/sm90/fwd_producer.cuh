@@ -1,4 +1,4 @@
-/* fwd_producer.cuh - the producer of fwd.cu, a warp: copies of K and V, each lane knows where box_rows rows of a block are; with TILED of a
+/* fwd_producer.cuh - the producer of fwd.cu, a warp: copies of K and V, each lane knows where box_rows rows of a block are; with BY_TMA of a
  * bias and a mask, too. */
 #pragma once
 
@@ -40,7 +40,7 @@ static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtens
 
 static __device__ __forceinline__ term_ring find_chunks(const shared &sm, int wg)
 {
-    return ring_of(TERMS_IN_V ? smem_address(sm.v[V_STAGES - 1]) : smem_address(&sm) + TERMS_AT, smem_address(&sm + 1), wg, 0);
+    return ring_of(TERMS_IN_V ? smem_address(sm.v[V_STAGES - 1]) : smem_address(&sm) + TERMS_AT, smem_address(&sm) + TERMS_BEGIN, wg, 0);
 }
 
 /* The copy before the next one of a ring is there. */
@@ -80,7 +80,7 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
             rv.advance();
         };
         auto load_terms = [&](int j, bool rest) {
-            if constexpr (CHAIN == TILED) { load_block<BLOCK_K, WG_COUNT>(p.term_boxes, t, p.list.pack, find_chunks(sm, 0), chunks, j, rest); }
+            if constexpr (BY_TMA<CHAIN>) { load_block<BLOCK_K, WG_COUNT>(p.term_boxes, t, p.list.pack, find_chunks(sm, 0), chunks, j, rest); }
         };
         kv_source of_v = find_rows(p, t, end - 1, lane), of_k = find_rows(p, t, max(end - 2, begin), lane);
         load_k(of_v);

@@ -60,7 +60,7 @@ static inline int term_tiles_make(term_tiles *terms, const fgqa_problem *p, int3
     const fgqa_view &bias = p->view[FGQA_ARG_bias];
     int error = describe_term(&terms->bias, p, FGQA_ARG_bias, pack);
     if (error == cudaSuccess) { error = describe_term(&terms->mask, p, FGQA_ARG_mask, pack); }
-    terms->chunks = terms->mask.some + (terms->bias.some ? terms->bias.bytes : 0);      /* of 128 keys */
+    terms->chunks = terms->mask.some + (terms->bias.some ? terms->bias.bytes * FGQA_BLOCK_K / 128 : 0);
     terms->batch_first = bias.data && bias.stride_b == 0 && p->b > 1;      /* what sequences share comes from memory once */
     return error;
 }
@@ -178,16 +178,17 @@ static __device__ __forceinline__ void add_wide_chunk(float (&s)[N], const term_
     }
 }
 
-/* block_terms.seen, from a mask's chunk. */
-static __device__ __forceinline__ void read_mask(uint32_t (&seen)[2], const term_source &mask, uint32_t slot)
+/* block_terms.seen, from a mask's chunk, of whose 128 keys the first BLOCK_K are the block's. */
+template <int BLOCK_K> static __device__ __forceinline__ void read_mask(uint32_t (&seen)[2], const term_source &mask, uint32_t slot)
 {
-    const uint32_t lane = thread_index() % 32, first = first_of_warp(), quarter = lane % 4;      /* a lane reads 32 columns for all four of its row */
-    uint4 x[2][2];
+    const uint32_t lane = thread_index() % 32, first = first_of_warp(), quarter = lane % 4;
+    constexpr uint32_t OWN = BLOCK_K / 4, VECTORS = OWN / 16;    /* columns that a lane reads for all four of its row */
+    uint4 x[2][VECTORS];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        const uint32_t row = first + lane / 4 + 8 * r >> mask.shift & mask.keep, at = slot + row * 128 + (quarter * 32 ^ row % 8 * 16);
+        const uint32_t row = first + lane / 4 + 8 * r >> mask.shift & mask.keep, at = slot + row * 128 + (quarter * OWN ^ row % 8 * 16);
 #pragma unroll
-        for (int n = 0; n < 2; n++) { x[r][n] = load_vector(at ^ 16 * n); }
+        for (int n = 0; n < (int)VECTORS; n++) { x[r][n] = load_vector(at ^ 16 * n); }
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) { seen[r] = bits_of_columns(x[r], (int32_t)quarter); }

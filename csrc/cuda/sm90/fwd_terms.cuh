@@ -24,7 +24,7 @@ struct score_terms {
 struct term_rows { const char *bias[2], *mask[2]; };
 
 /* Of a block: what has been read of its bias; bit k: the mask lets the row see the lane's column 8 (k / 2) + k % 2. */
-static constexpr int TERM_WORDS = FGQA_D == 128 ? 16 : 8;         /* as many as registers are left beside the accumulators */
+static constexpr int TERM_WORDS = FGQA_D == 128 || (FGQA_D == 256 && FGQA_BLOCK_Q == 64) ? 16 : 8;         /* as many as registers are left beside the accumulators */
 struct block_terms { uint32_t bias[TERM_WORDS], seen[2]; };
 
 static inline score_terms score_terms_of(const fgqa_problem *p)
