@@ -138,7 +138,7 @@ def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
         results += flashgqa.attention(q[:, :, :5], repeated(k, MANY), repeated(v, MANY)[..., :-1], return_lse=True, **where)
     if variant in FEW_ROWS:                     # merged by a kernel of its own
         results += flashgqa.attention(q, k, v, **options, return_lse=True, batch_invariant=True, **where)
-        many_keys = (repeated(x, 4 * MANY) for x in (k, v))         # not joined by clusters
+        many_keys = (repeated(x, 8 * MANY) for x in (k, v))         # too many for clusters to join
         results += flashgqa.attention(q, *many_keys, return_lse=True, **where)
     elif arch == "sm90":
         results += run_hopper_forward(q, k, v, slopes, bias, variant, where)
