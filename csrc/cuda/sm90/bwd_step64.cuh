@@ -1,14 +1,15 @@
 /* bwd_step64.cuh - part of bwd.cu: what a consumer does with a query tile of 128 rows, head dim 64.
  *
  * The tile is worked on in halves A and B of 64 rows, so that the tensor cores have products of one half to make while weights of
- * the other are computed. Each consumer makes dQ of one half from the dS of both, and a step late: it does not wait for the other one,
- * so that the two drift apart until each computes while the other multiplies.
- *     S(A), dP(A), dQ of the step before issued
- *     wait S(A):  P(A)                                                  under dP(A), dQ
- *     S(B), dV(A) issued; wait dP(A): dS(A); wait dQ: staged for the writer   under S(B), dV(A)
- *     dS(A) to shared memory; dP(B), dK(A) issued
- *     wait S(B):  P(B)                                                  under dP(B), dK(A)
- *     dV(B) issued; wait dP(B): dS(B), to shared memory                 under dK(A), dV(B)
+ * the other are computed. Each consumer makes dQ of one half from the dS of both, a step late and behind the weights of half A: until then
+ * it does not wait for the other one, so that the two drift apart until each computes while the other multiplies.
+ *     S(A), dP(A) issued
+ *     wait S(A):  P(A)                                                  under dP(A)
+ *     dV(A), dQ of the step before, S(B) issued; wait dP(A): dS(A)      under these
+ *     wait dQ: staged for the writer                                    under S(B)
+ *     dS(A) to shared memory; dK(A), dP(B) issued
+ *     wait S(B):  P(B)                                                  under dK(A), dP(B)
+ *     dV(B) issued; wait dP(B): dS(B), to shared memory                 under dV(B)
  *     dK(B) issued
  * The first step of a task makes a dQ that nobody wants: with a branch around it ptxas would serialise every wgmma.
  * Registers: dK 32, dV 32, S 32 + 32, dP 32 + 32, lse2 and delta of a half 16 each; P and dS, 16 a half, where S and dP were.
@@ -59,6 +60,9 @@ struct bits_ahead { lane_bits shown[2], kept[2]; };
 /* Beside a bias, dropout's bits are made at the end of the step before, where registers are free; alone, under products. */
 template <score_kind KIND> static constexpr bool DRAWS_AHEAD = DROPS<KIND> && HAS_BIAS<KIND>;
 
+/* Bits, the bias or the slopes of a soft cap take the registers of the second half's lse2 until dS of the first is made. */
+template <score_kind KIND> static constexpr bool LATE_LSE = HAS_BITS<KIND> || HAS_BIAS<KIND> || WITH_CAP<KIND>;
+
 /* follows: whether the step before was of the same task. */
 template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, const ring2 &r, bool follows, uint32_t &state, bits_ahead &ahead,
                                                                    float (&dk)[D / 2], float (&dv)[DV / 2])
@@ -93,15 +97,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     drawing drawing = {};
     if (!DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0, consumer, thread); }
-    mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
     score_products(s_a, keys.k_rows, q_rows);
     score_products(dp_a, keys.v_rows, dout_rows);
-    query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
     uint32_t drawn = 0;
     if (DROPS<KIND> && !DRAWS_AHEAD<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
 
-    wgmma_wait<2>();
+    wgmma_wait<1>();
     if (DROPS<KIND>) { kept_a = DRAWS_AHEAD<KIND> ? ahead.kept[0] : bits_of_blocks(drawn); }
     if constexpr (HAS_BIAS<KIND> && KIND != BIAS_AND_ALL) {
         add_bias(s_a, bias, p.score_scale);
@@ -114,16 +116,18 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     } else {
         make_weights<KIND>(weights_a, s_a, lse2, p.scale_log2, alibi);
     }
-    if (!HAS_BITS<KIND> && !HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
+    if (!LATE_LSE<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
     if (HAS_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 0, lane); }        /* as below */
     alibi.first += (float)HALF;
     if (MASKED && partial) { hide(weights_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(weights_a, weights_a, shown_a); }
     if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(weights_a, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     if (DROPS<KIND>) { keep(dropped_a, weights_a, kept_a); }
+    mbarrier_wait(smem_address(&sm.ds_full[0]), before.stage);
     wgmma_fence();
-    score_products(s_b, keys.k_rows, q_rows + NEXT);
     key_products(dv, DROPS<KIND> ? dropped_a : weights_a, dout_rows);
+    query_products(dq, smem_address(sm.ds[0][consumer]), keys.k_columns);
+    score_products(s_b, keys.k_rows, q_rows + NEXT);
 
     wgmma_wait<3>();
     if (DROPS<KIND>) {
@@ -132,12 +136,12 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
         make_gradients(gradients_a, SLOPED<KIND> ? sloped_a : weights_a, dp_a, delta);
     }
     if (!WIDE_BIAS<KIND>) { load_stats(delta, sm.delta[r.stage], 1, lane); }
-    if (HAS_BITS<KIND> || HAS_BIAS<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }        /* bits or the bias take its registers before */
+    if (LATE_LSE<KIND>) { load_stats(lse2, sm.lse2[r.stage], 1, lane); }
     if (MASKED && partial) { hide(gradients_a, tile_mask(sm.rows + consumer * 64, row0)); }
     if (hides_a) { keep(gradients_a, gradients_a, shown_a); }
     if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(gradients_a, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     if (follows) { wait_for_dq_buffer<KIND>(sm, before); }
-    wgmma_wait<2>();
+    wgmma_wait<1>();
     if (follows && lane == 0) { mbarrier_arrive(smem_address(&sm.ds_empty[0])); }
     store_dq<KIND>(sm, before, dq, follows, consumer);
     announce_dq(sm, before, follows, lane);
@@ -155,11 +159,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     }
     if (!DRAWS_AHEAD<KIND>) { drawing = prepare_drawing<KIND>(p, sm, t, own_head, row0 + HALF, consumer, thread); }
     wgmma_fence();
-    score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     key_products(dk, gradients_a, q_rows);
+    score_products(dp_b, keys.v_rows, dout_rows + NEXT);
     if (DROPS<KIND> && !DRAWS_AHEAD<KIND>) { drawn = draw_blocks<KIND>(p, drawing); }
 
-    wgmma_wait<3>();
+    wgmma_wait<2>();
     if constexpr (HAS_BIAS<KIND>) {
         if (STORES_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
         if (KIND != BIAS_AND_ALL) {
@@ -183,7 +187,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     wgmma_fence();
     key_products(dv, DROPS<KIND> ? dropped_b : weights_b, dout_rows + NEXT);
 
-    wgmma_wait<2>();
+    wgmma_wait<1>();
     if (DROPS<KIND>) {
         dropout_gradients(gradients_b, SLOPED<KIND> ? sloped_b : weights_b, dp_b, delta, kept_b, p.inv_dropout_scale);
     } else {
