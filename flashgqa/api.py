@@ -131,7 +131,8 @@ def attention(
         CUDA stream to work on, for tensors on a GPU: its address, or a stream of torch, CuPy or any with ``__cuda_stream__``.
         The default is the current stream of q's library. Nothing waits for the GPU.
     deterministic : bool
-        The same bits run to run. The CPU is always deterministic, whatever the number of threads.
+        The same bits run to run. False: the backward pass may add up dq in any order, which it does where that is faster
+        (`explain`: any_order). The CPU is always deterministic, whatever the number of threads.
     batch_invariant : bool
         The bits of a sequence do not depend on the rest of the batch.
     precision : {"bf16x3"}, optional
@@ -434,8 +435,8 @@ class Plan(dict):
     """How a call would run. A dict of plain data, printed as text.
 
     Keys: kernel, pass, device, dtype, b, hq, hk, sq, sk, d, dv; block_q, block_k (rows and keys of a tile), splits, tasks,
-    threads (most workers), scratch_bytes (each worker), workspace_bytes, flops (of visible scores),
-    refused (list of (kernel, reason) passed over), text.
+    threads (most workers), scratch_bytes (each worker), workspace_bytes, flops (of visible scores), any_order (of additions to
+    dq), refused (list of (kernel, reason) passed over), text.
     """
 
     def __str__(self):

@@ -187,7 +187,7 @@ def test_explain_is_data_and_text():
     assert [plan[n] for n in ("b", "hq", "hk", "sq", "sk", "d", "dv")] == [1, 4, 2, 3, 5, 8, 8]
     assert plan["flops"] == 4 * 8 * 4 * (3 + 4 + 5)  # 2 (d + dv) a visible score
     assert plan["kernel"] in str(plan) and str(plan) == plan["text"] == repr(plan)
-    assert isinstance(plan["workspace_bytes"], int) and plan["refused"] == []
+    assert isinstance(plan["workspace_bytes"], int) and plan["refused"] == [] and plan["any_order"] is False
 
 
 def test_explain_backward_plans_the_backward_pass():

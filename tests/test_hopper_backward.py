@@ -118,6 +118,24 @@ def test_long_causal_passes_of_few_tasks_are_split_in_four(d):
     assert_gradients_alike(gradients(*x, causal=True, deterministic=False), expected)
 
 
+@pytest.mark.parametrize("d", DIMS)
+def test_any_order_is_taken_where_few_tasks_would_wait_for_each_other(d):
+    """And what the plan says is what runs: the same bits where it says in order."""
+    for b, hq, hk, s, options, any_order in (
+        (1, 4, 4, 4096, {}, d < 256), (1, 2, 2, 2048, {}, d < 256), (1, 4, 4, 4096, {"causal": True}, d < 256),
+        (16, 16, 16, 1024, {}, False), (1, 4, 4, 2048, {"window": (500, 0)}, False),
+    ):  # fmt: skip
+        x = inputs(b, hq, hk, s, s, d, dtype=torch.bfloat16)
+        plan = flashgqa.explain(*x, backward=True, deterministic=False, **options)
+        assert plan["any_order"] is any_order and f"summed in {'any ' if any_order else ''}order" in str(plan)
+        assert not flashgqa.explain(*x, backward=True, **options)["any_order"]
+        ordered, free = gradients(*x, **options), gradients(*x, deterministic=False, **options)
+        if any_order:
+            assert_gradients_alike(free, ordered)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(free, ordered, strict=True))
+
+
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("d", DIMS)
 def test_windows_are_walked_head_by_head(d, group):

@@ -36,6 +36,13 @@ const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why
     return FGQA_CUDA_REASON;
 }
 
+int fgqa_cuda_any_order(const fgqa_plan *plan, const fgqa_problem *problem)
+{
+    (void)plan;
+    (void)problem;
+    return 0;
+}
+
 int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel)
 {
     (void)kernel;

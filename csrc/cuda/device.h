@@ -27,6 +27,9 @@ fgqa_status fgqa_cuda_warmup(int32_t device);
 /* Why the device cannot run the kernel, whatever the problem; NULL if it can. */
 const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why[128]);
 
+/* Whether additions to dQ come in any order: never unless the problem allows it. */
+int fgqa_cuda_any_order(const fgqa_plan *plan, const fgqa_problem *problem);
+
 /* Bytes of shared memory of one block. */
 int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel);
 

@@ -631,4 +631,13 @@ const char *fgqa_cuda_refuse(const fgqa_kernel *kernel, int32_t device, char why
     return refuse_device(kernel->row, device, why);
 }
 
+int fgqa_cuda_any_order(const fgqa_plan *plan, const fgqa_problem *problem)
+{
+    const cuda_kernel *k = plan->kernel->row;
+    fgqa_cuda_properties device = {0, 0, 0, 0, 0};
+    if (problem->pass != FGQA_PASS_BWD || k->row.arch != HOPPER) { return 0; }
+    (void)fgqa_cuda_device_properties(problem->device.index, &device);      /* refuse() has read it already */
+    return fgqa_bwd_any_order(problem, k->row.block_q, k->row.block_k, plan->splits, device.multiprocessors);
+}
+
 int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel) { return ((const cuda_kernel *)kernel->row)->smem(); }

@@ -132,12 +132,25 @@ int fgqa_call_check_place(fgqa_call *call)
 /* The longest text of a plan, in bytes. */
 enum { PLAN_TEXT = 8192 };
 
+static int any_order(const fgqa_call *call)
+{
+    return call->problem.device.type == FGQA_CUDA && fgqa_cuda_any_order(&call->plan, &call->problem);
+}
+
+/* The plan as text. Which order dq is summed in is asked only where it may be any. */
+static void print_plan(const fgqa_call *call, char text[PLAN_TEXT])
+{
+    const int length = fgqa_plan_print(&call->plan, &call->problem, text, PLAN_TEXT);
+    if (call->problem.deterministic || call->problem.pass != FGQA_PASS_BWD || length >= PLAN_TEXT) { return; }
+    snprintf(text + length, (size_t)(PLAN_TEXT - length), "dq        summed in %s\n", any_order(call) ? "any order" : "order, which is as fast here");
+}
+
 /* FLASHGQA_LOG=plan: each plan once. */
 static int log_plan(fgqa_call *call)
 {
     char text[PLAN_TEXT];
     if (call->state->logged_plans == NULL) { return 0; }
-    fgqa_plan_print(&call->plan, &call->problem, text, sizeof text);
+    print_plan(call, text);
     PyObject *line = PyUnicode_FromString(text);
     const int seen = line ? PySet_Contains(call->state->logged_plans, line) : -1;
     const int failed = seen < 0 || (seen == 0 && PySet_Add(call->state->logged_plans, line) < 0);
@@ -373,17 +386,17 @@ PyObject *fgqa_call_plan_data(const fgqa_call *call)
     const fgqa_problem *p = &call->problem;
     const fgqa_plan *plan = &call->plan;
     char text[PLAN_TEXT];
-    fgqa_plan_print(plan, p, text, sizeof text);
+    print_plan(call, text);
     PyObject *refused = refusals(plan);
     if (refused == NULL) { return NULL; }
-    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:n,s:n,s:d,s:N,s:s}",
+    return Py_BuildValue("{s:s,s:s,s:s,s:s,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:i,s:n,s:n,s:d,s:O,s:N,s:s}",
                          "kernel", plan->kernel->name, "pass", p->pass == FGQA_PASS_FWD ? "forward" : "backward",
                          "device", p->device.type == FGQA_CPU ? "cpu" : "cuda", "dtype", fgqa_dtype_name(p->dtype),
                          "b", (int)p->b, "hq", (int)p->hq, "hk", (int)p->hk, "sq", (int)p->sq, "sk", (int)p->sk, "d", (int)p->d,
                          "dv", (int)p->dv, "block_q", (int)plan->block_q, "block_k", (int)plan->block_k, "splits", (int)plan->splits,
                          "tasks", (long long)plan->tasks, "threads", (int)plan->threads,
                          "scratch_bytes", (Py_ssize_t)plan->scratch_bytes, "workspace_bytes", (Py_ssize_t)plan->workspace_bytes,
-                         "flops", plan->flops, "refused", refused, "text", text);
+                         "flops", plan->flops, "any_order", any_order(call) ? Py_True : Py_False, "refused", refused, "text", text);
 }
 
 /* Turns a planned forward request into that of its backward pass: dout, out and lse as the forward pass would return them.

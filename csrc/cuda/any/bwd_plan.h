@@ -51,17 +51,17 @@ static inline void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p
  * sequences of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in
  * the cache. Where runs (fgqa_bwd_order_of()) do as well without a chain's waits, there is none: few and very many key tiles. All
  * limits are measured: LOG.md. */
-static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors)
+static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors, int any_order)
 {
     const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, half = (tiles + 1) / 2, sections = (int64_t)p->b * p->hk * splits;
     const int64_t pairs = sections * half, rounds = (pairs + multiprocessors - 1) / multiprocessors;
     const int few_blocks = !p->batch_invariant && 5 * pairs < 3 * rounds * multiprocessors;
     if (!fgqa_bwd_causal(p) || few_blocks || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1) { return 0; }
     if (p->g < 2 * splits) { return p->d > 64 && p->g == 1 && half == 4 ? 4 : 0; }
-    if (p->d > 64 && ((p->deterministic && tiles > FGQA_BWD_LONG) || (splits == 1 && tiles <= 16))) { return 0; }
-    if (p->d <= 64 && p->deterministic && p->g < 8 * splits && tiles > 16) { return 0; }
+    if (p->d > 64 && ((!any_order && tiles > FGQA_BWD_LONG) || (splits == 1 && tiles <= 16))) { return 0; }
+    if (p->d <= 64 && !any_order && p->g < 8 * splits && tiles > 16) { return 0; }
     int64_t chain = 64;
-    if (p->deterministic && !p->batch_invariant) {
+    if (!any_order && !p->batch_invariant) {
         const int64_t shortest = p->d <= 64 ? 8 : p->d <= 128 ? 16 : 64, enough = multiprocessors / sections;
         chain = enough > shortest ? enough : shortest;
     }
@@ -72,10 +72,10 @@ static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int
  * a walk is long or short in query tiles and heads: blocks on long ones drift apart, those on short ones wait for turns. */
 typedef struct { int32_t chain, band, run; } fgqa_bwd_order;
 
-static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors)
+static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors, int any_order)
 {
     const int64_t tiles = p->sk > block_k ? ((int64_t)p->sk + block_k - 1) / block_k : 1, fair = multiprocessors / tiles;
-    fgqa_bwd_order order = {fgqa_bwd_chain(p, block_k, splits, multiprocessors), 1, 1};
+    fgqa_bwd_order order = {fgqa_bwd_chain(p, block_k, splits, multiprocessors, any_order), 1, 1};
     int64_t band = fair < 4 ? 4 : fair < 8 ? fair : 8;
     if (fgqa_bwd_causal(p)) {
         band = 16;
@@ -99,6 +99,22 @@ static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t bl
     if (order.chain > 0) { band = multiprocessors / order.chain; order.run = 1; }
     order.band = band > 1 ? (int32_t)band : 1;
     return order;
+}
+
+/* Whether key tiles add to dQ as they come, where deterministic=False allows it. In order, the blocks of a section begin one behind
+ * the other, a step apart: by measurements the last one's wait makes a pass longer by its share of the steps. Free sums have to be
+ * cleared and read before every addition, which costs the more the fewer keys there are. Folded chains begin apart anyway; windows
+ * and lengths are faster in order. */
+static inline int fgqa_bwd_any_order(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
+{
+    const int hides = p->varlen || p->q_lens || p->kv_lens || p->chunk > 0 || p->left != FGQA_UNBOUNDED;
+    if (p->deterministic || hides || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || p->sk == 0) { return 0; }
+    const fgqa_bwd_order order = fgqa_bwd_order_of(p, block_k, splits, multiprocessors, 0);
+    const int64_t sections = (int64_t)p->b * p->hk * splits, at_once = sections < order.band ? sections : order.band;
+    const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, most = at_once > 0 ? multiprocessors / at_once : 0;
+    const double walk = (double)p->sq / block_q * p->g / splits * (fgqa_bwd_causal(p) ? 0.5 : 1.0);
+    const double rounds = (double)(sections * tiles) / multiprocessors, steps = rounds > 1.0 ? rounds * walk : walk;
+    return order.chain == 0 && (double)(most < tiles ? most : tiles) > steps * (1.0 / 128 + 110.0 / p->sk);
 }
 
 /* Whether blocks walk through all query tiles of a head before those of the next one: BY_HEAD of sm90/bwd_tasks.cuh. */

@@ -7,7 +7,7 @@
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
- * (bwd_key_tile_at()), so that the bits never change, or (deterministic=False) as they come; bwd_finish.cuh converts it while
+ * (bwd_key_tile_at()), so that the bits never change, or (fgqa_bwd_any_order()) as they come; bwd_finish.cuh converts it while
  * later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
@@ -65,7 +65,6 @@ static constexpr int D = FGQA_D, DV = FGQA_DV, BLOCK_Q = FGQA_BLOCK_Q, BLOCK_K =
 static_assert(D == DV && (D == 64 || D == 128 || D == 256) && BLOCK_Q == (D == 64 ? 128 : 64) && BLOCK_K == (D == 256 ? 64 : 128) && FGQA_STAGES == 2 && FGQA_WARPS == 12,
               "kernels.def: sizes that there are");
 static constexpr int CHUNKS = D / CHUNK;
-static constexpr int FEW_KEYS = 2048;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
@@ -244,14 +243,14 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
-    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, BLOCK_K, p.w.splits, multiprocessors);
+    const int any_order = fgqa_bwd_any_order(problem, BLOCK_Q, BLOCK_K, p.w.splits, multiprocessors);
+    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, BLOCK_K, p.w.splits, multiprocessors, any_order);
     p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
     p.score_scale = capped ? p.common.softcap : p.common.scale;
     p.in_caps = fgqa_in_caps(problem);
-    /* Free, float32 sums of dQ are cleared first and read before every addition: more than the turns cost where few key tiles add to it. */
-    p.ordered = p.w.dq == NULL || problem->deterministic || (problem->sk <= FEW_KEYS && !problem->varlen);
+    p.ordered = !any_order;
     p.foreign_rows = problem->varlen || problem->q_lens;
     p.vector_dq = fgqa_view_is_vector(problem, FGQA_ARG_dq);
     p.vector_dk = fgqa_view_is_vector(problem, FGQA_ARG_dk);
