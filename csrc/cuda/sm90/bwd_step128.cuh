@@ -21,6 +21,13 @@ static __device__ __forceinline__ void first_products(float (&s)[32], const shar
     wgmma_commit();
 }
 
+static __device__ __forceinline__ void announce_ds(shared &sm, const ring2 &r, int lane)
+{
+    fence_proxy_async();
+    __syncwarp();
+    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
+}
+
 /* Step `count` of a task; goes_on: it is not the last. dQ is made a step late, of the dS of both consumers, so that neither waits for the
  * other. Of a task's first step nobody wants it, but with a branch around it ptxas would serialise every wgmma. S is made a step early,
  * so that the tensor cores have it to do while dQ is staged and the next step begins, also behind the last one, of what memory
@@ -124,9 +131,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if (HAS_BIAS<KIND> && hides_by_bias(state)) { hide_by_bias<KIND>(gradients, bias_tile<KIND>(sm, bias_slot<KIND>(0, r.stage, consumer), consumer)); }
     mbarrier_wait(smem_address(&sm.ds_empty[r.stage]), r.parity ^ 1);
     store_gradients(smem_address(sm.ds[r.stage]), gradients, consumer);
-    fence_proxy_async();
-    __syncwarp();
-    if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
+    if (!MASKED) { announce_ds(sm, r, lane); }
     if (HAS_BIAS<KIND>) { leave_bias<KIND>(p, sm, t, 0, r.stage, left.row0, consumer, state, gradients); }
     const drawing drawing = prepare_drawing<KIND>(p, sm, t, next_head, following.x, consumer, thread);
     wgmma_fence();
@@ -137,6 +142,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     mbarrier_wait(smem_address(&sm.ds_full[before.stage]), before.parity);
     wgmma_fence();
     query_products(dq, smem_address(sm.ds[before.stage]), k_columns);
+    if (MASKED) { announce_ds(sm, r, lane); }
     uint32_t drawn = 0;
     if (DROPS<KIND>) {
         wgmma_wait<2>();                                         /* dV needs its operands no longer */
