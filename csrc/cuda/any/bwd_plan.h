@@ -103,12 +103,12 @@ static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t bl
 
 /* Whether key tiles add to dQ as they come, where deterministic=False allows it. In order, the blocks of a section begin one behind
  * the other, a step apart: by measurements the last one's wait makes a pass longer by its share of the steps. Free sums have to be
- * cleared and read before every addition, which costs the more the fewer keys there are. Folded chains begin apart anyway; windows
+ * cleared and read before every addition, which costs the more the fewer keys there are, and one launch more. Folded chains begin apart anyway; windows
  * and lengths are faster in order. */
 static inline int fgqa_bwd_any_order(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
     const int hides = p->varlen || p->q_lens || p->kv_lens || p->chunk > 0 || p->left != FGQA_UNBOUNDED;
-    if (p->deterministic || hides || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || p->sk == 0) { return 0; }
+    if (p->deterministic || hides || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || p->sk < 1024) { return 0; }
     const fgqa_bwd_order order = fgqa_bwd_order_of(p, block_k, splits, multiprocessors, 0);
     const int64_t sections = (int64_t)p->b * p->hk * splits, at_once = sections < order.band ? sections : order.band;
     const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, most = at_once > 0 ? multiprocessors / at_once : 0;
