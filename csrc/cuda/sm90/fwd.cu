@@ -19,8 +19,8 @@
  *
  * mbarrier        arrivals (count)                             waited for by             meaning
  * tile_full[t]    scheduler (1)                                producer, masker          tiles[t] is there
- * q_full[s]       scheduler + Q bytes, masker (2)              consumers                 Q, tiles[t], rows, blocks are there
- * q_empty[s]      each consumer warp                           scheduler, masker         all products with Q are done
+ * q_full[s][part] scheduler + Q bytes, masker (2)              consumers                 Q, tiles[t], rows, blocks are there
+ * q_empty[s][..]  each consumer warp                           scheduler, masker         all products with Q are done
  * o_full[t]       each consumer warp                           collector                 O is stored, or no tile
  * tile_empty[t]   collector (1)                                scheduler                 the place is free
  * k_full, v_full  producer + bytes (1)                         consumers                 block is there
@@ -49,6 +49,7 @@
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
 #define FGQA_DROPOUT (FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_dropout)
 #define FGQA_MERGES (FGQA_HAS_MERGE(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT)
+#define FGQA_PAIRS (FGQA_HAS_PAIRS(FGQA_D) && !FGQA_DROPOUT)
 
 #ifndef FGQA_NO_CODE
 
@@ -82,6 +83,8 @@ static constexpr int T_STAGES = Q_STAGES + 2;                    /* of tiles[] *
 static constexpr int LEFT = SM_BYTES - LEAST - (Q_STAGES - 1) * Q_BYTES - (V_STAGES - STAGES) * V_BYTES;
 static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES : Q_STAGES;      /* of rows[] */
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
+/* Where there is one Q, each warpgroup's part comes as soon as the one before is handed back: who is ahead does not wait for others. */
+static constexpr int Q_PARTS = Q_STAGES == 1 ? WG_COUNT : 1, PART_WGS = WG_COUNT / Q_PARTS;
 static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products: three warpgroups get into each other's way, two do not */
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
 static constexpr int PRODUCER_REGS = WG_COUNT == 2 || BLOCKS == 2 ? 56 : BLOCKS == 3 ? 40 : 32;
@@ -89,8 +92,9 @@ static constexpr int CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 :
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
- * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). */
-enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED };
+ * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). PAIRED: nor there; two blocks
+ * bring keys for both (fwd_pair.cuh). */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED, PAIRED };
 /* A bias and a mask tensor: TILED and TILED_ALL, which is ALL else, through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
 template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
 template <chain CHAIN> static constexpr bool BY_TMA = CHAIN == TILED || CHAIN == TILED_ALL;
@@ -134,8 +138,9 @@ struct shared {
     tile tiles[T_STAGES];
     int32_t poisoned[T_STAGES];                                  /* some element of O is not finite: the tile is done again */
     tile_place again;                                            /* the last such tile, which names the one before; batch -1: none */
-    uint64_t tile_full[T_STAGES], o_full[T_STAGES], tile_empty[T_STAGES], q_full[Q_STAGES], q_empty[Q_STAGES];
+    uint64_t tile_full[T_STAGES], o_full[T_STAGES], tile_empty[T_STAGES], q_full[Q_STAGES][Q_PARTS], q_empty[Q_STAGES][Q_PARTS];
     uint64_t k_full[STAGES], k_empty[STAGES], v_full[V_STAGES], v_empty[V_STAGES];
+    uint32_t claim;                                              /* PAIRED: of the second block's next tile (advance_pair()) */
     fgqa_range rows[R_STAGES][BLOCK_Q];                          /* keys seen */
 };
 static_assert(sizeof(shared) <= SM_BYTES, "kernels.def: the tiles do not fit into shared memory");
@@ -222,15 +227,17 @@ template <chain CHAIN> static __device__ __forceinline__ uint32_t first_item()
 
 /* By one thread. q_row: row 0 of the sequence; batch: the tensor's, which has none where sequences are packed. */
 static __device__ __forceinline__ void load_q(const fwd_params &p, T (&dst)[WG_COUNT][Q_CHUNKS][WG_ROWS * CHUNK], uint32_t full, uint64_t policy, int32_t head,
-                                              const int32_t &q_row, int32_t row0, int32_t batch)
+                                              const int32_t &q_row, int32_t row0, int32_t batch, int part = 0)
 {
-    mbarrier_arrive_expect_tx(full, WG_COUNT * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
-    for (int wg = 0; wg < WG_COUNT; wg++) {
+    mbarrier_arrive_expect_tx(full, PART_WGS * K_CHUNKS * WG_ROWS * CHUNK * sizeof(T));
+    for (int wg = part * PART_WGS; wg < (part + 1) * PART_WGS; wg++) {
         for (int c = 0; c < K_CHUNKS; c++) {
             tma_load_4d(smem_address(dst[wg][c]), &p.q_map, full, policy, c * CHUNK, head, q_row + (row0 + wg * WG_ROWS >> p.list.pack), batch);
         }
     }
 }
+
+#include "fwd_pair.cuh"
 
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
  * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to early_items: of a mask's
@@ -245,15 +252,20 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
     tile_place place;
     bool begun = CHAIN == MERGED && !AGAIN && p.known.share > 0; /* by begin_tile() */
     const auto advance = [&] {
-        if (CHAIN == MERGED) { walk.item = p.list.items; } else { walk.advance(counter); }
+        if (CHAIN == MERGED) {
+            walk.item = p.list.items;
+        } else if (CHAIN == PAIRED && counter) {
+            advance_pair(walk, &sm.claim, counter);
+        } else {
+            walk.advance(counter);
+        }
     };
     if (AGAIN) { place = sm.again; }
     for (bool more = true; more; rq.advance(), rt.advance()) {
-        const uint32_t q_full = smem_address(&sm.q_full[rq.stage]);
         tile &t = sm.tiles[rt.stage];
         mbarrier_wait(smem_address(&sm.tile_empty[rt.stage]), rt.parity ^ 1);
         for (bool seen = begun; !seen;) {
-            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, BY_TMA<CHAIN> && p.term_boxes.batch_first, &place);
+            more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, CHAIN == PAIRED, BY_TMA<CHAIN> && p.term_boxes.batch_first, &place);
             if (leader) {
                 if (more) {
                     describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t);
@@ -274,17 +286,21 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
         if (leader) { mbarrier_arrive(smem_address(&sm.tile_full[rt.stage])); }
         __syncwarp();
         if (AGAIN && more) { following = *place_in_o(p, t); }      /* O comes after Q */
-        mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
-        if (leader && more && !begun) {
-            load_q(p, sm.q[rq.stage], q_full, once, place.head, t.q_row, place.row0, problem.varlen ? 0 : place.batch);
-        } else if (leader && !begun) {
-            mbarrier_arrive(q_full);
+#pragma unroll 1
+        for (int part = 0; part < Q_PARTS; part++) {
+            const uint32_t q_full = smem_address(&sm.q_full[rq.stage][part]);
+            mbarrier_wait(smem_address(&sm.q_empty[rq.stage][part]), rq.parity ^ 1);
+            if (leader && more && !begun) {
+                load_q(p, sm.q[rq.stage], q_full, once, place.head, t.q_row, place.row0, problem.varlen ? 0 : place.batch, part);
+            } else if (leader && !begun) {
+                mbarrier_arrive(q_full);
+            }
         }
         begun = false;
         __syncwarp();
         place = following;
         if (AGAIN || !more) { continue; }
-        if (CHAIN != MERGED && Q_STAGES > 1 && walk.item >= p.early_items) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage]), rq.next().parity ^ 1); }
+        if (CHAIN != MERGED && Q_STAGES > 1 && walk.item >= p.early_items) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage][0]), rq.next().parity ^ 1); }
         advance();
     }
 }
@@ -311,10 +327,10 @@ static __device__ __forceinline__ void collect(const fwd_params &p, shared &sm, 
 #include "fwd_masker.cuh"
 
 /* After the last tile: whether none has to be done again. All threads. */
-static __device__ __forceinline__ bool all_done(const shared &sm)
+template <chain CHAIN> static __device__ __forceinline__ bool all_done(const shared &sm)
 {
     __syncwarp();
-    barrier_sync(0, THREADS);
+    if (CHAIN == PAIRED) { meet_pair(); } else { barrier_sync(0, THREADS); }
     return sm.again.batch < 0;
 }
 
@@ -339,8 +355,10 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
         if (!known) { prefetch_tensormap(&p.k_map); }
         prefetch_tensormap(&p.v_map);
         for (int s = 0; s < Q_STAGES; s++) {
-            if (!known) { mbarrier_init(smem_address(&sm.q_full[s]), 2); }
-            mbarrier_init(smem_address(&sm.q_empty[s]), 4 * WG_COUNT);
+            for (int part = 0; part < Q_PARTS; part++) {
+                if (!known) { mbarrier_init(smem_address(&sm.q_full[s][part]), 2); }
+                mbarrier_init(smem_address(&sm.q_empty[s][part]), 4 * PART_WGS);
+            }
         }
         for (int s = 0; s < T_STAGES; s++) {
             mbarrier_init(smem_address(&sm.tile_full[s]), 1);
@@ -352,10 +370,11 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             mbarrier_init(smem_address(&sm) + TERMS_BEGIN + 8 * n, n % TERM_BARRIERS < TERM_SLOTS ? 1 : 4);
         }
         for (int s = 0; s < T_STAGES; s++) { sm.poisoned[s] = 0; }
+        if (CHAIN == PAIRED) { sm.claim = 0; }
         sm.again.batch = -1;
         fence_mbarrier_init();
     }
-    __syncthreads();
+    if (CHAIN == PAIRED) { meet_pair(); } else { __syncthreads(); }
 
     /* Each role does its part of all tiles and then, after a barrier of all, of those that are done again. */
     if (wg == 0) {
@@ -364,22 +383,22 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
         ring<T_STAGES> rt;
         if (warp == 0) {
             schedule<false, CHAIN>(p, sm, rq, rt);
-            if (all_done(sm)) { return; }
+            if (all_done<CHAIN>(sm)) { return; }
             schedule<true, CHAIN>(p, sm, rq, rt);
         } else if (warp == 1) {
             ring<STAGES> rk;
             ring<V_RING<CHAIN>> rv;
             uint32_t chunks = 0;                                 /* of each warpgroup, so far */
-            produce<CHAIN>(p, sm, rt, rk, rv, chunks, known ? BEGUN : 0);
-            if (all_done(sm)) { return; }
-            produce<CHAIN>(p, sm, rt, rk, rv, chunks);
+            produce<false, CHAIN>(p, sm, rt, rk, rv, chunks, known ? BEGUN : 0);
+            if (all_done<CHAIN>(sm)) { return; }
+            produce<true, CHAIN>(p, sm, rt, rk, rv, chunks);
         } else if (warp == 2) {
             if (lane == 0) { collect(p, sm, rt); }
-            if (all_done(sm)) { return; }
+            if (all_done<CHAIN>(sm)) { return; }
             if (lane == 0) { collect(p, sm, rt); }
         } else {
             describe_rows<false, CHAIN>(p, sm, rq, rt);
-            if (all_done(sm)) { return; }
+            if (all_done<CHAIN>(sm)) { return; }
             describe_rows<true, CHAIN>(p, sm, rq, rt);
         }
     } else {
@@ -392,13 +411,13 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
                 __syncwarp();
                 barrier_arrive(0, THREADS);                      /* as all_done(), for which nobody waits here */
             } else {
-                all_done(sm);
+                all_done<CHAIN>(sm);
                 consume<true, CHAIN>(p, sm, warp, rings);
                 bar_sync(TURN, 128 * WG_COUNT);
             }
             merge_parts<CHAIN>(p, sm);
         } else {
-            if (all_done(sm)) { return; }
+            if (all_done<CHAIN>(sm)) { return; }
             consume<true, CHAIN>(p, sm, warp, rings);
         }
     }
@@ -416,6 +435,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #endif
 #if FGQA_MERGES
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _merged)(const __grid_constant__ fwd_params p) { run_block<MERGED>(p); }
+#endif
+#if FGQA_PAIRS
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _paired)(const __grid_constant__ fwd_params p) { run_block<PAIRED>(p); }
 #endif
 #if FGQA_HAS_SOFTCAP(FGQA_BLOCK_Q)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
@@ -436,7 +458,7 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state states[MERGED + 1];
+    static launch_state states[PAIRED + 1];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const bool capped = problem->softcap > 0.0, alibi = problem->view[FGQA_ARG_alibi_slopes].data;
     const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
@@ -497,7 +519,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     /* without a mask all tiles cost the same: the rows of a head in turn; else the K and V of 16 heads share L2 */
     const int masked = problem->right != FGQA_UNBOUNDED || problem->left != FGQA_UNBOUNDED || problem->chunk > 0;
     const int batch_first = tiled && p.term_boxes.batch_first;
-    const uint32_t section = masked ? 16 * (uint32_t)(problem->g >> p.list.pack) : !batch_first ? 1 : problem->b < 8 ? (uint32_t)problem->b : 8;
+    const bool paired = FGQA_PAIRS && of_scores == PLAIN && tiles_pair(problem, plan, p.list, resident);
+    const uint32_t section = masked ? 16 * (uint32_t)(problem->g >> p.list.pack) : paired ? 2 : !batch_first ? 1 : problem->b < 8 ? (uint32_t)problem->b : 8;
     p.list.section = section < p.list.pairs ? section : p.list.pairs;
     /* the last section: three tiles or more for every block, so that light ones are left when the heavy ones are done */
     const int64_t sections = (p.list.pairs + p.list.section - 1) / p.list.section, tiles = (int64_t)p.list.section * p.list.row_blocks;
@@ -516,6 +539,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
         if (error != cudaErrorCooperativeLaunchTooLarge) { return error; }
         cudaGetLastError();                                      /* no counters, or part of the device: a green context */
     }
+#endif
+#if FGQA_PAIRS
+    if (paired) { return launch_paired(FGQA_SUFFIX(FGQA_ROW, _paired), p, (uint32_t)blocks, problem->device.index, stream, &states[PAIRED]); }
 #endif
     kernel<<<(uint32_t)blocks, THREADS, memory, stream>>>(p);
     error = cudaGetLastError();

@@ -9,11 +9,11 @@ template <chain CHAIN> static __device__ __forceinline__ void init_key_barriers(
 {
     for (int s = 0; s < STAGES; s++) {
         if (s >= done) { mbarrier_init(smem_address(&sm.k_full[s]), 1); }
-        mbarrier_init(smem_address(&sm.k_empty[s]), WG_COUNT);
+        mbarrier_init(smem_address(&sm.k_empty[s]), WG_COUNT * READERS<CHAIN>);
     }
     for (int s = 0; s < V_STAGES; s++) {
         mbarrier_init(smem_address(&sm.v_full[s]), 1);
-        mbarrier_init(smem_address(&sm.v_empty[s]), WG_COUNT);
+        mbarrier_init(smem_address(&sm.v_empty[s]), WG_COUNT * READERS<CHAIN>);
     }
 }
 
@@ -31,10 +31,10 @@ template <chain CHAIN> static __device__ __forceinline__ void begin_tile(const f
     fence_mbarrier_init();
     mbarrier_arrive_expect_tx(full, K_BYTES);
     for (int c = 0; c < K_CHUNKS; c++) { tma_load_4d(smem_address(sm.k[0][c]), &p.k_map, full, once, c * CHUNK, unit, row, batch); }
-    for (int s = 0; s < Q_STAGES; s++) { mbarrier_init(smem_address(&sm.q_full[s]), 2); }
+    for (int s = 0; s < Q_STAGES; s++) { mbarrier_init(smem_address(&sm.q_full[s][0]), 2); }
     init_key_barriers<CHAIN>(sm, 1);
     fence_mbarrier_init();
-    load_q(p, sm.q[0], smem_address(&sm.q_full[0]), once, unit << p.list.pack, 0, 0, batch);
+    load_q(p, sm.q[0], smem_address(&sm.q_full[0][0]), once, unit << p.list.pack, 0, 0, batch);
 }
 
 /* What the scheduler would say of the tile. Whole warp. */

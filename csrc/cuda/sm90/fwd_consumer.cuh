@@ -154,7 +154,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     /* others' main loops have no registers left */
     constexpr bool KEEP_PLACES = WG_COUNT == 2 && D <= 128 && CHAIN != CAPPED && !ANY_MIX<CHAIN> && CHAIN != TILED && CHAIN != MERGED;
     const uint32_t thread = thread_index(), lane = thread % 32, first_row = row_in_tile(thread);
-    const int wg = warp / 4 - 1;
+    const int wg = warp / 4 - 1, part = Q_PARTS > 1 ? wg : 0;    /* of Q */
     const bool natural = ANY_MIX<CHAIN> || (CHAIN == TERMS && p.terms.some_bias) || (CHAIN == TILED && p.term_boxes.bias.some);
     const float unit = CHAIN == CAPPED ? p.common.softcap : natural ? 1.0f : p.common.scale, unit_log2 = unit * (float)FGQA_LOG2E;
     float scale_log2 = unit_log2;                                /* with SCALED of the tile's keys */
@@ -189,13 +189,13 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     auto release_k = [&] {
         keep_together();
-        if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.k_empty[rk.stage])); }
+        hand_back<CAREFUL, CHAIN>(smem_address(&sm.k_empty[rk.stage]), thread % 128);
         rk.advance();
         k_at = desc_low(smem_address(sm.k[rk.stage]), 0);
     };
     auto release_v = [&] {
         keep_together();
-        if (thread % 128 == 0) { mbarrier_arrive(smem_address(&sm.v_empty[rv.stage])); }
+        hand_back<CAREFUL, CHAIN>(smem_address(&sm.v_empty[rv.stage]), thread % 128);
         rv.advance();
         v_at = desc_low(smem_address(sm.v[rv.stage]), BLOCK_K * 128);
     };
@@ -219,7 +219,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     /* Each warp for itself: wait_pv() waits for the Q in use, or for its tile. */
     auto release_q = [&](uint32_t stage) {
         __syncwarp();
-        if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_empty[stage])); }
+        if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_empty[stage][part])); }
     };
     /* Behind Q K^T of block j. Where there is no second Q the next one comes under the tile's last softmax, P V and stores of O. */
     auto release_only_q = [&](int j) {
@@ -227,7 +227,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     /* false: there are no more tiles */
     auto take_tile = [&] {
-        mbarrier_wait(smem_address(&sm.q_full[rq.stage]), rq.parity);
+        mbarrier_wait(smem_address(&sm.q_full[rq.stage][part]), rq.parity);
         const tile &t = sm.tiles[rt.stage];
         if (t.block_end == 0) {
             release_q(rq.stage);
@@ -355,7 +355,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     auto wait_pv = [&](bool next_k) {
         wgmma_wait<0>();
         wgmma_pin(o);
-        uint64_t *const in_use = ONLY_Q ? &sm.tile_full[rt.stage] : &sm.q_full[rq.stage];
+        uint64_t *const in_use = ONLY_Q ? &sm.tile_full[rt.stage] : &sm.q_full[rq.stage][part];
         mbarrier_wait(smem_address(next_k ? &sm.k_full[rk.stage] : in_use), next_k ? rk.parity : ONLY_Q ? rt.parity : rq.parity);
         release_v();
     };

@@ -40,36 +40,41 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void descri
                 if (k == n) { seen[k] = x; }
             }
         }
-        if (ROW_PLACES<CHAIN> < T_STAGES) {
-            mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1);
+#pragma unroll 1
+        for (int part = 0; part < Q_PARTS; part++) {
+            if (ROW_PLACES<CHAIN> < T_STAGES) {
+                mbarrier_wait(smem_address(&sm.q_empty[rq.stage][part]), rq.parity ^ 1);
 #pragma unroll
-            for (int n = 0; n < BLOCK_Q / 32; n++) { sm.rows[at][lane + 32 * n] = seen[n]; }
-        }
-        __syncwarp();
-        if (lane < WG_COUNT) {
-            const int32_t first = lane * WG_ROWS, last = min(first + WG_ROWS, t.valid) - 1;
-            const int32_t seeing = min(last, (mask.sq << p.list.pack) - t.row0 - 1);      /* the last row that sees any */
-            wg_blocks own = {{0, 0}, t.block_begin + 1};
-            if (first <= seeing) {
-                if (seeing == last) {
-                    own.full.begin = (sm.rows[at][last].begin + BLOCK_K - 1) / BLOCK_K;
-                    own.full.end = sm.rows[at][first].end / BLOCK_K;
+                for (int n = 0; n < BLOCK_Q / 32; n++) {
+                    if (n / (2 * PART_WGS) == part) { sm.rows[at][lane + 32 * n] = seen[n]; }
                 }
-                own.end = min(max(own.end, (sm.rows[at][seeing].end + BLOCK_K - 1) / BLOCK_K), t.block_end);
             }
-            /* The last P V of the tile before comes behind the K that are skipped; meanwhile as many V as are skipped find room. */
-            if (CROSS_TILE) { own.end = max(own.end, t.block_end - (V_RING<CHAIN> - 1)); }
-            /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
-            if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
-            sm.blocks[at][lane] = own;
+            __syncwarp();
+            if (lane >= part * PART_WGS && lane < (part + 1) * PART_WGS) {
+                const int32_t first = lane * WG_ROWS, last = min(first + WG_ROWS, t.valid) - 1;
+                const int32_t seeing = min(last, (mask.sq << p.list.pack) - t.row0 - 1);      /* the last row that sees any */
+                wg_blocks own = {{0, 0}, t.block_begin + 1};
+                if (first <= seeing) {
+                    if (seeing == last) {
+                        own.full.begin = (sm.rows[at][last].begin + BLOCK_K - 1) / BLOCK_K;
+                        own.full.end = sm.rows[at][first].end / BLOCK_K;
+                    }
+                    own.end = min(max(own.end, (sm.rows[at][seeing].end + BLOCK_K - 1) / BLOCK_K), t.block_end);
+                }
+                /* The last P V of the tile before comes behind the K that are skipped; meanwhile as many V as are skipped find room. */
+                if (CROSS_TILE) { own.end = max(own.end, t.block_end - (V_RING<CHAIN> - 1)); }
+                /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
+                if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }
+                sm.blocks[at][lane] = own;
+            }
+            if (lane == WG_COUNT && more && part == 0) { place_tile(p, t); }
+            if (ROW_PLACES<CHAIN> == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage][part]), rq.parity ^ 1); }      /* the phase before is over */
+            __syncwarp();
+            if constexpr (CHAIN == MERGED && !AGAIN) {               /* there when the end is announced */
+                if (!more && rt.stage == 0) { plan_merge<CHAIN>(p, sm); }
+            }
+            if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_full[rq.stage][part])); }
         }
-        if (lane == WG_COUNT && more) { place_tile(p, t); }
-        if (ROW_PLACES<CHAIN> == T_STAGES) { mbarrier_wait(smem_address(&sm.q_empty[rq.stage]), rq.parity ^ 1); }      /* the phase before is over */
-        __syncwarp();
-        if constexpr (CHAIN == MERGED && !AGAIN) {               /* there when the end is announced */
-            if (!more && rt.stage == 0) { plan_merge<CHAIN>(p, sm); }
-        }
-        if (lane == 0) { mbarrier_arrive(smem_address(&sm.q_full[rq.stage])); }
         if constexpr (CHAIN == MERGED && !AGAIN) {
             if (more) { plan_merge<CHAIN>(p, sm); }
         }

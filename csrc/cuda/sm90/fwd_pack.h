@@ -44,6 +44,9 @@ static inline int32_t fgqa_whole_keys(const fgqa_problem *p)
 /* Those of which a kernel merges the parts of a tile's keys itself, if a block has one tile (sm90/fwd_merge.cuh). */
 #define FGQA_HAS_MERGE(d, block_q) ((d) == 128 && (block_q) == 128)
 
+/* Those with one in which two blocks bring keys for both (sm90/fwd_pair.cuh). Tall ones of d 128 lose 3% by it. */
+#define FGQA_HAS_PAIRS(d) ((d) == 256)
+
 /* Heads of a group that one copy can bring: the rows of a consumer warpgroup. */
 enum { FGQA_MOST_PACKED = 64 };
 

@@ -19,7 +19,8 @@ static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const
     return at;
 }
 
-template <int CHUNKS>
+/* FOR_BOTH: half of it here, for two blocks that load the same (fwd_pair.cuh). */
+template <bool FOR_BOTH, int CHUNKS>
 static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
                                                uint32_t parity, uint64_t policy, const kv_source &from, int kv_head)
 {
@@ -31,8 +32,13 @@ static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtens
     for (int n = 0; n * box_rows() < BLOCK_K; n++) {
         const int32_t row = SHORT ? from.row : __shfl_sync(ALL_LANES, from.row, n), page = SHORT ? from.page : __shfl_sync(ALL_LANES, from.page, n);
         if (elect_one()) {
-            for (int c = 0; c < CHUNKS; c++) {
-                tma_load_4d(smem_address(dst[c] + n * box_rows() * CHUNK), map, bar, policy, c * CHUNK, kv_head, row, page);
+            for (int c = FOR_BOTH ? (int)rank_in_pair() : 0; c < CHUNKS; c += FOR_BOTH ? 2 : 1) {
+                const uint32_t to = smem_address(dst[c] + n * box_rows() * CHUNK);
+                if (FOR_BOTH) {
+                    tma_load_4d_for_both(to, map, bar, policy, c * CHUNK, kv_head, row, page);
+                } else {
+                    tma_load_4d(to, map, bar, policy, c * CHUNK, kv_head, row, page);
+                }
             }
         }
     }
@@ -51,7 +57,7 @@ template <int N> static __device__ __forceinline__ void await_landed(const uint6
 
 /* begun: so many copies have been asked for (fwd_begin.cuh). MERGED: of K and of V one at a time is under way; for more the instructions
  * of everybody else would wait, and the memory is as busy. */
-template <chain CHAIN>
+template <bool AGAIN, chain CHAIN>
 static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_RING<CHAIN>> &rv, uint32_t &chunks,
                                                int begun = 0)
 {
@@ -68,14 +74,14 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
         auto load_k = [&](const kv_source &from) {
             if (CHAIN != MERGED || begun-- <= 0) {
                 if (CHAIN == MERGED) { await_landed(sm.k_full, rk); }
-                load_kv(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
+                load_kv<CHAIN == PAIRED && !AGAIN>(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
             }
             rk.advance();
         };
         auto load_v = [&](const kv_source &from) {
             if (CHAIN != MERGED || begun-- <= 0) {
                 if constexpr (CHAIN == MERGED) { await_landed(sm.v_full, rv); }
-                load_kv(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
+                load_kv<CHAIN == PAIRED && !AGAIN>(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
             }
             rv.advance();
         };

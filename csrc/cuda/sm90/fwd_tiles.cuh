@@ -156,7 +156,7 @@ template <int BLOCK_Q> struct tile_walk {
     __device__ __forceinline__ explicit tile_walk(uint32_t first) : item(first), round(0) { at.base = 0; at.before = 0; }
 
     /* False: there are no more tiles. */
-    __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, bool batch_first, tile_place *place)
+    __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, bool paired, bool batch_first, tile_place *place)
     {
         uint32_t items = list.items;
         const uint32_t tile = item / parts_of<BLOCK_Q>(list);
@@ -169,7 +169,8 @@ template <int BLOCK_Q> struct tile_walk {
             some = item < items;
             if (some) { find_padded<BLOCK_Q>(p, list, tile, batch_first, place); }
         }
-        if (!some && counter && round > 0 && item == items + gridDim.x - 1) { *counter = 0; }      /* the last claim of the launch */
+        /* the last claim of the launch */
+        if (!some && counter && round > 0 && item == items + gridDim.x - (paired ? 2 : 1)) { *counter = 0; }
         return some;
     }
 
