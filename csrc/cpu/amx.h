@@ -23,8 +23,8 @@
 
 /* ---- the product ---- */
 
-/* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column of tiles `tile`,
- * of A the next two `pair`.
+/* Where an operand's tiles lie, in elements: those of one step after another `step` apart, the next row or column
+ * of tiles `tile`, of A the next two `pair`.
  * The low parts lie `low` behind the high ones; 0: there are none, of either operand. `low_low` of A: multiply these, too. */
 typedef struct { const bf16 *data; ptrdiff_t step, tile, pair, ld, low; int low_low; } amx_operand;
 
@@ -156,7 +156,8 @@ SIMD void amx_row(bf16 *to, const void *from, int64_t stride, int32_t n)
     if (i < n) { _mm512_storeu_si512(to + i, _mm512_maskz_loadu_epi16(((__mmask32)1 << (n - i)) - 1, x + i)); }
 }
 
-/* x = high + low, both bfloat16, as floats; low is 0 where x is not finite. Finite numbers too large to be rounded up are cut off. */
+/* x = high + low, both bfloat16, as floats; low is 0 where x is not finite. Finite numbers
+ * too large to be rounded up are cut off. */
 SIMD vreal amx_high(vreal x)
 {
     const __m512i bits = (__m512i)x, odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -233,7 +234,8 @@ SIMD void amx_pack_pairs(bf16 *to, const bf16 *from, ptrdiff_t ld, int tiles)
     }
 }
 
-/* Rows x[k][m] to A whose rows are the columns and terms the rows: 32 rows; two tiles of 16 columns after two, `pair` numbers apart. */
+/* Rows x[k][m] to A whose rows are the columns and terms the rows: 32 rows; two tiles of 16
+ * columns after two, `pair` numbers apart. */
 SIMD void amx_pack_columns(bf16 *to, ptrdiff_t pair, const bf16 *from, ptrdiff_t ld, int tiles)
 {
     _Alignas(64) bf16 pairs[AMX_TILE];

@@ -6,13 +6,13 @@
  * K and V are operands as they lie in memory; K^T is packed once a block of keys, Q and dO twice a block of rows: lanes as
  * columns for the scores, lanes as terms for dK and dV. All sums are float32.
  *
- * Panels of what has lanes as terms lie a tile more apart than they are large: the same tile of each panel, read one after another,
- * would else fall into the same sets of the first-level cache.
+ * Panels of what has lanes as terms lie a tile more apart than they are large: the same tile of each panel, read one after
+ * another, would else fall into the same sets of the first-level cache.
  *
- * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): every operand, P and dS among them;
- * scores of float16 are those of float32 arithmetic, as forward's are. What is infinite or NaN must not meet the other operand's
- * low part, whose sign is its own: scores and dP of blocks with such rows of K and V, and of panels where such a row of Q or dO sees
- * one of the keys, are computed in floats.
+ * float16, and float32 where precision="bf16x3" asks for it, are split into two parts (amx.h): every operand, P and dS among
+ * them; scores of float16 are those of float32 arithmetic, as forward's are. What is infinite or NaN must not meet the other
+ * operand's low part, whose sign is its own: scores and dP of blocks with such rows of K and V, and of panels where such a row of
+ * Q or dO sees one of the keys, are computed in floats.
  */
 #ifndef FGQA_AMX_BWD_H
 #define FGQA_AMX_BWD_H
@@ -104,7 +104,8 @@ static uint32_t zero_bad_lanes(const amx_buffer *rows, int32_t cols, const tile_
     return lanes;
 }
 
-/* A panel's rows in `s->rows` as B: lanes as columns to `columns`, and without bad ones as terms to `terms`. Returns the bad ones. */
+/* A panel's rows in `s->rows` as B: lanes as columns to `columns`, and without bad ones as
+ * terms to `terms`. Returns the bad ones. */
 static uint32_t pack_lanes(const bwd_scratch *s, const bwd_panel *bp, int32_t n, int32_t cols, const amx_buffer *columns, const amx_buffer *terms, bad_lanes *bad)
 {
     const ptrdiff_t ld = AMX_PAD(cols), to_columns = n * PANEL * ld, to_terms = n * term_panel(cols);
@@ -204,8 +205,8 @@ SIMD void amx_weights(const bwd_panel *bp, const bwd_tiles *tiles, const int nv,
     }
 }
 
-/* That of a panel whose lanes see the whole block, beside its products: of the strips of AMX_DEPTH keys that are there, up to `end`,
- * `rate` pairs of keys a step. */
+/* That of a panel whose lanes see the whole block, beside its products: of the strips of AMX_DEPTH keys that are there,
+ * up to `end`, `rate` pairs of keys a step. */
 typedef struct {
     const bwd_panel *bp;
     const bwd_tiles *tiles;
@@ -397,7 +398,8 @@ static void lane_scores(const bwd_scratch *s, const bwd_shape *shape, int32_t la
     }
 }
 
-/* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the rows of weight and ds that were written. */
+/* P^T and dS^T of panel n and keys [j0, j1) of the block; dQ^T += K^T dS^T. Returns the
+ * rows of weight and ds that were written. */
 static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const tile_sequence *t, int32_t n, key_block *block, int32_t j0, int32_t j1)
 {
     const fgqa_problem *p = t->p;
@@ -478,8 +480,8 @@ static fgqa_range block_panel(const bwd_job *job, const bwd_scratch *s, const ti
     return written;
 }
 
-/* c[key][col] += sum over the lanes of panels [first, last): a is [WEIGHT_PANEL][KEYS][PANEL], `first_key` the number of the first
- * key in the block, b [term_panel][tile of columns]. Only n keys of c are touched. */
+/* c[key][col] += sum over the lanes of panels [first, last): a is [WEIGHT_PANEL][KEYS][PANEL], `first_key` the number of the
+ * first key in the block, b [term_panel][tile of columns]. Only n keys of c are touched. */
 static void amx_accumulate(int32_t n, int32_t first_key, int32_t first, int32_t last, const amx_buffer *a, const amx_buffer *b, int32_t cols, real *c,
                            int32_t ldc, real *tail)
 {
@@ -538,9 +540,9 @@ static void block_keys(const bwd_job *job, const bwd_scratch *s, const tile_sequ
 }
 
 /* ---- scores in floats, as tiles have them ----
- * The LSE given is that of scores without low*low (amx.h), where the numbers are float32. dbias, which is computed in floats, must do
- * without it, too: where one weight of a row is nearly 1, the errors of score and LSE cancel. x*y is then
- * (high + low)*(high + low) - low*low. */
+ * The LSE given is that of scores without low*low (amx.h), where the numbers are float32. dbias, which is computed in
+ * floats, must do without it, too: where one weight of a row is nearly 1, the errors of score and LSE cancel. x*y is
+ * then (high + low)*(high + low) - low*low. */
 
 /* n numbers as high + low, as far as both have digits, and `sign` times low. */
 static void amx_join(real *to, real *low, const real *from, int32_t n, real sign)

@@ -229,7 +229,8 @@ static int amx_store_panel(const tile_sequence *t, const tile_panel *panel, cons
 /* A run of a panel's plain tiles: n keys, KEYS or more, from the block `keys` on. */
 typedef struct { amx_rows to; const amx_keys *keys; int32_t n; } amx_run;
 
-/* Between runs: scores of AMX_AHEAD + 1 strips of the one at hand are in the ring from `slot` on, weights of AMX_AHEAD are made. */
+/* Between runs: scores of AMX_AHEAD + 1 strips of the one at hand are in the ring from
+ * `slot` on, weights of AMX_AHEAD are made. */
 typedef struct { amx_run at; amx_beside weights; int32_t slot; int has_at, side; } amx_line;
 
 /* Products of a strip's scores, and of a run's values, one after the other. */

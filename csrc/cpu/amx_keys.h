@@ -1,5 +1,5 @@
-/* amx_keys.h - K and V^T as forward's products on tiles take them: a span of keys at a time, of one task or shared by all tasks of a
- * KV head.
+/* amx_keys.h - K and V^T as forward's products on tiles take them: a span of keys at a time, of
+ * one task or shared by all tasks of a KV head.
  *
  * Where a KV head has several tasks, a job of its own packs each span once, before them, into the workspace: one copy of K and V
  * as tiles. It is bounded: heads are taken in waves of at most SHARED_BYTES, or one head. What is packed, and so every bit of the

@@ -66,7 +66,8 @@ static void amx_pack_keys(bf16 *to, ptrdiff_t pair, const bf16 *rows, ptrdiff_t 
     }
 }
 
-/* Zeroes those of the first `keys` rows of a block that hold a NaN or an infinity; counted from its origin. Returns how many there are. */
+/* Zeroes those of the first `keys` rows of a block that hold a NaN or an infinity; counted from
+ * its origin. Returns how many there are. */
 static int32_t amx_zero_bad_rows(tile_bad_rows *bad, bf16 *rows, ptrdiff_t low, int32_t keys, int32_t cols)
 {
     const int32_t ld = AMX_PAD(cols);

@@ -28,8 +28,8 @@ static const _Alignas(64) float amx_power[32] = {
     1.68179283f, 1.7186193f, 1.75625216f, 1.79470908f, 1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f,
 };
 
-/* 2^x to 1.8e-7, in a task, where subnormal results are flushed: a table and a polynomial of degree 2 on [0, 1/32) (minimax, p(0) = 1,
- * 6.6e-8). Beside tiles it is float operations that count: a degree of 5 without a table takes one more. */
+/* 2^x to 1.8e-7, in a task, where subnormal results are flushed: a table and a polynomial of degree 2 on [0, 1/32) (minimax, p(0)
+ * = 1, 6.6e-8). Beside tiles it is float operations that count: a degree of 5 without a table takes one more. */
 SIMD vreal amx_exp2(vreal x)
 {
     const vreal r = (vreal)_mm512_reduce_ps((__m512)x, 5 << 4 | _MM_FROUND_TO_NEG_INF);    /* x - floor(32*x)/32 */
@@ -54,8 +54,8 @@ SIMD __m512i amx_narrow_pairs(vreal a, vreal b)
     return _mm512_permutexvar_epi16(order, amx_narrow((__m512)a, (__m512)b));
 }
 
-/* The same for weights, ties up instead of to even, in four operations that any vector unit has; the conversion above and its order
- * take three cycles of both. A NaN may become a number here, but then the sum of its lane's weights is NaN. */
+/* The same for weights, ties up instead of to even, in four operations that any vector unit has; the conversion above and its
+ * order take three cycles of both. A NaN may become a number here, but then the sum of its lane's weights is NaN. */
 SIMD __m512i amx_round_pairs(vreal a, vreal b)
 {
     const __m512i half = _mm512_set1_epi32(0x8000), high_words = _mm512_set4_epi32(0x0F0E0F0E, 0x0B0A0B0A, 0x07060706, 0x03020302);

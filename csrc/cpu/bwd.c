@@ -9,9 +9,9 @@
  *         dQ = scale * dQ^T, written once, by its only owner
  *
  * dK and dV grow in a private buffer of the split, which all heads of the group share, so that the sum over the group
- * costs nothing. A second job adds the splits in order and converts. dbias is dS where one task has all of an element; where heads or
- * sequences share it, a third job adds what tasks have of it, or else recomputes its tiles, each task owning a part of dbias. Every sum has one fixed order, given by the shape: the same bits for
- * any number of threads.
+ * costs nothing. A second job adds the splits in order and converts. dbias is dS where one task has all of an element; where
+ * heads or sequences share it, a third job adds what tasks have of it, or else recomputes its tiles, each task owning a part of
+ * dbias. Every sum has one fixed order, given by the shape: the same bits for any number of threads.
  *
  * Rows with NaN or infinity must not reach others through 0 * NaN. They are zeroed in the products with P and dS, and added back
  * where the weight is not 0: under a soft cap an infinite score has one, and a dS of 0.

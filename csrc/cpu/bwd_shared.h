@@ -44,7 +44,8 @@ typedef struct {
 
 static int32_t first_of_part(int32_t part, int32_t parts, int32_t b) { return (int32_t)((int64_t)b * part / parts); }
 
-/* A part for every sequence where each has its own bias, else one, or where that makes few tasks enough for 16; from the shape alone. */
+/* A part for every sequence where each has its own bias, else one, or where that makes few
+ * tasks enough for 16; from the shape alone. */
 static dbias_plan dbias_plan_of(const fgqa_problem *p, int32_t splits)
 {
     const fgqa_dtype dtype = p->view[FGQA_ARG_bias].dtype;     /* and that of dbias, which need not be there yet */
@@ -106,8 +107,8 @@ static int all_zero(const real *row, int32_t n)
     return c == n;
 }
 
-/* delta = rowsum(dO*O) - dLSE of packed row r, kept for dsink and dbias. `row`: room for a row of O. Where all of O is 0, as in a row
- * that sees no key, dO does not matter, not even NaN. */
+/* delta = rowsum(dO*O) - dLSE of packed row r, kept for dsink and dbias. `row`: room for a row of O. Where all of O is 0, as in a
+ * row that sees no key, dO does not matter, not even NaN. */
 static real row_delta(const bwd_job *job, const tile_sequence *t, int64_t r, const real *dout, real *row)
 {
     const fgqa_problem *p = job->p;
@@ -153,7 +154,8 @@ static tile_extent extent_of(const bwd_panel *panel, int32_t panels, int32_t j0,
     return e;
 }
 
-/* sums[j] += factor[j] * packed row r of q or dO, which is not finite, for those of n keys whose weight is not 0. `row`: room for it. */
+/* sums[j] += factor[j] * packed row r of q or dO, which is not finite, for those of n keys
+ * whose weight is not 0. `row`: room for it. */
 static void add_bad_lane(const tile_sequence *t, fgqa_arg arg, int32_t cols, int64_t r, const real *weight, const real *factor, int32_t n,
                          real *sums, int32_t ld, real *row)
 {
@@ -165,7 +167,8 @@ static void add_bad_lane(const tile_sequence *t, fgqa_arg arg, int32_t cols, int
     }
 }
 
-/* P and dS of a lane of the block of rows and keys [j0, j1) of that of keys, which bwd_block.h and amx_bwd.h keep each in its own way. */
+/* P and dS of a lane of the block of rows and keys [j0, j1) of that of keys, which bwd_block.h
+ * and amx_bwd.h keep each in its own way. */
 typedef struct bwd_scratch bwd_scratch;
 static void lane_scores(const bwd_scratch *s, const bwd_shape *shape, int32_t lane, int32_t j0, int32_t j1, real *weight, real *ds);
 

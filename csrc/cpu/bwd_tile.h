@@ -24,8 +24,8 @@ typedef struct {
     real *q_t, *dout_t;                 /* [d][w] and [dv][w]; q carries the sign of scale */
 } bwd_panel;
 
-/* Scratch of one tile: SCORE_KEYS x PANEL each, add KEYS x PANEL, rows VL x KEYS. k_low [KEYS][ld_low] and q_low [d][w], unless NULL:
- * their product is a part of the scores. */
+/* Scratch of one tile: SCORE_KEYS x PANEL each, add KEYS x PANEL, rows VL x KEYS. k_low [KEYS][ld_low] and q_low [d][w], unless
+ * NULL: their product is a part of the scores. */
 typedef struct { real *s, *dp, *tanh, *add, *rows; ireal *keep; const real *k_low, *q_low; int32_t ld_low; } bwd_tiles;
 
 FGQA_SHARED void bwd_panel_carve(bwd_panel *panel, fgqa_arena *arena, const fgqa_problem *p)
@@ -104,8 +104,8 @@ SIMD void bwd_panel_operand(const bwd_panel *bp, real *to, const real *rows, int
     if (!bp->few) { tile_transpose_rows(to, rows, ld, bp->panel.w, cols); }
 }
 
-/* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. `few`: a handful of rows
- * may be taken as such, unless what becomes of their scores is known to tile.h alone. */
+/* Packed rows [r0, r1) as panel: q and dout as rows and transposed; lse. Not delta. `kv` says where K lies. `few`: a handful of
+ * rows may be taken as such, unless what becomes of their scores is known to tile.h alone. */
 FGQA_SHARED void bwd_panel_load(bwd_panel *bp, const tile_sequence *t, const tile_sequence *kv, int64_t r0, int64_t r1,
                                 const bwd_rows *to, const stats_scratch *scratch, int few)
 {

@@ -16,8 +16,8 @@
 #define FGQA_DECODE_H
 #include "simd.h"
 
-/* FEW_ROWS: beyond, a vector of packed rows does more per instruction; on aarch64, where each scalar of A takes a load, not yet one but
- * two. FEW_SUMS: accumulators, half of the registers; FEW_DOTS: of scores. */
+/* FEW_ROWS: beyond, a vector of packed rows does more per instruction; on aarch64, where each scalar of A takes a load, not yet
+ * one but two. FEW_SUMS: accumulators, half of the registers; FEW_DOTS: of scores. */
 #if defined(__aarch64__)
 #define FEW_ROWS VL
 #define FEW_SUMS 16
@@ -27,8 +27,8 @@
 #define FEW_SUMS (VBYTES == 64 ? 16 : 8)
 #define FEW_DOTS (FEW_SUMS < VL ? FEW_SUMS : VL)
 #endif
-/* Rows of K and V are prefetched about this many bytes of them ahead, in lists no more than there are in a block; beyond the last row
- * that does no harm. */
+/* Rows of K and V are prefetched about this many bytes of them ahead, in lists no more than there are in a
+ * block; beyond the last row that does no harm. */
 #define FEW_AHEAD 8192
 #define LIST_AHEAD 64       /* rows behind those of a block whose addresses its list has, too */
 
@@ -74,8 +74,9 @@ SIMD int few_max(int a, int b) { return a > b ? a : b; }
 /* Vectors of columns that are accumulated at once. */
 SIMD int few_width(int rows) { return few_min(FEW_SUMS / rows, 8); }
 
-/* Keys whose columns are accumulated in registers before o is touched: where wide rows take several passes few enough that all but the
- * first find V, stored in this form, in L1, beside what they prefetch, else many enough that loading and storing o does not count. */
+/* Keys whose columns are accumulated in registers before o is touched: where wide rows take several passes few
+ * enough that all but the first find V, stored in this form, in L1, beside what they prefetch, else many enough
+ * that loading and storing o does not count. */
 SIMD int few_keys(int rows, int dv, const few_form form)
 {
     return dv <= few_width(few_lanes(rows)) * VL ? 32 : few_max(8, few_min(32, FEW_AHEAD / (dv * (int)few_bytes(form))));
@@ -91,8 +92,8 @@ SIMD int few_ahead(const few_form form, int n, int columns)
     return form == FEW_BLOCK ? rows : few_min(rows, few_min(n, LIST_AHEAD));
 }
 
-/* Products go over rows and columns in orders of their own. Lines of rows that lie side by side are prefetched in the one in which they
- * lie: memory is faster so. Of listed rows each is prefetched where row j, `rows` before it, is read. */
+/* Products go over rows and columns in orders of their own. Lines of rows that lie side by side are prefetched in the one in
+ * which they lie: memory is faster so. Of listed rows each is prefetched where row j, `rows` before it, is read. */
 typedef struct { const real *at; ptrdiff_t skip; int left, pieces; } few_cursor;   /* `pieces` of a row, skip: to the next row */
 
 SIMD few_cursor few_cursor_begin(const few_source *from, int row, int pieces, int columns)
@@ -121,7 +122,8 @@ SIMD void few_prefetch(const few_source *from, const few_form form, int j, int c
     }
 }
 
-/* The sum over the lanes of each x[i], i < n, or the largest of them, is lane i*VL/n of the result; n a power of two, at most VL. */
+/* The sum over the lanes of each x[i], i < n, or the largest of them, is lane i*VL/n of
+ * the result; n a power of two, at most VL. */
 SIMD vreal few_fold(vreal *x, const int n, const int largest)
 {
     UNROLL(4)
@@ -208,8 +210,8 @@ SIMD void few_scores_strip(const int rows, const few_form form, int n, int d, co
     for (; j < n; j++) { few_dot(rows, form, 1, j, d, k, q, ldq, s, lds, ahead); }
 }
 
-/* nv vectors of columns, from c0 on, of `rows` rows, over n keys from j0 on. `part` > 0: nv is 1 and the vector has only that many columns.
- * `next`, or NULL: what passes prefetch together; else each does its own columns, `ahead` rows ahead. */
+/* nv vectors of columns, from c0 on, of `rows` rows, over n keys from j0 on. `part` > 0: nv is 1 and the vector has only that
+ * many columns. `next`, or NULL: what passes prefetch together; else each does its own columns, `ahead` rows ahead. */
 SIMD void few_axpy(const int rows, const few_form form, const int nv, int part, int j0, int n, int c0, int ahead, few_cursor *next, const real *p,
                    ptrdiff_t ldp, const few_source *v, real *o, ptrdiff_t ldo, const real *factor)
 {

@@ -93,7 +93,8 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
 
 #define SPLIT_ROWS 256     /* packed rows that share the work of splitting K and V; decode steps have fewer */
 
-/* What is split: float32 where precision asks for it, and float16 where that pays, by the shape that all sequences of the batch have. */
+/* What is split: float32 where precision asks for it, and float16 where that pays, by the
+ * shape that all sequences of the batch have. */
 static const cpu_code *code_for(const fgqa_kernel *kernel, const fgqa_problem *p)
 {
     const cpu_row *row = kernel->row;

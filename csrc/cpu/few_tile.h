@@ -1,5 +1,5 @@
-/* few_tile.h - tiles of a handful of packed rows, in both passes: scores are [row][KEYS], as decode.h's products have them, and what
- * becomes of them runs along the keys of a row in full vectors, where the lanes of tile.h would be mostly idle.
+/* few_tile.h - tiles of a handful of packed rows, in both passes: scores are [row][KEYS], as decode.h's products have them, and
+ * what becomes of them runs along the keys of a row in full vectors, where the lanes of tile.h would be mostly idle.
  */
 #ifndef FGQA_FEW_TILE_H
 #define FGQA_FEW_TILE_H
@@ -37,8 +37,8 @@ FGQA_SHARED void few_transform(real *s, const tile_sequence *t, const tile_panel
     }
 }
 
-/* Scores [row][KEYS] of keys [j0, j1), ready for 2^(s*scale - m) with the scale that is returned in *scale; *used_add is `add`, or NULL
- * where nothing is added. q is [row][ROUND_UP(d, VL)]. TILE_UNSEEN: nothing was written. */
+/* Scores [row][KEYS] of keys [j0, j1), ready for 2^(s*scale - m) with the scale that is returned in *scale; *used_add is `add`,
+ * or NULL where nothing is added. q is [row][ROUND_UP(d, VL)]. TILE_UNSEEN: nothing was written. */
 SIMD tile_kind few_tile_scores(real *s, real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const few_source *k, const real *q,
                                const real **used_add, real *scale)
 {

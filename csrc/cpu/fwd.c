@@ -7,8 +7,8 @@
  *     memory   Q^T and O^T of the superblock and one block of KEYS keys stay in L2, one tile of weights in L1
  *     loop     key blocks outside, panels inside:  s = K q;  p = 2^(s - m);  o = o*2^(m_old - m) + V^T p
  *
- * A sequence of a handful of rows (decode: one token, the heads of a group), and a handful left over by panels, have tiles of their
- * own (fwd_few.h).
+ * A sequence of a handful of rows (decode: one token, the heads of a group), and a handful left over by
+ * panels, have tiles of their own (fwd_few.h).
  * Where a sequence has few rows its keys are split into parts; each writes (o, m, l) to the workspace, and a second
  * round of tasks combines them in the order of the parts. The parts follow from the shape of the sequence alone, so the
  * bits depend neither on the number of threads nor on the rest of the batch.
@@ -25,7 +25,8 @@
 #define SPLIT_MAX_ROWS 512
 #define SPLIT_MIN_KEYS 512
 #if FGQA_PAIRS
-/* Tasks of a KV head from which on its keys are packed once for all: a few pack them sooner than they get them from another core. */
+/* Tasks of a KV head from which on its keys are packed once for all: a few pack them
+ * sooner than they get them from another core. */
 static int shared_blocks(const fgqa_problem *p) { return amx_parts(p) == 2 ? 2 : FGQA_TILES ? 5 : 3; }
 #endif
 /* AMX tiles beat vectors along d from a full group of rows on. */
@@ -344,8 +345,8 @@ static fwd_place task_place(const fwd_job *job, int64_t task)
     return at;
 }
 
-/* Whether a panel is computed by fwd_few.h: all rows of a sequence, or the rest of them behind full panels, for which a vector of lanes
- * would do as much as for VL rows. On tiles, and by pairs, a rest has a whole panel's products for less. */
+/* Whether a panel is computed by fwd_few.h: all rows of a sequence, or the rest of them behind full panels, for which a vector of
+ * lanes would do as much as for VL rows. On tiles, and by pairs, a rest has a whole panel's products for less. */
 SIMD int is_few(const tile_sequence *t, const tile_panel *panel, const key_parts *parts)
 {
     return t->rows <= FEW_MOST || (!FGQA_PAIRS && parts->count == 1 && panel->rows <= FEW_ROWS);

@@ -1,7 +1,7 @@
 /* fwd_few.h - forward's tiles of a handful of packed rows, whose products are decode.h's: what lies between those.
  *
- * Scores, additive masks and weights are [row][KEYS]: what becomes of them runs along the keys of a row in full vectors, where the
- * lanes of tile.h would be mostly idle.
+ * Scores, additive masks and weights are [row][KEYS]: what becomes of them runs along the keys of a row in full vectors,
+ * where the lanes of tile.h would be mostly idle.
  */
 #ifndef FGQA_FWD_FEW_H
 #define FGQA_FWD_FEW_H
@@ -80,8 +80,8 @@ static void few_dropout(real *s, ireal *keep, const tile_sequence *t, const tile
 /* Scratch of a tile: [FEW_ROWS][KEYS] each, factor a vector, keep a tile of tile.h. */
 typedef struct { real *s, *add, *factor; ireal *keep; } few_tile;
 
-/* Weights of keys [j0, j1), and m, l and factor as these change them; *used_add is tile->add, or NULL where nothing is added. q is
- * [row][ROUND_UP(d, VL)]. TILE_UNSEEN: nothing was changed. */
+/* Weights of keys [j0, j1), and m, l and factor as these change them; *used_add is tile->add, or NULL where nothing is added. q
+ * is [row][ROUND_UP(d, VL)]. TILE_UNSEEN: nothing was changed. */
 static tile_kind few_weights(const few_tile *tile, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, const few_source *k,
                              const real *q, real *m, real *l, const real **used_add)
 {

@@ -48,7 +48,8 @@ static void softmax_tile(int nv, real *s, int32_t n, real scale, real *m, real *
     }
 }
 
-/* out and lse of a panel from its o (NULL: `rows` are that already, as [lane][columns]), m, l. Sink: one more logit in the denominator. */
+/* out and lse of a panel from its o (NULL: `rows` are that already, as [lane][columns]), m, l.
+ * Sink: one more logit in the denominator. */
 static void finish_panel(const tile_sequence *t, const tile_panel *panel, const real *o, const real *m, const real *l, real *rows)
 {
     const fgqa_problem *p = t->p;

@@ -25,8 +25,8 @@ static struct {
 
 enum { NOT_SEEN, NONE, FOUND };
 
-/* Whether this process is a fork that has started no program since: the kernel's flag PF_FORKNOEXEC, in the seventh word after the
- * program's name. */
+/* Whether this process is a fork that has started no program since: the kernel's flag PF_FORKNOEXEC, in
+ * the seventh word after the program's name. */
 static int is_fork(void)
 {
     char text[1024];

@@ -284,8 +284,8 @@ SIMD real v_sum(vreal x)
 }
 
 #if VBYTES == 64 && !FGQA_REAL_F64 && !FGQA_PAIRS
-/* to[c*to_stride + r] = from[r][c], VL x VL. Quarters of rows come from memory where they belong, so that two rounds of shuffles within
- * quarters are left of four: some processors have one unit for shuffles. */
+/* to[c*to_stride + r] = from[r][c], VL x VL. Quarters of rows come from memory where they belong, so that two rounds of shuffles
+ * within quarters are left of four: some processors have one unit for shuffles. */
 SIMD void v_transpose(real *to, ptrdiff_t to_stride, const real *from, ptrdiff_t from_stride)
 {
     UNROLL(4)

@@ -10,15 +10,16 @@
  *   close job (late sleepers find none)               --running; the last one signals done
  *   wait for running == 0, asking exec->interrupted
  *
- * Of a job of PyTorch's the caller's OpenMP team (openmp.h) are workers 0, 1, ..., pool threads those that it lacks. Each of the team
- * runs team_member(), which the caller does not leave before all tasks are done: inside it can be interrupted while it waits.
+ * Of a job of PyTorch's the caller's OpenMP team (openmp.h) are workers 0, 1, ..., pool threads those that it
+ * lacks. Each of the team runs team_member(), which the caller does not leave before all tasks are done:
+ * inside it can be interrupted while it waits.
  *
  * Fork: only the forking thread lives on in the child. Its handler forgets the pool (the child starts its own at first
  * use) and counts `fork_epoch`, by which a call that was itself forked, from inside its interrupt callback, sees that
  * its workers are gone.
  *
- * Exit: a thread may end inside its interrupt callback (Python ends threads that ask for the GIL while it shuts down, until 3.13).
- * Its job lies on its stack: a clean-up handler lets the workers leave first.
+ * Exit: a thread may end inside its interrupt callback (Python ends threads that ask for the GIL while it shuts down, until
+ * 3.13). Its job lies on its stack: a clean-up handler lets the workers leave first.
  */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
@@ -449,8 +450,8 @@ static void lead_team(job_state *job)
     if (setjmp(job->forked) == 0) { fgqa_openmp_run(team_member, job); }
 }
 
-/* How many workers are threads of the caller's OpenMP team. One of more threads than a call may use (`allowed`) is left alone: they would
- * all have to come. */
+/* How many workers are threads of the caller's OpenMP team. One of more threads than a call may use (`allowed`) is
+ * left alone: they would all have to come. */
 static int32_t team_for(int32_t workers, int32_t allowed)
 {
     if (workers == 1 || !team_wanted || atomic_load(&fork_epoch) != 0) {

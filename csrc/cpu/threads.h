@@ -4,9 +4,10 @@
  * task) runs its tasks inline on its own thread: never a deadlock, never oversubscription. Results do not depend on
  * which worker runs which task.
  *
- * Tasks round to nearest and never trap, whatever the caller does (fesetround, torch.set_flush_denormal): pool threads do not know
- * its mode, and results would depend on who runs what. On x86 they flush results to zero (a denormal weight costs ~150 cycles an
- * instruction and is worth nothing); denormal inputs count. The caller's own mode holds again in exec->interrupted and afterwards.
+ * Tasks round to nearest and never trap, whatever the caller does (fesetround, torch.set_flush_denormal): pool threads
+ * do not know its mode, and results would depend on who runs what. On x86 they flush results to zero (a denormal
+ * weight costs ~150 cycles an instruction and is worth nothing); denormal inputs count. The caller's own mode holds
+ * again in exec->interrupted and afterwards.
  */
 #ifndef FGQA_THREADS_H
 #define FGQA_THREADS_H
@@ -30,8 +31,8 @@ fgqa_status fgqa_parallel(fgqa_task *task, void *context, int64_t tasks, int32_t
  * exec->interrupted, at most every 50 ms. Kernels call it about once per 0.1-10 ms of work. */
 int fgqa_poll(const fgqa_worker *worker);
 
-/* Whether jobs that this thread starts from now on may run on its OpenMP team, which they should where they come from PyTorch: openmp.h.
- * 0 to begin with. Not in a child of fork. */
+/* Whether jobs that this thread starts from now on may run on its OpenMP team, which they should where they come from PyTorch:
+ * openmp.h. 0 to begin with. Not in a child of fork. */
 void fgqa_threads_of_team(int wanted);
 
 /* The file of the runtime whose team that is, or NULL: there is none. */

@@ -252,7 +252,8 @@ FGQA_SHARED few_form tile_list_form(const fgqa_problem *p)
 }
 
 /* The addresses of the rows instead, for products that take a list (decode.h), so that nothing is copied where pages are small or
- * elements are; 0 if they are reals that one page has. `list`: KEYS + LIST_AHEAD; it gets the rows to be prefetched meanwhile, too. */
+ * elements are; 0 if they are reals that one page has. `list`: KEYS + LIST_AHEAD; it gets
+ * the rows to be prefetched meanwhile, too. */
 FGQA_SHARED int tile_block_list(const void **list, const few_form form, const tile_sequence *t, const fgqa_view *view, int32_t j0, int32_t j1, int32_t cols)
 {
     const int64_t step = view->stride_s * (int64_t)fgqa_dtype_bytes(view->dtype);
@@ -339,7 +340,8 @@ FGQA_SHARED void tile_add_bad_row(const tile_panel *panel, const real *add, int3
 
 /* ---- mask and bias ---- */
 
-/* What follows a block's part of a row, `from` and of so many bytes, into the second-level cache: the next block will ask for it. */
+/* What follows a block's part of a row, `from` and of so many bytes, into the
+ * second-level cache: the next block will ask for it. */
 SIMD void tile_additive_ahead(const void *from, int64_t bytes)
 {
     for (int64_t at = bytes; at < 2 * bytes; at += 64) { __builtin_prefetch((const char *)from + at, 0, 2); }
@@ -421,7 +423,8 @@ SIMD void tile_additive_lane(real *to, const tile_sequence *t, int64_t r, int fi
     }
 }
 
-/* Fills add[key][lane] for keys [j0, j1) of a panel from mask and bias, -inf where masked; idle lanes get anything. `scratch`: VL x KEYS reals. */
+/* Fills add[key][lane] for keys [j0, j1) of a panel from mask and bias, -inf where masked; idle lanes
+ * get anything. `scratch`: VL x KEYS reals. */
 FGQA_SHARED tile_kind tile_additive(real *add, const tile_sequence *t, const tile_panel *panel, int32_t j0, int32_t j1, real *scratch)
 {
     const int32_t n = j1 - j0;

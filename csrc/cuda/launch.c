@@ -1,4 +1,5 @@
-/* launch.c - the CUDA backend's table of kernels, made from kernels.def: which row can run a problem, in what tiles, and its launch. */
+/* launch.c - the CUDA backend's table of kernels, made from kernels.def: which row can run a
+ * problem, in what tiles, and its launch. */
 #include "device.h"
 #include "kernel_table.h"
 #include "tensor_map.h"
@@ -34,7 +35,8 @@ enum { MAX_DEVICES = 64, HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE
 #define TERM_COPY_BYTE_PS 0.75
 #define TERM_COPY_LAUNCH_PS 4e6
 
-/* Keys that tiles of wide heads hold at once; where rows begin in the middle of a sector of memory, of so many elements, fewer. */
+/* Keys that tiles of wide heads hold at once; where rows begin in the middle of a
+ * sector of memory, of so many elements, fewer. */
 enum { SECTOR = 16, WIDE_KEYS = 96, WIDE_KEYS_OFF_SECTORS = 64 };
 
 fgqa_status fgqa_cuda_device_properties(int32_t device, fgqa_cuda_properties *properties)
@@ -204,16 +206,16 @@ static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
     return float8 || (is_paged(p) && (p->cache.page_size % CACHE_PAGE != 0 || p->cache.left_pad));
 }
 
-/* What reading rows on 16 bytes saves of a score, in picoseconds of an H100: LOG.md. A bias that TMA does not bring is not for a backward
- * row at all. */
+/* What reading rows on 16 bytes saves of a score, in picoseconds of an H100: LOG.md. A bias that TMA does not
+ * bring is not for a backward row at all. */
 static double saved_by_term_copy(const cuda_kernel *k, const fgqa_problem *p, int which)
 {
     if (which == FGQA_COPY_MASK) { return p->pass == FGQA_PASS_BWD ? 0.3 : 2.3; }
     return p->pass == FGQA_PASS_BWD ? HUGE_VAL : k->row.d <= 64 ? 0.9 : k->row.d <= 128 ? 0.6 : 0.0;
 }
 
-/* Which of a bias and a mask are copied to rows on 16 bytes (any/term_copy.h). What has to be the same in every batch must not depend on
- * the memory that a copy takes. */
+/* Which of a bias and a mask are copied to rows on 16 bytes (any/term_copy.h). What has to be the same in every batch must not
+ * depend on the memory that a copy takes. */
 static int copies_terms(const cuda_kernel *k, const fgqa_problem *p)
 {
     const row_options has = options_of(k);
@@ -241,7 +243,8 @@ static const char *refuse_hopper_backward(const cuda_kernel *k, const fgqa_probl
             return fgqa_reason(why, "%s: %s", fgqa_arg_name(tensors[n]), reason);
         }
     }
-    /* Tasks are counted in 32 bits. Of packed sequences the longest is not known here, all together are. Splits: if they are few. */
+    /* Tasks are counted in 32 bits. Of packed sequences the longest is not known here, all
+     * together are. Splits: if they are few. */
     const double sections = (double)p->b * p->hk + 2048, key_tiles = (double)(p->varlen ? p->total_k : p->sk) / k->row.block_k + 1;
     const double query_tiles = (double)p->b * p->hq * ((double)p->sq / k->row.block_q + 1);
     return sections * key_tiles > INT32_MAX || query_tiles > INT32_MAX ? "too many tiles" : NULL;
@@ -261,7 +264,8 @@ static const char *refuse_copy(const fgqa_problem *p)
     return (double)p->b * p->hk * p->sk > COPY_BYTES || fgqa_cache_copy(p, NULL, &copy) > COPY_BYTES ? "a copy of the cache would take more than 512 MiB" : NULL;
 }
 
-/* Where rows that read the cache as it is serve better: few query rows; and what must not depend on the batch, as the copy's size does. */
+/* Where rows that read the cache as it is serve better: few query rows; and what must not
+ * depend on the batch, as the copy's size does. */
 static const char *pass_over_copy(const fgqa_problem *p, char why[128])
 {
     if (p->batch_invariant) { return "whether the cache can be copied would depend on the batch"; }
@@ -320,7 +324,8 @@ static const char *refuse_decode(const cuda_kernel *k, const fgqa_problem *p, ch
     return (double)(rows / k->row.block_q + 1) * p->hk * p->b * (double)granules > INT32_MAX / 2 || p->sk > INT32_MAX - 4096 ? "too many keys" : NULL;
 }
 
-/* Whether query rows leave tiles of block_q mostly empty: tiles shared by groups of any size, not by powers of two, would be fuller. */
+/* Whether query rows leave tiles of block_q mostly empty: tiles shared by groups of any
+ * size, not by powers of two, would be fuller. */
 static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
 {
     const int32_t pack = fgqa_hopper_pack(p, block_q);
@@ -328,7 +333,8 @@ static int leaves_tiles_empty(const fgqa_problem *p, int32_t block_q)
     return own > 2 * ((usual * p->g + block_q - 1) / block_q);
 }
 
-/* Whether blocks of the tiles' row merge the parts of their keys themselves, however many, and there is a part for every multiprocessor. */
+/* Whether blocks of the tiles' row merge the parts of their keys themselves, however many, and
+ * there is a part for every multiprocessor. */
 static int merges_many_parts(const cuda_kernel *k, const fgqa_problem *p, int32_t multiprocessors)
 {
     const int64_t parts = p->sk / (FGQA_MIN_TILES_PER_SPLIT * DECODE_ROWS);
@@ -359,8 +365,8 @@ static const char *pass_over_decode(const cuda_kernel *k, const fgqa_problem *p,
     return NULL;
 }
 
-/* The row of a variant for the pass, dtype and head dims of row k, behind which it stands (tests/test_layering.py): the first row that
- * serves runs. Short rows have a tall and a plain one, tall rows a plain one. */
+/* The row of a variant for the pass, dtype and head dims of row k, behind which it stands (tests/test_layering.py): the first row
+ * that serves runs. Short rows have a tall and a plain one, tall rows a plain one. */
 static const cuda_kernel *row_behind(const cuda_kernel *k, int32_t variant)
 {
     for (const cuda_kernel *other = k + 1; other < rows + sizeof rows / sizeof rows[0]; other++) {
@@ -374,8 +380,8 @@ static const cuda_kernel *row_behind(const cuda_kernel *k, int32_t variant)
 
 static double round_up(int64_t n, int32_t step) { return (double)((n + step - 1) / step * step); }
 
-/* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each. `even`: none waits at the
- * end for others. */
+/* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each.
+ * `even`: none waits at the end for others. */
 static double rows_passed(const fgqa_problem *p, int32_t block_q, int32_t multiprocessors, int even)
 {
     const int32_t pack = fgqa_hopper_pack(p, block_q);
@@ -384,8 +390,8 @@ static double rows_passed(const fgqa_problem *p, int32_t block_q, int32_t multip
     return block_q * (even ? rounds : ceil(rounds));
 }
 
-/* How much faster a tall tile passes through a row than a plain one. `many`: with a mask or in packed sequences, where tiles have fewer
- * keys. ALiBi takes registers that tall tiles have not left. */
+/* How much faster a tall tile passes through a row than a plain one. `many`: with a mask or in packed sequences, where tiles have
+ * fewer keys. ALiBi takes registers that tall tiles have not left. */
 static double tall_gain(const cuda_kernel *k, const fgqa_problem *p, int many)
 {
     const int alibi = p->view[FGQA_ARG_alibi_slopes].data != NULL;
@@ -393,8 +399,8 @@ static double tall_gain(const cuda_kernel *k, const fgqa_problem *p, int many)
     return many ? 1.13 : alibi ? 1.0 : 1.04;
 }
 
-/* Where tall tiles are emptier by more than they are faster. Under a mask the heavy tiles come first, so that many leave no gap at the
- * end. What has to be the same in every batch must not depend on it. */
+/* Where tall tiles are emptier by more than they are faster. Under a mask the heavy tiles come first, so that many leave no gap
+ * at the end. What has to be the same in every batch must not depend on it. */
 static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
 {
     fgqa_cuda_properties device;
@@ -410,17 +416,20 @@ static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
     return own > others ? "its tiles would be emptier than shorter ones" : "shorter tiles are faster with ALiBi";
 }
 
-/* Keys up to which short tiles are a choice: where it is the same in every batch, with half of the keys hidden; where tiles are counted. */
+/* Keys up to which short tiles are a choice: where it is the same in every batch, with half of
+ * the keys hidden; where tiles are counted. */
 enum { SHORT_KEYS = 224, SHORT_KEYS_CAUSAL = 384, SHORT_KEYS_COUNTED = 512 };
 
-/* What a launch of taller tiles takes longer if some wait for others, in query rows times keys that a multiprocessor does meanwhile. */
+/* What a launch of taller tiles takes longer if some wait for others, in query rows times
+ * keys that a multiprocessor does meanwhile. */
 enum { SHORT_GAIN = 15000 };
 
-/* Tiles of 64 rows a multiprocessor that hold up to 128 keys of wide heads at once, where reading keys often does not count yet. */
+/* Tiles of 64 rows a multiprocessor that hold up to 128 keys of wide heads at once,
+ * where reading keys often does not count yet. */
 enum { WIDE_TILES = 8, WIDE_TILES_OFF_SECTORS = 4 };
 
-/* How much longer a query row and a key take in short tiles than in those behind, which are tall or not. `skips`: half of the keys are
- * hidden, in finer steps, as fine in tall tiles that heads share. */
+/* How much longer a query row and a key take in short tiles than in those behind, which are tall or not. `skips`: half of the
+ * keys are hidden, in finer steps, as fine in tall tiles that heads share. */
 static double short_loss(const cuda_kernel *k, const fgqa_problem *p, int is_tall, int32_t tall_rows, int skips)
 {
     if (k->row.d > 64) { return is_tall ? 1.7 : 1.5; }
@@ -429,9 +438,9 @@ static double short_loss(const cuda_kernel *k, const fgqa_problem *p, int is_tal
     return p->varlen ? (is_tall ? is_full ? 1.5 : 1.25 : 1.12) : is_tall ? 1.13 : 1.08;
 }
 
-/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. With batch_invariant the
- * choice of padded sequences is the same in every batch; else tiles are counted. Tiles that hold all keys at once are faster whatever the
- * number of rows, but for wide heads with many keys. */
+/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. With
+ * batch_invariant the choice of padded sequences is the same in every batch; else tiles are counted. Tiles that hold all keys at
+ * once are faster whatever the number of rows, but for wide heads with many keys. */
 static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, char why[128])
 {
     fgqa_cuda_properties device;
@@ -460,7 +469,8 @@ static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, 
     return own <= others ? NULL : "taller tiles are nearly as full";
 }
 
-/* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by groups of any size, not by powers of two. */
+/* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by
+ * groups of any size, not by powers of two. */
 static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
 {
     const cuda_kernel *k = kernel->row;

@@ -69,7 +69,8 @@ int fgqa_call_own(fgqa_call *call, const fgqa_tensor *const *written, int n)
     return 0;
 }
 
-/* Arguments in groups of which one question tells whether they are plain torch tensors; the order of errors is that of the arguments. */
+/* Arguments in groups of which one question tells whether they are plain torch tensors; the
+ * order of errors is that of the arguments. */
 static int import_guarded(fgqa_call *call, int count, const fgqa_arg *args, PyObject *const *objects, const fgqa_guarded *groups)
 {
     int plain[2], torch[2] = {1, 1};

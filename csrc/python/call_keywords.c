@@ -1,6 +1,6 @@
-/* call_keywords.c - flashgqa.attention as it is called: a function of C that puts keywords in the order of forward(). As a function
- * of Python it would take longer to set up its thirty defaults than to read three tensors. Names, defaults and documentation are
- * those of the function in api.py, which also answers whatever is not three arrays and keywords of its own.
+/* call_keywords.c - flashgqa.attention as it is called: a function of C that puts keywords in the order of forward(). As a
+ * function of Python it would take longer to set up its thirty defaults than to read three tensors. Names, defaults and
+ * documentation are those of the function in api.py, which also answers whatever is not three arrays and keywords of its own.
  */
 #include "call.h"
 

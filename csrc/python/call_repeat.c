@@ -1,6 +1,6 @@
-/* call_repeat.c - calls that repeat an earlier one in all but the addresses and contents of their arrays, as most of a model's do:
- * the problem and the plan of the last few are kept, so that nothing is read, checked and chosen twice. Whatever a check or a plan
- * can depend on is part of the comparison: values of the options, forms of the arrays, their places in a cache line.
+/* call_repeat.c - calls that repeat an earlier one in all but the addresses and contents of their arrays, as most of a model's
+ * do: the problem and the plan of the last few are kept, so that nothing is read, checked and chosen twice. Whatever a check or a
+ * plan can depend on is part of the comparison: values of the options, forms of the arrays, their places in a cache line.
  */
 #include "call_state.h"
 
@@ -104,8 +104,8 @@ int fgqa_call_repeats(fgqa_call *call, PyObject *const *options)
     return 0;
 }
 
-/* Not what has arrays among its options, a result of the caller's, contents to check, numbers of its own for each call (a seed), or
- * arrays that had to be copied on their device. */
+/* Not what has arrays among its options, a result of the caller's, contents to check, numbers of its own for each call (a seed),
+ * or arrays that had to be copied on their device. */
 static int is_worth_keeping(const fgqa_call *call)
 {
     if (call->options == NULL || call->staged || call->n_scratch > 0 || call->request.check || call->problem.dropout_threshold != 0) { return 0; }

@@ -1,5 +1,5 @@
-/* call_xla.c - what flashgqa/jax.py asks while JAX traces: whether a call is sound, before there are any values, what it returns, and
- * with which attributes XLA will make it (xla/handler.h).
+/* call_xla.c - what flashgqa/jax.py asks while JAX traces: whether a call is sound, before there are any values, what it returns,
+ * and with which attributes XLA will make it (xla/handler.h).
  */
 #include "call.h"
 
@@ -11,8 +11,8 @@
 #include "args.h"
 #include "call_state.h"
 
-/* What a call will be given, with index arrays that stand in for those to come: zeros and, of cu_seqlens, sequences as long as they
- * may be. Whatever they say is checked where it is known, in the call. */
+/* What a call will be given, with index arrays that stand in for those to come: zeros and, of cu_seqlens, sequences as long as
+ * they may be. Whatever they say is checked where it is known, in the call. */
 typedef struct {
     fgqa_tensor tensor[FGQA_ARG_COUNT];
     void *block[FGQA_ARG_COUNT];
@@ -147,7 +147,8 @@ static PyObject *results_of(const fgqa_problem *problem)
     return list;
 }
 
-/* xla_call({name: (dtype, shape)}, backward, return_lse, want_dbias, want_dsink, *OPTIONS) -> (attributes, [(dtype, shape), ...]) */
+/* xla_call({name: (dtype, shape)}, backward, return_lse, want_dbias, want_dsink,
+ * *OPTIONS) -> (attributes, [(dtype, shape), ...]) */
 PyObject *fgqa_py_xla_call(PyObject *module, PyObject *const *args, Py_ssize_t n)
 {
     static const fgqa_arg contents[] = {FGQA_ARG_q_lens, FGQA_ARG_kv_lens, FGQA_ARG_cu_seqlens_q, FGQA_ARG_cu_seqlens_kv, FGQA_ARG_seed};

@@ -53,8 +53,8 @@ typedef struct {
     PyObject *increment_version;            /* torch.autograd.graph's */
 } fgqa_torch;
 
-/* Groups of FGQA_GUARDED arguments that are asked about together: q, k, v of a forward pass, dout, q, k and v, out, lse of a backward
- * pass. */
+/* Groups of FGQA_GUARDED arguments that are asked about together: q, k, v of a forward pass, dout,
+ * q, k and v, out, lse of a backward pass. */
 typedef enum { FGQA_GUARDED_FORWARD, FGQA_GUARDED_FIRST, FGQA_GUARDED_LAST, FGQA_GUARDED_COUNT } fgqa_guarded;
 enum { FGQA_GUARDED = 3, FGQA_GUARDS = 4 };
 

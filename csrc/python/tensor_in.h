@@ -39,8 +39,8 @@ typedef struct {
 int fgqa_import_tensor(fgqa_state *state, PyObject *object, const fgqa_slot *slot, fgqa_place *place, fgqa_import *in);
 
 /* Once all arguments are there: an index array on the CPU becomes a copy. Other threads run while a call computes, and what they
- * write to the caller's array after its contents were checked would lead a kernel out of its tensors. An array that intersects one
- * of `n` that the call writes (NULL: none) stays, to be refused. */
+ * write to the caller's array after its contents were checked would lead a kernel out of its tensors. An array that intersects
+ * one of `n` that the call writes (NULL: none) stays, to be refused. */
 int fgqa_import_own(fgqa_import *in, const fgqa_slot *slot, const fgqa_tensor *const *written, int n);
 
 /* Whether kernels could not read the tensor in place. */
@@ -68,8 +68,8 @@ int fgqa_torch_check_memory(const fgqa_slot *slot, const fgqa_tensor *tensor, co
  * use what it saved of them. */
 int fgqa_torch_write(fgqa_state *state, const fgqa_import *const *written, int n);
 
-/* Whether FGQA_GUARDED objects are all torch tensors that would pass these checks, by their likeness to others that did, in a third
- * of the time; then also what DLPack says of them. 0 says nothing. */
+/* Whether FGQA_GUARDED objects are all torch tensors that would pass these checks, by their likeness to others that did, in a
+ * third of the time; then also what DLPack says of them. 0 says nothing. */
 int fgqa_torch_is_plain(fgqa_state *state, fgqa_guarded which, PyObject *const *objects, DLTensor dl[FGQA_GUARDED]);
 
 /* For the above: torch tensors that did. */

@@ -126,8 +126,8 @@ static int is_watched(const fgqa_torch *torch)
     return !plain;
 }
 
-/* The function that torch.compile's own code allocates by, in half the time: it skips what torch asks of every call, so it is asked
- * here, and allocates on the current device, so the result is looked at. 0 if it serves not: *result is as it was. */
+/* The function that torch.compile's own code allocates by, in half the time: it skips what torch asks of every call, so it is
+ * asked here, and allocates on the current device, so the result is looked at. 0 if it serves not: *result is as it was. */
 static int allocate_torch_shortly(fgqa_state *state, fgqa_import *q, const fgqa_tensor *spec, fgqa_result *result)
 {
     const fgqa_torch *torch = &state->torch;

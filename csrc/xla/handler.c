@@ -1,5 +1,5 @@
-/* handler.c - one custom call of XLA: attributes and buffers into a request, problem, plan, workspace, run; once for every entry of
- * vmap's axes but for the last, which becomes part of the batch where it can. No Python: XLA calls it from threads of its own.
+/* handler.c - one custom call of XLA: attributes and buffers into a request, problem, plan, workspace, run; once for every entry
+ * of vmap's axes but for the last, which becomes part of the batch where it can. No Python: XLA calls it from threads of its own.
  */
 #include "handler.h"
 
@@ -207,8 +207,9 @@ static fgqa_status read_names(entry *e, const xla_call *call)
     return FGQA_OK;
 }
 
-/* Whether the last axis of vmap can be part of the batch: arrays that have no axes but those of q, k and v, and lengths. Dropout counts
- * sequences, each of which vmap begins anew. What is the same for all has a stride of 0, which only a new batch axis can have. */
+/* Whether the last axis of vmap can be part of the batch: arrays that have no axes but those of q, k and v, and
+ * lengths. Dropout counts sequences, each of which vmap begins anew. What is the same for all has a stride of
+ * 0, which only a new batch axis can have. */
 static int can_fold(const entry *e, const xla_call *call)
 {
     const int32_t axis = e->axes - 1;

@@ -11,9 +11,9 @@
     X(batch_invariant)
 #define FGQA_XLA_NUMBERS(X) X(scale) X(softcap) X(dropout_p)
 
-/* Two strings beside them: the names of the arguments in their order, a space after each, and a kernel's name or nothing. `rank` is
- * that of q: further axes in front, of all arguments alike and of extent 1 where an argument is the same for all, are those of
- * vmap. */
+/* Two strings beside them: the names of the arguments in their order, a space after each, and a kernel's name or
+ * nothing. `rank` is that of q: further axes in front, of all arguments alike and of extent 1 where an argument
+ * is the same for all, are those of vmap. */
 #define FGQA_XLA_ARGUMENTS "arguments"
 #define FGQA_XLA_KERNEL "kernel"
 #define FGQA_XLA_RANK "rank"

@@ -1,6 +1,6 @@
-/* xla_ffi.h - what this library uses of the binary interface between XLA and custom calls (XLA FFI, API 0.x), in its own words, so
- * that neither building nor running needs jaxlib. Structures begin with their size, by which either side sees how much of them the
- * other knows; fields are only ever added at their ends.
+/* xla_ffi.h - what this library uses of the binary interface between XLA and custom calls (XLA FFI, API 0.x), in its own words,
+ * so that neither building nor running needs jaxlib. Structures begin with their size, by which either side sees how much of them
+ * the other knows; fields are only ever added at their ends.
  */
 #ifndef FGQA_XLA_FFI_H
 #define FGQA_XLA_FFI_H

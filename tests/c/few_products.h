@@ -1,6 +1,6 @@
-/* few_products.h - the products for a handful of rows (csrc/cpu/decode.h) against plain sums, by the vectors that every processor of
- * this architecture has: 16 bytes, where groups of keys and rows come in other sizes than in the suite's calls. Other instruction
- * sets are tested by these. */
+/* few_products.h - the products for a handful of rows (csrc/cpu/decode.h) against plain sums, by the vectors that every
+ * processor of this architecture has: 16 bytes, where groups of keys and rows come in other sizes than in the suite's calls.
+ * Other instruction sets are tested by these. */
 #include "../../csrc/core/tensor.h"
 #include "../../csrc/cpu/decode.h"
 #include "../../csrc/cpu/rows.h"

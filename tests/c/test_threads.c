@@ -1,5 +1,5 @@
-/* test_threads.c - the pool: every task once, nested and concurrent calls, interrupts, fork, scratch, signals, limits. All callers would
- * run on an OpenMP team; there is none but in test_threads_team.c.
+/* test_threads.c - the pool: every task once, nested and concurrent calls, interrupts, fork, scratch, signals, limits. All
+ * callers would run on an OpenMP team; there is none but in test_threads_team.c.
  * Sanitizers need TSAN_OPTIONS="die_after_fork=0 allocator_may_return_null=1", ASAN_OPTIONS=allocator_may_return_null=1. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE

@@ -1,5 +1,6 @@
-/* test_threads_team.c - all of test_threads.c once more, of jobs on an OpenMP team of three, the last of which comes late: two workers
- * leave one of them without work, four leave one to the pool. Stands in for csrc/cpu/openmp.c, with threads that sanitizers follow. */
+/* test_threads_team.c - all of test_threads.c once more, of jobs on an OpenMP team of three, the last of which
+ * comes late: two workers leave one of them without work, four leave one to the pool. Stands in for
+ * csrc/cpu/openmp.c, with threads that sanitizers follow. */
 #if !defined(_GNU_SOURCE)
 #define _GNU_SOURCE
 #endif

@@ -1,5 +1,5 @@
-/* test_warmup.c - warmup without a GPU: the table of kernels as it is (launch.c, kernels.def), launches that note what they were called
- * with. No row may refuse what warmup asks of it first, and what has a kernel of its own has to be among what it asks.
+/* test_warmup.c - warmup without a GPU: the table of kernels as it is (launch.c, kernels.def), launches that note what they were
+ * called with. No row may refuse what warmup asks of it first, and what has a kernel of its own has to be among what it asks.
  */
 #include "../../csrc/cuda/device.h"
 #include "../../csrc/cuda/kernel_table.h"

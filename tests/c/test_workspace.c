@@ -1,5 +1,5 @@
-/* test_workspace.c - measuring and carving agree, blocks are aligned and do not overlap; what a backward pass on a GPU moves in bulk
- * begins on a line of the caches. */
+/* test_workspace.c - measuring and carving agree, blocks are aligned and do not overlap; what a backward pass on a GPU moves
+ * in bulk begins on a line of the caches. */
 #include "../../csrc/core/workspace.h"
 #include "../../csrc/cuda/any/bwd_workspace.h"
 #include "check.h"

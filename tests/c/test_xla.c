@@ -1,4 +1,5 @@
-/* test_xla.c - the custom call of XLA, with an interface and a kernel that are made here: attributes, names, axes of vmap, failures. */
+/* test_xla.c - the custom call of XLA, with an interface and a kernel that are made here:
+ * attributes, names, axes of vmap, failures. */
 #include <stdint.h>
 
 #include "../../csrc/cpu/cpu.h"

@@ -1,5 +1,5 @@
-/* test_xla_cuda.c - the custom call of XLA on a GPU, without one: whatever XLA refuses (device, stream, scratch memory) becomes an
- * error that says what, and whatever was taken by then is given back. XLA, the device and the kernel are made here.
+/* test_xla_cuda.c - the custom call of XLA on a GPU, without one: whatever XLA refuses (device, stream, scratch memory) becomes
+ * an error that says what, and whatever was taken by then is given back. XLA, the device and the kernel are made here.
  */
 #include <stdint.h>
 

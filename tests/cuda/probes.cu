@@ -1,5 +1,6 @@
-/* probes.cu - what the kernels for Hopper are built of, each by itself, for tests/test_probes.py: tensor maps and what a copy by them
- * leaves in shared memory, descriptors of tiles both ways, accumulators as the operand of the next product. One element type a build.
+/* probes.cu - what the kernels for Hopper are built of, each by itself, for tests/test_probes.py: tensor maps
+ * and what a copy by them leaves in shared memory, descriptors of tiles both ways, accumulators as the operand
+ * of the next product. One element type a build.
  */
 #include "../../csrc/core/semantics.h"
 #include "../../csrc/cuda/common/ptx_ldmatrix.cuh"
@@ -26,8 +27,8 @@ template <int N> static __device__ void store(float *to, const float (&d)[N / 2]
     for (int i = 0; i < N / 2; i++) { to[(row + i / 2 % 2 * 8) * N + i / 4 * 8 + 2 * (lane % 4) + i % 2] = d[i]; }
 }
 
-/* scores = Q K^T, out = scores V, of 64 rows and N keys. Of the first 64 columns and rows of Q and K alone, as the backward pass has its
- * tiles, if there are so many keys: rows = Q K^T, columns = Q^T K. */
+/* scores = Q K^T, out = scores V, of 64 rows and N keys. Of the first 64 columns and rows of Q and K alone, as the backward pass
+ * has its tiles, if there are so many keys: rows = Q K^T, columns = Q^T K. */
 template <int D, int N, int DV> static __global__ void __launch_bounds__(128) products(const __grid_constant__ probe p)
 {
     extern __shared__ __align__(1024) unsigned char memory[];

@@ -1,5 +1,5 @@
-/* cuda_runtime_api.h - what csrc/cuda/launch.c and warmup.c take from the CUDA runtime's header of this name, for test_warmup.c, which
- * needs no CUDA. Numbers are of no account.
+/* cuda_runtime_api.h - what csrc/cuda/launch.c and warmup.c take from the CUDA runtime's header of this name, for test_warmup.c,
+ * which needs no CUDA. Numbers are of no account.
  */
 #ifndef FGQA_TESTS_CUDA_RUNTIME_API_H
 #define FGQA_TESTS_CUDA_RUNTIME_API_H
