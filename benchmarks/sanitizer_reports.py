@@ -17,6 +17,7 @@ class Known(NamedTuple):
 
 FORWARD = r"fwd_sm90_.*_(plain|tall|short|dropout)|rows_any"      # the last one merges what some of these made
 RACE = r"^(Error|Warning): Race reported between"
+TWO_GROUPS = r"wide_shared<\(int\)\d+, \(int\)2,"          # of decode_wide.cu, whose warpgroups share query rows
 OF_DROPOUT = r"bwd_kernel<\(bool\)1, \(score_kind\)5>"       # bwd.cu's DROPOUT
 
 KNOWN = (
@@ -52,11 +53,19 @@ KNOWN = (
           "other block of the cluster waits there before it stores its sums into the place of Q; a block of these clusters has "
           "one segment, so no Q follows. The tool does not follow cluster barriers to another block's stores."),
     Known("racecheck", "fwd_sm90_.*_decodewide", RACE,
-          (r"Write .*\b(share_sums|finish_segment)<wide_shared<\(int\)\d+, \(int\)2,", r"Read .*\bdec_actor::read<"),
+          (rf"Write .*\b((share_sums|finish_segment)<{TWO_GROUPS}|decode_wide_kernel<{TWO_GROUPS}.* in dec_wide_end\.cuh)",
+           r"Read .*\b(dec_actor::read<|decode_wide_kernel<.* in dec_combine\.cuh)"),
           "At the end of a segment the warps of both groups write maxima, sums and outputs, meet at a named barrier of all 256 "
           "consumers and read what the other group wrote; they meet again before the next write. Named now and then, of one pair "
           "of warps of a block. A build that counted each warp before that barrier and looked at all eight counts behind it "
-          "found none missing in launches that the tool named (LOG.md)."),
+          "found none missing in launches that the tool named (LOG.md). Some accesses are named without their function, as the "
+          "kernel's own."),
+    Known("racecheck", "fwd_sm90_.*_decodewide", RACE,
+          (rf"Write .*\bdecode_wide_kernel<{TWO_GROUPS}.* in dec_combine\.cuh", r"Read .*\bcombine_items<"),
+          "Many parts of a pair: warps write their sums into scratch, meet at a named barrier of all warps that merge it and read "
+          "those of the others; before the next write they meet again, or the block is at its end. The kernels for fewer rows, "
+          "which go through the same code, are not named: the limit of the entry above, in the same kernels. Nobody has counted "
+          "warps at this barrier yet."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
           (r"Write .*\bbulk_load\(", rf"Read .*\b(load_stats\(|step<|consume_as<|begin_step<|{OF_DROPOUT})"),
           "Bulk copies write lse2 and delta of a stage and complete on q_full and dout_full, for which consumers wait. "

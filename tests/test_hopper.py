@@ -113,7 +113,7 @@ def test_results_of_odd_widths_are_refused(dtype):
     assert "multiples of 8" in refused[row]
     with pytest.raises(NotImplementedError, match="multiples of 8"):
         flashgqa.attention(q, k, v, kernel=row)
-    assert flashgqa.explain(q, k, v[..., :16])["kernel"] == row
+    assert flashgqa.explain(q, k, v[..., :16])["kernel"] in rows_for(dtype, 64, 64, ("short", "plain"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

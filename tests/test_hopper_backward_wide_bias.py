@@ -206,10 +206,12 @@ def test_plan(d, dtype):
     for of, drops in itertools.product((bias, bias.repeat(2, 1, 1, 1), bias[0, 0]), ({}, {"dropout_p": 0.5, "seed": 1})):
         assert flashgqa.explain(*x, backward=True, bias=of, **drops)["kernel"] == name
     assert flashgqa.explain(*x, backward=True, bias=odd)["kernel"] == name
+    unshared_beside_mask = {"bias": bias.repeat(2, 1, 1, 1), "mask": mask}           # which the row of d 256 takes
     for options, reason in (
         ({"bias": bias.double()}, "neither float32 nor of q's dtype"), ({"softcap": 5.0}, "with softcap"),
         ({"mask": mask}, "shared bias with a mask"), ({"bias": odd, "batch_invariant": True}, "16 bytes"),
-        ({"bias": bias.repeat(2, 1, 1, 1), "mask": mask}, "float32 bias with a mask"),
+        (unshared_beside_mask, "float32 bias with a mask"),
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})
-        assert plan["kernel"] == general("bwd", dtype, d) and reason in dict(plan["refused"])[name]
+        assert plan["kernel"] == (backward_row(dtype, 256) if options is unshared_beside_mask else general("bwd", dtype, d))
+        assert reason in dict(plan["refused"])[name]
