@@ -103,8 +103,8 @@ static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t bl
 
 /* Whether key tiles add to dQ as they come, where deterministic=False allows it. In order, the blocks of a section begin one behind
  * the other, a step apart: by measurements the last one's wait makes a pass longer by its share of the steps. Free sums have to be
- * cleared and read before every addition, which costs the more the fewer keys there are, and one launch more. Folded chains begin apart anyway; windows
- * and lengths are faster in order. */
+ * cleared and read before every addition, which costs the more the fewer keys there are, and one launch more. Folded chains begin
+ * apart anyway; windows and lengths are faster in order. */
 static inline int fgqa_bwd_any_order(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
     const int hides = p->varlen || p->q_lens || p->kv_lens || p->chunk > 0 || p->left != FGQA_UNBOUNDED;
