@@ -340,8 +340,7 @@ FGQA_SHARED void tile_add_bad_row(const tile_panel *panel, const real *add, int3
 
 /* ---- mask and bias ---- */
 
-/* What follows a block's part of a row, `from` and of so many bytes, into the
- * second-level cache: the next block will ask for it. */
+/* What follows a block's part of a row, so many bytes at `from`, to the second-level cache: the next block asks for it. */
 SIMD void tile_additive_ahead(const void *from, int64_t bytes)
 {
     for (int64_t at = bytes; at < 2 * bytes; at += 64) { __builtin_prefetch((const char *)from + at, 0, 2); }
