@@ -4,19 +4,28 @@
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
  * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, another one for
  * so few keys that clusters join their parts, and one more for batch_invariant; rows that read a copy of some caches bring the
- * kernels that make it. Rows for Hopper have kernels of their own for some options, and for some that come together.
+ * kernels that make it. Rows for Hopper have kernels of their own for some options, and for some that come together, short ones
+ * for few keys, those of wide heads for two blocks that share keys. tests/test_warmup_cuda.py looks for kernels that are left.
  */
 #include "../core/cache.h"
 #include "device.h"
 #include "kernel_table.h"
+#include "any/term_copy.h"
 #include "sm90/fwd_pack.h"
 
 #include <cuda_runtime_api.h>
 #include <string.h>
 
-enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32, WITH_WIDE_BIAS = 64 | WITH_BIAS,
-       WITH_MANY_KEYS = 128 };
-enum { HEADS = 2, ROWS = 512, KEYS = 2048, MANY_KEYS = 16384, SLOTS = 1024, BIGGEST = HEADS * ROWS * 256 + ROWS * KEYS };
+enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32,
+       WITH_WIDE_BIAS = 64 | WITH_BIAS };
+enum { HEADS = 2, ROWS = 512, KEYS = 2048, MANY_KEYS = 16384, SLOTS = 1024 };
+
+/* MANY_ROWS: a tile of 128 for each multiprocessor of the largest GPU of Hopper's. BIGGEST: floats, or twice as many elements of 16
+ * bits, of which there may be so many rows and keys. */
+enum { MANY_ROWS = 144 * 128 / HEADS, BIGGEST = HEADS * MANY_ROWS * 256 / 2 };
+
+/* What a row is called with. */
+typedef struct { int64_t rows, keys; int32_t invariant, options; } warmup_call;
 
 /* Inputs read `zeros`, results overwrite each other in `results`. */
 typedef struct { int32_t device; void *zeros, *results; } warmup_memory;
@@ -53,11 +62,11 @@ static fgqa_status run_problem(const fgqa_kernel *kernel, fgqa_problem *problem,
 }
 
 /* One new key behind none, over the memory of the results, where nothing is lost. Scales: if the row serves them. */
-static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, fgqa_dtype stored, const warmup_memory *memory, int64_t rows, int32_t invariant,
-                              int32_t options)
+static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *row, fgqa_dtype stored, const warmup_memory *memory,
+                              int64_t rows, int32_t invariant, int32_t options)
 {
-    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv}, lens_shape[] = {1};
-    const int64_t k_new_shape[] = {1, 1, 1, row->d}, v_new_shape[] = {1, 1, 1, row->dv}, scale_shape[] = {1};
+    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, SLOTS, row->d}, v_shape[] = {1, 1, SLOTS, row->dv};
+    const int64_t k_new_shape[] = {1, 1, 1, row->d}, v_new_shape[] = {1, 1, 1, row->dv}, lens_shape[] = {1}, scale_shape[] = {1};
     const fgqa_tensor q = contiguous(memory->zeros, row->dtype, memory->device, 4, q_shape);
     const fgqa_tensor k_new = contiguous(memory->zeros, row->dtype, memory->device, 4, k_new_shape);
     const fgqa_tensor v_new = contiguous(memory->zeros, row->dtype, memory->device, 4, v_new_shape);
@@ -103,25 +112,28 @@ static int32_t own_options(const fgqa_cuda_row *row) { return row->general ? WIT
 /* Kernels for a bias of q's dtype, beside those for a float32 one. */
 static int32_t has_narrow_bias(const fgqa_cuda_row *row) { return row->pass == FGQA_PASS_BWD && !row->general; }
 
-static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, int64_t rows, int32_t invariant,
-                              int32_t options)
+static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory, warmup_call call)
 {
-    if (row->cached == FGQA_CACHE_ONLY) { return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, rows, invariant, 0); }
-    const int64_t keys = options & WITH_MANY_KEYS ? MANY_KEYS : KEYS;
-    const int64_t q_shape[] = {1, HEADS, rows, row->d}, k_shape[] = {1, 1, keys, row->d}, v_shape[] = {1, 1, keys, row->dv};
-    const int64_t out_shape[] = {1, HEADS, rows, row->dv}, lse_shape[] = {1, HEADS, rows}, sink_shape[] = {HEADS}, bias_shape[] = {rows, KEYS};
+    const int32_t options = call.options, backward = row->pass == FGQA_PASS_BWD;
+    if (row->cached == FGQA_CACHE_ONLY) {
+        return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, call.rows, call.invariant, 0);
+    }
+    const int64_t q_shape[] = {1, HEADS, call.rows, row->d}, k_shape[] = {1, 1, call.keys, row->d}, v_shape[] = {1, 1, call.keys, row->dv};
+    const int64_t out_shape[] = {1, HEADS, call.rows, row->dv}, lse_shape[] = {1, HEADS, call.rows}, sink_shape[] = {HEADS};
+    const int64_t bias_shape[] = {call.rows, call.keys};
+    const int32_t narrow = has_narrow_bias(row) && (options & WITH_WIDE_BIAS) != WITH_WIDE_BIAS;
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
     const fgqa_tensor out = ZEROS(row->dtype, 4, out_shape), lse = ZEROS(FGQA_F32, 3, lse_shape);
     const fgqa_tensor sink = ZEROS(FGQA_F32, 1, sink_shape), slopes = sink;
+    const fgqa_tensor bias = ZEROS(narrow ? row->dtype : FGQA_F32, 2, bias_shape);
     fgqa_tensor mask = ZEROS(FGQA_BOOL, 2, bias_shape);
-    mask.stride[0]--;                               /* unlike the bias nothing for TMA, which has another kernel in some rows */
-    const int backward = row->pass == FGQA_PASS_BWD;
-    const fgqa_tensor bias = ZEROS(has_narrow_bias(row) && (options & WITH_WIDE_BIAS) != WITH_WIDE_BIAS ? row->dtype : FGQA_F32, 2, bias_shape);
 #undef ZEROS
+    mask.stride[1] = 2;     /* unlike the bias nothing for TMA, not as a copy either, which has another kernel in some rows */
     fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
-                            .want_lse = 1, .want_dsink = backward, .want_dbias = backward && (options & (WITH_BIAS | WITH_MASK)) == WITH_BIAS, .deterministic = 1,
-                            .batch_invariant = invariant, .has_softcap = (options & WITH_SOFTCAP) != 0, .softcap = options & WITH_SOFTCAP ? 1.0 : 0.0,
+                            .want_lse = 1, .want_dsink = backward, .deterministic = 1, .batch_invariant = call.invariant,
+                            .want_dbias = backward && (options & (WITH_BIAS | WITH_MASK)) == WITH_BIAS,
+                            .has_softcap = (options & WITH_SOFTCAP) != 0, .softcap = options & WITH_SOFTCAP ? 1.0 : 0.0,
                             .dropout_p = options & WITH_DROPOUT ? 0.5 : 0.0, .has_seed = (options & WITH_DROPOUT) != 0};
     request.tensor[FGQA_ARG_q] = &q;
     request.tensor[FGQA_ARG_k] = &k;
@@ -135,18 +147,30 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     return options == own_options(row) ? run_request(kernel, &request, memory) : run_if_served(kernel, &request, memory);
 }
 
-/* A row's kernels for options, beside that for none of them. */
+/* A row's kernels for options, beside that for none of them. The last set has a bias without its gradient. */
 static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
 {
     static const int32_t sets[] = {WITH_BIAS, WITH_SOFTCAP, WITH_ALIBI, WITH_SOFTCAP | WITH_BIAS, WITH_SOFTCAP | WITH_ALIBI,
                                    WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK, WITH_DROPOUT | WITH_BIAS, WITH_BIAS | WITH_MASK,
                                    WITH_DROPOUT | WITH_BIAS | WITH_MASK, WITH_WIDE_BIAS, WITH_DROPOUT | WITH_WIDE_BIAS,
-                                   WITH_DROPOUT | WITH_SOFTCAP, WITH_DROPOUT | WITH_ALIBI, WITH_DROPOUT | WITH_SOFTCAP | WITH_ALIBI};
+                                   WITH_DROPOUT | WITH_SOFTCAP, WITH_DROPOUT | WITH_ALIBI, WITH_DROPOUT | WITH_SOFTCAP | WITH_ALIBI,
+                                   WITH_SOFTCAP | WITH_BIAS | WITH_MASK};
     for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
         const int again = (sets[n] & WITH_WIDE_BIAS) == WITH_WIDE_BIAS && !has_narrow_bias(row);
-        if (sets[n] != own_options(row) && !again) { FGQA_TRY(run_kernel(kernel, row, memory, ROWS, 0, sets[n])); }
+        if (sets[n] != own_options(row) && !again) { FGQA_TRY(run_kernel(kernel, row, memory, (warmup_call){ROWS, KEYS, 0, sets[n]})); }
     }
     return FGQA_OK;
+}
+
+/* Numbers of rows and keys that have kernels of their own. */
+static fgqa_status run_sizes(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
+{
+    static const int32_t whole[] = {FGQA_WHOLE_KEYS};
+    if (row->arch != 90 || row->pass != FGQA_PASS_FWD || row->dropout) { return FGQA_OK; }
+    for (size_t n = 0; FGQA_IS_SHORT(row->block_q) && n < sizeof whole / sizeof whole[0]; n++) {
+        FGQA_TRY(run_kernel(kernel, row, memory, (warmup_call){ROWS, whole[n], 0, 0}));
+    }
+    return FGQA_HAS_PAIRS(row->d) ? run_kernel(kernel, row, memory, (warmup_call){MANY_ROWS, 2 * KEYS, 0, 0}) : FGQA_OK;
 }
 
 /* Kernels of weights, which serve all dtypes. */
@@ -166,6 +190,10 @@ static fgqa_status run_others(const warmup_memory *memory)
     static const fgqa_dtype dtypes[] = {FGQA_F64, FGQA_F32, FGQA_F16};
     const int64_t shape[] = {8}, merged[] = {1, 1, 1, 8};
     const fgqa_view in = {memory->zeros, FGQA_F32, 0, 0, 0, 1}, out = {memory->results, FGQA_F32, 0, 0, 0, 1};
+    fgqa_problem masked = {.b = 1, .hq = 1, .sq = 1, .sk = 8}, copy;
+    masked.view[FGQA_ARG_mask] = (fgqa_view){memory->zeros, FGQA_BOOL, 0, 0, 0, 1};
+    (void)fgqa_term_copy(&masked, FGQA_COPY_MASK, memory->results, &copy);
+    FGQA_TRY(fgqa_cuda_check(fgqa_term_copy_launch(&masked, &copy, FGQA_COPY_MASK, NULL), "copy of a mask"));
     FGQA_TRY(fgqa_cuda_merge(1, &in, &in, &out, &out, merged, NULL));
     for (size_t n = 0; n < sizeof dtypes / sizeof dtypes[0]; n++) {
         const fgqa_tensor from = contiguous(memory->zeros, dtypes[n], memory->device, 1, shape);
@@ -184,20 +212,24 @@ static fgqa_status run_all(const warmup_memory *memory)
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
+            const int32_t options = own_options(row);
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
-            FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, row->most_rows != 0, own_options(row)));
-            if (row->pass == FGQA_PASS_FWD && FGQA_HAS_MERGE(row->d, row->block_q) && !row->dropout) {
-                FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 1, own_options(row)));      /* keys that are not in parts */
+            FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, row->most_rows != 0, options}));
+            if (row->pass == FGQA_PASS_FWD && FGQA_HAS_MERGE(row->d, row->block_q) && !row->dropout) {     /* keys that are not in parts */
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, 1, options}));
             }
             if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) {
                 FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, 0));
                 FGQA_TRY(run_cached(&kernels[n], row, FGQA_F8E4M3, memory, rows, 0, WITH_SCALES));
             }
             for (; row->most_rows && rows > 0; rows /= 2) {
-                FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, own_options(row)));
-                FGQA_TRY(run_kernel(&kernels[n], row, memory, rows, 0, WITH_MANY_KEYS));
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, 0, options}));
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, MANY_KEYS, 0, options}));
             }
-            if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) { FGQA_TRY(run_options(&kernels[n], row, memory)); }
+            if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) {
+                FGQA_TRY(run_options(&kernels[n], row, memory));
+                FGQA_TRY(run_sizes(&kernels[n], row, memory));
+            }
             continue;
         }
         for (fgqa_dtype dtype = FGQA_F32; dtype <= FGQA_BF16; dtype++) { FGQA_TRY(run_weights(&kernels[n], dtype, memory)); }

@@ -17,7 +17,7 @@
 
 enum { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, DROPOUT = 16, CACHE = 32, SCALES = 64, DBIAS = 128, WIDE_BIAS = 256 | BIAS, SETS = 512 };
 
-typedef struct { const fgqa_cuda_row *row; int32_t ran[SETS], whole, in_parts; } record;
+typedef struct { const fgqa_cuda_row *row; int32_t ran[SETS], whole, in_parts, pairs, terms; uint32_t whole_keys; } record;
 
 static record records[128];
 static int32_t record_count;
@@ -36,6 +36,9 @@ static int note(const fgqa_plan *plan, const fgqa_problem *p)
     records[n].ran[set]++;
     records[n].whole += plan->splits == 1;
     records[n].in_parts += plan->splits > 1;
+    records[n].pairs += p->sk > 2048 && plan->splits == 1 && plan->tasks >= 132;
+    records[n].terms += p->view[FGQA_ARG_mask].data && p->view[FGQA_ARG_mask].stride_d != 1;
+    records[n].whole_keys |= p->sk <= 128 ? 1u << fgqa_whole_keys(p) / 16 : 0;
     return cudaSuccess;
 }
 
@@ -172,6 +175,7 @@ static void check_row(const fgqa_kernel *kernel)
         RAN(DROPOUT | SOFTCAP);
         RAN(DROPOUT | ALIBI);
         RAN(DROPOUT | SOFTCAP | ALIBI);
+        CHECK_FOR(!FGQA_HAS_TERMS(row->d, row->block_k) || r->terms > 0, "%s", kernel->name);
         for (int set = 0; set < SETS; set++) { CHECK_FOR(set & DROPOUT || !r->ran[set], "%s", kernel->name); }
         return;
     }
@@ -184,7 +188,13 @@ static void check_row(const fgqa_kernel *kernel)
         if (FGQA_HAS_TERMS(row->d, row->block_k)) {
             RAN(BIAS);
             RAN(MASK);
+            CHECK_FOR(r->terms > 0, "%s", kernel->name);
         }
+        if (FGQA_IS_SHORT(row->block_q)) {
+            static const int32_t whole[] = {FGQA_WHOLE_KEYS};
+            for (size_t n = 0; n < sizeof whole / sizeof whole[0]; n++) { CHECK_FOR(r->whole_keys >> whole[n] / 16 & 1, "%s", kernel->name); }
+        }
+        if (FGQA_HAS_PAIRS(row->d)) { CHECK_FOR(r->pairs > 0, "%s", kernel->name); }
         if (FGQA_HAS_ALL(row->d, row->block_k)) { RAN(SOFTCAP | ALIBI); }
         if (FGQA_HAS_SCALES(row->d, row->block_q)) { RAN(CACHE | SCALES); }
         return;
@@ -199,6 +209,7 @@ static void check_row(const fgqa_kernel *kernel)
     if (FGQA_BWD_HAS_BIAS(row->d)) {
         RAN(BIAS | DBIAS);
         RAN(BIAS | MASK);
+        RAN(SOFTCAP | BIAS | MASK);
         RAN(DROPOUT | BIAS | DBIAS);
         RAN(DROPOUT | BIAS | MASK);
         RAN(WIDE_BIAS | DBIAS);

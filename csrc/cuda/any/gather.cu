@@ -40,6 +40,7 @@ extern "C" int fgqa_gather(const fgqa_tensor *from, void *to, void *stream)
     switch (from->dtype) {
     case FGQA_F64: case FGQA_I64:  return gather<int64_t>(from, to, shape, (cudaStream_t)stream);
     case FGQA_F32: case FGQA_I32:  return gather<int32_t>(from, to, shape, (cudaStream_t)stream);
-    default:                       return gather<int16_t>(from, to, shape, (cudaStream_t)stream);      /* of bytes fgqa_needs_copy() asks for none */
+    case FGQA_F16: case FGQA_BF16: return gather<int16_t>(from, to, shape, (cudaStream_t)stream);
+    default:                       return cudaErrorInvalidValue;       /* bytes, for which fgqa_needs_copy() asks for no copy */
     }
 }
