@@ -19,7 +19,7 @@ CORE = sorted((ROOT / "csrc" / "core").glob("*.c"))
 MORE_SOURCES = {
     "test_threads": ["csrc/cpu/threads.c", "csrc/cpu/thread_count.c", "csrc/cpu/openmp.c"],
     "test_threads_team": ["csrc/cpu/threads.c", "csrc/cpu/thread_count.c"],
-    "test_warmup": ["csrc/cuda/launch.c", "csrc/cuda/properties.c", "csrc/cuda/warmup.c"],
+    "test_warmup": [f"csrc/cuda/{name}.c" for name in ("launch", "properties", "tile_height", "warmup")],
     "test_xla": ["csrc/xla/handler.c", "csrc/cpu/memory.c", "csrc/cuda/absent.c"],
     "test_xla_cuda": ["csrc/xla/handler.c", "csrc/cpu/memory.c"],
 }

@@ -3,6 +3,7 @@
 #include "device.h"
 #include "kernel_table.h"
 #include "tensor_map.h"
+#include "tile_height.h"
 #include "any/bwd_plan.h"
 #include "any/cache_copy.h"
 #include "any/fwd_split.h"
@@ -23,10 +24,6 @@ enum { HOPPER = 90, DECODE_ROWS = 128, CACHE_PAGE = 16, DECODE_KEYS = 256, STREA
 #define TERM_COPY_BYTES 2147483648.0
 #define TERM_COPY_BYTE_PS 0.75
 #define TERM_COPY_LAUNCH_PS 4e6
-
-/* Keys that tiles of wide heads hold at once; where rows begin in the middle of a
- * sector of memory, of so many elements, fewer. */
-enum { SECTOR = 16, WIDE_KEYS = 96, WIDE_KEYS_OFF_SECTORS = 64 };
 
 /* ---- the rows ---- */
 
@@ -341,97 +338,6 @@ static const cuda_kernel *row_behind(const cuda_kernel *k, int32_t variant)
     return NULL;
 }
 
-static double round_up(int64_t n, int32_t step) { return (double)((n + step - 1) / step * step); }
-
-/* Query rows that a multiprocessor passes through, padding included: of packed sequences half a tile each.
- * `even`: none waits at the end for others. */
-static double rows_passed(const fgqa_problem *p, int32_t block_q, int32_t multiprocessors, int even)
-{
-    const int32_t pack = fgqa_hopper_pack(p, block_q);
-    if (p->varlen) { return (double)p->b * (double)(p->hq >> pack) * ((double)(fgqa_usual_rows(p) << pack) + 0.5 * block_q) / multiprocessors; }
-    const double rounds = (double)fgqa_hopper_tiles(p, block_q) / multiprocessors;
-    return block_q * (even ? rounds : ceil(rounds));
-}
-
-/* How much faster a tall tile passes through a row than a plain one. `many`: with a mask or in packed sequences, where tiles have
- * fewer keys. ALiBi takes registers that tall tiles have not left. */
-static double tall_gain(const cuda_kernel *k, const fgqa_problem *p, int many)
-{
-    const int alibi = p->view[FGQA_ARG_alibi_slopes].data != NULL;
-    if (k->row.d <= 64) { return alibi ? many ? 0.95 : 0.9 : many ? 1.15 : 1.02; }
-    return many ? 1.13 : alibi ? 1.0 : 1.04;
-}
-
-/* Where tall tiles are emptier by more than they are faster. Under a mask the heavy tiles come first, so that many leave no gap
- * at the end. What has to be the same in every batch must not depend on it. */
-static const char *pass_over_tall(const cuda_kernel *k, const fgqa_problem *p)
-{
-    fgqa_cuda_properties device;
-    const int masked = p->right != FGQA_UNBOUNDED || p->left != FGQA_UNBOUNDED || p->chunk > 0;
-    const int64_t tiles = fgqa_hopper_tiles(p, k->row.block_q);
-    if (p->batch_invariant) { return "the choice would depend on the batch"; }
-    if (fgqa_cuda_device_properties(p->device.index, &device) != FGQA_OK) { return NULL; }
-    if (5 * tiles < 4 * (int64_t)device.multiprocessors) { return "few tiles, whose keys are shared out"; }
-    const int many = p->varlen || (masked && tiles > 4 * (int64_t)device.multiprocessors);
-    const double own = rows_passed(p, k->row.block_q, device.multiprocessors, many);
-    const double others = rows_passed(p, row_behind(k, FGQA_VARIANT_plain)->row.block_q, device.multiprocessors, many);
-    if (own <= tall_gain(k, p, many) * others) { return NULL; }
-    return own > others ? "its tiles would be emptier than shorter ones" : "shorter tiles are faster with ALiBi";
-}
-
-/* Keys up to which short tiles are a choice: where it is the same in every batch, with half of
- * the keys hidden; where tiles are counted. */
-enum { SHORT_KEYS = 224, SHORT_KEYS_CAUSAL = 384, SHORT_KEYS_COUNTED = 512 };
-
-/* What a launch of taller tiles takes longer if some wait for others, in query rows times
- * keys that a multiprocessor does meanwhile. */
-enum { SHORT_GAIN = 15000 };
-
-/* Tiles of 64 rows a multiprocessor that hold up to 128 keys of wide heads at once,
- * where reading keys often does not count yet. */
-enum { WIDE_TILES = 8, WIDE_TILES_OFF_SECTORS = 4 };
-
-/* How much longer a query row and a key take in short tiles than in those behind, which are tall or not. `skips`: half of the
- * keys are hidden, in finer steps, as fine in tall tiles that heads share. */
-static double short_loss(const cuda_kernel *k, const fgqa_problem *p, int is_tall, int32_t tall_rows, int skips)
-{
-    if (k->row.d > 64) { return is_tall ? 1.7 : 1.5; }
-    if (skips) { return !is_tall ? 0.95 : fgqa_hopper_pack(p, tall_rows) > 0 ? 1.15 : 1.0; }
-    const int is_full = fgqa_usual_rows(p) % tall_rows == 0;     /* if all are as long */
-    return p->varlen ? (is_tall ? is_full ? 1.5 : 1.25 : 1.12) : is_tall ? 1.13 : 1.08;
-}
-
-/* Where taller tiles are nearly as full: they read keys less often. Measured with as many keys as query rows. With
- * batch_invariant the choice of padded sequences is the same in every batch; else tiles are counted. Tiles that hold all keys at
- * once are faster whatever the number of rows, but for wide heads with many keys. */
-static const char *pass_over_short(const cuda_kernel *k, const fgqa_problem *p, char why[128])
-{
-    fgqa_cuda_properties device;
-    const int64_t keys = fgqa_usual_keys(p), tiles = fgqa_hopper_tiles(p, k->row.block_q);
-    const int32_t whole = fgqa_whole_keys(p);
-    const int wide = k->row.d > 64, on_sectors = p->d % SECTOR == 0;
-    if (whole > 0 && (!wide || whole <= (on_sectors ? WIDE_KEYS : WIDE_KEYS_OFF_SECTORS))) { return NULL; }
-    if (p->batch_invariant && p->varlen) { return "the choice would depend on the batch"; }
-    const int known = !p->batch_invariant && fgqa_cuda_device_properties(p->device.index, &device) == FGQA_OK;
-    const int64_t multiprocessors = known ? device.multiprocessors : 1;
-    if (known && whole > 0 && tiles <= (on_sectors ? WIDE_TILES : WIDE_TILES_OFF_SECTORS) * multiprocessors) { return NULL; }
-    if (known && !p->varlen && tiles <= multiprocessors && keys <= SHORT_KEYS_COUNTED) { return NULL; }      /* none waits for another */
-    const int counts = known && !wide, skips = !wide && !p->varlen && p->right != FGQA_UNBOUNDED && p->sk <= p->sq;
-    if (keys > (counts ? SHORT_KEYS_COUNTED : skips ? SHORT_KEYS_CAUSAL : SHORT_KEYS)) {
-        return fgqa_reason(why, "%lld keys: taller tiles read them less often", (long long)keys);
-    }
-    const cuda_kernel *tall = row_behind(k, FGQA_VARIANT_tall);
-    const int is_tall = !pass_over_tall(tall, p);
-    const cuda_kernel *behind = is_tall ? tall : row_behind(k, FGQA_VARIANT_plain);
-    const int32_t among = counts ? (int32_t)multiprocessors : 1, even = !counts || p->varlen;
-    const int waits = counts && !p->varlen && fgqa_hopper_tiles(p, behind->row.block_q) > multiprocessors;
-    const int rounds_keys = !wide && !p->varlen && !skips;
-    const double own_keys = rounds_keys ? round_up(keys, k->row.block_k) : (double)keys, others_keys = rounds_keys ? round_up(keys, behind->row.block_k) : (double)keys;
-    const double own = short_loss(k, p, is_tall, tall->row.block_q, skips) * rows_passed(p, k->row.block_q, among, even) * own_keys;
-    const double others = rows_passed(p, behind->row.block_q, among, even) * others_keys + (waits ? SHORT_GAIN : 0);
-    return own <= others ? NULL : "taller tiles are nearly as full";
-}
-
 /* Where the rows of sm80/, at about half of Hopper's speed, gain more: tiles are shared by
  * groups of any size, not by powers of two. */
 static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, char why[128])
@@ -440,11 +346,12 @@ static const char *pass_over(const fgqa_kernel *kernel, const fgqa_problem *p, c
     if (k->row.arch != HOPPER || k->row.pass != FGQA_PASS_FWD) { return NULL; }
     if (k->row.most_rows) { return pass_over_decode(k, p, why); }
     if (is_short(k)) {
-        const char *reason = pass_over_short(k, p, why);
+        const cuda_kernel *tall = row_behind(k, FGQA_VARIANT_tall), *plain = row_behind(k, FGQA_VARIANT_plain);
+        const char *reason = fgqa_pass_over_short(&k->row, &tall->row, &plain->row, p, why);
         if (reason) { return reason; }
     }
     if (k->variant == FGQA_VARIANT_tall) {
-        const char *reason = pass_over_tall(k, p);
+        const char *reason = fgqa_pass_over_tall(&k->row, &row_behind(k, FGQA_VARIANT_plain)->row, p);
         if (reason) { return reason; }
     }
     if (copies_cache(k, p)) {
