@@ -189,9 +189,14 @@ class Build(build_ext):
             yield CSRC / "cuda" / "absent.c", objects / "cuda_absent.o", [absent]
 
     def cuda_jobs(self, objects):
-        """Kernels first, the largest tiles before the others: they take longest."""
+        """Kernels first, those of a row with most of them before the others, then the largest tiles: they take longest."""
         folder, include = CSRC / "cuda", [f"-I{cuda_libraries(find_nvcc())[0]}"]
-        for row in sorted(kernel_rows(), key=lambda row: (row["pass"] != "bwd", -int(row["d"]))):
+
+        def place(row):
+            has_most = row["arch"] == "90" and row["d"] in ("64", "128") and row["variant"] in ("plain", "dropout")
+            return not has_most, row["pass"] != "bwd", -int(row["d"])
+
+        for row in sorted(kernel_rows(), key=place):
             name = "{pass}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}".format(**row)
             source = DECODE.get(row["variant"], row["pass"])
             yield folder / f"sm{row['arch']}" / f"{source}.cu", objects / f"cuda_{name}.o", \
