@@ -45,6 +45,7 @@ DTYPES = {"bf16": np.dtype(ml_dtypes.bfloat16), "f16": np.dtype(np.float16), "f3
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 WIDE, MANY = 208, 4000                          # keys whose masks TMA can address; so many that they are shared out
+MANY_ROWS = 144 * 128 // HQ                     # a tile for each multiprocessor of the largest GPU of Hopper's
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
 ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward dbias shared
 ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have a bias and a mask by TMA, and all together
@@ -125,6 +126,8 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
     results = [x for keys, options in calls for x in flashgqa.attention(q, *keys, **options, return_lse=True, **where)]
     if variant in ("plain", "tall"):            # keys in parts
         results += flashgqa.attention(q[:, :, :70], *many_keys, return_lse=True, **where)
+    if (variant, d) == ("plain", 256):          # blocks in pairs, if there is a tile for each multiprocessor
+        results += flashgqa.attention(repeated(q, MANY_ROWS), *many_keys, return_lse=True, **where)
     if variant == "short":
         results.append(attention_beside_inf(q, k[:, :, :70], v[:, :, :70], where))
     return [*results, attention_beside_inf(q, k, v, where)]
@@ -187,7 +190,8 @@ def run_row(name, where, put, everything=lambda x: x):
         bias = rng.standard_normal((1, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
         frozen += [{"bias": bias, **CAPPED}, {"bias": bias, "alibi_slopes": slopes, "mask": shown, **drops}]
     for n, given in enumerate(passes + frozen):
-        no_dbias = n >= len(passes) or ({"bias", "mask"} <= given.keys() and given["bias"].dtype == np.float32)    # rows lack it
+        lacks_dbias = arch == "sm90" and {"bias", "mask"} <= given.keys() and given["bias"].dtype == np.float32
+        no_dbias = n >= len(passes) or lacks_dbias
         backward = without_dbias if no_dbias else flashgqa.attention_backward
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}

@@ -63,7 +63,7 @@ def read_text(path, tokens):
             "pass a file with --text, or fewer tokens"
         )
     more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-    return f"standard library's source: {', '.join(names[:2])}{more}", np.frombuffer(data[:tokens], np.uint8)
+    return f"the standard library's source: {', '.join(names[:2])}{more}", np.frombuffer(data[:tokens], np.uint8)
 
 
 def _embed(text, rng):

@@ -6,7 +6,7 @@ __all__ = ["warmup"]
 
 
 def warmup(device: str | None = None) -> None:
-    """Load the kernels that a GPU can run, and run each once, but for three that README names ("On a GPU").
+    """Load the kernels that a GPU can run, and run each once.
 
     The driver loads a kernel when it is first launched, and on a card without machine code of its own compiles it then, into a
     cache on disk. After this no call of theirs has to wait for that, and any can be recorded in a CUDA graph. It waits for the
