@@ -25,28 +25,38 @@ def run(function):
 
 
 def module_kernels():
-    """{(mangled name, place): CUkernel} of every function of the module that the CUDA runtime inside of it knows as a kernel."""
+    """{CUfunction: its name} of all kernels of the module on the current device: those of each library that the CUDA runtime
+    inside of the module has made of an object."""
+    driver = ctypes.CDLL("libcuda.so.1")
     listed = subprocess.run(["nm", _C.__file__], capture_output=True, text=True, check=False).stdout
-    places = re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listed, re.M)
-    by_name = {name: int(place, 16) for place, name in places}
-    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(Path(_C.__file__).name)]
-    base = min(int(fields[0].split("-")[0], 16) for fields in maps)
-    get_kernel = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(base + by_name["cudaGetKernel"])
-    found = {}
-    for place, name in places:
-        kernel = ctypes.c_void_p()
-        if get_kernel(ctypes.byref(kernel), base + int(place, 16)) == 0:
-            found[name, place] = kernel
+    places = [(name, int(place, 16)) for place, name in re.findall(r"^([0-9a-f]+) [tTwW] (\S+)$", listed, re.M)]
+    mapped = re.findall(rf"^([0-9a-f]+)-.*{Path(_C.__file__).name}$", Path("/proc/self/maps").read_text(), re.M)
+    base = min(int(begin, 16) for begin in mapped)
+    prototype = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)
+    get_kernel = prototype(base + dict(places)["cudaGetKernel"])
+    kernel, library, module, count, name = (kind() for kind in (*3 * [ctypes.c_void_p], ctypes.c_uint, ctypes.c_char_p))
+    libraries, found = set(), {}
+    for _, place in places:  # of functions that are no kernels the runtime knows nothing
+        if get_kernel(ctypes.byref(kernel), base + place) == 0:
+            assert driver.cuKernelGetLibrary(ctypes.byref(library), kernel) == 0
+            libraries.add(library.value)
+    for known in libraries:
+        assert driver.cuLibraryGetModule(ctypes.byref(module), ctypes.c_void_p(known)) == 0
+        assert driver.cuModuleGetFunctionCount(ctypes.byref(count), module) == 0
+        functions = (ctypes.c_void_p * count.value)()
+        assert driver.cuModuleEnumerateFunctions(functions, count, module) == 0
+        for function in functions:
+            assert driver.cuFuncGetName(ctypes.byref(name), ctypes.c_void_p(function)) == 0
+            found[function] = name.value.decode()
     return found
 
 
 def left_to_load(kernels):
     """Names of those that the current device has not loaded."""
     driver, left = ctypes.CDLL("libcuda.so.1"), []
-    for (name, _), kernel in kernels.items():
-        function, state = ctypes.c_void_p(), ctypes.c_int()
-        assert driver.cuKernelGetFunction(ctypes.byref(function), kernel) == 0, name
-        assert driver.cuFuncIsLoaded(ctypes.byref(state), function) == 0, name
+    for function, name in kernels.items():
+        state = ctypes.c_int()
+        assert driver.cuFuncIsLoaded(ctypes.byref(state), ctypes.c_void_p(function)) == 0, name
         left += [name] * (state.value != LOADED)
     return left
 
