@@ -126,8 +126,11 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
     results = [x for keys, options in calls for x in flashgqa.attention(q, *keys, **options, return_lse=True, **where)]
     if variant in ("plain", "tall"):            # keys in parts
         results += flashgqa.attention(q[:, :, :70], *many_keys, return_lse=True, **where)
-    if (variant, d) == ("plain", 256):          # blocks in pairs, if there is a tile for each multiprocessor
-        results += flashgqa.attention(repeated(q, MANY_ROWS), *many_keys, return_lse=True, **where)
+    if (variant, d) == ("plain", 256):          # blocks in pairs: a tile for each multiprocessor, of one call on the device
+        arrays = (repeated(q, MANY_ROWS), *many_keys)
+        if isinstance(q, np.ndarray):
+            arrays = map(on_gpu, arrays)
+        results += flashgqa.attention(*arrays, return_lse=True, kernel=where["kernel"])
     if variant == "short":
         results.append(attention_beside_inf(q, k[:, :, :70], v[:, :, :70], where))
     return [*results, attention_beside_inf(q, k, v, where)]

@@ -1,5 +1,5 @@
-/* warmup.c - every kernel of a device once, on zeros: after that none has to be loaded (or compiled from PTX), which takes time
- * and is not allowed while a graph is recorded.
+/* warmup.c - every kernel of a device once, on zeros: after that none has to be loaded (or compiled from PTX), which takes time,
+ * and which not every driver may do while a graph is recorded.
  *
  * Sizes are such that the keys of a forward pass and the rows of a backward one are split, which brings the kernels that combine
  * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, another one for
@@ -17,11 +17,14 @@
 #include <string.h>
 
 enum { WITH_BIAS = 1, WITH_MASK = 2, WITH_SOFTCAP = 4, WITH_ALIBI = 8, WITH_DROPOUT = 16, WITH_SCALES = 32,
-       WITH_WIDE_BIAS = 64 | WITH_BIAS };
-enum { HEADS = 2, ROWS = 512, KEYS = 2048, MANY_KEYS = 16384, SLOTS = 1024 };
+       WITH_WIDE_BIAS = 64 | WITH_BIAS, WITH_CAUSAL = 128 };
+enum { HEADS = 2, ROWS = 512, KEYS = 2048, MANY_KEYS = 16384 };
 
-/* MANY_ROWS: a tile of 128 for each multiprocessor of the largest GPU of Hopper's. BIGGEST: floats, or twice as many elements of 16
- * bits, of which there may be so many rows and keys. */
+/* Few enough for one chunk of keys (FGQA_DEC_CHUNK_KEYS), which one block of a decode row has. */
+enum { SLOTS = 512 };
+
+/* MANY_ROWS: a tile of 128 for each multiprocessor of the largest GPU of Hopper's. BIGGEST: floats, or twice as many elements of
+ * 16 bits, of which there may be so many rows and keys. */
 enum { MANY_ROWS = 144 * 128 / HEADS, BIGGEST = HEADS * MANY_ROWS * 256 / 2 };
 
 /* What a row is called with. */
@@ -87,6 +90,8 @@ static fgqa_status run_cached(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     request.tensor[FGQA_CACHE_k_scale] = request.tensor[FGQA_CACHE_v_scale] = options & WITH_SCALES ? &scale : NULL;
     FGQA_TRY(fgqa_cache_init(&request, &problem));
     if (options & WITH_SCALES && kernel->refuse(kernel, &problem, NULL)) { return FGQA_OK; }
+    int sound;
+    FGQA_TRY(fgqa_cuda_check_cache(&problem, memory->results, &sound, NULL));
     FGQA_TRY(fgqa_cuda_append(&problem, &none, NULL));
     return run_problem(kernel, &problem, &request.base, memory);
 }
@@ -118,9 +123,9 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     if (row->cached == FGQA_CACHE_ONLY) {
         return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, call.rows, call.invariant, 0);
     }
-    const int64_t q_shape[] = {1, HEADS, call.rows, row->d}, k_shape[] = {1, 1, call.keys, row->d}, v_shape[] = {1, 1, call.keys, row->dv};
-    const int64_t out_shape[] = {1, HEADS, call.rows, row->dv}, lse_shape[] = {1, HEADS, call.rows}, sink_shape[] = {HEADS};
-    const int64_t bias_shape[] = {call.rows, call.keys};
+    const int64_t q_shape[] = {1, HEADS, call.rows, row->d}, out_shape[] = {1, HEADS, call.rows, row->dv};
+    const int64_t k_shape[] = {1, 1, call.keys, row->d}, v_shape[] = {1, 1, call.keys, row->dv};
+    const int64_t lse_shape[] = {1, HEADS, call.rows}, sink_shape[] = {HEADS}, bias_shape[] = {call.rows, call.keys};
     const int32_t narrow = has_narrow_bias(row) && (options & WITH_WIDE_BIAS) != WITH_WIDE_BIAS;
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
     const fgqa_tensor q = ZEROS(row->dtype, 4, q_shape), k = ZEROS(row->dtype, 4, k_shape), v = ZEROS(row->dtype, 4, v_shape);
@@ -130,8 +135,9 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     fgqa_tensor mask = ZEROS(FGQA_BOOL, 2, bias_shape);
 #undef ZEROS
     mask.stride[1] = 2;     /* unlike the bias nothing for TMA, not as a copy either, which has another kernel in some rows */
-    fgqa_request request = {.pass = row->pass, .window_left = FGQA_UNBOUNDED, .window_right = FGQA_UNBOUNDED, .max_q = -1, .max_kv = -1,
-                            .want_lse = 1, .want_dsink = backward, .deterministic = 1, .batch_invariant = call.invariant,
+    fgqa_request request = {.pass = row->pass, .max_q = -1, .max_kv = -1, .want_lse = 1, .want_dsink = backward,
+                            .window_left = FGQA_UNBOUNDED, .window_right = options & WITH_CAUSAL ? 0 : FGQA_UNBOUNDED,
+                            .deterministic = 1, .batch_invariant = call.invariant,
                             .want_dbias = backward && (options & (WITH_BIAS | WITH_MASK)) == WITH_BIAS,
                             .has_softcap = (options & WITH_SOFTCAP) != 0, .softcap = options & WITH_SOFTCAP ? 1.0 : 0.0,
                             .dropout_p = options & WITH_DROPOUT ? 0.5 : 0.0, .has_seed = (options & WITH_DROPOUT) != 0};
@@ -154,7 +160,7 @@ static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *r
                                    WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK, WITH_DROPOUT | WITH_BIAS, WITH_BIAS | WITH_MASK,
                                    WITH_DROPOUT | WITH_BIAS | WITH_MASK, WITH_WIDE_BIAS, WITH_DROPOUT | WITH_WIDE_BIAS,
                                    WITH_DROPOUT | WITH_SOFTCAP, WITH_DROPOUT | WITH_ALIBI, WITH_DROPOUT | WITH_SOFTCAP | WITH_ALIBI,
-                                   WITH_SOFTCAP | WITH_BIAS | WITH_MASK};
+                                   WITH_CAUSAL, WITH_SOFTCAP | WITH_BIAS | WITH_MASK};
     for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
         const int again = (sets[n] & WITH_WIDE_BIAS) == WITH_WIDE_BIAS && !has_narrow_bias(row);
         if (sets[n] != own_options(row) && !again) { FGQA_TRY(run_kernel(kernel, row, memory, (warmup_call){ROWS, KEYS, 0, sets[n]})); }
@@ -215,7 +221,8 @@ static fgqa_status run_all(const warmup_memory *memory)
             const int32_t options = own_options(row);
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, row->most_rows != 0, options}));
-            if (row->pass == FGQA_PASS_FWD && FGQA_HAS_MERGE(row->d, row->block_q) && !row->dropout) {     /* keys that are not in parts */
+            if (row->pass == FGQA_PASS_FWD && FGQA_HAS_MERGE(row->d, row->block_q) && !row->dropout) {
+                /* keys that are not in parts */
                 FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, 1, options}));
             }
             if (row->cached == FGQA_CACHE_ALSO && !row->most_rows) {
@@ -225,6 +232,12 @@ static fgqa_status run_all(const warmup_memory *memory)
             for (; row->most_rows && rows > 0; rows /= 2) {
                 FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, 0, options}));
                 FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, MANY_KEYS, 0, options}));
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, SLOTS, 1, options}));
+            }
+            if (row->pass == FGQA_PASS_FWD && row->general && row->cached != FGQA_CACHE_ONLY) {
+                fgqa_cuda_row odd = *row;       /* parts of results whose rows start anywhere */
+                odd.dv--;
+                FGQA_TRY(run_kernel(&kernels[n], &odd, memory, (warmup_call){rows, KEYS, 0, options}));
             }
             if (!row->general && row->cached != FGQA_CACHE_ONLY && !row->most_rows) {
                 FGQA_TRY(run_options(&kernels[n], row, memory));

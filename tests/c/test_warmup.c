@@ -15,7 +15,7 @@
 
 /* ---- launches ---- */
 
-enum { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, DROPOUT = 16, CACHE = 32, SCALES = 64, DBIAS = 128, WIDE_BIAS = 256 | BIAS, SETS = 512 };
+enum { SOFTCAP = 1, ALIBI = 2, BIAS = 4, MASK = 8, DROPOUT = 16, CACHE = 32, SCALES = 64, DBIAS = 128, WIDE_BIAS = 256 | BIAS, CAUSAL = 512, SETS = 1024 };
 
 typedef struct { const fgqa_cuda_row *row; int32_t ran[SETS], whole, in_parts, pairs, terms; uint32_t whole_keys; } record;
 
@@ -27,7 +27,7 @@ static int note(const fgqa_plan *plan, const fgqa_problem *p)
     const fgqa_cuda_row *row = plan->kernel->row;
     const int set = (p->softcap != 0.0 ? SOFTCAP : 0) | (p->view[FGQA_ARG_alibi_slopes].data ? ALIBI : 0) | (p->view[FGQA_ARG_bias].data ? BIAS : 0)
         | (p->view[FGQA_ARG_mask].data ? MASK : 0) | (p->dropout_threshold ? DROPOUT : 0) | (p->cache.page_size ? CACHE : 0)
-        | (p->cache.k_scale.data && p->cache.v_scale.data ? SCALES : 0) | (p->view[FGQA_ARG_dbias].data ? DBIAS : 0)
+        | (p->right == 0 ? CAUSAL : 0) | (p->cache.k_scale.data && p->cache.v_scale.data ? SCALES : 0) | (p->view[FGQA_ARG_dbias].data ? DBIAS : 0)
         | (p->pass == FGQA_PASS_BWD && p->view[FGQA_ARG_bias].data && p->view[FGQA_ARG_bias].dtype != p->dtype ? WIDE_BIAS : 0);
     int32_t n = 0;
     while (n < record_count && records[n].row != row) { n++; }
@@ -139,6 +139,13 @@ fgqa_status fgqa_cuda_append(const fgqa_problem *problem, const fgqa_view *q_tur
     return FGQA_OK;
 }
 
+fgqa_status fgqa_cuda_check_cache(const fgqa_problem *problem, void *memory, int *sound, void *stream)
+{
+    (void)problem, (void)memory, (void)stream;
+    *sound = 1;
+    return FGQA_OK;
+}
+
 int fgqa_cache_copy_launch(const fgqa_problem *problem, const fgqa_problem *copy, void *stream)
 {
     (void)problem, (void)copy, (void)stream;
@@ -199,6 +206,7 @@ static void check_row(const fgqa_kernel *kernel)
         if (FGQA_HAS_SCALES(row->d, row->block_q)) { RAN(CACHE | SCALES); }
         return;
     }
+    RAN(CAUSAL);
     RAN(ALIBI);
     RAN(SOFTCAP | ALIBI);
     RAN(MASK);
