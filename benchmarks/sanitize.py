@@ -103,7 +103,7 @@ def repeated(x, rows):
     return x[:, :, np.arange(rows) % x.shape[2]]
 
 
-def run_hopper_forward(q, k, v, slopes, bias, variant, where):
+def run_hopper_forward(q, k, v, slopes, bias, variant, put, where):
     """Each of the kernels that a row has. bias: for WIDE keys."""
     d, own = q.shape[-1], variant in ("plain", "dropout") and q.shape[-1] == v.shape[-1]
     few_keys, wide_keys, many_keys = ((k, v), *((repeated(k, rows), repeated(v, rows)) for rows in (WIDE, MANY)))
@@ -127,16 +127,14 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, where):
     if variant in ("plain", "tall"):            # keys in parts
         results += flashgqa.attention(q[:, :, :70], *many_keys, return_lse=True, **where)
     if (variant, d) == ("plain", 256):          # blocks in pairs: a tile for each multiprocessor, of one call on the device
-        arrays = (repeated(q, MANY_ROWS), *many_keys)
-        if isinstance(q, np.ndarray):
-            arrays = map(on_gpu, arrays)
-        results += flashgqa.attention(*arrays, return_lse=True, kernel=where["kernel"])
+        arrays = [put(x) if isinstance(x, np.ndarray) else x for x in (repeated(q, MANY_ROWS), *many_keys)]
+        results += flashgqa.attention(*arrays, return_lse=True, kernel=where.get("kernel"))
     if variant == "short":
         results.append(attention_beside_inf(q, k[:, :, :70], v[:, :, :70], where))
     return [*results, attention_beside_inf(q, k, v, where)]
 
 
-def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
+def run_forward(q, k, v, options, slopes, bias, variant, arch, put, where):
     if variant == "dropout":
         where = {"dropout_p": 0.2, "seed": 7, **where}
     results = list(flashgqa.attention(q, k, v, **options, return_lse=True, **where))
@@ -147,7 +145,7 @@ def run_forward(q, k, v, options, slopes, bias, variant, arch, where):
         many_keys = (repeated(x, 8 * MANY) for x in (k, v))         # too many for clusters to join
         results += flashgqa.attention(q, *many_keys, return_lse=True, **where)
     elif arch == "sm90":
-        results += run_hopper_forward(q, k, v, slopes, bias, variant, where)
+        results += run_hopper_forward(q, k, v, slopes, bias, variant, put, where)
     return results
 
 
@@ -173,7 +171,7 @@ def run_row(name, where, put, everything=lambda x: x):
             moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in options.items()}
             slopes = everything(np.linspace(0.05, 0.5, HQ, dtype=np.float32))
             bias = everything(rng.standard_normal((1, 1, SQ, WIDE), np.float32))
-            results += run_forward(*map(everything, (q, k, v)), moved, slopes, bias, variant, arch, where)
+            results += run_forward(*map(everything, (q, k, v)), moved, slopes, bias, variant, arch, put, where)
     passes = [options, {}, CAPPED] if which == "bwd" else []
     if passes:
         slopes = np.linspace(0.05, 0.5, HQ, dtype=np.float32)
