@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 PER_ISA = ("fwd.c", "bwd.c", "weights.c")
 PER_BF16_ISA = ("fwd.c", "bwd.c")       # of an FGQA_ISA_BF16 row
-DECODE = {"decode": "decode", "decodef8": "decode", "decodewide": "decode_wide", "decodewidef8": "decode_wide"}
+SOURCES = {("fwd", "decode"): "decode", ("fwd", "decodef8"): "decode", ("fwd", "decodewide"): "decode_wide",
+           ("fwd", "decodewidef8"): "decode_wide", ("bwd", "short"): "bwd_short"}      # of other rows: the pass
 LIMITED_API = "0x030A0000"
 SANITIZE, WERROR = (os.environ.get(f"FLASHGQA_{name}") == "1" for name in ("SANITIZE", "WERROR"))
 CUDA_ARCH = os.environ.get("FLASHGQA_CUDA_ARCH", "80,90,ptx")
@@ -198,7 +199,7 @@ class Build(build_ext):
 
         for row in sorted(kernel_rows(), key=place):
             name = "{pass}_sm{arch}_{dtype}_d{d}_dv{dv}_{variant}".format(**row)
-            source = DECODE.get(row["variant"], row["pass"])
+            source = SOURCES.get((row["pass"], row["variant"]), row["pass"])
             yield folder / f"sm{row['arch']}" / f"{source}.cu", objects / f"cuda_{name}.o", \
                 nvcc_targets(row["arch"], row["pass"]) + [f"-DFGQA_{column.upper()}={cell}" for column, cell in row.items()]
         for source in sorted((folder / "any").glob("*.cu")):

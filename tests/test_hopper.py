@@ -16,7 +16,8 @@ import flashgqa
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16"}
 ROWS = [row["name"] for row in flashgqa.kernels()
         if row["name"].startswith("fwd_sm90") and row["name"].endswith(("plain", "tall")) and row["available"]]
-SHORT = [row["name"] for row in flashgqa.kernels() if row["name"].endswith("short") and row["available"]]
+SHORT = [row["name"] for row in flashgqa.kernels()
+         if row["name"].startswith("fwd") and row["name"].endswith("short") and row["available"]]
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
 MASKS = {
     "full": {}, "causal": {"causal": True}, "top-left": {"causal": True, "align": "top-left"}, "window": {"window": (37, 21)},

@@ -10,6 +10,7 @@
 #include "any/score_units.h"
 #include "any/term_copy.h"
 #include "any/weights.h"
+#include "sm90/bwd_short.h"
 #include "sm90/dec_work.h"
 #include "sm90/fwd_pack.h"
 
@@ -89,6 +90,7 @@ static const char *refuse_bias(const fgqa_problem *p, int any)
 typedef struct {
     int softcap, alibi;     /* in the forward each, not both */
     int all;                /* forward: softcap, ALiBi, a bias and a mask tensor in any mix */
+    int keys_mask;          /* a mask tensor that all query rows share */
     int bits;               /* dropout; backward, a mask tensor, too, beside whatever else */
     int bias;               /* backward, beside neither softcap nor ALiBi, by TMA */
     int any_bias;           /* backward, whatever is beside it and wherever its elements lie, but without its gradient */
@@ -99,7 +101,7 @@ typedef struct {
 static const char *refuse_options(const fgqa_problem *p, row_options has)
 {
     if (p->view[FGQA_ARG_mask].data || p->view[FGQA_ARG_bias].data) {
-        const char *reason = has.all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has.bits ? "mask"
+        const char *reason = has.all ? refuse_terms(p) : p->view[FGQA_ARG_mask].data && !has.bits && !(has.keys_mask && p->view[FGQA_ARG_mask].stride_s == 0) ? "mask"
             : !p->view[FGQA_ARG_bias].data ? NULL : has.bias || has.any_bias ? refuse_bias(p, has.any_bias) : "bias";
         if (reason) { return reason; }
     }
@@ -152,9 +154,9 @@ static int is_short(const cuda_kernel *k) { return k->variant == FGQA_VARIANT_sh
 static row_options options_of(const cuda_kernel *k)
 {
     const fgqa_cuda_row *row = &k->row;
-    const int backward = row->arch == HOPPER && row->pass == FGQA_PASS_BWD, forward = is_hopper_forward(k);
+    const int whole = fgqa_bwd_is_whole(row), backward = row->arch == HOPPER && row->pass == FGQA_PASS_BWD && !whole, forward = is_hopper_forward(k);
     return (row_options){.softcap = backward || (forward && FGQA_HAS_SOFTCAP(row->block_q)), .alibi = backward || (forward && FGQA_HAS_ALIBI(row->d, row->block_q)),
-                         .all = forward && FGQA_HAS_ALL(row->d, row->block_k), .bits = backward || row->dropout, .bias = backward && FGQA_BWD_HAS_BIAS(row->d),
+                         .all = forward && FGQA_HAS_ALL(row->d, row->block_k), .keys_mask = whole, .bits = backward || row->dropout, .bias = backward && FGQA_BWD_HAS_BIAS(row->d),
                          .any_bias = backward && !FGQA_BWD_HAS_BIAS(row->d), .natural = row->most_rows > 0};
 }
 
@@ -393,6 +395,10 @@ static const char *refuse(const fgqa_kernel *kernel, const fgqa_problem *p, char
         for (int n = 0; n < (k->row.pass == FGQA_PASS_BWD ? 5 : 4); n++) {
             if (!is_vector(p, tensors[n])) { return fgqa_reason(why, "%s: rows must start on 16 bytes", fgqa_arg_name(tensors[n])); }
         }
+        if (fgqa_bwd_is_whole(&k->row)) {
+            const char *shape = fgqa_bwd_refuse_whole(&k->row, p, why);
+            if (shape) { return shape; }
+        }
         if (k->row.pass == FGQA_PASS_BWD && k->row.arch == HOPPER) { return refuse_hopper_backward(k, p, why); }
     }
     if (k->row.most_rows) { return refuse_decode(k, p, why); }
@@ -409,6 +415,10 @@ static void tile(const fgqa_kernel *kernel, const fgqa_problem *p, fgqa_plan *pl
     plan->block_k = k->row.block_k;
     plan->threads = 1;
     (void)fgqa_cuda_device_properties(p->device.index, &device);      /* refuse() has read it already */
+    if (fgqa_bwd_is_whole(&k->row)) {
+        fgqa_bwd_tile_whole(p, plan);
+        return;
+    }
     if (k->row.pass == FGQA_PASS_BWD) {
         fgqa_bwd_tile(&k->row, p, plan, device.multiprocessors);
         if (terms) { plan->workspace_bytes += fgqa_term_copy(p, terms, NULL, &copy); }

@@ -11,6 +11,7 @@
 #include "device.h"
 #include "kernel_table.h"
 #include "any/term_copy.h"
+#include "sm90/bwd_short.h"
 #include "sm90/fwd_pack.h"
 
 #include <cuda_runtime_api.h>
@@ -124,7 +125,8 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
         return run_cached(kernel, row, row->float8 ? FGQA_F8E4M3 : row->dtype, memory, call.rows, call.invariant, 0);
     }
     const int64_t q_shape[] = {1, HEADS, call.rows, row->d}, out_shape[] = {1, HEADS, call.rows, row->dv};
-    const int64_t k_shape[] = {1, 1, call.keys, row->d}, v_shape[] = {1, 1, call.keys, row->dv};
+    const int64_t kv_heads = fgqa_bwd_is_whole(row) ? HEADS : 1;
+    const int64_t k_shape[] = {1, kv_heads, call.keys, row->d}, v_shape[] = {1, kv_heads, call.keys, row->dv};
     const int64_t lse_shape[] = {1, HEADS, call.rows}, sink_shape[] = {HEADS}, bias_shape[] = {call.rows, call.keys};
     const int32_t narrow = has_narrow_bias(row) && (options & WITH_WIDE_BIAS) != WITH_WIDE_BIAS;
 #define ZEROS(dtype, ndim, shape) contiguous(memory->zeros, dtype, memory->device, ndim, shape)
@@ -135,7 +137,8 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     fgqa_tensor mask = ZEROS(FGQA_BOOL, 2, bias_shape);
 #undef ZEROS
     mask.stride[1] = 2;     /* unlike the bias nothing for TMA, not as a copy either, which has another kernel in some rows */
-    fgqa_request request = {.pass = row->pass, .max_q = -1, .max_kv = -1, .want_lse = 1, .want_dsink = backward,
+    fgqa_request request = {.pass = row->pass, .max_q = -1, .max_kv = -1, .want_lse = 1,
+                            .want_dsink = backward && !fgqa_bwd_is_whole(row),
                             .window_left = FGQA_UNBOUNDED, .window_right = options & WITH_CAUSAL ? 0 : FGQA_UNBOUNDED,
                             .deterministic = 1, .batch_invariant = call.invariant,
                             .want_dbias = backward && (options & (WITH_BIAS | WITH_MASK)) == WITH_BIAS,
@@ -217,6 +220,12 @@ static fgqa_status run_all(const warmup_memory *memory)
         char why[128];
         const fgqa_cuda_row *row = kernels[n].row;      /* the table's rows begin with it */
         if (fgqa_cuda_refuse(&kernels[n], memory->device, why) != NULL) { continue; }
+        if (fgqa_bwd_is_whole(row)) {                   /* a kernel for up to half as many rows and keys, and so on */
+            for (int64_t rows = row->block_q; rows >= FGQA_BWD_LEAST_WHOLE; rows /= 2) {
+                FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, rows, 0, 0}));
+            }
+            continue;
+        }
         if (row->pass == FGQA_PASS_FWD || row->pass == FGQA_PASS_BWD) {
             const int32_t options = own_options(row);
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;

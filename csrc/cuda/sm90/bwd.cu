@@ -116,37 +116,7 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
     return x;
 }
 
-/* Element 2 (n % 2) + e of the four that a lane has of rows 16 (n / 2) .. in bwd_stats_slot() order. */
-static __device__ __forceinline__ float of_row(const float4 (&x)[4], int n, int e)
-{
-    const float4 &four = x[n / 2];
-    return n % 2 ? e ? four.w : four.z : e ? four.y : four.x;
-}
-
-/* In quads of lanes: x[n] of lane c becomes x[c] of lane n. */
-static __device__ __forceinline__ void transpose_quad(uint32_t (&x)[4])
-{
-    const uint32_t lane = thread_index();
-#pragma unroll
-    for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            if (n & bit) { continue; }
-            const bool high = lane & bit;
-            const uint32_t other = __shfl_xor_sync(ALL_LANES, high ? x[n] : x[n + bit], bit);
-            if (high) { x[n] = other; } else { x[n + bit] = other; }
-        }
-    }
-}
-
-/* Eight elements of a row. vector: `to` is on 16 bytes. */
-static __device__ __forceinline__ void store_eight(char *to, const uint32_t (&pairs)[4], bool vector)
-{
-    if (vector) { *(uint4 *)to = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]); return; }
-#pragma unroll
-    for (int e = 0; e < 8; e++) { ((uint16_t *)to)[e] = (uint16_t)(pairs[e / 2] >> 16 * (e % 2)); }
-}
-
+#include "bwd_fragments.cuh"
 #if FGQA_D != 256
 #include "bwd_finish.cuh"
 #endif

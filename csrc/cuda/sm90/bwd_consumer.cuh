@@ -183,73 +183,7 @@ static __device__ __forceinline__ void note_poison(const bwd_params &p, const ta
     if (lane == 0) { bwd_poisoned_keys(p.common.problem, p.w, t.part, bwd_k_tile(p.common.problem, p.w, t.b, t.kv_head, t.k_row, t.n))[warp] = poisoned; }
 }
 
-/* ---- interval masks ---- */
-
-/* Bits x, x + 1, ... */
-PTX_FN uint32_t bits_from(int x)
-{
-    uint32_t bits;
-    asm("shl.b32 %0, %1, %2;" : "=r"(bits) : "r"(0xFFFFFFFFu), "r"(max(x, 0)));      /* shl shifts by 32 at most */
-    return bits;
-}
-
-/* All bits of the lower half from the sign of byte `n` of `low`, of the upper one of byte `n` of `high`. */
-template <int N> PTX_FN uint32_t spread_signs(uint32_t low, uint32_t high)
-{
-    uint32_t bits;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bits) : "r"(low), "r"(high), "n"((8 + N) * 0x11 + (12 + N) * 0x1100));
-    return bits;
-}
-
-/* Which rows of a tile see a lane's two keys: bit 8 (n % 4) + e of word n / 4 for row 8 n + 2 (lane % 4) + e. */
-struct tile_mask {
-    uint32_t bits[2][2];                      /* key, word */
-
-    /* rows: that see each key of the warpgroup */
-    __device__ __forceinline__ tile_mask(const fgqa_range *rows, int32_t row0)
-    {
-        const int thread = (int)thread_index() & 127, own = row0 + thread % 4 * 2;
-        rows += thread / 32 * 16 + thread % 32 / 4;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const fgqa_range seen = rows[8 * half];
-#pragma unroll
-            for (int word = 0; word < 2; word++) { bits[half][word] = bits_from(seen.begin - own - 32 * word) & ~bits_from(seen.end - own - 32 * word); }
-        }
-    }
-    /* For the pair of rows of register pair n of a key. */
-    template <int N> __device__ __forceinline__ uint32_t pair(int half) const { return spread_signs<N % 4>(bits[half][N / 4] << 7, bits[half][N / 4] << 6); }
-};
-
-/* Pairs of weights or dS of rows that do not see the key become 0, whatever they are. */
-template <int N = 0> static __device__ __forceinline__ void hide(uint32_t (&pairs)[16], const tile_mask &mask)
-{
-    if constexpr (N < 8) {
-        pairs[2 * N] &= mask.pair<N>(0);
-        pairs[2 * N + 1] &= mask.pair<N>(1);
-        hide<N + 1>(pairs, mask);
-    }
-}
-
 /* ---- gradients of the keys ---- */
-
-/* Accumulators as pairs of T to a lane's two rows of d elements, the second 8 rows of `stride` behind the first, `count` rows from that on
- * exist. No shared memory: that of K and V can be loaded anew at once. */
-static __device__ __forceinline__ void write_rows(const float (&acc)[D / 2], float factor, char *to, int64_t stride, int32_t count, int32_t d, bool vector, int lane)
-{
-#pragma unroll
-    for (int n = 0; n < D / 32; n++) {        /* 32 columns, 8 a lane */
-        const int column = 32 * n + lane % 4 * 8;
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            uint32_t x[4];
-#pragma unroll
-            for (int m = 0; m < 4; m++) { x[m] = pack2(acc[16 * n + 4 * m + 2 * half] * factor, acc[16 * n + 4 * m + 2 * half + 1] * factor, T()); }
-            transpose_quad(x);
-            if (8 * half < count && column < d) { store_eight(to + (8 * half * stride + column) * (int64_t)sizeof(T), x, vector); }
-        }
-    }
-}
 
 static __device__ __forceinline__ void write_keys(const float (&acc)[D / 2], float factor, const bwd_params &p, const task &t, int32_t key, fgqa_arg arg, int32_t d, bool vector, int lane)
 {

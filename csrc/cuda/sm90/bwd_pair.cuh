@@ -98,26 +98,6 @@ static __device__ __forceinline__ void announce_dq(shared &sm, const ring2 &r, b
     if (exists && lane == 0) { mbarrier_arrive(smem_address(&sm.dq_full[r.stage])); }
 }
 
-/* dS of the own keys, 64 rows, to shared memory. */
-static __device__ __forceinline__ void store_gradients(uint32_t ds, const uint32_t (&gradients)[16], int consumer)
-{
-    const int here = (int)thread_index() & 127;
-    const uint32_t row = ds + (consumer * 64 + here / 32 * 16 + (here & 15)) * 128;
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-        stmatrix_x4(row + ((n * 32 + (here >> 4 & 1) * 16) ^ ((here & 7) << 4)), gradients[4 * n], gradients[4 * n + 1], gradients[4 * n + 2], gradients[4 * n + 3]);
-    }
-}
-
-/* dQ, 64 x 64, of the dS of both consumers; K by columns. */
-static __device__ __forceinline__ void query_products(float (&dq)[32], uint32_t ds, uint64_t k_columns)
-{
-    const uint64_t ds_columns = wgmma_desc_sw128(ds, 0, 1024);
-#pragma unroll
-    for (int n = 0; n < BLOCK_K / 16; n++) { wgmma64<1>(dq, ds_columns + n * 2048 / 16, k_columns + n * 2048 / 16, n == 0); }
-    wgmma_commit();
-}
-
 #if FGQA_D == 128
 #include "bwd_step128.cuh"
 #else

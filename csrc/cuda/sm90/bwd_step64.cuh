@@ -16,8 +16,6 @@
  */
 #pragma once
 
-static constexpr int HALF = 64, STATS_OF_HALF = HALF / 4;       /* rows; their float4s of statistics */
-
 /* S or dP of a half: own 64 keys x 64 rows. */
 static __device__ __forceinline__ void score_products(float (&x)[32], uint64_t keys, uint64_t rows)
 {
@@ -32,26 +30,6 @@ static __device__ __forceinline__ void key_products(float (&sum)[32], const uint
 #pragma unroll
     for (int n = 0; n < HALF / 16; n++) { wgmma_rs_bt(sum, pairs + 4 * n, columns + n * 2048 / 16, 1); }
     wgmma_commit();
-}
-
-static __device__ __forceinline__ void load_stats(float4 (&x)[4], const float *stats, int half, int lane)
-{
-    const float4 *of_lane = (const float4 *)stats + half * STATS_OF_HALF + (lane & 3);
-#pragma unroll
-    for (int n = 0; n < 4; n++) { x[n] = of_lane[4 * n]; }
-}
-
-/* Of the weights as dV sees them. */
-static __device__ __forceinline__ void make_gradients(uint32_t (&gradients)[16], const uint32_t (&weights)[16], const float (&dp)[32], const float4 (&delta)[4])
-{
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float2 weight = unpack2(weights[2 * n + half], T());
-            gradients[2 * n + half] = pack2(weight.x * (dp[4 * n + 2 * half] - of_row(delta, n, 0)), weight.y * (dp[4 * n + 2 * half + 1] - of_row(delta, n, 1)), T());
-        }
-    }
 }
 
 /* What a step makes for the next one. */
