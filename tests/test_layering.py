@@ -47,7 +47,7 @@ def test_rows_that_are_compared_stand_in_the_order_of_the_choice():
     assert len(places) == len(rows) > 80
     wanted = {"short": ("short", "tall", "plain"), "tall": ("tall", "plain"), "dropout": ("dropout", "plain")}
     for *dims, variant in places:
-        found = [places[(*dims, other)] for other in wanted.get(variant, ())]
+        found = [places[(*dims, other)] for other in wanted.get(variant, ()) if dims[0] == "fwd" or other != "tall"]
         assert found == sorted(found), dims
     for which, arch, _, _, _, block_q, *_, variant in rows:          # FGQA_IS_SHORT()
         if (which, arch) == ("fwd", "90") and not variant.startswith("decode"):

@@ -6,6 +6,7 @@
 #include "../../csrc/cuda/any/cache_copy.h"
 #include "../../csrc/cuda/any/term_copy.h"
 #include "../../csrc/cuda/any/weights.h"
+#include "../../csrc/cuda/sm90/bwd_short.h"
 #include "../../csrc/cuda/sm90/fwd_pack.h"
 #include "../../csrc/cuda/any/bwd_plan.h"
 #include "../../csrc/cuda/tensor_map.h"
@@ -187,6 +188,11 @@ static void check_row(const fgqa_kernel *kernel)
         return;
     }
     RAN(0);
+    if (fgqa_bwd_is_whole(row)) {
+        for (int32_t size = FGQA_BWD_LEAST_WHOLE; size <= row->block_q; size *= 2) { total--; }
+        CHECK_FOR(total == 0, "%s has a kernel for each of its sizes", kernel->name);
+        return;
+    }
     if (row->pass == FGQA_PASS_BWD || FGQA_HAS_SOFTCAP(row->block_q)) { RAN(SOFTCAP); }
     if (row->pass == FGQA_PASS_FWD) {
         if (row->cached != FGQA_CACHE_NEVER) { RAN(CACHE); }
