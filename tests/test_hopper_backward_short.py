@@ -114,10 +114,10 @@ def test_what_is_not_finite_reaches_those_who_see_it(d, which, mask):
 
 
 @pytest.mark.parametrize("d", [64, 128])
-def test_gradient_of_the_lse_sinks_layouts_and_scales(d):
+def test_gradient_of_the_lse_layouts_and_scales(d):
     row = short_row(torch.bfloat16, d)
     tensors = arrays(4, 3, 100, 100, d)
-    options = {"causal": True, "sink": torch.linspace(-1, 2, 3, device="cuda"), "scale": 0.3}
+    options = {"causal": True, "scale": 0.3}
     out, lse = flashgqa.attention(*list(tensors.values())[:3], return_lse=True, **options)
     dlse = torch.randn(4, 3, 100, device="cuda")
     heads_inside = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)  # noqa: E731
@@ -125,8 +125,7 @@ def test_gradient_of_the_lse_sinks_layouts_and_scales(d):
         q, k, v, dout = map(moved, tensors.values())
         got = flashgqa.attention_backward(dout, q, k, v, moved(out), lse, dlse=dlse, kernel=row, **options)[:3]
         on_cpu = [x.double().cpu() for x in (dout, q, k, v, moved(out), lse)]
-        exact_options = options | {"sink": options["sink"].double().cpu(), "dlse": dlse.double().cpu()}
-        expected = flashgqa.attention_backward(*on_cpu, **exact_options)[:3]
+        expected = flashgqa.attention_backward(*on_cpu, dlse=dlse.double().cpu(), **options)[:3]
         for name, a, b in zip(("dq", "dk", "dv"), got, expected, strict=True):
             error = (a.double().cpu() - b).norm() / b.norm()
             assert error < 1e-2, (name, error)
@@ -144,11 +143,11 @@ def test_same_bits_every_time_and_in_any_batch(d, s):
         assert all(torch.equal(a[7:8], b) for a, b in zip(first, alone, strict=True))
 
 
-@pytest.mark.parametrize("value", [30.0, 1e4])
 @pytest.mark.parametrize("mask", ["full", "causal"])
-def test_large_scores(mask, value):
+def test_large_scores(mask):
+    """Weights of 0 and 1, the largest score in thousands."""
     tensors = arrays(2, 3, 150, 150, 64)
-    tensors["q"] *= value
+    tensors["q"] *= 100.0
     got = gradients(tensors, MASKS[mask], short_row(torch.bfloat16, 64))
     for x, want in zip(got, exact(tensors, MASKS[mask]), strict=True):
-        assert (x.double() - want).norm() <= 0.1 * want.norm() and x.isfinite().all()
+        assert x.isfinite().all() and (x.double() - want).norm() <= 0.05 * (want.norm() + 0.1 * want.numel() ** 0.5)
