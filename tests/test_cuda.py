@@ -62,6 +62,22 @@ def test_explain_names_kernel_and_reasons():
     assert numpy_plan["kernel"].startswith("fwd_sm80_f32")
 
 
+def test_explain_gives_the_reason_of_every_kernel_passed_over():
+    """Of the last rows of the table, too, which have the longest list ahead."""
+    x = [torch.randn(1, 2, 4, 256, device="cuda") for _ in range(3)]
+    for plan in (flashgqa.explain_with_kvcache(*x, cache_lens=3), flashgqa.explain(*x, backward=True)):
+        which = "forward" if plan["kernel"].startswith("fwd") else "backward"
+        names = [row["name"] for row in flashgqa.kernels() if row["device"] == "cuda" and row["pass"] == which]
+        assert [name for name, _ in plan["refused"]] == names[: names.index(plan["kernel"])]
+        assert all(len(reason) > 5 for _, reason in plan["refused"])
+    with pytest.raises(ValueError, match="or None$") as error:
+        flashgqa.attention(*x, kernel="no")
+    assert all(row["name"] in str(error.value) for row in flashgqa.kernels() if row["name"].startswith("fwd_sm"))
+    with pytest.raises(NotImplementedError, match="change what the reasons name$") as error:
+        flashgqa.attention(*x, precision="bf16x3")
+    assert str(error.value).count("leave precision out") == 1
+
+
 # ---- results ----
 
 

@@ -124,7 +124,7 @@ static int serves(const fgqa_kernel *kernel, const fgqa_problem *p)
 
 static fgqa_status fail_unknown(const fgqa_problem *p, const fgqa_kernel *kernels, int32_t n, const char *forced)
 {
-    char names[1024] = "";
+    char names[6144] = "";
     for (int32_t k = 0; k < n; k++) {
         if (serves(&kernels[k], p)) { append(names, sizeof names, names[0] ? ", " : "", kernels[k].name, ""); }
     }
@@ -155,19 +155,27 @@ static int is_candidate(const fgqa_kernel *kernel, const fgqa_problem *p, const 
     return serves(kernel, p) && (forced == NULL || strcmp(forced, kernel->name) == 0);
 }
 
+/* "name: reason\n" for each kernel ahead of `taken`. once: of kernels with one reason the first alone, as an error says it. */
+static void list_reasons(const fgqa_problem *p, const fgqa_kernel *kernels, int32_t n, const char *forced, const fgqa_kernel *taken,
+                         int once, char *text, size_t size)
+{
+    text[0] = '\0';
+    for (int32_t k = 0; k < n && &kernels[k] != taken; k++) {
+        char why[128], said[256] = "";
+        if (!is_candidate(&kernels[k], p, forced)) { continue; }
+        append(said, sizeof said, ": ", reason_against(&kernels[k], p, forced, why), "\n");
+        if (!once || strstr(text, said) == NULL) { append(text, size, kernels[k].name, said, ""); }
+    }
+}
+
 void fgqa_plan_reasons(const fgqa_problem *p, const fgqa_kernel *kernels, int32_t n, const char *forced, fgqa_plan *plan)
 {
-    plan->refused[0] = '\0';
-    for (int32_t k = 0; k < n && &kernels[k] != plan->kernel; k++) {
-        char why[128];
-        if (!is_candidate(&kernels[k], p, forced)) { continue; }
-        append(plan->refused, sizeof plan->refused, kernels[k].name, ": ", "");
-        append(plan->refused, sizeof plan->refused, reason_against(&kernels[k], p, forced, why), "\n", "");
-    }
+    list_reasons(p, kernels, n, forced, plan->kernel, 0, plan->refused, sizeof plan->refused);
 }
 
 fgqa_status fgqa_plan_make(const fgqa_problem *p, const fgqa_kernel *kernels, int32_t n, const char *forced, fgqa_plan *plan)
 {
+    char reasons[6144];
     int named = 0;
     memset(plan, 0, offsetof(fgqa_plan, refused));
     plan->refused[0] = '\0';
@@ -188,9 +196,9 @@ fgqa_status fgqa_plan_make(const fgqa_problem *p, const fgqa_kernel *kernels, in
         return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "this build has no %s kernel for %s%s", pass_name(p->pass),
                          device_name(p->device.type), p->device.type == FGQA_CPU ? "" : "; move the tensors to the CPU");
     }
-    fgqa_plan_reasons(p, kernels, n, forced, plan);
+    list_reasons(p, kernels, n, forced, NULL, 1, reasons, sizeof reasons);
     return fgqa_fail(FGQA_ERROR_NOT_IMPLEMENTED, "no %s kernel for %s serves this call:\n%s%s", pass_name(p->pass),
-                     device_name(p->device.type), plan->refused,
+                     device_name(p->device.type), reasons,
                      forced ? "leave kernel out to let the plan choose" : "change what the reasons name");
 }
 

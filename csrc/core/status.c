@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-static _Thread_local char message[2048];
+static _Thread_local char message[8192];       /* names of all kernels, or the reasons against them */
 
 fgqa_status fgqa_fail(fgqa_status code, const char *format, ...)
 {

@@ -80,6 +80,27 @@ static void choice(void)
          "no backward kernel for CPU serves this call:\nbwd_narrow: head dim 8 is not 64\n");
 }
 
+/* As many kernels as a GPU has: a sentence names them all, or each reason once, and ends with what would help. */
+static void long_tables(void)
+{
+    enum { MANY = 120, LONGEST = 38 };
+    static char names[MANY][LONGEST + 1];
+    static fgqa_kernel table[MANY];
+    fixture f;
+    fgqa_plan plan;
+    for (int n = 0; n < MANY; n++) {
+        snprintf(names[n], sizeof names[n], "fwd_%0*d", LONGEST - 4, n);
+        const fgqa_kernel one = {names[n], FGQA_PASS_FWD, FGQA_CPU, never, tile, NULL, NULL, NULL};
+        memcpy(&table[n], &one, sizeof one);
+    }
+    small(&f, FGQA_PASS_FWD);
+    const fgqa_problem p = lowered(&f);
+    says(fgqa_plan_make(&p, table, MANY, NULL, &plan), FGQA_ERROR_NOT_IMPLEMENTED,
+         "0: head dim 8 is not 64\nchange what the reasons name");
+    says(fgqa_plan_make(&p, table, MANY, "no", &plan), FGQA_ERROR_VALUE, ", or None");
+    CHECK(strstr(fgqa_message(), names[MANY - 1]) != NULL);
+}
+
 /* Every pass has its count. */
 static void passes(void)
 {
@@ -226,6 +247,7 @@ static void words(void)
 int main(void)
 {
     choice();
+    long_tables();
     passes();
     work();
     words();
