@@ -6,7 +6,8 @@ Against torch's cuDNN and FlashAttention-2 backends, and the time in which a ker
 The best peer of a row is that of PEERS, measured on an H200 the same way, at its ratio there to cuDNN (paged: to cuDNN's
 contiguous row). A row is held against cuDNN first, paged ones against our contiguous result. The same row over a float8 e4m3
 cache, which has half of the bytes, is held against ours over its elements as bfloat16; compare its time with that "with lengths".
-"few" are four query tokens instead of one.
+"few" are four query tokens instead of one. A launch of ours may begin while the one before it ends; "apart" are ours and the read
+with a kernel of one element ahead of every launch, so that none does.
 """
 import statistics
 from typing import NamedTuple
@@ -76,6 +77,18 @@ def replayed(calls, replays):
         if n > 0:
             times.append(start.elapsed_time(end) / 1e3 / launches)
     return statistics.median(times)
+
+
+def apart(calls):
+    """The calls, each behind a kernel of one element: none begins ahead of the end of the one before it."""
+    import torch
+    one = torch.zeros(1, device="cuda")
+
+    def behind(call):
+        one.add_(1)
+        return call()
+
+    return [lambda call=call: behind(call) for call in calls]
 
 
 def caches(row, stored="bfloat16"):
@@ -167,6 +180,7 @@ def measure(row, replays):
     own["float8"], error_float8 = over_float8(row)
     bulk = bulk_read.calls(flat)
     calls = own | others | {"read": bulk or [x.amax for x in flat]}
+    calls |= {"apart": apart(own["flashgqa"]), "read_apart": apart(calls["read"])}
     times = {f"{name}_us": 1e6 * replayed(some, replays) for name, some in calls.items()}
     record = dict(row._asdict(), difference=error, difference_float8=error_float8, **times)
     record["read_by"] = "bulk copies" if bulk else "torch.amax"
@@ -180,6 +194,7 @@ def show(record, row):
     names = {"best": f"best ({record['best_peer']})", "cudnn": "cuDNN", "fa2": "FA2", "read": "read", "lengths": "with lengths",
              "invariant": "invariant", "few": f"{FEW} queries", "float8": "float8"}
     others = "   ".join(f"{text} {record[f'{name}_us']:.1f}" for name, text in names.items() if f"{name}_us" in record)
+    others += f"   {mine - record['read_us']:.1f} over the read, apart {record['apart_us'] - record['read_apart_us']:.1f}"
     print(f"{row.label:50s} {mine:7.1f} us {row.bytes / mine / 1e6:5.2f} TB/s   {others}", flush=True)
 
 

@@ -129,7 +129,7 @@ def gpu_more_table(rows):
 
 def gpu_decode_table(rows):
     columns = ("batch", "cached keys", "heads q/kv", "page", "us", "TB/s", "best peer", "ratio", "to cuDNN", "to FA2", "read us",
-               "lengths given", "invariant", "4 queries", "float8 cache, lengths given")
+               "over it, apart", "lengths given", "invariant", "4 queries", "float8 cache, lengths given")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for row in rows:
         if "error" in row:
@@ -140,8 +140,9 @@ def gpu_decode_table(rows):
         ratios = [f"{row[f'{name}_us'] / mine:.2f}" for name in ("best", "cudnn", "fa2")]
         rate = 4 * row["b"] * row["hk"] * row["s"] * 128 / mine / 1e6
         others = [f"{row[f'{name}_us']:.1f}" if f"{name}_us" in row else "" for name in ("invariant", "few", "float8")]
+        apart = f"{row['apart_us'] - row['read_apart_us']:.1f}" if "apart_us" in row else ""
         cells = [row["b"], row["s"], heads(row), row["page"] or "", f"{mine:.1f}", f"{rate:.2f}", row["best_peer"], *ratios,
-                 f"{row['read_us']:.1f}", f"{row['lengths_us']:.1f}", *others]
+                 f"{row['read_us']:.1f}", apart, f"{row['lengths_us']:.1f}", *others]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return lines
 
@@ -195,8 +196,9 @@ def gpu_decode_about(rows):
 Decode, one query token, bfloat16, d 128, replayed from a CUDA graph over more than 512 MB of keys and values: a launch in us; the
 ratio of the best peer's time to ours (`benchmarks/gpu_decode.py`: at its ratio to cuDNN on an H200), of cuDNN's and
 FlashAttention-2's in the same run; the time in which as many bytes are read by
-{reader}; ours with lengths on the device (of paged rows: contiguous), with
-`batch_invariant=True`, with 4 queries, and over a float8 cache of as many keys:"""
+{reader}, and what ours takes beyond it where no launch begins before the end of
+the one ahead, as it may in the graph; ours with lengths on the device (of paged rows: contiguous), with `batch_invariant=True`,
+with 4 queries, and over a float8 cache of as many keys:"""
 
 
 def in_short(cpu, gpu):
