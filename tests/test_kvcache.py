@@ -28,6 +28,7 @@ import flashgqa
 from flashgqa import kvcache, reference
 
 BACKENDS = cache_backends()
+HOPPER = any(row["available"] and "_sm90_" in row["name"] for row in flashgqa.kernels())
 # The best row of the CPU, and those of a GPU.
 BEST = BACKENDS[:1] + [backend for backend in BACKENDS if backend.device == "cuda"]
 
@@ -134,8 +135,9 @@ OPTIONS = {
 }
 
 
-def decode(backend, kind, q, k, v, lens_at_start, **options):
-    """out [b, hq, s, dv] of s tokens, each its own call, on an empty cache of this kind, and what a float8 one then holds."""
+def decode(backend, kind, q, k, v, lens_at_start, known, **options):
+    """out [b, hq, n, dv] of all tokens but those `known`, which come together, each its own call, on a cache of this kind; what
+    a float8 one then holds; the kernel of the last call."""
     b, hk, s, d = k.shape
     slots = lens_at_start + s
     if isinstance(kind, int):
@@ -149,31 +151,36 @@ def decode(backend, kind, q, k, v, lens_at_start, **options):
     dtype, stored = k.dtype, FLOAT8 if kind == "float8" else k.dtype
     if kind == "float8":
         options |= {name: np.full(hk, UNIT, np.float32) for name in ("k_scale", "v_scale")}
-    caches = [backend.put(place(np.full((*shape, x.shape[-1]), np.nan, stored))) for x in (k, v)]
+    # What streams a cache wants rows on 16 bytes, which `place` takes from them.
+    caches = [np.full((*shape, x.shape[-1]), np.nan, stored) for x in (k, v)]
+    caches = [backend.put(x if known else place(x)) for x in caches]
     options = {name: backend.put(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     if "rotary" in options:
         options["rotary"] = [backend.put(x) for x in options["rotary"]]
     kernel = backend.kernel("fwd", q.dtype, d, v.shape[-1]) if backend.device == "cuda" else None
     q, k, v = map(backend.put, (q, k, v))
     out = []
-    for i in range(s):
-        token = [x[:, :, i : i + 1] for x in (q, k, v)]
-        out.append(flashgqa.attention_with_kvcache(
-            token[0], *caches, *token[1:], cache_lens=lens_at_start + i, causal=True, **options, kernel=kernel
-        ))  # fmt: skip
+    for part in (slice(0, known), *(slice(i, i + 1) for i in range(known, s))):
+        tokens = [x[:, :, part] for x in (q, k, v)]
+        call = tokens[0], *caches, *tokens[1:]
+        options |= {"cache_lens": lens_at_start + part.start, "causal": True, "kernel": kernel}
+        out.append(backend.get(flashgqa.attention_with_kvcache(*call, **options)))
     held = [backend.get(x)[:, :, lens_at_start:].astype(dtype) * dtype.type(UNIT) for x in caches]
-    return np.concatenate([backend.get(x) for x in out], axis=2), held if kind == "float8" else None
+    ran = flashgqa.explain_with_kvcache(*call, **options)["kernel"]
+    return np.concatenate(out[1:], axis=2), held if kind == "float8" else None, ran
 
 
 @pytest.mark.parametrize("on", BEST, ids=repr)
+@pytest.mark.parametrize("known", [0, 300])
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("g", GROUPS)
-def test_token_by_token_equals_the_whole_causal_forward(g, name, on, rng):
+def test_token_by_token_equals_the_whole_causal_forward(g, name, known, on, rng):
+    """From the first token on, and behind a prompt, whose keys are enough for the kernels that stream a cache."""
     names = [name for name in sorted(DTYPES) if on.device == "cpu" or name != "float64"]
     for n, kind in enumerate(KINDS):
-        dtype = DTYPES[names[(n + g) % len(names)]]
+        dtype, d = DTYPES[names[(n + g) % len(names)]], 72 if known and (n + g) % 2 else 16
         options = dict(OPTIONS[name])
-        q, k, v = (rng.standard_normal((2, h, STEPS, 16)).astype(dtype) for h in (g, 1, 1))
+        q, k, v = (rng.standard_normal((2, h, known + STEPS, d)).astype(dtype) for h in (g, 1, 1))
         if "sink" in options:
             options["sink"] = rng.standard_normal(g).astype(dtype)
         if "alibi_slopes" in options:
@@ -184,13 +191,16 @@ def test_token_by_token_equals_the_whole_causal_forward(g, name, on, rng):
             options["left_pad"] = np.full(2, pad, np.int32)
         q_turned, k_turned = q.astype(np.float64), k
         if "rotary" in options:
-            options["rotary"] = angles(STEPS, options["rotary"])
-            turn = (*options["rotary"], np.arange(STEPS), options.get("rotary_interleaved", False))
+            options["rotary"] = angles(known + STEPS, options["rotary"])
+            turn = (*options["rotary"], np.arange(known + STEPS), options.get("rotary_interleaved", False))
             q_turned, k_turned = reference.rotate(q, *turn), reference.rotate(k, *turn).astype(dtype)
-        out, held = decode(on, kind, q, k, v, pad, **options)
+        out, held, ran = decode(on, kind, q, k, v, pad, known, **options)
+        streamed = known and dtype.itemsize == 2 and kind in ("contiguous", "indexed", 16) and name != "chunk"
+        assert not (streamed and HOPPER and repr(on) == "cuda") or "_decode" in ran
         keys, values = held or (k_turned, v)
         for x, exact in ((keys, k_turned), (values, v)):
             np.testing.assert_allclose(x.astype(np.float64), exact.astype(np.float64), rtol=0.07, atol=2e-3)
+        q_turned = q_turned[:, :, known:]
         right = reference.attention(q_turned, keys, values, causal=True, **whole)
         naive = naive_forward(q_turned.astype(dtype), keys, values, causal=True, **whole)
         assert_within(f"out of {kind}", out, right, (x for x, _ in naive), dtype, 2)

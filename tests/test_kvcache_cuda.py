@@ -261,6 +261,18 @@ def test_arguments():
     assert torch.equal(out, flashgqa.attention_with_kvcache(*tensors, **options | {"cache_lens": i32(5, 5, 5)}))
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "v_cache", "k_new", "v_new", "cache_lens", "page_table", "rotary"])
+def test_an_argument_on_another_device_is_named_and_nothing_is_written(name):
+    memory, tensors, options = paged_call(rotary=angles(20, 4))
+    given = dict(zip(("q", "k_cache", "v_cache", "k_new", "v_new"), tensors, strict=True))
+    moved = given if name in given else options
+    moved[name] = tuple(x.cpu() for x in moved[name]) if name == "rotary" else moved[name].cpu()
+    before = bits(memory, *given.values())
+    with pytest.raises(ValueError, match="q is on cpu" if name == "q" else f"{name}.* is on cpu but q is on cuda:0"):
+        flashgqa.attention_with_kvcache(*given.values(), **options)
+    assert bits(memory, *given.values()) == before
+
+
 def test_explain_names_the_row_and_why_others_do_not_serve():
     memory, tensors, options = paged_call()
     before = bits(memory)
