@@ -50,13 +50,15 @@ static inline void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p
  * multiprocessors. All pairs of a front and a back tile take equally long: the last round of blocks must not be nearly empty. Packed
  * sequences of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in
  * the cache. Where runs (fgqa_bwd_order_of()) do as well without a chain's waits, there is none: few and very many key tiles. All
- * limits are measured: LOG.md. */
-static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors, int any_order)
+ * limits are measured: LOG.md. row_d: the row's head dim, to which a problem may come with a smaller one. */
+static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t row_d, int32_t block_k, int32_t splits,
+                                     int32_t multiprocessors, int any_order)
 {
     const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, half = (tiles + 1) / 2, sections = (int64_t)p->b * p->hk * splits;
     const int64_t pairs = sections * half, rounds = (pairs + multiprocessors - 1) / multiprocessors;
     const int few_blocks = !p->batch_invariant && 5 * pairs < 3 * rounds * multiprocessors;
-    if (!fgqa_bwd_causal(p) || few_blocks || p->varlen || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || half < 1 || sections < 1) { return 0; }
+    const int two_passes = fgqa_bwd_two_passes(FGQA_BWD_TILED, row_d);
+    if (!fgqa_bwd_causal(p) || few_blocks || p->varlen || two_passes || half < 1 || sections < 1) { return 0; }
     if (p->g < 2 * splits) { return p->d > 64 && p->g == 1 && half == 4 ? 4 : 0; }
     if (p->d > 64 && ((!any_order && tiles > FGQA_BWD_LONG) || (splits == 1 && tiles <= 16))) { return 0; }
     if (p->d <= 64 && !any_order && p->g < 8 * splits && tiles > 16) { return 0; }
@@ -72,10 +74,11 @@ static inline int32_t fgqa_bwd_chain(const fgqa_problem *p, int32_t block_k, int
  * a walk is long or short in query tiles and heads: blocks on long ones drift apart, those on short ones wait for turns. */
 typedef struct { int32_t chain, band, run; } fgqa_bwd_order;
 
-static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t block_k, int32_t splits, int32_t multiprocessors, int any_order)
+static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t row_d, int32_t block_k, int32_t splits,
+                                               int32_t multiprocessors, int any_order)
 {
     const int64_t tiles = p->sk > block_k ? ((int64_t)p->sk + block_k - 1) / block_k : 1, fair = multiprocessors / tiles;
-    fgqa_bwd_order order = {fgqa_bwd_chain(p, block_k, splits, multiprocessors, any_order), 1, 1};
+    fgqa_bwd_order order = {fgqa_bwd_chain(p, row_d, block_k, splits, multiprocessors, any_order), 1, 1};
     int64_t band = fair < 4 ? 4 : fair < 8 ? fair : 8;
     if (fgqa_bwd_causal(p)) {
         band = 16;
@@ -91,7 +94,7 @@ static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t bl
         if (fgqa_bwd_causal(p) && (p->g == 1 || tiles > FGQA_BWD_LONG) && band < 16) { band = tiles > FGQA_BWD_LONG ? 32 : 16; }
         order.run = 1;
     }
-    if (fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d)) {
+    if (fgqa_bwd_two_passes(FGQA_BWD_TILED, row_d)) {
         band = fair < 16 ? fair : 16;                            /* twice the bytes a product: shared by more */
         order.run = 1;
     }
@@ -105,11 +108,12 @@ static inline fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t bl
  * the other, a step apart: by measurements the last one's wait makes a pass longer by its share of the steps. Free sums have to be
  * cleared and read before every addition, which costs the more the fewer keys there are, and one launch more. Folded chains begin
  * apart anyway; windows and lengths are faster in order. */
-static inline int fgqa_bwd_any_order(const fgqa_problem *p, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
+static inline int fgqa_bwd_any_order(const fgqa_problem *p, int32_t row_d, int32_t block_q, int32_t block_k, int32_t splits,
+                                     int32_t multiprocessors)
 {
     const int hides = p->varlen || p->q_lens || p->kv_lens || p->chunk > 0 || p->left != FGQA_UNBOUNDED;
-    if (p->deterministic || hides || fgqa_bwd_two_passes(FGQA_BWD_TILED, p->d) || p->sk < 1024) { return 0; }
-    const fgqa_bwd_order order = fgqa_bwd_order_of(p, block_k, splits, multiprocessors, 0);
+    if (p->deterministic || hides || fgqa_bwd_two_passes(FGQA_BWD_TILED, row_d) || p->sk < 1024) { return 0; }
+    const fgqa_bwd_order order = fgqa_bwd_order_of(p, row_d, block_k, splits, multiprocessors, 0);
     const int64_t sections = (int64_t)p->b * p->hk * splits, at_once = sections < order.band ? sections : order.band;
     const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, most = at_once > 0 ? multiprocessors / at_once : 0;
     const double walk = (double)p->sq / block_q * p->g / splits * (fgqa_bwd_causal(p) ? 0.5 : 1.0);

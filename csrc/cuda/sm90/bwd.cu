@@ -213,8 +213,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
     fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
-    const int any_order = fgqa_bwd_any_order(problem, BLOCK_Q, BLOCK_K, p.w.splits, multiprocessors);
-    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, BLOCK_K, p.w.splits, multiprocessors, any_order);
+    const int any_order = fgqa_bwd_any_order(problem, D, BLOCK_Q, BLOCK_K, p.w.splits, multiprocessors);
+    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, D, BLOCK_K, p.w.splits, multiprocessors, any_order);
     p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
