@@ -1,16 +1,20 @@
-"""flashgqa.warmup() leaves no kernel of the module to be loaded later, which is not allowed while a graph is recorded. Each test
-has a process of its own, in which nothing but warmup has run."""
+"""flashgqa.warmup() leaves no kernel of the module to be loaded later, which takes time, and which not every driver may do while
+a graph is recorded. Each test has a process of its own, in which nothing but warmup has run."""
 
 import ctypes
+import inspect
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+import flashgqa
 from flashgqa import _C
 
+pytestmark = pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="other cards do not run all of the module")
 LOADED = 1  # CUfunctionLoadingState: CU_FUNCTION_LOADING_STATE_LOADED
 # Decode's own merge, which a launch takes only where not all of its blocks are resident or streams are very many.
 RARE = r"fgqa_fwd_sm90_\w+_decode\w*_combine"
@@ -62,10 +66,6 @@ def left_to_load(kernels):
 
 
 def print_left():
-    import torch
-
-    import flashgqa
-
     torch.zeros(1, device="cuda")
     kernels = module_kernels()
     print(len(kernels), len(left_to_load(kernels)))
@@ -74,8 +74,8 @@ def print_left():
 
 
 def test_no_kernel_is_left_to_load():
-    if not hasattr(ctypes.CDLL("libcuda.so.1"), "cuFuncIsLoaded"):
-        pytest.skip("needs a driver of CUDA 12.4")
+    if not hasattr(ctypes.CDLL("libcuda.so.1"), "cuKernelGetLibrary"):
+        pytest.skip("needs a driver of CUDA 12.5")
     if " cudaGetKernel" not in subprocess.run(["nm", _C.__file__], capture_output=True, text=True, check=False).stdout:
         pytest.skip("the module has no symbols")
     first, *left = run(print_left).split("\n")
@@ -89,13 +89,7 @@ def test_no_kernel_is_left_to_load():
 
 def record_graphs():
     """Each call is recorded, and gives what it gives outside of a graph."""
-    import torch
-
-    import flashgqa
-
     flashgqa.warmup()
-    if torch.cuda.get_device_capability() != (9, 0):
-        return
     for dtype in (torch.bfloat16, torch.float16):
         for call in calls(dtype):
             graph = torch.cuda.CUDAGraph()
@@ -104,15 +98,12 @@ def record_graphs():
                 recorded = call()
             graph.replay()
             for got, wanted in zip(recorded, call(), strict=True):
-                assert got is wanted or torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
+                assert torch.equal(got.view(torch.uint8), wanted.view(torch.uint8))
 
 
 def calls(dtype):
     """What has kernels of its own and comes at no plain call: heads that share keys, few keys, keys of a mask apart, a bias whose
     gradient nobody asks for."""
-    import torch
-
-    import flashgqa
 
     def random(*extents):
         return torch.randn(*extents, device="cuda").to(dtype)
@@ -138,10 +129,6 @@ def calls(dtype):
 
 def without_dbias(*arrays, **options):
     """Gradients as frameworks ask for them where the bias wants none."""
-    import inspect
-
-    import flashgqa
-
     known = inspect.signature(flashgqa.attention_backward).parameters
     given = (options.get(name, known[name].default) for name in _C.OPTIONS)
     return [x for x in _C.backward(*arrays, None, False, *given) if x is not None]
