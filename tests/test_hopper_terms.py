@@ -110,6 +110,19 @@ def test_tiles_by_tma(d, extents, options):
             assert_alike(*both(q, k, v, **{what: at_offset(x, 16, row) for what, x in given.items()}, **MASKS[options]))
 
 
+@pytest.mark.parametrize("options", MASKS)
+@pytest.mark.parametrize("extents", [(176, 176), (64, 304), (20, 144), (200, 256)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", DIMS)
+def test_warpgroups_that_skip_blocks_between_tiles(d, dtype, extents, options):
+    """More tiles than multiprocessors, of few blocks, of which warpgroups with few rows or none hand back all but one; more
+    chunks of a block than there is room for. Fails by never coming back: what skips would wait for what waits for it."""
+    q, k, v = inputs(32, 6, 2, *extents, d, dtype=dtype)
+    bias, wide, mask = random(*extents, dtype=dtype), random(*extents, dtype=torch.float32), bools(32, 1, *extents)
+    for given in ({"bias": bias, "mask": mask}, {"bias": wide}, {"bias": wide, "mask": mask}, {"bias": wide, "softcap": 9.0}):
+        assert_alike(*both(q, k, v, **given, **MASKS[options]))
+
+
 # Elements in front of the tensor, and how much longer than a multiple of 16 its rows are.
 OFF_16_BYTES = (0, 1), (3, 2), (8, 4), (1, 8), (5, 16), (2, 15)
 

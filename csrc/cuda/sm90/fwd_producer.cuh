@@ -101,7 +101,8 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
             of_v = of_k;
             of_k = next;
         }
-        load_v(of_v);
+        /* before V, which may wait for the P V of the tile before, and that for these, if blocks are skipped between them */
         load_terms(begin, true);
+        load_v(of_v);
     }
 }
