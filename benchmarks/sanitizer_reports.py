@@ -64,8 +64,8 @@ KNOWN = (
           (rf"Write .*\bdecode_wide_kernel<{TWO_GROUPS}.* in dec_combine\.cuh", r"Read .*\bcombine_items<"),
           "Many parts of a pair: warps write their sums into scratch, meet at a named barrier of all warps that merge it and "
           "read those of the others; before the next write they meet again, or the block is at its end. The kernels for fewer "
-          "rows, which go through the same code, are not named: the limit of the entry above, in the same kernels. Nobody has "
-          "counted warps at this barrier yet."),
+          "rows, which go through the same code, are not named: the limit of the entry above, in the same kernels. A build that "
+          "counted each warp before that barrier found none missing behind it, in launches that the tool named (LOG.md)."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
           (r"Write .*\bbulk_load\(", rf"Read .*\b(load_stats\(|step<|consume_as<|begin_step<|{OF_DROPOUT})"),
           "Bulk copies write lse2 and delta of a stage and complete on q_full and dout_full, for which consumers wait. "

@@ -303,23 +303,31 @@ def test_short_caches_in_clusters(b, hk, sq, g):
 
 
 @pytest.mark.parametrize(
-    ("b", "hk", "g", "sk"),
-    [(1, 8, 4, 1024), (4, 8, 4, 512), (1, 1, 32, 1024), (1, 8, 4, 60000), (66, 1, 32, 1024), (40, 8, 4, 300)],
+    ("b", "hk", "g", "sq", "sk", "lengths"),
+    [*((*shape, False) for shape in ((1, 8, 4, 1, 1024), (4, 8, 4, 1, 512), (1, 1, 32, 1, 1024), (1, 8, 4, 1, 60000),
+                                     (66, 1, 32, 1, 1024), (40, 8, 4, 1, 300), (2, 1, 32, 2, 30000), (1, 1, 32, 4, 60000),
+                                     (16, 1, 32, 4, 2048), (66, 1, 32, 4, 1024))),
+     *((*shape, True) for shape in ((1, 8, 4, 1, 1024), (3, 1, 32, 1, 20000), (40, 8, 4, 1, 2000), (2, 1, 32, 2, 30000),
+                                    (16, 1, 32, 4, 2048)))],
 )
-def test_launches_see_what_came_before(b, hk, g, sk):
+def test_launches_see_what_came_before(b, hk, g, sq, sk, lengths):
     """A launch begins ahead of the end of the one before it: results that are the next one's queries and keys, also by kernels
-    of others."""
-    q, k, v = inputs(b, hk, g, 1, sk)
+    of others, and lengths."""
+    q, k, v = inputs(b, hk, g, sq, sk)
 
     def chain(wait):
         x, keys, values = q, k.clone(), v.clone()
+        options = {"cache_lens": torch.full((b,), sk - 40, device="cuda", dtype=torch.int32)} if lengths else {}
+        attend = flashgqa.attention_with_kvcache if lengths else flashgqa.attention
         for n in range(20):
-            x = flashgqa.attention(x, keys, values) * 4 if n % 3 == 0 else flashgqa.attention(x, keys, values)
+            x = attend(x, keys, values, **options) * 4 if n % 3 == 0 else attend(x, keys, values, **options)
             wait()
             keys[:, :, n] = x[:, ::g, 0]
-            values[:, :, -1 - n] += x[:, ::g, 0]
+            values[:, :, -50 - n] += x[:, ::g, 0]
+            for lens in options.values():
+                lens += 1 + torch.arange(b, device="cuda") % 2
             wait()
-            x = flashgqa.attention(flashgqa.attention(x, keys, values), keys, values)
+            x = attend(attend(x, keys, values, **options), keys, values, **options)
             wait()
         return x
 

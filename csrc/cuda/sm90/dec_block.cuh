@@ -15,14 +15,17 @@
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
  * Every warp waits for the launches before this one before it looks at memory (programmatic launch: this one may begin ahead of their
- * end), and the launch behind this one may begin when all blocks have done so.
+ * end), and the launch behind this one may begin when all blocks have done so. Before that, some ask for what they will copy first to be
+ * brought to L2.
  *
- * `Shared` is the block's shared memory: STREAMS, STAGES, READERS, PIECE_LANES and JOINS; ring, full, empty, pages, schedule. JOINS: blocks
- * have a part of their cluster's pair each (dec_join.cuh), which needs no schedule: the helper ends at once.
+ * `Shared` is the block's shared memory: STREAMS, STAGES, READERS, PIECE_LANES, JOINS, HALVES and Q_KEPT; ring, full, empty, pages, schedule. JOINS:
+ * blocks have a part of their cluster's pair each (dec_join.cuh), which needs no schedule: the helper ends at once. HALVES: or, where the
+ * params say so, half of it (dec_wide_end.cuh). Q_KEPT: q comes through registers; with more rows it had better not wait behind keys.
  */
 #pragma once
 #include "dec_combine.cuh"
 #include "dec_produce.cuh"
+#include "early.cuh"
 
 static constexpr int START = 8, BARRIERS = 12;
 
@@ -41,9 +44,10 @@ template <class Shared> static __device__ __forceinline__ void init_barriers(Sha
     fence_mbarrier_init();
 }
 
-/* What a block reads. PLAIN: all sequences have one length, and there are no pages; that much less code lies before the first copy.
- * PIECES_APART: pages that do not hold whole granules, where pieces of a tile have lanes of their own. */
-enum source_kind { PLAIN, ANY_SOURCE, PIECES_APART };
+/* What a block reads. PLAIN: all sequences have one length, and there are no pages; that much less code lies before the first copy. LENGTHS:
+ * no pages; only with JOINS, in the other kernels the code of consumers, too, gets slower by it (LOG.md). PIECES_APART: pages that do not
+ * hold whole granules, where pieces of a tile have lanes of their own. */
+enum source_kind { PLAIN, LENGTHS, ANY_SOURCE, PIECES_APART };
 
 /* A lane of the producer, and the half of a ring that it keeps full, or one piece of each of its tiles. */
 template <source_kind KIND, class Shared> struct producer_lane {
@@ -58,7 +62,7 @@ template <source_kind KIND, class Shared> struct producer_lane {
     {
         source.map = kv ? &p.v_map : &p.k_map;
         source.boxes = kv ? p.v_boxes : p.k_boxes;
-        source.pitch = KIND == PLAIN ? CHUNK_BYTES : p.chunk_pitch;
+        source.pitch = KIND <= LENGTHS ? CHUNK_BYTES : p.chunk_pitch;
         source.policy = evict_normal ? createpolicy_evict_normal() : createpolicy_evict_first();
         ring = smem_address(mem.ring[stream][0][kv]) + (PARTS > 1 ? part * p.piece_pitch : 0);
         full = smem_address(&mem.full[stream][0][kv]);
@@ -71,7 +75,7 @@ static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem,
 {
     typedef producer_lane<KIND, Shared> lane_type;
     constexpr int TILES = 2 * Shared::STREAMS * TILE_BYTES, COPIES = TILES < IN_FLIGHT ? IN_FLIGHT / TILES : 1;      /* of a half */
-    constexpr bool APART = KIND == PIECES_APART, IN_TURN = KIND == ANY_SOURCE && !Shared::PIECE_LANES;
+    constexpr bool APART = KIND == PIECES_APART, IN_TURN = KIND == ANY_SOURCE && !Shared::PIECE_LANES, NO_TABLE = KIND <= LENGTHS;
     constexpr int COUNT = IN_TURN ? PIECES : 1;         /* of pieces, by a lane */
     static_assert(2 * COPIES <= Shared::STAGES, "kernels.def: the ring holds what is under way");
     const int usual = KIND == ANY_SOURCE && p.table ? 2 * COPIES : COPIES;          /* pages are waited for in between */
@@ -79,7 +83,16 @@ static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem,
     const lane_type own(p, mem, lane, evict_normal);
     int stage = 0;
     /* the first copy by itself: the shortest way to it */
-    if (KIND == PLAIN && lane < lane_type::LANES && first.valid() && first.g0 + own.stream < first.g1) {
+    const bool begins = NO_TABLE && lane < lane_type::LANES && first.valid() && first.g0 + own.stream < first.g1;
+    if (KIND == PLAIN) {
+        if (begins && (Shared::JOINS || (Shared::HALVES && (Shared::Q_KEPT || p.halves)))) {
+            prefetch_boxes(own.source, (first.span.first + first.g0 + own.stream) * GRANULE, p.by_row_blocks(first.h), first.b);
+        }
+        launches_before_wait();
+    } else if (KIND == LENGTHS) {
+        barrier_sync(BARRIERS, 64);             /* there by now */
+    }
+    if (begins) {
         mbarrier_arrive_expect_tx(own.full, TILE_BYTES);
         load_boxes(own.source, own.ring, own.full, (first.span.first + first.g0 + own.stream) * GRANULE, p.by_row_blocks(first.h), first.b);
         stage = 1;
@@ -87,7 +100,7 @@ static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem,
     __syncwarp();
     granule_walk<Shared::STREAMS, KIND == PLAIN> walk(p, first, own.stream, lane < lane_type::LANES);
     if (stage == 1) { walk.advance(p); }
-    typename std::conditional<KIND == PLAIN, no_queue<Shared::STREAMS>, page_queue<Shared::STREAMS, COUNT>>::type
+    typename std::conditional<NO_TABLE, no_queue<Shared::STREAMS, KIND == PLAIN>, page_queue<Shared::STREAMS, COUNT>>::type
         pages(p, walk, smem_address(mem.pages[0]) + lane % lane_type::LANES * COUNT * PAGES_AHEAD * 4, own.part * PIECE);
     int32_t slot, kv_head, page[COUNT];
     const auto locate = [&]() {
@@ -96,7 +109,7 @@ static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem,
         pages.take(p, walk, page);
     };
     if (APART && walk.valid()) { locate(); }    /* the next copies, before there is room for them */
-    if (KIND != PLAIN) { barrier_sync(BARRIERS, 64); }          /* there by now */
+    if (!NO_TABLE) { barrier_sync(BARRIERS, 64); }
     uint32_t parity = 1;                        /* the first pass over the ring finds it empty */
     while (__any_sync(0xFFFFFFFFu, walk.valid())) {
         const int behind = stage >= window ? stage - window : stage + Shared::STAGES - window;
@@ -113,7 +126,7 @@ static __device__ __forceinline__ void produce(const dec_params &p, Shared &mem,
 #pragma unroll
             for (int n = 0; n < COUNT; n++) {
                 if (n > 0 && !p.pieces) { continue; }
-                load_boxes(own.source, tile + n * (IN_TURN ? p.piece_pitch : 0), bar, KIND == PLAIN ? slot : in_page(p, slot + n * PIECE), kv_head, page[n]);
+                load_boxes(own.source, tile + n * (IN_TURN ? p.piece_pitch : 0), bar, NO_TABLE ? slot : in_page(p, slot + n * PIECE), kv_head, page[n]);
             }
             if (++stage == Shared::STAGES) {
                 stage = 0;
@@ -148,6 +161,17 @@ template <class Shared, class Fetch> static __device__ __forceinline__ bool begi
     return works;
 }
 
+/* A line of q, a thread. */
+static __device__ __forceinline__ void ask_for_q(const dec_params &p, int32_t b, const pair_rows &rows)
+{
+    constexpr int COLUMNS = 64, LINES = D / COLUMNS;
+    const fgqa_problem &problem = p.common.problem;
+    const int local = (int)thread_index() / LINES, column = (int)thread_index() % LINES * COLUMNS;
+    if (local < rows.valid && column < problem.d) {
+        prefetch_l2(fgqa_row_address(problem.view[FGQA_ARG_q], sizeof(T), b, rows.kv_head * problem.g + rows.rows.h(local), rows.rows.i(local)) + 2 * column);
+    }
+}
+
 /* Consumers of a block that has a part of its cluster's pair. */
 template <class Fetch> static __device__ __forceinline__ dec_segment begin_part(const dec_params &p, dec_sequence &sequence, const Fetch &fetch)
 {
@@ -155,6 +179,8 @@ template <class Fetch> static __device__ __forceinline__ dec_segment begin_part(
     dec_segment segment;
     segment.b = at.b;
     segment.h = at.h;
+    ask_for_q(p, at.b, pair_rows_of(p, at.h));
+    launches_before_wait();
     fetch(segment);
     sequence = p.uniform ? p.sequence : dec_sequence_at(p, at.b);
     barrier_sync(START, THREADS);
@@ -170,6 +196,19 @@ template <class Shared, bool UNIFORM> static __device__ __forceinline__ dec_segm
     return part_of_pair(p, at, UNIFORM || p.uniform ? p.sequence : dec_sequence_at(p, at.b));
 }
 
+/* Lengths on the device, no pages: keys that are read whatever the lengths are, the first granules of pairs, one a block, while it is not
+ * known yet whose they are. None beyond an eighth of the padded length, in case sequences are short. By a warp. */
+template <class Shared> static __device__ __forceinline__ void ask_for_keys(const dec_params &p, int lane)
+{
+    const dec_lengths &l = p.lengths;
+    if (lane >= 2 || p.table || !l.whole || l.left_pad) { return; }
+    const int32_t pairs = l.b * p.layout.heads, granule = Shared::JOINS ? (int32_t)cluster_rank() : (int32_t)blockIdx.x / pairs;
+    if (8 * granule >= p.units) { return; }
+    const dec_place at = place_of_pair(p, Shared::JOINS ? (int32_t)cluster_number() : (int32_t)blockIdx.x - granule * pairs);
+    const tile_source source = {lane ? &p.v_map : &p.k_map, lane ? p.v_boxes : p.k_boxes, 0, createpolicy_evict_first()};
+    prefetch_boxes(source, granule * GRANULE, p.by_row_blocks(at.h), at.b);
+}
+
 /* The producer does its work here. Whether the warp is to go on: consumers, and the helper of a block with work. */
 template <class Shared> static __device__ __forceinline__ bool open_block(const dec_params &p, Shared &mem)
 {
@@ -182,7 +221,6 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
             __syncwarp();
             barrier_arrive(START, THREADS);
             const dec_segment first = own_segment<Shared, true>(p, &evict_normal);
-            launches_before_wait();
             produce<PLAIN>(p, mem, lane, first, evict_normal);
         } else {
             barrier_arrive(START, THREADS);
@@ -190,6 +228,8 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
             const dec_segment first = own_segment<Shared, false>(p, &evict_normal);
             if (Shared::PIECE_LANES && p.pieces) {
                 if constexpr (Shared::PIECE_LANES) { produce<PIECES_APART>(p, mem, lane, first, evict_normal); }
+            } else if (Shared::JOINS && !p.table) {
+                if constexpr (Shared::JOINS) { produce<LENGTHS>(p, mem, lane, first, evict_normal); }
             } else {
                 produce<ANY_SOURCE>(p, mem, lane, first, evict_normal);
             }
@@ -201,7 +241,8 @@ template <class Shared> static __device__ __forceinline__ bool open_block(const 
         __syncwarp();
         barrier_arrive(BARRIERS, 64);
     }
-    launches_before_wait();
+    if (warp == 1 && !p.plain) { ask_for_keys<Shared>(p, lane); }
+    if (!Shared::JOINS || warp >= CONSUMERS) { launches_before_wait(); }        /* or begin_part() does */
     if (warp < CONSUMERS) { return true; }
     if (!Shared::JOINS || p.releases) { launch_behind_begin(); }
     if (p.uniform || Shared::JOINS) { barrier_arrive(START, THREADS); }

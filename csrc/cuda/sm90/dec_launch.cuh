@@ -122,14 +122,6 @@ struct dec_launch_config {
     cudaLaunchAttribute *add() { return &attributes[config.numAttrs++]; }
 };
 
-/* Launches that are recorded in a graph take what lets them begin early since 12.3. */
-static bool may_begin_early(void)
-{
-    static int32_t version;
-    if (version == 0 && cudaDriverGetVersion(&version) != cudaSuccess) { version = -1; }
-    return version >= 12030;
-}
-
 /* Where all blocks are resident, a launch begins ahead of the end of the one before it, and waits for that before it looks at memory. */
 static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, dec_blocks how, void *stream)
 {

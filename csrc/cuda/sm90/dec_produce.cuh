@@ -90,9 +90,9 @@ template <int STREAMS, int COUNT> struct page_queue {
 };
 
 /* Without a table a sequence is a page. */
-template <int STREAMS> struct no_queue {
-    __device__ __forceinline__ no_queue(const dec_params &, const granule_walk<STREAMS, true> &, uint32_t, int32_t) {}
-    __device__ __forceinline__ void take(const dec_params &, const granule_walk<STREAMS, true> &walk, int32_t (&page)[1]) { page[0] = walk.segment.b; }
+template <int STREAMS, bool UNIFORM> struct no_queue {
+    __device__ __forceinline__ no_queue(const dec_params &, const granule_walk<STREAMS, UNIFORM> &, uint32_t, int32_t) {}
+    __device__ __forceinline__ void take(const dec_params &, const granule_walk<STREAMS, UNIFORM> &walk, int32_t (&page)[1]) { page[0] = walk.segment.b; }
 };
 
 struct tile_source { const CUtensorMap *map; int32_t boxes, pitch; uint64_t policy; };
@@ -104,4 +104,9 @@ static __device__ __forceinline__ void load_boxes(const tile_source &source, uin
     for (int chunk = 0; chunk < source.boxes; chunk++) {
         tma_load_5d(tile + (uint32_t)(chunk * source.pitch), source.map, bar, source.policy, 64 * chunk, row, 0, kv_head, page);
     }
+}
+static __device__ __forceinline__ void prefetch_boxes(const tile_source &source, int32_t row, int32_t kv_head, int32_t page)
+{
+#pragma unroll 1
+    for (int chunk = 0; chunk < source.boxes; chunk++) { tma_prefetch_5d(source.map, source.policy, 64 * chunk, row, 0, kv_head, page); }
 }

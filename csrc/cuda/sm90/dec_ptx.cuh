@@ -11,6 +11,13 @@ PTX_FN void tma_load_5d(uint32_t dst, const CUtensorMap *map, uint32_t bar, uint
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
 }
 
+/* What such a load would bring -> L2. */
+PTX_FN void tma_prefetch_5d(const CUtensorMap *map, uint64_t policy, int c0, int c1, int c2, int c3, int c4)
+{
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile.L2::cache_hint [%0, {%2, %3, %4, %5, %6}], %1;" ::"l"((uint64_t)map), "l"(policy),
+                 "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4) : "memory");
+}
+
 /* 4 bytes of shared memory at `dst` from global `src`; groups as of cp_async_16(). */
 PTX_FN void cp_async_4(uint32_t dst, const void *src)
 {
@@ -49,11 +56,6 @@ PTX_FN void store_cluster(uint32_t address, float2 x)
 {
     asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
-
-/* Waits for the launches before this one, where it may begin ahead of their end; what they wrote is seen then. And lets the launch behind
- * this one begin, if that waits likewise. */
-PTX_FN void launches_before_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-PTX_FN void launch_behind_begin() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 
 /* Named barriers that warps reach at different places in the code. */
 PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }

@@ -137,7 +137,7 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
     const int row = STREAMS == 2 ? actor.thread : group * N + at;
     const bool has_row = (STREAMS == 2 ? actor.thread : at) < N;       /* of each row one thread makes the sums */
     row_end end;
-    const bool halves = N >= 32 && !FLOAT8 && !FOLDS && !Shared::JOINS && p.halves;
+    const bool halves = Shared::HALVES && p.halves;
     if (Shared::JOINS || (halves && !actor.rehearsal)) { cluster_arrive(); }
     if ((record < 0 || halves) && has_row && !Shared::JOINS) { end = row_end_of(p, b, rows, sq, row, true); }
     float o[COUNT][ITEM];
@@ -191,7 +191,7 @@ template <class Shared, int N> static __device__ __forceinline__ void finish_seg
         join_parts<2 * COUNT * 128>(p, mem.ring, b, rows, sq, o, has_row, row, ml, joined, [&](int n) { return (group * COUNT + n) * 128 + at; });
         return;
     }
-    if constexpr (N >= 32 && !FLOAT8 && !FOLDS && !Shared::JOINS) {
+    if constexpr (Shared::HALVES) {
         if (halves) {
             join_halves(p, mem, actor, end, row, has_row, o, rows, group);
             return;

@@ -53,7 +53,7 @@ static_assert(GRANULE % 16 == 0 && CONSUMERS % (GRANULE / 16) == 0 && BLOCK_Q ==
 
 struct shared {
     static constexpr int READERS = GRANULE / 16, STREAMS = CONSUMERS / READERS, STAGES = FGQA_STAGES;
-    static constexpr bool DEEP_PIECES = true, PIECE_LANES = !FLOAT8, JOINS = false;
+    static constexpr bool DEEP_PIECES = true, PIECE_LANES = !FLOAT8, JOINS = false, HALVES = false, Q_KEPT = true;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(16) float merge[CONSUMERS][BLOCK_Q][MERGE_PITCH];   /* o, m, l, 2 unused */
     uint64_t full[STREAMS][STAGES][2], empty[STREAMS][STAGES][2];
@@ -405,26 +405,17 @@ template <class Shared> static __device__ __forceinline__ bool consume(const dec
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ dec_params p)
+template <class Shared> static __device__ __forceinline__ void run_block(const dec_params &p)
 {
     extern __shared__ __align__(1024) char memory[];
-    shared &mem = *(shared *)memory;
+    Shared &mem = *(Shared *)memory;
     if (!open_block(p, mem)) { return; }
     const dec_actor actor = actor_of((int)thread_index(), MERGE);
-    if (!consume(p, mem, actor)) { return; }
+    if (!consume(p, mem, actor) || Shared::JOINS) { return; }
     if (p.counters) { combine_in_place(p, mem.schedule, (dec_partial *)mem.merge, actor.rehearsal); }
 }
-
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-FGQA_SUFFIX(FGQA_ROW, _joining_kernel)(const __grid_constant__ dec_params p)
-{
-    extern __shared__ __align__(1024) char memory[];
-    joining_shared &mem = *(joining_shared *)memory;
-    if (!open_block(p, mem)) { return; }
-    const dec_actor actor = actor_of((int)thread_index(), MERGE);
-    consume(p, mem, actor);
-}
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _kernel)(const __grid_constant__ dec_params p) { run_block<shared>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _joining_kernel)(const __grid_constant__ dec_params p) { run_block<joining_shared>(p); }
 
 extern "C" int32_t FGQA_SUFFIX(FGQA_ROW, _smem)(void) { return (int32_t)sizeof(shared); }
 

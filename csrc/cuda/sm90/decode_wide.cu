@@ -57,7 +57,7 @@ typedef std::conditional<FLOAT8, f16, T>::type product;
 /* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. JOINS: clusters have a pair each. */
 template <int N_, int STREAMS_, bool FOLDS_ = false, bool JOINS_ = false> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
-    static constexpr bool FOLDS = FOLDS_, JOINS = JOINS_, PIECE_LANES = false;
+    static constexpr bool FOLDS = FOLDS_, JOINS = JOINS_, PIECE_LANES = false, HALVES = N >= 32 && !FLOAT8 && !FOLDS && !JOINS, Q_KEPT = ROWS <= 32;
     static constexpr int READERS = 4 * GROUPS, STAGES = (N <= 32 ? FGQA_STAGES : FGQA_STAGES - 1) * GROUPS;
     alignas(1024) char ring[STREAMS][STAGES][2][TILE_BYTES];
     alignas(1024) char q[CHUNKS][ROWS][128];
@@ -96,7 +96,7 @@ static __device__ __forceinline__ int out_column(int chunk, int half, int warp, 
 /* Q of a pair in 16-byte pieces, zero where there is none, to shared memory. Behind the K/V stream of all SMs a load takes 4 to 5 us:
  * few rows are fetched a segment ahead, into registers; many, for which there are none, into L2. */
 template <int ROWS> struct q_pieces {
-    static constexpr bool KEPT = ROWS <= 32;
+    static constexpr bool KEPT = ROWS <= 32;        /* Q_KEPT above */
     static constexpr int PIECES_OF_ROW = D / 8, COUNT = (ROWS * PIECES_OF_ROW + CONSUMER_THREADS - 1) / CONSUMER_THREADS;
     uint4 piece[KEPT ? COUNT : 1];
 

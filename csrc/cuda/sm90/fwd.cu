@@ -44,6 +44,7 @@
 #include "../stream_slot.h"
 #include "../tensor_map.h"
 #include "dec_work.h"
+#include "early.cuh"
 #include "fwd_pack.h"
 
 #define FGQA_ROW FGQA_ROW_CAT(FGQA_PASS, FGQA_ARCH, FGQA_DTYPE, FGQA_D, FGQA_DV, FGQA_VARIANT)
@@ -375,6 +376,10 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
         fence_mbarrier_init();
     }
     if (CHAIN == PAIRED) { meet_pair(); } else { __syncthreads(); }
+    if (CHAIN == MERGED) {
+        launches_before_wait();
+        if (warp == 2) { launch_behind_begin(); }
+    }
 
     /* Each role does its part of all tiles and then, after a barrier of all, of those that are done again. */
     if (wg == 0) {

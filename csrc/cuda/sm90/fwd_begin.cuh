@@ -29,6 +29,7 @@ template <chain CHAIN> static __device__ __forceinline__ void begin_tile(const f
     const uint32_t full = smem_address(&sm.k_full[0]);
     mbarrier_init(full, 1);
     fence_mbarrier_init();
+    launches_before_wait();
     mbarrier_arrive_expect_tx(full, K_BYTES);
     for (int c = 0; c < K_CHUNKS; c++) { tma_load_4d(smem_address(sm.k[0][c]), &p.k_map, full, once, c * CHUNK, unit, row, batch); }
     for (int s = 0; s < Q_STAGES; s++) { mbarrier_init(smem_address(&sm.q_full[s][0]), 2); }

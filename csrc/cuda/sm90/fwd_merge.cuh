@@ -192,17 +192,19 @@ static bool merges_in_place(const fgqa_problem *problem, const fgqa_plan *plan, 
 /* cudaErrorCooperativeLaunchTooLarge, too, where there are no counters. */
 static cudaError_t launch_merged(void (*kernel)(fwd_params), fwd_params p, const fgqa_plan *plan, int32_t device, void *stream, launch_state *state)
 {
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeCooperative;               /* all blocks are resident */
-    attribute.val.cooperative = 1;
+    cudaLaunchAttribute attributes[2] = {};
+    attributes[0].id = cudaLaunchAttributeCooperative;           /* all blocks are resident */
+    attributes[0].val.cooperative = 1;
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {};
     const bool one_row_block = p.list.row_blocks == 1;
     config.gridDim = dim3(p.list.splits, one_row_block ? p.list.units : p.list.row_blocks * p.list.pairs, one_row_block ? (uint32_t)p.common.problem.b : 1);
     config.blockDim = dim3(THREADS);
     config.dynamicSmemBytes = sizeof(shared);
     config.stream = (cudaStream_t)stream;
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    config.attrs = attributes;
+    config.numAttrs = may_begin_early() ? 2 : 1;
     const cudaError_t error = allow_shared_memory((const void *)kernel, sizeof(shared), device, state);
     p.slot = -1;                                                 /* nobody takes a second tile */
     p.counters = fgqa_dec_counters(device, (int32_t)(plan->tasks / plan->splits), stream);
