@@ -130,7 +130,8 @@ template <typename T> static __device__ __noinline__ void base_rows(const fgqa_p
 }
 
 /* By the first block. Packed sequences, unless there are very many, are taken in the order of their query rows, of which a task's
- * length is made: the last tasks to be begun are short. */
+ * length is made: the last tasks to be begun are short. Where offsets fall, which nobody checks here, sequences would share tiles
+ * and wait for turns that never come: then there are no tasks, and no query tile is finished. */
 static __device__ __noinline__ void prepare_tasks(const fgqa_problem &p, const fgqa_bwd_workspace &w)
 {
     __shared__ int32_t rows_of[MOST_SORTED];
@@ -142,6 +143,10 @@ static __device__ __noinline__ void prepare_tasks(const fgqa_problem &p, const f
         w.control->key_tiles = ((int64_t)p.sk + w.block_k - 1) / w.block_k;
     }
     if (!p.varlen) { return; }
+    bool falls = false;
+    for (int32_t b = thread; b < p.b; b += THREADS) { falls |= p.cu_seqlens_q[b + 1] < p.cu_seqlens_q[b] || p.cu_seqlens_kv[b + 1] < p.cu_seqlens_kv[b]; }
+    falls = __syncthreads_or(falls);
+    if (falls && thread == 0) { w.control->finished = INT32_MAX; }
     const bool sorted = p.b <= MOST_SORTED;
     for (int32_t b = thread; sorted && b < p.b; b += THREADS) { rows_of[b] = fgqa_device_sequence(p, b, &rows).mask.sq; }
     __syncthreads();
@@ -154,7 +159,7 @@ static __device__ __noinline__ void prepare_tasks(const fgqa_problem &p, const f
     for (int32_t first = 0; first < p.b; first += THREADS) {
         const int32_t n = first + thread;
         __syncthreads();
-        const uint32_t tiles = n < p.b ? (uint32_t)bwd_key_tiles_of(w, fgqa_device_sequence(p, w.sequences[n], &rows).mask) : 0, tasks = tiles * (uint32_t)(p.hk * w.splits);
+        const uint32_t tiles = n < p.b && !falls ? (uint32_t)bwd_key_tiles_of(w, fgqa_device_sequence(p, w.sequences[n], &rows).mask) : 0, tasks = tiles * (uint32_t)(p.hk * w.splits);
         sums[thread] = tasks;
         for (int step = 1; step < THREADS; step *= 2) {
             __syncthreads();
