@@ -434,6 +434,15 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wait_v();
         if (block_end - block_begin > 1) { wait_k(); }
     };
+    /* Turns at blocks that are skipped. One of a tile is left to others only when its first block is done and O of the tile before is stored:
+     * so these come beside those of the warpgroups that skip nothing, not behind them. Left later than that, its first K would not be there. */
+    auto leave_turns = [&](int n) {
+#pragma unroll 1
+        for (; TURNS && n > 0; n--) {
+            await_turn();
+            pass_turn();
+        }
+    };
     /* Blocks of which own rows see nothing are handed back unread, by the warp that speaks for all: others must not come to wait
      * for a block that has gone. */
     auto skip_blocks = [&](bool k, bool v) {
@@ -441,8 +450,6 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         for (int n = skipped; n > 0; n--) {
             if (k) {
                 if (BY_TMA<CHAIN>) { skip_chunks(); }
-                await_turn();
-                pass_turn();
                 if (warp % 4 == 0) { wait_k(); }
                 release_k();
             }
@@ -513,6 +520,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     if (!take_tile()) { return; }
     skip_blocks(true, true);
     first_block();
+    leave_turns(skipped);
     for (bool more = true; more;) {
         middle_blocks();
         const uint32_t slot = rt.stage, at = row_place, done = rq.stage;
@@ -527,6 +535,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             float s[BLOCK_K / 2];
             block_terms of_block;
             uint32_t kept[2];
+            leave_turns(skipped - 1);
             skip_blocks(true, false);
             wait_k();
             await_turn();
@@ -574,8 +583,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             if (more) {
                 skip_blocks(true, true);
                 first_block();
+                leave_turns(skipped);
             }
         } else if (more) {
+            leave_turns(min(skipped, 1));
             wait_operands();
         }
     }
