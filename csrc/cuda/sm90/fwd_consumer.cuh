@@ -435,10 +435,12 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         if (block_end - block_begin > 1) { wait_k(); }
     };
     /* Turns at blocks that are skipped. One of a tile is left to others only when its first block is done and O of the tile before is stored:
-     * so these come beside those of the warpgroups that skip nothing, not behind them. Left later than that, its first K would not be there. */
+     * so these come beside those of the warpgroups that skip nothing, not behind them. Left later than that, its first K would not be there.
+     * Head dims other than 128, for which this has not been timed, leave each where the block is skipped. */
+    constexpr bool EARLY_TURNS = TURNS && D == 128;
     auto leave_turns = [&](int n) {
 #pragma unroll 1
-        for (; TURNS && n > 0; n--) {
+        for (; EARLY_TURNS && n > 0; n--) {
             await_turn();
             pass_turn();
         }
@@ -450,6 +452,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         for (int n = skipped; n > 0; n--) {
             if (k) {
                 if (BY_TMA<CHAIN>) { skip_chunks(); }
+                if (!EARLY_TURNS) {
+                    await_turn();
+                    pass_turn();
+                }
                 if (warp % 4 == 0) { wait_k(); }
                 release_k();
             }
