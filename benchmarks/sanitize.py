@@ -16,7 +16,6 @@ read was copied or written under the tool's eyes. Each row runs at its largest h
 import argparse
 import collections
 import contextlib
-import inspect
 import json
 import os
 import re
@@ -47,7 +46,7 @@ B, HQ, HK, SQ, SK = 1, 4, 2, 140, 200
 WIDE, MANY = 208, 4000                          # keys whose masks TMA can address; so many that they are shared out
 MANY_ROWS = 144 * 128 // HQ                     # a tile for each multiprocessor of the largest GPU of Hopper's
 CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of arch 90
-ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward dbias shared
+ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward a bias by TMA
 ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have a bias and a mask by TMA, and all together
 SCALED_HEAD_DIMS = {"plain": (64, 128, 256), "tall": (64,)}
 # query rows, of which a KV head has twice as many
@@ -187,20 +186,16 @@ def run_row(name, where, put, everything=lambda x: x):
         passes += [{"bias": bias[:, :1], **drops}, {"causal": True, "bias": bias, "mask": shown, **drops}]
         wide = bias.astype(np.float32)
         passes += [{"bias": wide[:, :1]}, {"causal": True, "bias": wide}, {"bias": wide[:, :1], **drops}]
-        passes.append({"bias": wide, "mask": shown})
-    frozen = []                                 # biases that ask for no gradient
+        passes += [{"bias": wide, "mask": shown}, {"bias": wide, **CAPPED}]
     if passes and int(d[1:]) in ALL_HEAD_DIMS:
         bias = rng.standard_normal((1, HQ, SQ, SK), np.float32).astype(DTYPES[dtype])
-        frozen += [{"bias": bias, **CAPPED}, {"bias": bias, "alibi_slopes": slopes, "mask": shown, **drops}]
-    for n, given in enumerate(passes + frozen):
-        lacks_dbias = arch == "sm90" and {"bias", "mask"} <= given.keys() and given["bias"].dtype == np.float32
-        no_dbias = n >= len(passes) or lacks_dbias
-        backward = without_dbias if no_dbias else flashgqa.attention_backward
+        passes += [{"bias": bias, **CAPPED}, {"bias": bias, "alibi_slopes": slopes, "mask": shown, **drops}]
+    for given in passes:
         out, lse = flashgqa.attention(q, k, v, **given, return_lse=True)
         moved = {key: everything(x) if isinstance(x, np.ndarray) else x for key, x in given.items()}
         for order in (True, False):
             arrays = map(everything, (dout, q, k, v, out, lse))
-            results += backward(*arrays, **moved, deterministic=order, **where)
+            results += flashgqa.attention_backward(*arrays, **moved, deterministic=order, **where)
         if given is options:                    # rows in parts, and each sees all of whole tiles
             rows = [everything(repeated(x, MANY)) for x in (dout, q, out, lse)]
             keys = [everything(x[:, :, :128]) for x in (k, v)]
@@ -225,13 +220,6 @@ def run_short_backward(dout, q, k, v, everything, where):
                 found = flashgqa.attention_backward(*map(everything, (*given, out, lse)), **options, **where)[:3]
                 results += [x[:, : HQ - 1] for x in found]
     return results
-
-
-def without_dbias(*arrays, **options):
-    """Gradients as frameworks ask for them where the bias wants none."""
-    known = inspect.signature(flashgqa.attention_backward).parameters
-    given = (options.get(name, known[name].default) for name in flashgqa._C.OPTIONS)
-    return flashgqa._C.backward(*arrays, None, False, *given)
 
 
 def gradients_beside_inf(dout, q, k, v, everything, where):

@@ -74,18 +74,18 @@ KNOWN = (
           "kernel for dropout, loads at the head of step() are named without their line, as the kernel's own."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE,
           (r"Write .*\b(produce<|bwd_kernel<.* in .*bwd_tasks\.cuh)",
-           rf"Read .*\b((begin_step|take_steps|step|alibi_of_lane|first_bits_of_mask|leave_bias)<|{OF_DROPOUT})"),
+           rf"Read .*\b((begin_step|take_steps|step|first_bits_of_mask|leave_bias)<|alibi_of_lane\b|{OF_DROPOUT})"),
           "The producer's thread writes about[s], with ALiBi alibi[s], with a mask or dropout heads[s], with a bias bias_at[s], "
           "and arrives at q_full. Before the next write: the reads lie before a product of all four warps, behind which one "
           "thread of each consumer arrives at q_empty, for which the producer waits. The same limit."),
-    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bbulk_load\(", r"Read .*\badd_scores<"),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bbulk_load\(", r"Read .*\b(add_scores<|consume_dbias\()"),
           "The kernel for the gradient of a shared or float32 bias: bulk copies write lse2 and delta of a stage and complete on "
           "q_full and dout_full, for which consumers wait. Before the next copy the lanes of a warp meet at __syncwarp behind "
-          "their reads, lane 0 arrives at rows_empty, for which the producer waits. The same limit."),
-    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce_dbias<", r"Read .*\bconsume_dbias<"),
-          "There, too, the producer's thread writes about[s] and arrives at k_full, for which consumers wait. Before the next "
-          "write the lanes of a warp meet at __syncwarp behind their reads, lane 0 arrives at kv_empty, for which it waits. The "
-          "same limit."),
+          "their reads, lane 0 arrives at rows_empty (d 256: s_empty, dp_empty), for which the producer waits. The same limit."),
+    Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Write .*\bproduce_dbias\b", r"Read .*\b(consume_dbias|alibi_of_lane)\b"),
+          "There, too, the producer's thread writes about[s] and alibi[s] and arrives at k_full, for which consumers wait. Before"
+          " the next write the lanes of a warp meet at __syncwarp behind their reads, lane 0 arrives at kv_empty (d 256: s_empty)"
+          ", for which it waits. The same limit."),
     Known("racecheck", "bwd_sm90_.*_plain", RACE, (r"Read .*\bkeys_poisoned\(", r"Write .*\bkeys_poisoned\("),
           "Beside a bias consumers ask twice, of K and of V. Thread 0 sets the word to 0 for V while others may still read it "
           "for K: 0, too, for where it is 1 all of them meet in clean_keys() first, thread 0 among them. It becomes 1 only "

@@ -87,10 +87,10 @@ ON_A_GPU = [
     "test_cuda.py", "test_cuda_arrays.py", "test_cuda_streams.py", "test_decode_cuda.py", "test_decode_float8_cuda.py",
     "test_guard_pages_cuda.py", "test_hopper.py", "test_hopper_alibi.py", "test_hopper_backward.py",
     "test_hopper_backward_any_bias.py", "test_hopper_backward_bias.py", "test_hopper_backward_bits.py",
-    "test_hopper_backward_short.py", "test_hopper_backward_wide_bias.py", "test_hopper_dropout.py", "test_hopper_lengths.py",
-    "test_hopper_pairs.py", "test_hopper_poison.py", "test_hopper_rising.py", "test_hopper_rows.py", "test_hopper_softcap.py",
-    "test_hopper_strides.py", "test_hopper_terms.py", "test_kvcache_cuda.py", "test_merged_launches_cuda.py",
-    "test_probes.py", "test_torch_cuda.py", "test_warmup_cuda.py",
+    "test_hopper_backward_dbias.py", "test_hopper_backward_short.py", "test_hopper_backward_wide_bias.py",
+    "test_hopper_dropout.py", "test_hopper_lengths.py", "test_hopper_pairs.py", "test_hopper_poison.py", "test_hopper_rising.py",
+    "test_hopper_rows.py", "test_hopper_softcap.py", "test_hopper_strides.py", "test_hopper_terms.py", "test_kvcache_cuda.py",
+    "test_merged_launches_cuda.py", "test_probes.py", "test_torch_cuda.py", "test_warmup_cuda.py",
 ]  # fmt: skip
 collect_ignore = [] if has_gpu() else ON_A_GPU
 

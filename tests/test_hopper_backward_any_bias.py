@@ -102,11 +102,12 @@ def test_large_biases(more, size):
 
 @pytest.mark.parametrize("how", POISON)
 @pytest.mark.parametrize("more", ["nothing", "alibi", "mask"])
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("d", [64, 128, 256])
-def test_poison_under_a_soft_cap(d, more, how):
+def test_poison_under_a_soft_cap(d, wide, more, how):
     bias = torch.linspace(-1, 1, 260, device="cuda").expand(2, 1, 200, 260).clone()
     bias[:, :, :100, 150] = bias[:, :, 101, 30] = -INF
-    options = {"softcap": 3.0, "bias": at_offset(bias.bfloat16(), 0, 264)}
+    options = {"softcap": 3.0, "bias": at_offset(bias if wide else bias.bfloat16(), 0, 264)}
     if more == "alibi":
         options["alibi_slopes"] = torch.linspace(0.01, 0.2, 4, device="cuda")
     if more == "mask":
@@ -198,10 +199,10 @@ def test_plan(dtype):
         for options in more:
             assert_gradients_alike(*gradients(*x, bias=of, **options))
     full = bias.repeat(2, 1, 1, 1)
-    assert flashgqa.explain(*x, backward=True, bias=full)["kernel"] == name
+    for of, options in itertools.product((bias, full), ({}, *more)):
+        assert flashgqa.explain(*x, backward=True, bias=of, **options)["kernel"] == name
     for given, more, reason in (
-        (bias, {}, "gradient of a shared bias"),
-        (full, {"softcap": 3.0}, "gradient of a bias with softcap"),
+        (full[:, :, :1], {}, "query rows or keys share"),
         (full.double(), {}, "neither float32 nor of q's dtype"),
     ):
         plan = flashgqa.explain(*x, backward=True, bias=given, **more)

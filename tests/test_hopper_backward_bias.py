@@ -223,20 +223,19 @@ def test_a_bias_that_is_not_finite(d, value):
 def test_plan(d, dtype):
     x = inputs(2, 8, 2, 304, 304, d - 8, dtype=dtype)
     name = backward_row(dtype, d)
-    bias, slopes = random(1, 8, 304, 304, dtype=dtype), torch.rand(8, device="cuda")
+    bias = random(1, 8, 304, 304, dtype=dtype)
     assert_gradients_alike(*gradients(*x, bias=bias))
-    mask = torch.ones(304, 304, dtype=torch.bool, device="cuda")
     odd = random(1, 8, 304, 305, dtype=dtype)[..., :304]
     for of, drops in itertools.product((bias, bias.repeat(2, 1, 1, 1), bias[0, 0]), ({}, {"dropout_p": 0.5, "seed": 1})):
         assert flashgqa.explain(*x, backward=True, bias=of, **drops)["kernel"] == name
     for options, reason in (
-        ({"bias": bias[:, :, :1]}, "query rows share"), ({"softcap": 5.0}, "with softcap"),
-        ({"alibi_slopes": slopes}, "with alibi_slopes"), ({"mask": mask}, "shared bias with a mask"),
-        ({"bias": bias.double()}, "neither float32 nor of q's dtype"), ({"bias": bias.mT}, "side by side"),
+        ({"bias": bias[:, :, :1]}, "query rows or keys share"), ({"bias": bias.double()}, "neither float32 nor of q's dtype"),
     ):
         plan = flashgqa.explain(*x, backward=True, **{"bias": bias, **options})
         assert plan["kernel"] == general("bwd", dtype, d) and reason in dict(plan["refused"])[name]
     assert flashgqa.explain(*x, backward=True, bias=odd)["kernel"] == name
+    plan = flashgqa.explain(*x, backward=True, bias=bias.mT)
+    assert plan["kernel"] == backward_row(dtype, 256) and "side by side" in dict(plan["refused"])[name]
     assert_gradients_alike(*gradients(*x, bias=odd))
     with pytest.raises(NotImplementedError, match="16 bytes"):
         gradients(*x, bias=odd, batch_invariant=True)

@@ -68,22 +68,11 @@ static const char *refuse_terms(const fgqa_problem *p)
 /* The same in the backward: of rows that read a bias by TMA, and of those that read any. */
 static const char *refuse_bias(const fgqa_problem *p, int any)
 {
-    const fgqa_view *bias = &p->view[FGQA_ARG_bias];
-    if (any) {
-        const int shared = p->bias_shape[0] != p->b || p->bias_shape[1] != p->hq || p->bias_shape[2] != p->sq || p->bias_shape[3] != p->sk;
-        return !p->want_dbias ? refuse_terms(p) : p->softcap != 0.0 ? "gradient of a bias with softcap" : shared ? "gradient of a shared bias" : refuse_terms(p);
-    }
-    if (p->softcap != 0.0 && (p->want_dbias || bias->dtype != p->dtype)) { return p->want_dbias ? "gradient of a bias with softcap" : "float32 bias with softcap"; }
-    if (p->view[FGQA_ARG_alibi_slopes].data && (p->want_dbias || bias->dtype != p->dtype)) {
-        return p->want_dbias ? "gradient of a bias with alibi_slopes" : "float32 bias with alibi_slopes";
-    }
-    if (bias->dtype != p->dtype && bias->dtype != FGQA_F32) { return "bias that is neither float32 nor of q's dtype"; }
-    if (bias->stride_d != 1) { return "bias whose keys are not side by side"; }
-    if (!p->want_dbias) { return NULL; }
-    if (p->bias_shape[2] != p->sq) { return "gradient of a bias that query rows share"; }
-    if (p->view[FGQA_ARG_mask].data && (p->bias_shape[0] != p->b || p->bias_shape[1] != p->hq)) { return "gradient of a shared bias with a mask"; }
-    if (p->view[FGQA_ARG_mask].data && bias->dtype == FGQA_F32) { return "gradient of a float32 bias with a mask"; }
-    return bias->dtype != FGQA_F32 && p->sk % 8 != 0 ? "gradient of a bias whose keys are not a multiple of 8" : NULL;
+    const char *reason = refuse_terms(p);
+    if (reason) { return reason; }
+    if (!any && p->view[FGQA_ARG_bias].stride_d != 1) { return "bias whose keys are not side by side"; }
+    const int own = p->bias_shape[2] == p->sq && p->bias_shape[3] == p->sk;
+    return p->want_dbias && !own ? "gradient of a bias that query rows or keys share" : NULL;
 }
 
 /* What rows have that are not general, beside masks by interval, lengths and sinks. */
@@ -92,8 +81,8 @@ typedef struct {
     int all;                /* forward: softcap, ALiBi, a bias and a mask tensor in any mix */
     int keys_mask;          /* a mask tensor that all query rows share */
     int bits;               /* dropout; backward, a mask tensor, too, beside whatever else */
-    int bias;               /* backward, beside neither softcap nor ALiBi, by TMA */
-    int any_bias;           /* backward, whatever is beside it and wherever its elements lie, but without its gradient */
+    int bias;               /* backward, by TMA */
+    int any_bias;           /* backward, wherever its elements lie */
     int natural;            /* decode: softcap and ALiBi, each or both, scores in natural units */
 } row_options;
 
@@ -173,7 +162,7 @@ static int copies_cache(const cuda_kernel *k, const fgqa_problem *p)
 static double saved_by_term_copy(const cuda_kernel *k, const fgqa_problem *p, int which)
 {
     if (which == FGQA_COPY_MASK) { return p->pass == FGQA_PASS_BWD ? 0.3 : 2.3; }
-    return p->pass == FGQA_PASS_BWD ? HUGE_VAL : k->row.d <= 64 ? 0.9 : k->row.d <= 128 ? 0.6 : 0.0;
+    return p->pass == FGQA_PASS_BWD ? HUGE_VAL : k->row.d <= 64 ? 0.9 : k->row.d <= 128 ? 0.6 : 1.8;
 }
 
 /* Which of a bias and a mask are copied to rows on 16 bytes (any/term_copy.h). What has to be the same in every batch must not

@@ -156,14 +156,14 @@ static fgqa_status run_kernel(const fgqa_kernel *kernel, const fgqa_cuda_row *ro
     return options == own_options(row) ? run_request(kernel, &request, memory) : run_if_served(kernel, &request, memory);
 }
 
-/* A row's kernels for options, beside that for none of them. The last set has a bias without its gradient. */
+/* A row's kernels for options, beside that for none of them. */
 static fgqa_status run_options(const fgqa_kernel *kernel, const fgqa_cuda_row *row, const warmup_memory *memory)
 {
     static const int32_t sets[] = {WITH_BIAS, WITH_SOFTCAP, WITH_ALIBI, WITH_SOFTCAP | WITH_BIAS, WITH_SOFTCAP | WITH_ALIBI,
                                    WITH_MASK, WITH_DROPOUT, WITH_DROPOUT | WITH_MASK, WITH_DROPOUT | WITH_BIAS, WITH_BIAS | WITH_MASK,
                                    WITH_DROPOUT | WITH_BIAS | WITH_MASK, WITH_WIDE_BIAS, WITH_DROPOUT | WITH_WIDE_BIAS,
                                    WITH_DROPOUT | WITH_SOFTCAP, WITH_DROPOUT | WITH_ALIBI, WITH_DROPOUT | WITH_SOFTCAP | WITH_ALIBI,
-                                   WITH_CAUSAL, WITH_SOFTCAP | WITH_BIAS | WITH_MASK};
+                                   WITH_CAUSAL, WITH_SOFTCAP | WITH_WIDE_BIAS};
     for (size_t n = 0; n < sizeof sets / sizeof sets[0]; n++) {
         const int again = (sets[n] & WITH_WIDE_BIAS) == WITH_WIDE_BIAS && !has_narrow_bias(row);
         if (sets[n] != own_options(row) && !again) { FGQA_TRY(run_kernel(kernel, row, memory, (warmup_call){ROWS, KEYS, 0, sets[n]})); }

@@ -220,14 +220,15 @@ static void check_row(const fgqa_kernel *kernel)
     RAN(DROPOUT | MASK);
     RAN(DROPOUT | SOFTCAP);
     RAN(DROPOUT | ALIBI);
+    RAN(BIAS | DBIAS);
     if (FGQA_BWD_HAS_BIAS(row->d)) {
-        RAN(BIAS | DBIAS);
         RAN(BIAS | MASK);
-        RAN(SOFTCAP | BIAS | MASK);
         RAN(DROPOUT | BIAS | DBIAS);
         RAN(DROPOUT | BIAS | MASK);
         RAN(WIDE_BIAS | DBIAS);
         RAN(DROPOUT | WIDE_BIAS | DBIAS);
+        RAN(SOFTCAP | BIAS | DBIAS);
+        RAN(SOFTCAP | WIDE_BIAS | DBIAS);
     }
 #undef RAN
 }

@@ -70,18 +70,20 @@ static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
  * a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be missing;
  * CAPPED_AND_BITS beside a soft cap, WIDE_BIAS_AND_BITS beside a float32 bias and without slopes. BIAS_AND_ALL: a bias, of
- * head dim 256 any, of others of q's dtype, beside a soft cap, slopes, a mask tensor and dropout, of which each may be missing. */
+ * head dim 256 any, of others of q's dtype, beside a soft cap, slopes, a mask tensor and dropout, of which each may be missing;
+ * WIDE_BIAS_AND_ALL of float32. */
 enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE, BIAS_AND_DROPOUT, BIAS_AND_DROPOUT_AND_MORE,
-                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_BITS, BIAS_AND_ALL };
-template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == WIDE_BIAS_AND_BITS || KIND == BIAS_AND_ALL;
-template <score_kind KIND> static constexpr bool WIDE_BIAS = KIND == WIDE_BIASED || KIND == WIDE_BIAS_AND_BITS;
+                  ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_BITS, BIAS_AND_ALL, WIDE_BIAS_AND_ALL };
+template <score_kind KIND> static constexpr bool BIAS_IN_MIX = KIND == BIAS_AND_ALL || KIND == WIDE_BIAS_AND_ALL;
+template <score_kind KIND> static constexpr bool ANY_BITS = KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == WIDE_BIAS_AND_BITS || BIAS_IN_MIX<KIND>;
+template <score_kind KIND> static constexpr bool WIDE_BIAS = KIND == WIDE_BIASED || KIND == WIDE_BIAS_AND_BITS || KIND == WIDE_BIAS_AND_ALL;
 template <score_kind KIND> static constexpr bool STORES_DBIAS = KIND == BIAS_AND_MORE || KIND == BIAS_AND_DROPOUT_AND_MORE;       /* in the place of the bias, until TMA has stored it */
 template <score_kind KIND> static constexpr bool HAS_MASK = KIND == MASK_TENSOR || KIND == MASK_AND_DROPOUT || ANY_BITS<KIND> || STORES_DBIAS<KIND>;
 template <score_kind KIND> static constexpr bool DROPS = KIND == DROPOUT || KIND == MASK_AND_DROPOUT || KIND == BIAS_AND_DROPOUT || KIND == BIAS_AND_DROPOUT_AND_MORE || ANY_BITS<KIND>;
 template <score_kind KIND> static constexpr bool HAS_BITS = HAS_MASK<KIND> || DROPS<KIND>;
 template <score_kind KIND> static constexpr bool WITH_CAP = KIND == CAPPED || KIND == CAPPED_ALIBI || KIND == CAPPED_AND_BITS;
-template <score_kind KIND> static constexpr bool SLOPED = WITH_CAP<KIND> || KIND == BIAS_AND_ALL;      /* what dS is made of is not P */
-template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || KIND == BIAS_AND_ALL;
+template <score_kind KIND> static constexpr bool SLOPED = WITH_CAP<KIND> || BIAS_IN_MIX<KIND>;      /* what dS is made of is not P */
+template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || KIND == CAPPED_ALIBI || KIND == ALIBI_AND_BITS || KIND == CAPPED_AND_BITS || BIAS_IN_MIX<KIND>;
 template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND> || WIDE_BIAS<KIND> || KIND == BIAS_AND_ALL;
 template <score_kind KIND> static constexpr bool BIAS_BY_TMA = HAS_BIAS<KIND> && D != 256;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
@@ -102,7 +104,7 @@ struct bwd_params {
     int32_t mask_vectors;                                        /* eight elements of a row start on 8 bytes */
     float inv_dropout_scale;
     CUtensorMap bias_map, dbias_map;                             /* dims (key, head, row, batch); box 64 keys (float32: 32) x 64 rows */
-    int32_t some_dbias, vector_dbias;                            /* pairs or eights of elements are aligned */
+    int32_t some_dbias, vector_dbias;                            /* rows, up to head dim 128, or pairs or eights of elements are aligned */
     float score_scale;                                           /* of scores, or with a soft cap the cap, beside a bias; without dropout's, which dK and dQ have */
     float dbias_scale;                                           /* dropout's */
 };
@@ -133,7 +135,10 @@ template <typename E> static __device__ __forceinline__ uint32_t finite_or_zero(
 #include "bwd_queries.cuh"
 #else
 #include "bwd_pair.cuh"
+#endif
 #include "bwd_dbias.cuh"
+#if FGQA_D == 256
+#include "bwd_dbias_wide.cuh"
 #endif
 
 template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREADS, 1) bwd_kernel(const __grid_constant__ bwd_params p)
@@ -150,7 +155,7 @@ template <bool MASKED, score_kind KIND> __global__ void __launch_bounds__(THREAD
         prefetch_tensormap(&p.dout_map);
         if (DROPS<KIND>) { sm.dropout = dropout_key_make(p.common.problem); }
         if (BIAS_BY_TMA<KIND>) { prefetch_tensormap(&p.bias_map); }
-        if (KIND == BIAS_AND_ALL) { sm.capped = p.in_caps > 0.0f; }
+        if (BIAS_IN_MIX<KIND>) { sm.capped = p.in_caps > 0.0f; }
         mbarrier_init(smem_address(&sm.task_full), 1);
         mbarrier_init(smem_address(&sm.task_free), (D == 256 ? 1 : 3) + CONSUMERS / 32);
         mbarrier_init(smem_address(&sm.k_full), 1);
@@ -199,7 +204,7 @@ static bool skips_tiles(const fgqa_problem *problem)
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[6], bias_and_all_state;
+    static launch_state plain_state, masked_state, capped_state, alibi_state, capped_alibi_state, alibi_and_bits_state, capped_and_bits_state, bits_states[4], bias_states[6], bias_and_all_states[2];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const int32_t device = problem->device.index;
     int multiprocessors = 1;
@@ -246,9 +251,11 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
         p.dbias_scale = p.common.dropout_scale;
         p.common.scale *= p.common.dropout_scale;                /* of dK and dQ: that of scores is scale_log2 */
     }
+    const fgqa_view &dbias = problem->view[FGQA_ARG_dbias];
+    const bool shared_bias = problem->bias_shape[0] != problem->b || problem->bias_shape[1] != problem->hq;
+    bool sums_dbias = dbias.data && (shared_bias || capped);
     if (D == 256 && problem->view[FGQA_ARG_bias].data) {
-        const fgqa_view &dbias = problem->view[FGQA_ARG_dbias];
-        p.some_dbias = dbias.data != NULL;
+        p.some_dbias = dbias.data && !sums_dbias;
         p.vector_dbias = (uintptr_t)dbias.data % 16 == 0 && problem->sk % 8 == 0;
         if (p.some_dbias && skips_tiles(problem)) {
             const int64_t elements = (int64_t)problem->b * problem->hq * problem->sq * problem->sk;
@@ -256,7 +263,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
             if (error != cudaSuccess) { return error; }
         }
         kernel = bwd_kernel<true, D == 256 ? BIAS_AND_ALL : PLAIN>;
-        state = &bias_and_all_state;
+        state = &bias_and_all_states[0];
     } else if (capped && bits) {
         kernel = bwd_kernel<true, CAPPED_AND_BITS>;
         state = &capped_and_bits_state;
@@ -277,26 +284,28 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     }
 #endif
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
-    bool sums_dbias = false;
     if (problem->view[FGQA_ARG_bias].data) {
         const bool wide = problem->view[FGQA_ARG_bias].dtype == FGQA_F32;
         const fgqa_map_box box = {wide ? 32 : 64, 1, 64};
-        const bool wanted = problem->view[FGQA_ARG_dbias].data != NULL;
-        sums_dbias = wanted && (wide || problem->bias_shape[0] != problem->b || problem->bias_shape[1] != problem->hq);
+        const bool wanted = dbias.data != NULL;
+        p.vector_dbias = problem->sk % 8 == 0;
+        sums_dbias |= wanted && (wide || slopes || !p.vector_dbias);
         p.some_dbias = wanted && !sums_dbias;
         error = fgqa_tensor_map(&p.bias_map, problem, FGQA_ARG_bias, box);
-        if (error == cudaSuccess && wanted && !wide) { error = fgqa_tensor_map(&p.dbias_map, problem, FGQA_ARG_dbias, box); }
+        if (error == cudaSuccess && wanted && !wide && p.vector_dbias) {
+            error = fgqa_tensor_map(&p.dbias_map, problem, FGQA_ARG_dbias, box);
+        }
         if (error == cudaSuccess && p.some_dbias && skips_tiles(problem)) {
             const int64_t elements = (int64_t)problem->b * problem->hq * problem->sq * problem->sk;
-            error = cudaMemsetAsync(problem->view[FGQA_ARG_dbias].data, 0, (size_t)elements * sizeof(T), stream);
+            error = cudaMemsetAsync(dbias.data, 0, (size_t)elements * sizeof(T), stream);
         }
         if (error != cudaSuccess) { return error; }
         const bool more = some_mask || p.some_dbias;
         kernel = drops ? more ? bwd_kernel<true, BIAS_AND_DROPOUT_AND_MORE> : bwd_kernel<true, BIAS_AND_DROPOUT> : more ? bwd_kernel<true, BIAS_AND_MORE> : bwd_kernel<true, BIASED>;
         state = &bias_states[2 * drops + more];
         if (capped || slopes) {
-            kernel = bwd_kernel<true, BIAS_AND_ALL>;
-            state = &bias_and_all_state;
+            kernel = wide ? bwd_kernel<true, WIDE_BIAS_AND_ALL> : bwd_kernel<true, BIAS_AND_ALL>;
+            state = &bias_and_all_states[wide];
         } else if (wide) {
             kernel = bits ? bwd_kernel<true, WIDE_BIAS_AND_BITS> : bwd_kernel<true, WIDE_BIASED>;
             state = &bias_states[4 + bits];
@@ -315,10 +324,8 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #if FGQA_D == 256
     if (error == cudaSuccess) { error = finish(p, device, multiprocessors, stream); }
 #endif
-#if FGQA_BWD_HAS_BIAS(FGQA_D)
     p.some_dbias |= sums_dbias;
     if (error == cudaSuccess && sums_dbias) { error = sum_dbias(p, device, multiprocessors, stream); }
-#endif
     if (error == cudaSuccess && p.w.splits > 1) { error = fgqa_bwd_reduce(problem, &p.w, D, DV, stream); }
     if (error == cudaSuccess && capped) { error = fgqa_bwd_poison(problem, &p.w, stream); }
     if (error == cudaSuccess && problem->view[FGQA_ARG_dsink].data) { error = fgqa_bwd_dsink(problem, &p.w, stream); }

@@ -11,14 +11,15 @@
 /* Of a step and a lane: slope of the head, as of its tile; diag(i) - j of the lane's first row and key. */
 struct alibi_lane { float slope, first; };
 
+static __device__ __forceinline__ alibi_lane alibi_of_lane(const alibi_tile &tile, int consumer, int thread)
+{
+    return {tile.slope, (float)(tile.first + thread % 4 * 2 - (consumer * 64 + thread / 32 * 16 + thread % 32 / 4))};
+}
+
 template <score_kind KIND> static __device__ __forceinline__ alibi_lane alibi_of_lane(const shared &sm, uint32_t stage, int consumer, int thread)
 {
     alibi_lane alibi = {};
-    if constexpr (WITH_ALIBI<KIND>) {
-        const alibi_tile tile = sm.alibi[stage];
-        alibi.slope = tile.slope;
-        alibi.first = (float)(tile.first + thread % 4 * 2 - (consumer * 64 + thread / 32 * 16 + thread % 32 / 4));
-    }
+    if constexpr (WITH_ALIBI<KIND>) { alibi = alibi_of_lane(sm.alibi[stage], consumer, thread); }
     return alibi;
 }
 

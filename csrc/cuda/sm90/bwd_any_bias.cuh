@@ -2,20 +2,18 @@
  *
  *     x = scale S, or its soft cap, + bias - slope |diag(i) - j|    P = 2^(log2(e) (x - base) - lse2)
  *
- * bases: bwd_bias.cuh. Head dims 64 and 128: of q's dtype, by TMA as there. Head dim 256, where tiles find no room beside those of Q, K, V
+ * bases: bwd_bias.cuh. Head dims 64 and 128: by TMA as there. Head dim 256, where tiles find no room beside those of Q, K, V
  * and dO: of q's dtype or float32, wherever its elements lie; lanes read those of their own scores from global memory, while products are
  * made. There a bias of -inf hides keys, where that is not arithmetic, as a mask tensor does.
  */
 #pragma once
 
-/* S -> pairs of P and of P (1 - t^2), which without a soft cap is P. bases: of the 64 rows; NULL: 0. */
+/* S -> x - base, and, with a soft cap, t. bases: of the 64 rows; NULL: 0. */
 template <int WORDS>
-static __device__ __forceinline__ void biased_weights(uint32_t (&weights)[16], uint32_t (&sloped)[16], float (&s)[32], const uint32_t (&bias)[WORDS], const float4 (&lse2)[4],
-                                                      const bwd_params &p, const alibi_lane &alibi, const float *bases)
+static __device__ __forceinline__ void biased_scores(float (&x)[32], float (&s)[32], const uint32_t (&bias)[WORDS], const bwd_params &p,
+                                                     const alibi_lane &alibi, const float *bases)
 {
-    const bool capped = p.in_caps > 0.0f;
-    if (capped) { cap_scores(s, p.in_caps); }
-    float x[32];
+    if (p.in_caps > 0.0f) { cap_scores(s, p.in_caps); }
 #pragma unroll
     for (int n = 0; n < 16; n++) {
         const float2 pair = bias_pair(bias, n);
@@ -27,6 +25,16 @@ static __device__ __forceinline__ void biased_weights(uint32_t (&weights)[16], u
         for (int n = 0; n < 32; n++) { x[n] = fmaf(-alibi.slope, fabsf(alibi.first + (float)(8 * (n / 4 - n / 2 % 2) + n % 2)), x[n]); }
     }
     if (bases) { lower_scores(x, bases); }
+}
+
+/* S -> pairs of P and of P (1 - t^2), which without a soft cap is P. */
+template <int WORDS>
+static __device__ __forceinline__ void biased_weights(uint32_t (&weights)[16], uint32_t (&sloped)[16], float (&s)[32], const uint32_t (&bias)[WORDS], const float4 (&lse2)[4],
+                                                      const bwd_params &p, const alibi_lane &alibi, const float *bases)
+{
+    const bool capped = p.in_caps > 0.0f;
+    float x[32];
+    biased_scores(x, s, bias, p, alibi, bases);
 #pragma unroll
     for (int n = 0; n < 32; n++) { x[n] = ex2(fmaf(x[n], (float)FGQA_LOG2E, -of_row(lse2, n / 4, n % 2))); }
 #pragma unroll
@@ -39,15 +47,16 @@ static __device__ __forceinline__ void biased_weights(uint32_t (&weights)[16], u
 
 #if FGQA_D == 256
 
-/* Of the transposed scores of 64 keys and of 64 rows from row0 on: word 4 n + 2 half + e is that of register 4 n + 2 half + e. What does
- * not exist has the element of the last row or key: nobody asks what comes of it. */
-static __device__ __forceinline__ void load_bias_of_keys(uint32_t (&words)[32], const fgqa_problem &problem, const task &t, int32_t head, int32_t row0, int key)
+/* Of the transposed scores of keys from j on and of 64 rows from row0 on: word 4 n + 2 half + e is that of register 4 n + 2 half + e.
+ * What does not exist has the element of the last row or key: nobody asks what comes of it. */
+static __device__ __forceinline__ void load_bias_of_keys(uint32_t (&words)[32], const fgqa_problem &problem, int32_t b, int32_t head, int32_t row0,
+                                                         int32_t j)
 {
     const fgqa_view &bias = problem.view[FGQA_ARG_bias];
-    const int32_t first = row0 + (int32_t)(thread_index() % 4) * 2, j = t.n * BLOCK_K + key, last = problem.sk - 1;
+    const int32_t first = row0 + (int32_t)(thread_index() % 4) * 2, last = problem.sk - 1;
     const bool wide = bias.dtype == FGQA_F32;
     const int64_t bytes = wide ? 4 : 2, step = bias.stride_s * bytes;
-    const char *const row = fgqa_row_address(bias, bytes, t.b, head, 0);
+    const char *const row = fgqa_row_address(bias, bytes, b, head, 0);
     const char *const from[2] = {row + min(j, last) * bias.stride_d * bytes, row + min(j + 8, last) * bias.stride_d * bytes};
 #pragma unroll
     for (int n = 0; n < 16; n++) {

@@ -6,7 +6,8 @@
  * whose LSE is so large that it holds no digits of their sum have a base other than 0, from which lse2 counts (bwd_delta_tiled.cu); x is
  * rounded as it was in the forward pass. Tiles without such rows do not ask.
  * The gradient of one of q's dtype, if it is asked for and not shared, takes the tile's place: dS as it is rounded for dK and dQ, transposed
- * once more, and stored by TMA. Tiles that nobody sees are cleared before. Of others bwd_dbias.cuh makes it, of float32 ones without a mask.
+ * once more, and stored by TMA. Tiles that nobody sees are cleared before. Of others, and beside a soft cap or slopes, bwd_dbias.cuh
+ * makes it.
  * A bias of -inf hides a key whatever its score is. Of finite numbers that is arithmetic; where dO, Q, K or V hold others, weights and
  * dS of such keys are set to 0 once more.
  */
@@ -158,8 +159,8 @@ static __device__ __forceinline__ void free_dbias(const bwd_params &p, uint64_t 
     mbarrier_arrive(smem_address(empty));
 }
 
-/* By a warp that has read a float32 tile. */
-static __device__ __forceinline__ void free_wide_bias(uint64_t *empty)
+/* By a warp that has read a tile, and put nothing in its place. */
+static __device__ __forceinline__ void free_bias(uint64_t *empty)
 {
     fence_proxy_async();                                             /* what has been read before what TMA writes */
     __syncwarp();
@@ -172,7 +173,7 @@ template <score_kind KIND, int WORDS> static __device__ __forceinline__ void tak
     const uint32_t slot = bias_slot<KIND>(half, r.stage, consumer);
     mbarrier_wait(smem_address(&sm.bias_full[slot]), bias_parity<KIND>(half, r));
     read_bias(words, bias_tile<KIND>(sm, slot, consumer));
-    if (WIDE_BIAS<KIND> && !hides_by_bias(state)) { free_wide_bias(&sm.bias_empty[slot]); }
+    if (WIDE_BIAS<KIND> && !hides_by_bias(state)) { free_bias(&sm.bias_empty[slot]); }
 }
 #endif
 

@@ -61,13 +61,14 @@ static __device__ __forceinline__ bit_place place_of_mask()
 }
 
 /* For the 64 rows from `row0` on of a query head. Rows that do not exist have the bytes of the last one: nobody asks what comes of it. */
-static __device__ __forceinline__ mask_bytes load_mask_bytes(const bwd_params &p, const task &t, int32_t head, int32_t row0, int consumer, int thread)
+static __device__ __forceinline__ mask_bytes load_mask_bytes(const bwd_params &p, int32_t b, int32_t key_tile, int32_t head, int32_t row0,
+                                                             int consumer, int thread)
 {
     const fgqa_problem &problem = p.common.problem;
     const fgqa_view &mask = problem.view[FGQA_ARG_mask];
     const bit_place place = place_of_mask();
-    const int32_t key = t.n * BLOCK_K + consumer * 64 + thread / 32 * 16, first = key + 8 * place.block, count = problem.sk - first;
-    const char *const from = fgqa_row_address(mask, 1, t.b, head, 0) + first * mask.stride_d;
+    const int32_t key = key_tile * BLOCK_K + consumer * 64 + thread / 32 * 16, first = key + 8 * place.block, count = problem.sk - first;
+    const char *const from = fgqa_row_address(mask, 1, b, head, 0) + first * mask.stride_d;
     mask_bytes bytes = {};
     if (p.mask_vectors && key + 16 <= problem.sk) {
 #pragma unroll
@@ -90,6 +91,11 @@ static __device__ __forceinline__ mask_bytes load_mask_bytes(const bwd_params &p
         for (int k = 0; k < 8; k++) { bytes.x[n][k / 4] |= x[k] << 8 * (k % 4); }
     }
     return bytes;
+}
+
+static __device__ __forceinline__ mask_bytes load_mask_bytes(const bwd_params &p, const task &t, int32_t head, int32_t row0, int consumer, int thread)
+{
+    return load_mask_bytes(p, t.b, t.n, head, row0, consumer, thread);
 }
 
 static __device__ __forceinline__ lane_bits bits_of_mask(const mask_bytes &bytes)

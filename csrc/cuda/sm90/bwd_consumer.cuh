@@ -43,7 +43,7 @@ template <score_kind KIND> static __device__ __forceinline__ void clean_rows(sha
 #pragma unroll 1
     for (int n = thread; n < (int)sizeof(sm.q[0]) / 16; n += CONSUMERS) {
         clean_piece(smem_address(sm.dout[stage]) + 16 * n);
-        if ((WITH_CAP<KIND> || (KIND == BIAS_AND_ALL && sm.capped)) && isfinite(sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)])) { continue; }
+        if ((WITH_CAP<KIND> || (BIAS_IN_MIX<KIND> && sm.capped)) && isfinite(sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)])) { continue; }
         if (clean_piece(smem_address(sm.q[stage]) + 16 * n)) { sm.lse2[stage][bwd_stats_slot(n / 8 % BLOCK_Q)] = NAN; }
     }
     fence_proxy_async();
@@ -164,7 +164,7 @@ template <score_kind KIND> static __device__ __forceinline__ void leave_bias(con
         store_dbias<KIND>(p, bias_tile<KIND>(sm, slot, consumer), &sm.bias_empty[slot], own, gradients, consumer);
     }
     if constexpr (WIDE_BIAS<KIND>) {
-        if (hides_by_bias(state)) { free_wide_bias(&sm.bias_empty[slot]); }
+        if (hides_by_bias(state)) { free_bias(&sm.bias_empty[slot]); }
     } else if constexpr (!STORES_DBIAS<KIND>) {
         __syncwarp();
         if (thread_index() % 32 == 0) { mbarrier_arrive(smem_address(&sm.bias_empty[slot])); }

@@ -146,7 +146,7 @@ template <bool MASKED, score_kind KIND> static __device__ void consume(const bwd
         const int32_t j0 = t.n * BLOCK_K;
         const int last = (int)thread_index() & 127, last_lane = last % 32, last_key = consumer * 64 + last / 32 * 16 + last_lane / 4;
         if (MASKED && state & CARE_POISON) { add_poison<KIND>(p, t, last_key, last_lane, dv); }
-        const bool capped = WITH_CAP<KIND> || (KIND == BIAS_AND_ALL && p.in_caps > 0.0f);
+        const bool capped = WITH_CAP<KIND> || (BIAS_IN_MIX<KIND> && p.in_caps > 0.0f);
         if (capped) {
             note_poison(p, t, state & KEYS_POISONED, last_key / FGQA_BWD_KEYS_A_WORD, last_lane, dk);
         } else if (MASKED && state & KEYS_POISONED) {

@@ -61,7 +61,7 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     if constexpr (HAS_BIAS<KIND>) {
         uint32_t bias[WIDE_BIAS<KIND> ? 32 : 16];
         take_bias<KIND>(bias, sm, r, 0, consumer, state);
-        if constexpr (KIND == BIAS_AND_ALL) {
+        if constexpr (BIAS_IN_MIX<KIND>) {
             const float *bases = sm.about[r.stage].y & CARE_BASES ? bases_of(p, sm, r.stage) : NULL;
             biased_weights(weights, sloped, s, bias, lse2, p, alibi_of_lane<KIND>(sm, r.stage, consumer, thread), bases);
         } else {

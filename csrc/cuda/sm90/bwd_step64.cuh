@@ -88,11 +88,11 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
 
     wgmma_wait<EARLY_DQ<KIND> ? 2 : 1>();
     if (DROPS<KIND>) { kept_a = DRAWS_AHEAD<KIND> ? ahead.kept[0] : bits_of_blocks(drawn); }
-    if constexpr (HAS_BIAS<KIND> && KIND != BIAS_AND_ALL) {
+    if constexpr (HAS_BIAS<KIND> && !BIAS_IN_MIX<KIND>) {
         add_bias(s_a, bias, p.score_scale);
         if (lowers) { lower_scores(s_a, bases_of(p, sm, r.stage)); }
     }
-    if constexpr (KIND == BIAS_AND_ALL) {
+    if constexpr (BIAS_IN_MIX<KIND>) {
         biased_weights(weights_a, sloped_a, s_a, bias, lse2, p, alibi, lowers ? bases_of(p, sm, r.stage) : NULL);
     } else if (WITH_CAP<KIND>) {
         capped_weights<KIND>(weights_a, sloped_a, s_a, lse2, p, alibi);
@@ -153,13 +153,13 @@ template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void s
     wgmma_wait<EARLY_DQ<KIND> ? 3 : 2>();
     if constexpr (HAS_BIAS<KIND>) {
         if (STORES_DBIAS<KIND> && thread == 0) { free_dbias(p, &sm.bias_empty[0]); }
-        if (KIND != BIAS_AND_ALL) {
+        if (!BIAS_IN_MIX<KIND>) {
             add_bias(s_b, bias, p.score_scale);
             if (lowers) { lower_scores(s_b, bases_of(p, sm, r.stage) + HALF); }
         }
     }
     if (DROPS<KIND>) { kept_b = DRAWS_AHEAD<KIND> ? ahead.kept[1] : bits_of_blocks(drawn); }
-    if constexpr (KIND == BIAS_AND_ALL) {
+    if constexpr (BIAS_IN_MIX<KIND>) {
         biased_weights(weights_b, sloped_b, s_b, bias, lse2, p, alibi, lowers ? bases_of(p, sm, r.stage) + HALF : NULL);
     } else if (WITH_CAP<KIND>) {
         capped_weights<KIND>(weights_b, sloped_b, s_b, lse2, p, alibi);

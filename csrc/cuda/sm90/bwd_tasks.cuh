@@ -19,7 +19,7 @@ struct task {
     fgqa_mask mask;
 };
 
-/* With ALiBi: of a query tile of one head, the slope, times log2(e) but with BIAS_AND_ALL; diag(i) - j of its first row and the key tile's
+/* With ALiBi: of a query tile of one head, the slope, times log2(e) but where BIAS_IN_MIX; diag(i) - j of its first row and the key tile's
  * first key. */
 struct alibi_tile { float slope; int32_t first; };
 
@@ -251,12 +251,17 @@ template <score_kind KIND> static __device__ __forceinline__ int2 about_tile(con
     return about;
 }
 
-template <score_kind KIND> static __device__ __forceinline__ alibi_tile alibi_of_tile(const bwd_params &p, const task &t, const walk<true> &at)
+/* No slopes: 0. */
+static __device__ __forceinline__ float slope_of_head(const bwd_params &p, int32_t b, int32_t head)
 {
     const fgqa_view &slopes = p.common.problem.view[FGQA_ARG_alibi_slopes];
-    float slope = 0.0f;
-    if (!ANY_BITS<KIND> || slopes.data) { slope = load_float(slopes.data, t.b * slopes.stride_b + (t.kv_head * p.common.problem.g + at.head) * slopes.stride_h, slopes.dtype); }
-    return {KIND == BIAS_AND_ALL ? slope : slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
+    return slopes.data ? load_float(slopes.data, b * slopes.stride_b + head * slopes.stride_h, slopes.dtype) : 0.0f;
+}
+
+template <score_kind KIND> static __device__ __forceinline__ alibi_tile alibi_of_tile(const bwd_params &p, const task &t, const walk<true> &at)
+{
+    const float slope = slope_of_head(p, t.b, t.kv_head * p.common.problem.g + at.head);
+    return {BIAS_IN_MIX<KIND> ? slope : slope * (float)FGQA_LOG2E, at.tile * BLOCK_Q + t.mask.diag - t.n * BLOCK_K};
 }
 
 #if FGQA_BWD_HAS_BIAS(FGQA_D)

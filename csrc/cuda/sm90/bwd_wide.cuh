@@ -71,7 +71,7 @@ template <bool MASKED, score_kind KIND, role OWN_ROLE> static __device__ __force
             uint32_t bias[32];
             const float *bases = NULL;
             if constexpr (HAS_BIAS<KIND> && OWN_ROLE == VALUES) {
-                load_bias_of_keys(bias, p.common.problem, t, head, row0, key);
+                load_bias_of_keys(bias, p.common.problem, t.b, head, row0, t.n * BLOCK_K + key);
                 prefetch_bias_of_keys(p.common.problem, t, sm.heads[r.stage].y, sm.about[r.stage].z, thread);
                 if (sm.about[r.stage].y & CARE_BASES) { bases = p.w.bases + (int64_t)sm.q_tile[r.stage] * BLOCK_Q; }
             }
