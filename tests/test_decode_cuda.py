@@ -342,9 +342,10 @@ def test_launches_see_what_came_before(b, hk, g, sq, sk, lengths):
         assert torch.equal(out, expected)
 
 
-def test_streams_side_by_side():
+@pytest.mark.parametrize("shapes", [((3, 4, 8, 1, 50000), (1, 1, 32, 1, 9000)), ((2, 1, 32, 4, 30000), (16, 1, 32, 4, 2048))])
+def test_streams_side_by_side(shapes):
     """Blocks of a launch wait for each other; those of two launches, of which the card holds one at a time, do not."""
-    calls = [inputs(3, 4, 8, 1, 50000), inputs(1, 1, 32, 1, 9000)]
+    calls = [inputs(*shape) for shape in shapes]
     expected = [flashgqa.attention(*call) for call in calls]
     streams, wrong = [torch.cuda.Stream() for _ in calls], torch.zeros(2, dtype=torch.int64, device="cuda")
     torch.cuda.synchronize()
