@@ -17,9 +17,10 @@ PROGRAMS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 CORE = sorted((ROOT / "csrc" / "core").glob("*.c"))
 # What a test links besides the core.
 MORE_SOURCES = {
+    "test_backward_shift": ["csrc/cuda/bwd_plan.c"],
     "test_threads": ["csrc/cpu/threads.c", "csrc/cpu/thread_count.c", "csrc/cpu/openmp.c"],
     "test_threads_team": ["csrc/cpu/threads.c", "csrc/cpu/thread_count.c"],
-    "test_warmup": [f"csrc/cuda/{name}.c" for name in ("launch", "properties", "tile_height", "warmup")],
+    "test_warmup": [f"csrc/cuda/{name}.c" for name in ("bwd_plan", "launch", "properties", "tile_height", "warmup")],
     "test_xla": ["csrc/xla/handler.c", "csrc/cpu/memory.c", "csrc/cuda/absent.c"],
     "test_xla_cuda": ["csrc/xla/handler.c", "csrc/cpu/memory.c"],
 }

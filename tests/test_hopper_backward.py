@@ -17,16 +17,17 @@ pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capabil
 DIMS = [64, 128, 256]
 
 
-def backward_row(dtype, d, arch=90):
-    return row_for(dtype, d, d, arch, "bwd")
+def backward_row(dtype, d, arch=90, variant="plain"):
+    return row_for(dtype, d, d, arch, "bwd", variant)
 
 
-def gradients(q, k, v, arch=90, dout=None, **options):
+def gradients(q, k, v, arch=90, dout=None, variant="plain", **options):
     """By the Hopper row, from results of whichever forward kernel is the fastest."""
     forward = {key: value for key, value in options.items() if key not in ("deterministic",)}
     out, lse = flashgqa.attention(q, k, v, return_lse=True, **forward)
     dout = random(*out.shape, dtype=q.dtype, seed=9) if dout is None else dout
-    return flashgqa.attention_backward(dout, q, k, v, out, lse, kernel=backward_row(q.dtype, q.shape[-1], arch), **options)[:3]
+    kernel = backward_row(q.dtype, q.shape[-1], arch, variant)
+    return flashgqa.attention_backward(dout, q, k, v, out, lse, kernel=kernel, **options)[:3]
 
 
 def assert_gradients_alike(got, expected):
@@ -137,6 +138,41 @@ def test_any_order_is_taken_where_few_tasks_would_wait_for_each_other(d):
             assert_gradients_alike(free, ordered)
         else:
             assert all(torch.equal(a, b) for a, b in zip(free, ordered, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("d", [64, 128])
+def test_walks_of_few_tasks_begin_apart(d, causal, dtype):
+    """All key tiles or the first ones, a step or two apart; parts; other lengths of queries and keys. What they end with has sums
+    of its own, which `deterministic=False` does without."""
+    shapes = (1, 4, 4, 4096, 4096), (1, 8, 2, 2048, 3000), (1, 1, 1, 5000, 8192), (2, 3, 1, 4100, 2000), (1, 4, 2, 8192, 8192)
+    for b, hq, hk, sq, sk in shapes:
+        x = inputs(b, hq, hk, sq, sk, d, dtype=dtype)
+        options = dict(causal=causal)
+        scratch = [flashgqa.explain(*x, backward=True, deterministic=n, **options)["workspace_bytes"] for n in (True, False)]
+        assert scratch[0] > scratch[1]
+        expected, got = gradients(*x, arch=80, **options), gradients(*x, **options)
+        assert_gradients_alike(got, expected)
+        for _ in range(3):
+            assert all(torch.equal(a, b) for a, b in zip(gradients(*x, **options), got, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 20.0}, {"dropout_p": 0.1, "seed": 3}], ids=str)
+@pytest.mark.parametrize("d", [64, 128])
+def test_poison_under_walks_that_begin_apart(d, options):
+    """inf and NaN in rows of dO that the first and the last steps of walks come to; other kernels than the plain ones."""
+    x = inputs(2, 4, 2, 3000, 4000, d, dtype=torch.bfloat16)
+    dout = random(2, 4, 3000, d, dtype=torch.bfloat16, seed=9)
+    clean = gradients(*x, dout=dout, **options)
+    reference = dict(options, arch=80, variant="general")
+    assert_gradients_alike(clean, gradients(*x, dout=dout, **reference))
+    for row in (2, 1500, 2990):
+        dout[1, 1, row, row % d] = (float("nan"), float("inf"))[row % 4 // 2]
+    got, expected = gradients(*x, dout=dout, **options), gradients(*x, dout=dout, **reference)
+    if "dropout_p" not in options:
+        assert_poison_alike(got, expected, clean)
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(got, clean, strict=True))
 
 
 @pytest.mark.parametrize("group", [1, 4])

@@ -516,7 +516,7 @@ int fgqa_cuda_any_order(const fgqa_plan *plan, const fgqa_problem *problem)
     fgqa_cuda_properties device = {0, 0, 0, 0, 0};
     if (problem->pass != FGQA_PASS_BWD || k->row.arch != HOPPER) { return 0; }
     (void)fgqa_cuda_device_properties(problem->device.index, &device);      /* refuse() has read it already */
-    return fgqa_bwd_any_order(problem, k->row.d, k->row.block_q, k->row.block_k, plan->splits, device.multiprocessors);
+    return fgqa_bwd_order_of(problem, k->row.d, k->row.block_q, k->row.block_k, plan->splits, device.multiprocessors).any_order;
 }
 
 int32_t fgqa_cuda_shared_memory(const fgqa_kernel *kernel) { return ((const cuda_kernel *)kernel->row)->smem(); }

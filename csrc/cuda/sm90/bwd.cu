@@ -7,7 +7,7 @@
  *
  * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
  * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
- * (bwd_key_tile_at()), so that the bits never change, or (fgqa_bwd_any_order()) as they come; bwd_finish.cuh converts it while
+ * (bwd_key_tile_at(), bwd_shift.h), so that the bits never change, or (fgqa_bwd_order.any_order) as they come; bwd_finish.cuh converts it while
  * later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
@@ -95,10 +95,12 @@ struct bwd_params {
     CUtensorMap q_map, k_map, v_map, dout_map;                   /* dims (column, head, row, batch); box 64 columns x a tile's rows */
     fgqa_params common;
     fgqa_bwd_workspace w;
+    fgqa_bwd_shift shift;
+    float *late_dq;                                              /* bwd_shift.h */
     float scale_log2;                                            /* of scores, with a soft cap in units of it */
     uint32_t sections, band, run;                                /* find_task() */
     int32_t by_head, ordered, foreign_rows;                      /* tiles may reach into padding or the next sequence */
-    struct { uint32_t tiles, band, span, low; } finish;          /* numbered_tile() */
+    struct { uint32_t tiles, band, span, low, late; } finish;    /* numbered_tile() */
     int32_t vector_dq, vector_dk, vector_dv;                            /* rows start on 16 bytes */
     float in_caps;                                               /* scale / softcap */
     int32_t mask_vectors;                                        /* eight elements of a row start on 8 bytes */
@@ -217,15 +219,15 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     if (error == cudaSuccess) { error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); }
     if (error != cudaSuccess) { return error; }
     p.common = fgqa_params_make(problem);
-    fgqa_bwd_workspace_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, workspace, &p.w);
-    const int any_order = fgqa_bwd_any_order(problem, D, BLOCK_Q, BLOCK_K, p.w.splits, multiprocessors);
-    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, D, BLOCK_K, p.w.splits, multiprocessors, any_order);
+    const fgqa_bwd_order order = fgqa_bwd_order_of(problem, D, BLOCK_Q, BLOCK_K, plan->splits, multiprocessors);
+    p.shift = order.shift;
+    (void)fgqa_bwd_shifted_take(problem, BLOCK_Q, BLOCK_K, D, DV, plan->splits, FGQA_BWD_TILED, p.shift, workspace, &p.w, &p.late_dq);
     p.w.chain = order.chain;
     const bool capped = problem->softcap > 0.0;
     p.scale_log2 = (capped ? p.common.softcap : p.common.scale) * (float)FGQA_LOG2E;
     p.score_scale = capped ? p.common.softcap : p.common.scale;
     p.in_caps = fgqa_in_caps(problem);
-    p.ordered = !any_order;
+    p.ordered = !order.any_order;
     p.foreign_rows = problem->varlen || problem->q_lens;
     p.vector_dq = fgqa_view_is_vector(problem, FGQA_ARG_dq);
     p.vector_dk = fgqa_view_is_vector(problem, FGQA_ARG_dk);

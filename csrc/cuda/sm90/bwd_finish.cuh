@@ -6,9 +6,16 @@
 
 static constexpr int UNITS = 16, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
 
+/* Of the place of a part's walks: what they add in their end. */
+static __device__ __forceinline__ float *late_sums(const bwd_params &p, int32_t b, int32_t kv_head, int32_t part, int32_t place)
+{
+    const int64_t section = ((int64_t)b * p.common.problem.hk + kv_head) * p.w.splits + part;
+    return p.late_dq + (section * fgqa_bwd_late_places(&p.shift) + place) * (BLOCK_Q * D);
+}
+
 /* A query tile of one head whose dQ is to be converted. */
 struct dq_tile {
-    const float *sums;
+    const float *sums, *late;                 /* late: of those that come to it in the end of a shifted walk, or NULL */
     const int32_t *turn;
     int32_t b, h, first_row, rows;            /* of dq; rows: 0 if no key tile adds to it, then bwd_delta.cu has written it */
     int32_t complete;                         /* what the tile's word says when all have added */
@@ -20,7 +27,13 @@ static __device__ __forceinline__ dq_tile dq_tile_of(const bwd_params &p, const 
     const int64_t index = bwd_q_tile(p.common.problem, p.w, b, h, sequence.q_row, n);
     fgqa_range key_tiles = {0, 0};
     if (n >= 0 && i0 < end) { key_tiles = bwd_key_tiles(sequence.mask, BLOCK_K, i0, end); }
-    return {p.w.dq + index * (BLOCK_Q * D), p.w.turn + index, b, h, (int32_t)sequence.q_row + i0, key_tiles.begin < key_tiles.end ? end - i0 : 0, key_tiles.end};
+    dq_tile t = {p.w.dq + index * (BLOCK_Q * D), NULL, p.w.turn + index, b, h, (int32_t)sequence.q_row + i0, key_tiles.begin < key_tiles.end ? end - i0 : 0, key_tiles.end};
+    if (p.shift.tiles > 0 && t.rows > 0) {
+        const int32_t group = p.common.problem.g, pairs = (int32_t)p.w.head_tiles * group, pair = n * group + h % group, place = (pairs - 1 - pair) / p.w.splits;
+        t.complete = fgqa_bwd_shifted_complete(&p.shift, place, key_tiles.end);
+        if (t.complete >= FGQA_BWD_LATE) { t.late = late_sums(p, b, h / group, pair % p.w.splits, place); }
+    }
+    return t;
 }
 
 /* A warp's work: AT_ONCE of the units of 16 rows and 32 columns of a tile, from `first` on. */
@@ -32,9 +45,15 @@ template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const
 #pragma unroll
     for (int m = 0; m < AT_ONCE; m++) {
         const int unit = first + m;
-        const float *from = t.sums + 4 * (unit / 8 * OF_CONSUMER + unit % 2 * 512 + unit / 2 % 4 * 32 + lane);
+        const int from = 4 * (unit / 8 * OF_CONSUMER + unit % 2 * 512 + unit / 2 % 4 * 32 + lane);
 #pragma unroll
-        for (int n = 0; n < 4; n++) { x[m][n] = load_relaxed_f32x4(from + 512 * n); }
+        for (int n = 0; n < 4; n++) { x[m][n] = load_relaxed_f32x4(t.sums + from + 512 * n); }
+        if (!t.late) { continue; }
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float4 more = load_relaxed_f32x4(t.late + from + 512 * n);
+            x[m][n] = make_float4(x[m][n].x + more.x, x[m][n].y + more.y, x[m][n].z + more.z, x[m][n].w + more.w);
+        }
     }
 #pragma unroll
     for (int m = 0; m < AT_ONCE; m++) {
@@ -60,7 +79,7 @@ template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const
 }
 
 /* The tile of a number, roughly in the order in which they become complete: band by band of KV heads; the tiles from `low` on upwards,
- * those before in spans, each from its end to its begin or, BY_HEAD, so for each head. */
+ * those before in spans, each from its end to its begin or, BY_HEAD, so for each head; but last those that shifted walks come to in the end. */
 static __device__ __forceinline__ dq_tile numbered_tile(const bwd_params &p, uint32_t number)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -72,7 +91,7 @@ static __device__ __forceinline__ dq_tile numbered_tile(const bwd_params &p, uin
     }
     const uint32_t group = (uint32_t)problem.g, tiles = (uint32_t)p.w.head_tiles, in_band = p.finish.band * tiles * group;
     const uint32_t first = number / in_band * p.finish.band, rest = number % in_band, width = min(p.finish.band, (uint32_t)(problem.b * problem.hk) - first);
-    const uint32_t pair = first + rest % width, at = rest / width, span = p.finish.span;
+    const uint32_t pair = first + rest % width, at = (rest / width + p.finish.late) % (tiles * group), span = p.finish.span;
     uint32_t begin = p.finish.low, tile = begin + (at - begin * group) / group, head = at % group;
     if (at < begin * group) {
         begin = at / (span * group) * span;
@@ -130,12 +149,13 @@ static __device__ __forceinline__ bool finish_some(const bwd_params &p, dq_tile 
 static decltype(bwd_params::finish) finish_order(const bwd_params &p, const fgqa_problem *problem, const fgqa_bwd_order &order, int32_t multiprocessors)
 {
     const uint32_t tiles = (uint32_t)p.w.head_tiles, pairs = (uint32_t)(problem->b * problem->hk), in_work = (uint32_t)max(max(order.run, order.chain), multiprocessors / order.band);
-    decltype(bwd_params::finish) f = {0, 1, tiles, tiles};
+    decltype(bwd_params::finish) f = {0, 1, tiles, tiles, 0};
     if (problem->varlen) { f.tiles = problem->b > 0 ? (uint32_t)problem->hq * tiles : 0; }
     if (problem->varlen || pairs == 0 || tiles == 0) { return f; }
     f.tiles = pairs * (uint32_t)problem->g * tiles;
     f.band = min(max(1u, p.band / (uint32_t)p.w.splits), pairs);
     if (fgqa_bwd_causal(problem) || p.by_head) { f.span = min(tiles, (order.chain > 0 ? (uint32_t)order.chain : in_work) * (BLOCK_K / BLOCK_Q)); }
     if (order.chain > 0) { f.low = (tiles + 1) / 2; }
+    if (p.shift.tiles > 0 && !fgqa_bwd_causal(problem)) { f.late = (uint32_t)fgqa_bwd_late_places(&p.shift) * (uint32_t)p.w.splits; }
     return f;
 }

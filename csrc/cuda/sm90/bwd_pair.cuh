@@ -30,6 +30,20 @@ template <score_kind KIND> static __device__ __forceinline__ void wait_for_dq_bu
 
 /* ---- writers: a thread for each of the two buffers ---- */
 
+/* The sums to which a step of a task adds its dQ; what the word of its query tile says, of the bits that count what was added to them, when it
+ * is the task's turn; one more of them. */
+struct dq_place { float *sums; int32_t turn, bits, one; };
+
+template <bool MASKED> static __device__ __forceinline__ dq_place place_of_step(const bwd_params &p, const task &t, const walk<MASKED> &at, int32_t step, int64_t tile)
+{
+    float *const sums = p.w.dq + tile * (BLOCK_Q * D);
+    if (p.shift.tiles == 0) { return {sums, turn_at<MASKED>(p, t, at.tile), FGQA_BWD_FRESH - 1, 1}; }
+    const fgqa_bwd_at shifted = fgqa_bwd_at_step(t.begin, t.steps, step);
+    const int32_t turn = fgqa_bwd_shifted_turn(&p.shift, t.n, shifted, MASKED ? end_of_keys(t, at.tile) : p.shift.tiles), bits = FGQA_BWD_LATE - 1;
+    if (!shifted.late) { return {sums, turn, bits, 1}; }
+    return {late_sums(p, t.b, t.kv_head, t.part, shifted.place), turn, bits * FGQA_BWD_LATE, FGQA_BWD_LATE};
+}
+
 /* Adds staged dQ tiles to those in memory. In order: a word a query tile says whose turn it is, the first one stores. Blocks only
  * wait for blocks whose tickets came before theirs, which are running: no deadlock whatever the card does. */
 template <bool MASKED, score_kind KIND> static __device__ void write_dq(const bwd_params &p, shared &sm, uint32_t buffer)
@@ -49,25 +63,24 @@ template <bool MASKED, score_kind KIND> static __device__ void write_dq(const bw
         for (int32_t step = 0; step < steps; step++, at.next(t, p.w.splits, problem.g), r.advance()) {
             if (r.stage != buffer) { continue; }
             const int64_t tile = first_tile + at.head * p.w.head_tiles + at.tile;
-            float *const to = p.w.dq + tile * (BLOCK_Q * D);
+            const dq_place to = place_of_step<MASKED>(p, t, at, step, tile);
             int32_t *const turn = p.w.turn + tile;
             const uint32_t staged = smem_address(dq_buffer<KIND>(sm, r));
             bool first = false;
             if (p.ordered) {                                     /* mostly it has come before the tile has */
-                const int32_t own_turn = turn_at<MASKED>(p, t, at.tile);
                 int32_t state;
-                while (((state = load_acquire_s32(turn)) & (FGQA_BWD_FRESH - 1)) != own_turn) { __nanosleep(20); }
-                first = state & FGQA_BWD_FRESH;
+                while (((state = load_acquire_s32(turn)) & to.bits) != to.turn) { __nanosleep(20); }
+                first = to.one == 1 ? state & FGQA_BWD_FRESH : to.turn == 0;
                 fence_proxy_async_global();
             }
             mbarrier_wait(smem_address(&sm.dq_full[r.stage]), r.parity);
-            if (first) { bulk_store(to, staged, sizeof(sm.dq[0]), policy); } else { bulk_add_f32(to, staged, sizeof(sm.dq[0]), policy); }
+            if (first) { bulk_store(to.sums, staged, sizeof(sm.dq[0]), policy); } else { bulk_add_f32(to.sums, staged, sizeof(sm.dq[0]), policy); }
             tma_store_commit();
             tma_store_wait_read();
             mbarrier_arrive(smem_address(&sm.dq_empty[r.stage]));
             bulk_wait();
             fence_proxy_async_global();
-            red_release_add_s32(turn, first ? 1 - FGQA_BWD_FRESH : 1);
+            red_release_add_s32(turn, first && to.one == 1 ? 1 - FGQA_BWD_FRESH : to.one);
         }
     }
 }

@@ -12,6 +12,7 @@ struct task {
     int32_t key_rows;                         /* keys of the sequence that have a gradient to write, padding included */
     int32_t tile, head, steps;                /* the first pair, head counted in the group; how many pairs */
     int32_t way, first_tile, end_tile;        /* of the walk; tiles that see the key tile */
+    int32_t begin, last_head;                 /* the place at which a walk DOWN begins; head of its place 0, below 0 in the tile before */
     bwd_turn turn;
     int32_t done;                             /* no task left */
     int32_t full_begin, full_end;             /* tiles between these rows see every key whole */
@@ -73,6 +74,11 @@ template <bool MASKED> struct walk {
         head += MASKED && t.way == UP ? splits : -splits;
         while (head < 0) { head += group; tile--; }
         while (MASKED && head >= group) { head -= group; tile++; }
+        if (t.begin > 0 && tile < t.first_tile) {                /* what it left out at first */
+            tile = t.end_tile - 1;
+            head = t.last_head;
+            while (head < 0) { head += group; tile--; }
+        }
     }
 };
 
@@ -169,9 +175,10 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
             const fgqa_sequence sequence = fgqa_device_sequence(problem, t.b, &rows);
             t.mask = sequence.mask;
             const int32_t tiles = bwd_key_tiles_of(p.w, t.mask);
-            t.n = bwd_key_tile_at(p.w.chain, tiles, t.n);
+            t.n = p.w.chain > 0 ? bwd_key_tile_at(p.w.chain, tiles, t.n) : fgqa_bwd_shifted_at(&p.shift, t.n);
             t.way = p.by_head ? BY_HEAD : p.w.chain > 0 && !bwd_in_front(t.n, tiles) ? UP : DOWN;
             t.turn = bwd_turn_of(p.w.chain, tiles, t.n);
+            t.begin = fgqa_bwd_begin(&p.shift, t.n);
             t.q_row = (int32_t)sequence.q_row;
             t.k_row = (int32_t)sequence.k_row;
             t.q_tile = bwd_q_tile(problem, p.w, t.b, t.kv_head * problem.g, sequence.q_row, 0);
@@ -202,8 +209,13 @@ template <bool MASKED> static __device__ void schedule(const bwd_params &p, shar
             const int32_t behind = (end_tile * problem.g - 1 - t.part + p.w.splits) % p.w.splits;
             t.steps = pairs > behind ? (pairs - behind - 1) / p.w.splits + 1 : 0;
             t.tile = t.way == UP ? first_tile : end_tile - 1;
-            t.head = t.way == UP ? before : problem.g - 1 - behind;
-            while (t.head < 0) { t.head += problem.g; t.tile--; }
+            t.last_head = problem.g - 1 - behind;
+            t.head = t.way == UP ? before : t.last_head - t.begin * p.w.splits;
+            if (t.head < 0) {
+                const int32_t tiles_before = (problem.g - 1 - t.head) / problem.g;
+                t.head += tiles_before * problem.g;
+                t.tile -= tiles_before;
+            }
             while (t.head >= problem.g) { t.head -= problem.g; t.tile++; }
         }
         if (lane == 0) { out = t; }
@@ -351,10 +363,17 @@ template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd
 
 /* ---- writers ---- */
 
-/* What the word of a query tile says when it is the task's turn. A task's description stays until its writers have begun the next. */
+/* Key tiles that the query tile sees, under a mask that hides later ones. */
+static __device__ __forceinline__ int32_t end_of_keys(const task &t, int32_t tile)
+{
+    return (fgqa_kv_end(&t.mask, min(t.mask.sq, (tile + 1) * BLOCK_Q) - 1) + BLOCK_K - 1) / BLOCK_K;
+}
+
+/* What the word of a query tile says when it is the task's turn, where walks are not shifted. A task's description stays until its
+ * writers have begun the next. */
 template <bool MASKED> static __device__ __forceinline__ int32_t turn_at(const bwd_params &p, const task &t, int32_t tile)
 {
     if (!MASKED || p.w.chain == 0) { return t.n; }
-    const int32_t end = (fgqa_kv_end(&t.mask, min(t.mask.sq, (tile + 1) * BLOCK_Q) - 1) + BLOCK_K - 1) / BLOCK_K;
+    const int32_t end = end_of_keys(t, tile);
     return t.turn.base + max(0, end - t.turn.limit) + min(end, t.turn.cap);
 }
