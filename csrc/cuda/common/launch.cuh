@@ -5,11 +5,11 @@
 
 /* Arguments are copied before it returns. One call of the runtime, where <<<>>> makes three. */
 template <typename... Parameters, typename... Arguments>
-static inline cudaError_t launch_kernel(void (*kernel)(Parameters...), uint32_t blocks, int32_t threads, int32_t shared_bytes, void *stream, const Arguments &...arguments)
+static inline cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 blocks, int32_t threads, int32_t shared_bytes, void *stream, const Arguments &...arguments)
 {
     static_assert(sizeof...(Parameters) == sizeof...(Arguments), "one argument for each parameter");
     void *addresses[] = {(void *)&arguments...};
-    return cudaLaunchKernel((const void *)kernel, dim3(blocks), dim3((uint32_t)threads), addresses, (size_t)shared_bytes, (cudaStream_t)stream);
+    return cudaLaunchKernel((const void *)kernel, blocks, dim3((uint32_t)threads), addresses, (size_t)shared_bytes, (cudaStream_t)stream);
 }
 
 /* Which devices a kernel has been prepared for; threads that race do the same work twice. */

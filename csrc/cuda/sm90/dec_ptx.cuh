@@ -1,5 +1,6 @@
 /* dec_ptx.cuh - instructions that only the decode kernels use, one per function (sm_90a). */
 #pragma once
+#include "../common/ptx_cluster.cuh"
 #include "../common/ptx_tma.cuh"
 #include "../common/ptx_wgmma.cuh"
 
@@ -22,39 +23,6 @@ PTX_FN void tma_prefetch_5d(const CUtensorMap *map, uint64_t policy, int c0, int
 PTX_FN void cp_async_4(uint32_t dst, const void *src)
 {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(dst), "l"(src) : "memory");
-}
-
-/* Both blocks of a cluster: threads that have ended count as arrived. What came before an arrival is seen after the wait. */
-PTX_FN void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
-PTX_FN void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-
-PTX_FN uint32_t cluster_number()
-{
-    uint32_t n;
-    asm("mov.u32 %0, %%clusterid.x;" : "=r"(n));
-    return n;
-}
-PTX_FN uint32_t cluster_rank()
-{
-    uint32_t n;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
-    return n;
-}
-
-/* The same place in the shared memory of block `rank` of the cluster. */
-PTX_FN uint32_t map_to_rank(uint32_t address, uint32_t rank)
-{
-    uint32_t mapped;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(mapped) : "r"(address), "r"(rank));
-    return mapped;
-}
-PTX_FN void store_cluster(uint32_t address, float4 x)
-{
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
-}
-PTX_FN void store_cluster(uint32_t address, float2 x)
-{
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
 
 /* Named barriers that warps reach at different places in the code. */

@@ -33,6 +33,7 @@
 #include "../common/cache_slot.cuh"
 #include "../common/launch.cuh"
 #include "../common/params.cuh"
+#include "../common/ptx_cluster.cuh"
 #include "../common/ptx_tma.cuh"
 #include "../common/softcap.cuh"
 #include "../common/softmax.cuh"
@@ -548,8 +549,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #if FGQA_PAIRS
     if (paired) { return launch_paired(FGQA_SUFFIX(FGQA_ROW, _paired), p, (uint32_t)blocks, problem->device.index, stream, &states[PAIRED]); }
 #endif
-    kernel<<<(uint32_t)blocks, THREADS, memory, stream>>>(p);
-    error = cudaGetLastError();
+    error = launch_kernel(kernel, (uint32_t)blocks, THREADS, memory, stream, p);
     return error == cudaSuccess && plan->splits > 1 ? fgqa_fwd_combine(problem, workspace, (uint32_t)plan->splits, exec) : error;
 }
 

@@ -8,13 +8,12 @@
 /* Whose producers wait until a buffer has been read. */
 template <chain CHAIN> static constexpr int READERS = CHAIN == PAIRED ? 2 : 1;
 
-/* All threads of both blocks. PTX ISA, "barrier.cluster". */
+/* All threads of both blocks. */
 static __device__ __forceinline__ void meet_pair()
 {
-    asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
+    cluster_arrive();
+    cluster_wait();
 }
-
-PTX_FN uint32_t rank_in_pair() { uint32_t rank; asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)); return rank; }
 
 /* tma_load_4d() into the same place of both blocks; each has its half of the bytes counted by its own barrier. */
 PTX_FN void tma_load_4d_for_both(uint32_t dst, const CUtensorMap *map, uint32_t bar, uint64_t policy, int c0, int c1, int c2, int c3)
@@ -24,50 +23,28 @@ PTX_FN void tma_load_4d_for_both(uint32_t dst, const CUtensorMap *map, uint32_t 
                  "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"((uint16_t)3) : "memory");
 }
 
-/* mbarrier_arrive() in block `rank`. */
-PTX_FN void arrive_in_pair(uint32_t bar, uint32_t rank)
-{
-    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(bar), "r"(rank) : "memory");
-}
-
-/* A word of the second block's. */
-PTX_FN uint32_t load_second(uint32_t address)
-{
-    uint32_t x;
-    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %1, 1;\n\t"
-                 "ld.relaxed.cluster.shared::cluster.u32 %0, [there];\n\t}" : "=r"(x) : "r"(address) : "memory");
-    return x;
-}
-
-PTX_FN void store_second(uint32_t address, uint32_t x)
-{
-    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, 1;\n\t"
-                 "st.relaxed.cluster.shared::cluster.u32 [there], %1;\n\t}" ::"r"(address), "r"(x) : "memory");
-}
-
 /* By a warpgroup that has read a block of K or V. */
 template <bool CAREFUL, chain CHAIN> static __device__ __forceinline__ void hand_back(uint32_t empty, uint32_t thread)
 {
     if (CHAIN != PAIRED) {
         if (thread == 0) { mbarrier_arrive(empty); }
     } else if (thread < 2) {
-        if (CAREFUL) { mbarrier_arrive(empty); } else { arrive_in_pair(empty, thread); }
+        if (CAREFUL) { mbarrier_arrive(empty); } else { mbarrier_arrive_cluster(map_to_rank(empty, thread)); }
     }
 }
 
 /* tile_walk's advance(). claim: 0, or the second block's next item that it has not taken yet, which is never 0. Whole warp. */
 static __device__ __forceinline__ void advance_pair(tile_walk<BLOCK_Q> &walk, uint32_t *claim, uint32_t *counter)
 {
-    const uint32_t address = smem_address(claim);
+    const uint32_t second = map_to_rank(smem_address(claim), 1);
     uint32_t item = 0;
-    if (thread_index() % 32 == 0 && rank_in_pair() == 0) {
+    if (thread_index() % 32 == 0 && cluster_rank() == 0) {
         item = gridDim.x + 2 * atomicAdd(counter, 1);
-        while (load_second(address) != 0) {}
-        store_second(address, item + 1);
+        while (load_cluster_relaxed(second) != 0) {}
+        store_cluster_relaxed(second, item + 1);
     } else if (thread_index() % 32 == 0) {
-        while ((item = load_second(address)) == 0) {}
-        store_second(address, 0);
+        while ((item = load_cluster_relaxed(second)) == 0) {}
+        store_cluster_relaxed(second, 0);
     }
     walk.round++;
     walk.item = __shfl_sync(ALL_LANES, item, 0);

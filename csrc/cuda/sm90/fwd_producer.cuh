@@ -32,7 +32,7 @@ static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtens
     for (int n = 0; n * box_rows() < BLOCK_K; n++) {
         const int32_t row = SHORT ? from.row : __shfl_sync(ALL_LANES, from.row, n), page = SHORT ? from.page : __shfl_sync(ALL_LANES, from.page, n);
         if (elect_one()) {
-            for (int c = FOR_BOTH ? (int)rank_in_pair() : 0; c < CHUNKS; c += FOR_BOTH ? 2 : 1) {
+            for (int c = FOR_BOTH ? (int)cluster_rank() : 0; c < CHUNKS; c += FOR_BOTH ? 2 : 1) {
                 const uint32_t to = smem_address(dst[c] + n * box_rows() * CHUNK);
                 if (FOR_BOTH) {
                     tma_load_4d_for_both(to, map, bar, policy, c * CHUNK, kv_head, row, page);

@@ -140,8 +140,7 @@ template <int KEYS, int... MORE> static cudaError_t launch_whole(int32_t keys, f
     cudaError_t error = allow_shared_memory((const void *)whole_kernel<KEYS>, sizeof(whole_tile<KEYS>), problem.device.index, &state);
     for (p.split.first_b = 0; error == cudaSuccess && p.split.first_b < problem.b; p.split.first_b += UINT16_MAX) {
         const dim3 grid(p.list.row_blocks, p.list.units, (uint32_t)(problem.b - p.split.first_b < UINT16_MAX ? problem.b - p.split.first_b : UINT16_MAX));
-        whole_kernel<KEYS><<<grid, 4 * 32, sizeof(whole_tile<KEYS>), stream>>>(p);
-        error = cudaGetLastError();
+        error = launch_kernel(whole_kernel<KEYS>, grid, 4 * 32, sizeof(whole_tile<KEYS>), stream, p);
     }
     return error;
 }
