@@ -186,3 +186,9 @@ def test_results_for_a_library_that_cannot_make_arrays():
         out.__dlpack__(copy=True)
     with pytest.raises(TypeError, match="stream is 'x'"):
         out.__dlpack__(stream="x")
+
+
+def test_explain_of_what_is_copied_says_what_runs():
+    """Elements two apart, from an odd address: the copy's rows begin on 16 bytes."""
+    x = torch.randn(1, 2, 300, 129, dtype=torch.float16, device="cuda")[..., 1::2]
+    assert flashgqa.explain(x, x, x)["kernel"] == flashgqa.explain(*[x.contiguous()] * 3)["kernel"]

@@ -9,6 +9,8 @@
 
 /* ---- scratch memory ---- */
 
+enum { SCRATCH_ALIGNMENT = 256 };        /* bytes: the least that the frameworks' allocators and cudaMallocAsync() promise */
+
 int fgqa_call_scratch(fgqa_call *call, size_t bytes, void **memory)
 {
     fgqa_import *q = &call->in[FGQA_ARG_q];
@@ -83,6 +85,8 @@ int fgqa_call_gather_tensor(fgqa_call *call, fgqa_tensor *tensor, unsigned flags
             return -1;
         }
         tensor->data = memory;
+    } else {        /* what a plan says depends on where a copy would begin */
+        tensor->data = (void *)((uintptr_t)tensor->data / SCRATCH_ALIGNMENT * SCRATCH_ALIGNMENT);
     }
     fgqa_contiguous_strides(tensor);
     return 1;
