@@ -2,9 +2,9 @@
 
     python benchmarks/evidence.py            prints match or mismatch, exit status 0 or 1
 
-CI has no GPU. A run on one writes results/gpu.json (benchmarks/bench.py gpu, tests included) with a hash of every source
-file the kernels are made of; this script compares that hash with the tree's. Comments and blank space do not count, so
-that a better sentence does not make measurements stale. The same of results/sanitizers.json (sanitize.py).
+CI has no GPU. A run on one (whole_run.py) writes results/gpu.json, tests included, with a hash of every source file the kernels
+are made of; this script compares that hash with the tree's. Comments and blank space do not count, so that a better sentence
+does not make measurements stale. The same of results/sanitizers.json (sanitize.py).
 """
 import hashlib
 import json
