@@ -41,7 +41,7 @@ def visible(rows, keys, sq, sk, causal=False, align="bottom-right", window=(None
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("width", WIDTHS, ids=str)
 def test_all_pairs(width, mask):
-    """Packed, and padded with NaN. The longest first: of growing tensors the allocator would keep every size, tens of gigabytes."""
+    """Packed, and padded with NaN. The longest first: of growing tensors the allocator would keep every size, many gigabytes."""
     dtype, d, dv = width
     for least in range(QUERIES + 1 - STEP, 0, -STEP):
         lengths = torch.arange(least, least + STEP), torch.arange(1, KEYS + 1)
