@@ -34,14 +34,24 @@ GROUPS = (
 )  # fmt: skip
 
 
-def run_tests(folder):
-    """True if none failed."""
-    taken, good = set(), True
+def groups_with_files():
+    """GROUPS, with a list of files for the patterns."""
+    taken = set()
     for side_by_side in GROUPS:
-        began, started = time.monotonic(), []
+        found = []
         for name, processes, patterns, chosen in side_by_side:
             files = sorted({path for pattern in patterns for path in TESTS.glob(pattern)} - taken)
             taken |= set(files)
+            found.append((name, processes, files, chosen))
+        yield found
+
+
+def run_tests(folder):
+    """True if none failed."""
+    good = True
+    for side_by_side in groups_with_files():
+        began, started = time.monotonic(), []
+        for name, processes, files, chosen in side_by_side:
             command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(processes), "--durations", "8",
                        "--timeout", "90", "--timeout-method", "thread", f"--junitxml={folder / name}.xml", "-k", chosen, *files]
             log = (folder / name).with_suffix(".log")

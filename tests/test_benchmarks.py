@@ -1,5 +1,6 @@
 """The benchmarks' own arithmetic and options; what they measure is checked where it is measured."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ON_A_GPU
 
 import flashgqa
 
@@ -203,6 +205,15 @@ def test_evidence_asks_all_sections_for_these_kernels():
     """
     *_, last = run(code).splitlines()
     assert last == "[0, 1, 1, 1]"
+
+
+def test_the_whole_run_has_every_file_of_tests_in_one_group():
+    """Those that need a GPU in one that has no others, so that all of their tests run."""
+    code = "import whole_run as w; print([(n, [f.name for f in files]) for g in w.groups_with_files() for n, _, files, _ in g])"
+    groups = dict(ast.literal_eval(run(code)))
+    files = [name for group in groups.values() for name in group]
+    assert len(files) == len(set(files)) and set(files) == {path.name for path in Path(__file__).parent.glob("test_*.py")}
+    assert all(groups.values()) and not set(groups["general"]) & set(ON_A_GPU)
 
 
 def test_the_sanitizers_have_a_call_for_every_row():
