@@ -62,7 +62,7 @@ def test_error_is_that_of_three_products_or_there_is_none(shape, factor):
         check_error(shape, factor)
         return
     for call in (flashgqa.attention, flashgqa.explain):
-        with pytest.raises(NotImplementedError, match=r'fwd_(avx\w*|portable): precision="bf16x3" needs a CPU with AMX'):
+        with pytest.raises(NotImplementedError, match=r'fwd_(avx\w*|neon\w*|portable): precision="bf16x3" needs a CPU with AMX'):
             call(*inputs(shape, np.float32), precision="bf16x3")
 
 
@@ -104,7 +104,7 @@ def check_case(case):
     if not ON_TILES:
         call = build(case)
         for backward in (False, True):
-            with pytest.raises(NotImplementedError, match=r'_(avx\w*|portable): precision="bf16x3" needs a CPU with AMX'):
+            with pytest.raises(NotImplementedError, match=r'_(avx\w*|neon\w*|portable): precision="bf16x3" needs a CPU with AMX'):
                 flashgqa.explain(*call.inputs, **call.options, precision="bf16x3", backward=backward)
         return
     call, answer = built(case)
