@@ -4,7 +4,7 @@
 
 Build with NVCC_APPEND_FLAGS=-lineinfo, so that sanitize.py can name functions. FOLDER gets a JUnit report and a log of each group
 of tests, the sanitizers' logs, and the two JSON files, each as soon as it is there: a run that is cut off leaves what it has
-done, and --stages goes on. Needs pytest-xdist and pytest-timeout. An H100 with 16 processors takes 5, 2.5 and 2.5 minutes.
+done, and --stages goes on. Needs pytest-xdist and pytest-timeout.
 """
 
 import argparse
@@ -23,7 +23,7 @@ APART = "not 2_31 and not other_processes"      # what wants tens of gigabytes, 
 # (name, processes, patterns of files, -k); those of a tuple run side by side. A file is of the first group that names it. The
 # first group has gigabytes of float64 a process.
 GROUPS = (
-    (("lengths", 6, ("test_hopper_lengths.py",), ""),),
+    (("lengths", 10, ("test_hopper_lengths.py",), ""),),
     (("frameworks", 8, ("test_torch*.py", "test_transformers*.py"), "cuda or Cuda"),
      ("jax", 4, ("test_jax_transforms.py",), ""),
      ("rows", 3, ("test_hopper_rows.py", "test_probes.py"), "")),
