@@ -33,7 +33,7 @@ import sanitizer_reports
 import flashgqa
 
 PROCESSES = {"memcheck": 4, "initcheck": 9, "synccheck": 5, "racecheck": 14}      # at once: the slower the tool, the more
-LIMITS = {"memcheck": 60, "initcheck": 200, "synccheck": 60, "racecheck": 150}     # seconds of a process
+LIMITS = {"memcheck": 150, "initcheck": 200, "synccheck": 150, "racecheck": 230}    # seconds of a process
 PROFILED = 6            # processes at once, of those that note what is launched
 # About the seconds of a row under racecheck, 25 processes on an H100, by the first pattern that fits: a second a call, of which
 # backward rows for Hopper have some 30, and longer where tiles are small.

@@ -48,6 +48,11 @@ KNOWN = (
           "Consumer warpgroups clean the same V buffer, each all of it before its own product. A word that is written "
           "becomes what every other warpgroup makes of it, too: whether it is read before or after, the result is the same "
           "word."),
+    Known("racecheck", "fwd_sm90_.*_d256_.*_plain", RACE,
+          (r"Read .*\b(advance_pair|load_cluster_relaxed)\(", r"Write .*\bstore_cluster_relaxed\("),
+          "Two blocks of a cluster pass one word to and fro, a thread of each, by loads and stores of PTX that are relaxed and "
+          "of cluster scope, which do not race by its memory model. One waits for 0 and stores an item, the other waits for an "
+          "item and stores 0; nothing else is ordered by it. The tool takes them for plain accesses."),
     Known("racecheck", "fwd_sm90_.*_decodewide", RACE, (r"Write .*\bcp_async_16\(", r"Write .*\bstore_cluster\("),
           "A block's threads copy Q, wait for their copies, meet, go through its tiles and arrive at the cluster's barrier. The "
           "other block of the cluster waits there before it stores its sums into the place of Q; a block of these clusters has "

@@ -23,13 +23,13 @@ APART = "not 2_31 and not other_processes"      # what wants tens of gigabytes, 
 # (name, processes, patterns of files, -k); those of a tuple run side by side. A file is of the first group that names it. The
 # first group has gigabytes of float64 a process.
 GROUPS = (
-    (("lengths", 10, ("test_hopper_lengths.py",), ""),),
-    (("frameworks", 8, ("test_torch*.py", "test_transformers*.py"), "cuda or Cuda"),
-     ("jax", 4, ("test_jax_transforms.py",), ""),
+    (("lengths", 10, ("test_hopper_lengths.py",), ""),
+     ("jax", 3, ("test_jax_transforms.py",), ""),
      ("rows", 3, ("test_hopper_rows.py", "test_probes.py"), "")),
+    (("frameworks", 6, ("test_torch*.py", "test_transformers*.py"), "cuda or Cuda"),
+     ("caches", 9, ("test_decode*.py", "test_kvcache*.py", "test_guard*.py", "test_merged*.py"), f"({CHOSEN}) and {APART}")),
     (("backward", 15, ("test_hopper_backward*.py",), APART),),
     (("forward", 15, ("test_cuda*.py", "test_warmup*.py", "test_hopper*.py"), APART),),
-    (("caches", 15, ("test_decode*.py", "test_kvcache*.py", "test_guard*.py", "test_merged*.py"), f"({CHOSEN}) and {APART}"),),
     (("general", 15, ("test_*.py",), f"({CHOSEN}) and {APART} and not layering and not package"),),
 )  # fmt: skip
 
