@@ -1,13 +1,13 @@
 """bench.py gpu: attention on one NVIDIA GPU against torch's cuDNN and FlashAttention-2 backends.
 
 Its sections: the training rows (shapes.GPU_TRAIN) and those with one thing different (shapes.GPU_MORE): ten launches back to
-back, dQ added in any order, float16, packed sequences, a window, a part of a long prompt; decode (gpu_decode.py); options
-(gpu_options.py); short sequences (shapes.GPU_SHORT). The best peer of a training row is that of peers.py's table, at its ratio
-there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the median over launches between two CUDA events,
-queued behind a kernel that spins, so that the host's time is hidden; the contestants take turns. The record, results/gpu.json,
-carries the hash of the kernel sources (evidence.py), the count of the GPU tests of the same build and the ceilings of the same
-run. Options and short sequences, which take half a minute, say themselves where they were measured: a run of these sections
-alone puts them into the record that --out names.
+back, dQ added in any order, float16, packed sequences and equal ones of as many FLOPs, a window, a part of a long prompt;
+decode (gpu_decode.py); options (gpu_options.py); short sequences (shapes.GPU_SHORT). The best peer of a training row is that of
+peers.py's table, at its ratio there to cuDNN. Each row is checked against FlashAttention-2 first. A time is the median over
+launches between two CUDA events, queued behind a kernel that spins, so that the host's time is hidden; the contestants take
+turns. The record, results/gpu.json, carries the hash of the kernel sources (evidence.py), the count of the GPU tests of the
+same build and the ceilings of the same run. Options and short sequences, which take half a minute, say themselves where they
+were measured: a run of these sections alone puts them into the record that --out names.
 """
 import json
 import time
@@ -78,7 +78,7 @@ def measure_more(row, rivals, passes, rounds):
     import torch
     offsets = torch.tensor([0, *row.lengths], device="cuda").cumsum(0).to(torch.int32) if row.lengths else None
     inputs = peers.tensors(row)
-    if row.lengths or row.kind in ("window", "prefill", "few tiles", "cached"):
+    if row.lengths or row.kind in ("even", "window", "prefill", "few tiles", "cached"):
         rivals = {"flashgqa": peers.OnGpu(), "fa2": peers.FlashAttention2()}
         calls = {name: peer.calls(row, *inputs, offsets) for name, peer in rivals.items()}
     else:

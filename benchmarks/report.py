@@ -110,8 +110,9 @@ memory, ratio to PyTorch over contiguous tensors of q's dtype ({machine["date"]}
 def gpu_more_table(rows):
     """The rows with one thing different; what is missing in a run was not measured."""
     about = {"sustained": "ten launches back to back", "any order": "`deterministic=False`", "float16": "float16",
-             "packed": "packed, 65,536 tokens, 16 to 4,096 each", "window": "window of 1,024 keys", "prefill": "128 queries, b 4",
-             "few tiles": "128 queries, b 1", "cached": "512 queries, b 4, a KV cache in pages of {page}"}
+             "packed": "packed, 65,536 tokens, 16 to 4,096 each", "even": "{b} of equal length, as many FLOPs",
+             "window": "window of 1,024 keys", "prefill": "128 queries, b 4", "few tiles": "128 queries, b 1",
+             "cached": "512 queries, b 4, a KV cache in pages of {page}"}
     lines = ["| what | pass | heads q/kv | d | length | causal | TFLOP/s | to FA2 | to cuDNN | best | to ours in order |",
              "|---" * 11 + "|"]
     for row in rows:
@@ -121,7 +122,7 @@ def gpu_more_table(rows):
             others[2] = peers.best_peer(SimpleNamespace(**row), row["which"], row["cudnn_tflops"])[1]
         ratios = [f"{ours / rate:.2f}" if rate else "" for rate in others]
         causal = "yes" if row["causal"] else "no"
-        what = about[row["kind"]].format(page=row.get("page"))
+        what = about[row["kind"]].format(page=row.get("page"), b=row["b"])
         cells = [what, row["which"], heads(row), row["d"], row["s"], causal, f"{ours:.0f}"]
         lines.append(f"| {' | '.join(map(str, cells + ratios))} |")
     return lines

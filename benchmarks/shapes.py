@@ -81,6 +81,7 @@ def _packed(shortest, longest, total=65536):
 
 
 _PACKED = _packed(16, 4096)
+_EVEN = sum(n * n for n in _PACKED) // sum(_PACKED)       # so long are the sequences of a batch of equal ones with the same FLOPs
 GPU_MORE = (
     *(GpuRow("sustained", "bfloat16", 16384 // s, hq, hk, s, d, causal, launches=10, passes=("forward",))
       for hq, hk, d in _GPU_HEADS for s in (4096, 16384) for causal in _BOTH),
@@ -91,6 +92,8 @@ GPU_MORE = (
     *(GpuRow("float16", "float16", 4, hq, hk, 4096, d, causal) for hq, hk, d in ((32, 8, 128), (32, 8, 64), (16, 4, 256))
       for causal in _BOTH),
     *(GpuRow("packed", "bfloat16", len(_PACKED), hq, hk, max(_PACKED), 128, causal, lengths=_PACKED)
+      for hq, hk in ((32, 8), (32, 32)) for causal in _BOTH),
+    *(GpuRow("even", "bfloat16", sum(_PACKED) // _EVEN, hq, hk, _EVEN, 128, causal, passes=("forward",))
       for hq, hk in ((32, 8), (32, 32)) for causal in _BOTH),
     GpuRow("window", "bfloat16", 1, 32, 8, 16384, 128, True, window=1024),
     GpuRow("prefill", "bfloat16", 4, 32, 8, 32768, 128, True, queries=128, passes=("forward",)),

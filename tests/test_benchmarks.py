@@ -85,6 +85,16 @@ def test_packed_lengths_are_those_of_the_row():
     assert sum(lengths) == 65536 and min(lengths) >= 16 and 2048 < max(lengths) <= 4096
 
 
+def test_equal_lengths_have_the_operations_of_packed_ones():
+    code = """if True:
+        import json, counting, shapes
+        of = lambda kind: [counting.flops(row, "forward") for row in shapes.GPU_MORE if row.kind == kind]
+        print(json.dumps([of("packed"), of("even")]))
+    """
+    packed, even = json.loads(run(code))
+    assert len(even) == 4 and even == pytest.approx(packed, rel=0.02)
+
+
 def test_short_rows_have_the_tokens_that_the_table_says():
     code = """if True:
         import json, report_options, shapes
