@@ -2,9 +2,10 @@
 
     python benchmarks/main_loops.py build/*/release/cuda_fwd_sm90_bf16_d128_dv128_tall.o ..     objects of a build, or its module
 
-Needs cuobjdump and nvdisasm of CUDA's toolkit. A line for each loop with tensor-core products and exponentials, which is what all
-passes but the second of head dim 256 have. Exit status 1 if one of a kernel without options touches local memory; those that
-merge parts in place are not asked, nor decode_wide_kernel, which does where a warpgroup has 64 query rows.
+Needs cuobjdump and nvdisasm, of CUDA's toolkit or of pip (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). A line for each loop with
+tensor-core products and exponentials, which is what all passes but the second of head dim 256 have. Exit status 1 if one of a
+kernel without options touches local memory, or if there is none; those that merge parts in place are not asked, nor
+decode_wide_kernel, which does where a warpgroup has 64 query rows.
 """
 import re
 import subprocess
@@ -49,7 +50,7 @@ def loops(code, labels):
 
 
 def main():
-    bad = False
+    bad, plain = False, 0
     for path in sys.argv[1:]:
         with tempfile.TemporaryDirectory() as folder:
             subprocess.run(["cuobjdump", "-xelf", "sm_90a", Path(path).resolve()], cwd=folder, capture_output=True, check=True)
@@ -58,11 +59,13 @@ def main():
                 for name, code, labels in functions(cubin):
                     for loop in loops(code, labels):
                         local = count(loop, "LDL", "STL")
-                        wrong = local > 0 and PLAIN.fullmatch(name) is not None
+                        asked = PLAIN.fullmatch(name) is not None
+                        wrong = asked and local > 0
+                        plain += asked
                         bad |= wrong
                         print(f"    {name:54s} {len(loop):5d} instructions, {count(loop, 'HGMMA', 'HMMA'):3d} products, "
                               f"{count(loop, 'MUFU.EX2'):3d} EX2, {local:3d} of local memory{'   WRONG' if wrong else ''}")
-    sys.exit(bad)
+    sys.exit("no main loop of a kernel without options" if plain == 0 else bad)
 
 
 if __name__ == "__main__":
