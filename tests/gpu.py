@@ -2,6 +2,7 @@
 strides, and results come back as NumPy arrays.
 """
 
+import inspect
 import itertools
 
 import hypothesis
@@ -12,11 +13,13 @@ import torch
 from checking import memory_of
 
 import flashgqa
+from flashgqa import _C
 from flashgqa._bounds import BACKWARD_FACTOR, FORWARD_FACTOR, allowed
 
 BFLOAT16, FLOAT8 = np.dtype(ml_dtypes.bfloat16), np.dtype(ml_dtypes.float8_e4m3fn)
 # NumPy's name for the bits, torch's for them, torch's for what they mean
 FOREIGN = {BFLOAT16: (np.int16, torch.int16, torch.bfloat16), FLOAT8: (np.uint8, torch.uint8, torch.float8_e4m3fn)}
+BACKWARD_DEFAULTS = {name: one.default for name, one in inspect.signature(flashgqa.attention_backward).parameters.items()}
 SPARSE = 2**30      # bytes from which on an array's address space is not copied, only its elements
 
 
@@ -71,6 +74,12 @@ def _write_back(out, t):
 
 # Of 16-bit results units_apart() is 1.4 (out), 14 (lse, with ALiBi), 2.1, 1.9 and 1 at most in tests/test_hopper*.py.
 UNITS = {"out": 3, "lse": 32, "dq": 4, "dk": 4, "dv": 4, "dbias": 4, "dsink": 4}
+
+
+def backward_without_dbias(*inputs, dlse=None, **options):
+    """attention_backward() as frameworks call it for a bias that asks for no gradient."""
+    given = (options.get(name, BACKWARD_DEFAULTS[name]) for name in _C.OPTIONS)
+    return flashgqa.Gradients(*_C.backward(*inputs, dlse, False, *given))
 
 
 def units_apart(got, expected, dtype=None):

@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 from cases import Case
-from gpu import assert_alike
+from gpu import assert_alike, backward_without_dbias
 from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_alibi import gradients
 from test_hopper_backward import ROWS, assert_gradients_alike, backward_row
-from test_hopper_backward_bias import CASES, backward_without_dbias, bools
+from test_hopper_backward_bias import CASES, bools
 from test_hopper_poison import OPTIONS, POISON, VALUES, arrays, check, poisoned
 from test_hopper_softcap import check_backward_row, extents, general
 from test_hopper_terms import at_offset

@@ -2,14 +2,13 @@
 what is theirs alone: tiles by TMA, one buffer of dQ, rows whose LSE holds no sum, keys that a bias of -inf hides."""
 
 import dataclasses
-import inspect
 import itertools
 
 import pytest
 import torch
 from cases import Case
 from checking import assert_within, exact, naive_backward
-from gpu import assert_alike, get
+from gpu import assert_alike, backward_without_dbias, get
 from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_alibi import all_pairs_of_lengths, gradients
 from test_hopper_backward import ROWS, assert_gradients_alike, assert_poison_alike, backward_row
@@ -39,8 +38,6 @@ CASES = [
     Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, bias="bhqk", sink=True, dropout=0.3),
     Case(packed=((130, 256), (3, 304)), bias="1hqk", dropout=0.1),
 ]
-KEYWORDS = inspect.signature(flashgqa.attention_backward).parameters.values()
-OPTIONS = [(one.name, one.default) for one in KEYWORDS if one.kind is one.KEYWORD_ONLY and one.name != "dlse"]
 SHAPES = {"1hqk": (1, 8, 300, 520), "b1qk": (2, 1, 300, 520), "bhqk": (2, 8, 300, 520), "b11k": (2, 1, 1, 520), "qk": (300, 520)}
 
 
@@ -56,11 +53,6 @@ def assert_within_the_rule(x, got, bias, **options):
     truth = reference.attention_backward(true_dout, *true_x, dlse=true_dlse, bias=true_bias, **options)
     for name, one in zip(("dq", "dk", "dv", "dbias"), got, strict=False):
         assert_within(name, get(one), getattr(truth, name), (getattr(result, name) for result in naive), bias.dtype, 3)
-
-
-def backward_without_dbias(*inputs, dlse=None, **options):
-    """As frameworks call it for a bias that asks for no gradient."""
-    return flashgqa.Gradients(*flashgqa._C.backward(*inputs, dlse, False, *(options.get(*one) for one in OPTIONS)))
 
 
 @pytest.fixture

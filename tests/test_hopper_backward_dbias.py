@@ -11,6 +11,7 @@ from gpu import assert_alike
 from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_alibi import all_pairs_of_lengths
 from test_hopper_backward import ROWS, backward_row
+from test_hopper_backward_any_bias import TOGETHER
 from test_hopper_backward_bias import bools, dbias_of
 from test_hopper_softcap import check_backward_row, extents
 
@@ -19,13 +20,10 @@ import flashgqa
 pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
 DIMS = 64, 128, 256
 OF = ("dq", "dk", "dv", "dbias")
+# Of biases whose gradient is theirs: neither rows nor keys share them.
+OTHERS = ({}, {}, {"sk": 256}, {"bias": "11qk"}, {"sk": 408, "bias": "1hqk"}, {"bias": "1hqk"})
 CASES = [
-    Case(b=2, sq=152, sk=199, causal=True, bias="bhqk", softcap=20.0, sink=True),
-    Case(b=2, sq=140, sk=265, bias="1hqk", alibi="h", q_lens=(140, 0), kv_lens=(265, 33)),
-    Case(sq=70, sk=256, hq=3, hk=1, scale=0.9, bias="bhqk", mask="b1qk", softcap=3.0, alibi="bh"),
-    Case(b=2, sq=130, sk=301, bias="11qk", mask="b11k", softcap=50.0, data="large", dropout=0.1),
-    Case(b=2, sq=300, sk=408, window=(70, 9), align="top-left", bias="1hqk", alibi="h", data="shift", dropout=0.3),
-    Case(packed=((130, 200), (1, 70), (0, 5), (65, 64)), causal=True, softcap=5.0, alibi="bh", bias="1hqk", mask="b1qk"),
+    *(dataclasses.replace(case, **other) for case, other in zip(TOGETHER, OTHERS, strict=True)),
     Case(b=2, sq=152, sk=199, causal=True, bias="1hqk", sink=True),
     Case(b=2, sq=70, sk=45, bias="bhqk", mask="b11k"),
 ]

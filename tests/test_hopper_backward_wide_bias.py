@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from gpu import assert_alike
+from gpu import assert_alike, backward_without_dbias
 from test_hopper import DTYPES, MASKS, inputs, random
 from test_hopper_alibi import all_pairs_of_lengths
 from test_hopper_backward import backward_row
-from test_hopper_backward_bias import CASES, NAMES, SHAPES, backward_without_dbias, bools
+from test_hopper_backward_bias import CASES, NAMES, SHAPES, bools
 from test_hopper_softcap import ALIGNED, check_backward_row, extents, general
 from test_hopper_terms import at_offset
 

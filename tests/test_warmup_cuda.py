@@ -2,7 +2,6 @@
 a graph is recorded. Each test has a process of its own, in which nothing but warmup has run."""
 
 import ctypes
-import inspect
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu import backward_without_dbias
 
 import flashgqa
 from flashgqa import _C
@@ -124,14 +124,7 @@ def calls(dtype):
             for more in ({"softcap": 5.0}, {"alibi_slopes": slopes}):
                 given = {"bias": bias, **more, **options}
                 arrays = x, x, y, y, random(2, 4, 1000, d), torch.full((2, 4, 1000), 7.0, device="cuda")  # of no call
-                yield lambda arrays=arrays, given=given: without_dbias(*arrays, **given)
-
-
-def without_dbias(*arrays, **options):
-    """Gradients as frameworks ask for them where the bias wants none."""
-    known = inspect.signature(flashgqa.attention_backward).parameters
-    given = (options.get(name, known[name].default) for name in _C.OPTIONS)
-    return [x for x in _C.backward(*arrays, None, False, *given) if x is not None]
+                yield lambda arrays=arrays, given=given: backward_without_dbias(*arrays, **given)[:3]
 
 
 def test_first_calls_are_recorded():
