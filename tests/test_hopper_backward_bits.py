@@ -202,7 +202,7 @@ def test_seeds_on_the_device_and_runs(d):
 
 
 def test_plan():
-    """What runs here, and what not: a bias beside the mask that sequences share and that asks for a gradient."""
+    """What runs here, and what not: a bias beside the mask that query rows share and that asks for a gradient."""
     q, k, v = inputs(2, 8, 2, 200, 200, 128)
     mask = bools(2, 1, 200, 200)
     drops = {"dropout_p": 0.1, "seed": 1}
@@ -214,5 +214,6 @@ def test_plan():
             assert flashgqa.explain(q, k, v, backward=True, **options, **more)["kernel"] == name
             assert flashgqa.explain(*wide, backward=True, **options, **more)["kernel"] == backward_row(q.dtype, 256)
         if "mask" in options:
-            plan = flashgqa.explain(q, k, v, backward=True, **options, bias=bools(200, 200).half())
+            assert flashgqa.explain(q, k, v, backward=True, **options, bias=bools(200, 200).half())["kernel"] == name
+            plan = flashgqa.explain(q, k, v, backward=True, **options, bias=bools(1, 200).half())
             assert plan["kernel"] == general("bwd", q.dtype, 128) and "bias" in dict(plan["refused"])[name]

@@ -6,12 +6,12 @@ import itertools
 import pytest
 import torch
 from test_hopper import DTYPES, inputs, random, row_for
-from test_hopper_backward import ROWS
+from test_hopper_backward import SHORT
 from test_hopper_poison import exact, gradients, ints
 
 import flashgqa
 
-pytestmark = pytest.mark.skipif(not ROWS, reason="needs a GPU of compute capability 9.0 and code for it")
+pytestmark = pytest.mark.skipif(not SHORT, reason="needs a GPU of compute capability 9.0 and code for it")
 INF, NAN = float("inf"), float("nan")
 MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (20, 5)}, "top-left": {"causal": True, "align": "top-left"}}
 LENGTHS = [(64, 64), (128, 128), (77, 77), (1, 1), (50, 100), (100, 50), (128, 64), (64, 128), (3, 128), (127, 65)]
