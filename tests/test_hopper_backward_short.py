@@ -10,12 +10,14 @@ from test_hopper_backward import SHORT
 from test_hopper_poison import exact, gradients, ints
 
 import flashgqa
+from flashgqa import reference
 
 pytestmark = pytest.mark.skipif(not SHORT, reason="needs a GPU of compute capability 9.0 and code for it")
 INF, NAN = float("inf"), float("nan")
 MASKS = {"full": {}, "causal": {"causal": True}, "window": {"window": (20, 5)}, "top-left": {"causal": True, "align": "top-left"}}
 LENGTHS = [(64, 64), (128, 128), (77, 77), (1, 1), (50, 100), (100, 50), (128, 64), (64, 128), (3, 128), (127, 65)]
 LONGER = [(256, 256), (197, 197), (129, 129), (256, 100), (100, 256), (255, 130), (193, 250)]
+UNEQUAL = [(64, 60, 50), (64, 128, 99), (64, 200, 256), (64, 256, 200), (128, 60, 64), (128, 128, 99)]     # head dims before them
 MOST = {64: 256, 128: 128}                      # rows and keys, by the head dim of the row
 
 
@@ -93,24 +95,40 @@ def test_lengths_with_nan_beyond_them(d, mask):
             assert all(torch.equal(a, b) for a, b in zip(got, clean, strict=True))
 
 
-@pytest.mark.parametrize("mask", [*MASKS, "keys"])
+def seen_pairs(options, n, sq, sk):
+    """Which keys each row of sequence n sees."""
+    rule = {name: x for name, x in options.items() if name in ("causal", "window", "align")}
+    rows, keys = (int(options[name][n]) if name in options else most for name, most in (("q_lens", sq), ("kv_lens", sk)))
+    seen = torch.zeros(sq, sk, dtype=torch.bool, device="cuda")
+    seen[:rows, :keys] = torch.from_numpy(reference.visible(rows, keys, **rule))
+    return seen & options["mask"][n, 0] if "mask" in options else seen
+
+
+@pytest.mark.parametrize("mask", [*MASKS, "keys", "lengths"])
 @pytest.mark.parametrize("which", ["q", "k", "v", "dout"])
-@pytest.mark.parametrize("d", [64, 128])
-def test_what_is_not_finite_reaches_those_who_see_it(d, which, mask):
-    """And nobody else, in the head that has it or beside it."""
-    for s, value in itertools.product((60, 128, 200)[: 3 if d == 64 else 2], (INF, -INF, NAN)):
-        tensors, options = arrays(3, 3, s, s, d), options_of(mask, 3, s)
-        clean = gradients(tensors, options, short_row(torch.bfloat16, d))
-        at = 2, 2, int(options["mask"][2, 0, 0].nonzero()[s // 4]) if mask == "keys" else s // 2, 5
-        tensors[which][at] = value
-        got = gradients(tensors, options, short_row(torch.bfloat16, d))
-        if value is NAN:
-            check(tensors, options, short_row(torch.bfloat16, d))
-        dq, dk, dv = (x[2, 2] for x in got)
-        assert not all(x.isfinite().all() for x in (dq, dk, dv))
-        if mask == "causal":
-            assert all(x.isfinite().all() for x in ([dq[: s // 2]] if which in "kv" else [dk[s // 2 + 1 :], dv[s // 2 + 1 :]]))
-        assert all(torch.equal(a[:2], b[:2]) and torch.equal(a[2, :2], b[2, :2]) for a, b in zip(got, clean, strict=True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d, sq, sk", UNEQUAL)
+def test_what_is_not_finite_reaches_those_who_see_it(d, sq, sk, dtype, which, mask):
+    """And changes no bit of anybody else, in the head that has it or beside it; signs of zeros in sums of nothing else, too.
+    Some of the rows and keys see, or are seen by, nobody."""
+    lengths = {"q_lens": ints(sq, 1, sq - 9), "kv_lens": ints(sk - 3, sk, sk - 20), "causal": True}
+    options = lengths if mask == "lengths" else options_of(mask, 3, sk)
+    seen = seen_pairs(options, 2, sq, sk)
+    is_key = which in "kv"
+    places = {0, sk // 2, *(int(seen.any(0).eq(some).int().argmax()) for some in (False, True))} if is_key else {0, sq // 2}
+    for value, at in itertools.product((-INF, INF if which in ("v", "dout") else NAN), places):
+        tensors = arrays(3, 3, sq, sk, d, dtype)
+        if value == -INF:
+            tensors = {name: -x.abs() for name, x in tensors.items()}
+        clean = gradients(tensors, options, short_row(dtype, d))
+        tensors[which][2, 2, at, 5] = value
+        got = (gradients if value == -INF else check)(tensors, options, short_row(dtype, d))
+        rows = seen[:, at] if is_key else seen.any(1) & (torch.arange(sq, device="cuda") == at)
+        keys = seen[rows].any(0)
+        for name, x, before, reached in zip(("dq", "dk", "dv"), got, clean, (rows, keys, keys), strict=True):
+            hit = torch.zeros(x.shape[:3], dtype=torch.bool, device="cuda")
+            hit[2, 2] = reached & ((which, name) != ("v", "dv"))
+            assert torch.equal(x[~hit].view(torch.int16), before[~hit].view(torch.int16)), (name, value, at)
 
 
 @pytest.mark.parametrize("d", [64, 128])

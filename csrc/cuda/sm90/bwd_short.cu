@@ -42,7 +42,7 @@ struct short_params {
     int32_t vector_dq, vector_dk, vector_dv;
 };
 
-/* SIZE: most rows, and most keys. dS takes the place of V and dO, of all four what a careful block computes with. */
+/* SIZE: most rows, and most keys. dS takes the place of V and dO, of all four what attend_carefully() computes with. */
 template <int SIZE> struct short_tile {
     T q[CHUNKS][SIZE * CHUNK], k[CHUNKS][SIZE * CHUNK];
     union {
@@ -52,6 +52,8 @@ template <int SIZE> struct short_tile {
     float lse2[SIZE], delta[SIZE];                               /* in the order of bwd_stats_slot() */
     fgqa_range rows[SIZE];                                       /* that see each key */
     uint64_t dout_full, scores_full, v_full;                     /* scores: of Q and K */
+    struct { uint32_t rows[SIZE / 32], keys[SIZE / 32]; } poisoned, reached;      /* by take_poison_out(), a bit each */
+    int32_t some_reached;
 };
 
 #include "bwd_fragments.cuh"
@@ -62,16 +64,62 @@ template <int SIZE> static constexpr int BLOCKS = FIT<SIZE> < RUN<SIZE> ? FIT<SI
 
 /* ---- what is not finite ---- */
 
+/* poison_test() of eight elements. */
+static __device__ __forceinline__ uint32_t test_eight(const uint4 &x, uint32_t sum) { return poison_test(x.w, poison_test(x.z, poison_test(x.y, poison_test(x.x, sum, T()), T()), T()), T()); }
+static __device__ __forceinline__ bool has_poison(uint32_t sum) { return (sum & 0x7FFF7FFF) != 0; }
+
 /* Whether an element of a tensor's tile is inf or NaN, as far as this thread looks. */
 template <int SIZE> static __device__ __forceinline__ bool is_poisoned(const T (&x)[CHUNKS][SIZE * CHUNK])
 {
     uint32_t sum = 0;
 #pragma unroll
+    for (int n = (int)threadIdx.x; n < (int)sizeof(x) / 16; n += 2 * SIZE) { sum = test_eight(((const uint4 *)x)[n], sum); }
+    return has_poison(sum);
+}
+
+/* Eight elements of which one is inf or NaN become 0, and their row is noted. */
+template <int SIZE> static __device__ __forceinline__ void clean(T (&x)[CHUNKS][SIZE * CHUNK], uint32_t (&poisoned)[SIZE / 32])
+{
+#pragma unroll 1
     for (int n = (int)threadIdx.x; n < (int)sizeof(x) / 16; n += 2 * SIZE) {
-        const uint4 four = ((const uint4 *)x)[n];
-        sum = poison_test(four.w, poison_test(four.z, poison_test(four.y, poison_test(four.x, sum, T()), T()), T()), T());
+        uint4 &eight = ((uint4 *)x)[n];
+        if (!has_poison(test_eight(eight, 0))) { continue; }
+        eight = make_uint4(0, 0, 0, 0);
+        atomicOr(&poisoned[n / 8 % SIZE / 32], 1u << n / 8 % 32);
     }
-    return (sum & 0x7FFF7FFF) != 0;
+}
+
+static __device__ __forceinline__ bool has(const uint32_t *bits, int n) { return bits[n / 32] >> n % 32 & 1; }
+
+/* Weights and dS are 0 where a row does not see a key, but 0 * NaN is NaN: products find no inf and NaN in Q, dO and K, so that what none
+ * of it reaches has the bits that it would have with any finite values there. What is left in V, LSE and delta is in pairs that are seen.
+ * reached: rows and keys of pairs that are seen and of which one is poisoned. */
+template <int SIZE> static __device__ __noinline__ void take_poison_out(short_tile<SIZE> &sm)
+{
+    const int thread = (int)threadIdx.x;
+    if (thread < SIZE / 32) { sm.poisoned.rows[thread] = sm.poisoned.keys[thread] = 0; }
+    __syncthreads();
+    clean<SIZE>(sm.q, sm.poisoned.rows);
+    clean<SIZE>(sm.dout, sm.poisoned.rows);
+    clean<SIZE>(sm.k, sm.poisoned.keys);
+    fence_proxy_async();
+    __syncthreads();
+    if (thread >= SIZE) { return; }
+    const auto is_reached = [&](int row, int key) {
+        const fgqa_range seen = sm.rows[key];
+        return seen.begin <= row && row < seen.end && (has(sm.poisoned.rows, row) || has(sm.poisoned.keys, key));
+    };
+    bool row = false, key = false;
+    for (int n = 0; n < SIZE; n++) {
+        row |= is_reached(thread, n);
+        key |= is_reached(n, thread);
+    }
+    const uint32_t rows = __ballot_sync(ALL_LANES, row), keys = __ballot_sync(ALL_LANES, key);
+    if (thread % 32 == 0) {
+        sm.reached.rows[thread / 32] = rows;
+        sm.reached.keys[thread / 32] = keys;
+        if (rows) { sm.some_reached = true; }
+    }
 }
 
 static __device__ __forceinline__ float row_dot(const char *a, const char *b, int32_t count)
@@ -81,30 +129,34 @@ static __device__ __forceinline__ float row_dot(const char *a, const char *b, in
     return sum;
 }
 
-/* Rows of which a careful block holds all weights at once. */
+/* Rows of which attend_carefully() holds all weights at once. */
 template <int SIZE> static constexpr int CAREFUL_FIT = offsetof(short_tile<SIZE>, lse2) / (SIZE * sizeof(float));
 template <int SIZE> static constexpr int CAREFUL_ROWS = CAREFUL_FIT<SIZE> < SIZE ? CAREFUL_FIT<SIZE> : SIZE;
 
-/* Adds to every element of a gradient of keys, of which a thread has each 2 SIZE-th, what rows i0 .. have in it. */
+/* Adds to every element of a gradient of reached keys, of which a thread has each 2 SIZE-th, what rows i0 .. have in it. */
 template <int SIZE>
 static __device__ void add_rows(float (&sums)[D / 2], const fgqa_problem &problem, short_tile<SIZE> &sm, int32_t b, int32_t h, int32_t i0, fgqa_arg factor, int32_t d)
 {
     const float *matrix = (const float *)sm.q;
     for (int32_t n = (int32_t)threadIdx.x, own = 0; n < problem.sk * d; n += 2 * SIZE, own++) {
         const int32_t j = n / d, column = n % d;
+        if (!has(sm.reached.keys, j)) { continue; }
         for (int32_t i = max(i0, sm.rows[j].begin); i < min(i0 + CAREFUL_ROWS<SIZE>, sm.rows[j].end); i++) {
             sums[own] = fmaf(matrix[(i - i0) * SIZE + j], to_float(((const T *)fgqa_row_address(problem.view[factor], sizeof(T), b, h, i))[column]), sums[own]);
         }
     }
 }
 
-template <int SIZE> static __device__ void write_sums(const float (&sums)[D / 2], const fgqa_view &view, int32_t b, int32_t h, int32_t keys, int32_t d, float scale)
+template <int SIZE>
+static __device__ void write_sums(const float (&sums)[D / 2], const fgqa_view &view, const short_tile<SIZE> &sm, int32_t b, int32_t h, int32_t keys, int32_t d, float scale)
 {
-    for (int32_t n = (int32_t)threadIdx.x, own = 0; n < keys * d; n += 2 * SIZE, own++) { from_float((T *)fgqa_row_address(view, sizeof(T), b, h, n / d) + n % d, sums[own] * scale); }
+    for (int32_t n = (int32_t)threadIdx.x, own = 0; n < keys * d; n += 2 * SIZE, own++) {
+        if (has(sm.reached.keys, n / d)) { from_float((T *)fgqa_row_address(view, sizeof(T), b, h, n / d) + n % d, sums[own] * scale); }
+    }
 }
 
-/* All gradients where something is not finite and some rows do not see it, so that products of tiles would spread it: by the equations, of
- * visible pairs alone. */
+/* Gradients of what is reached once more, over what products of tiles without inf and NaN have left there: by the equations, of visible
+ * pairs alone. */
 template <int SIZE> static __device__ __noinline__ void attend_carefully(const short_params &p, short_tile<SIZE> &sm, int32_t b, int32_t h)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -112,7 +164,7 @@ template <int SIZE> static __device__ __noinline__ void attend_carefully(const s
     const fgqa_sequence sequence = fgqa_device_sequence(problem, b, &rows);
     const fgqa_mask &mask = sequence.mask;
     float *matrix = (float *)sm.q, dk[D / 2] = {}, dv[DV / 2] = {};
-    for (int32_t i0 = 0; i0 < problem.sq; i0 += CAREFUL_ROWS<SIZE>) {
+    for (int32_t i0 = 0; i0 < mask.sq; i0 += CAREFUL_ROWS<SIZE>) {
         const auto for_pairs = [&](const auto &make) {
             __syncthreads();
             for (int32_t n = (int32_t)threadIdx.x; n < min(mask.sq - i0, CAREFUL_ROWS<SIZE>) * mask.sk; n += 2 * SIZE) { make(i0 + n / mask.sk, n % mask.sk, matrix[n / mask.sk * SIZE + n % mask.sk]); }
@@ -128,8 +180,9 @@ template <int SIZE> static __device__ __noinline__ void attend_carefully(const s
             x *= dp - sm.delta[bwd_stats_slot(i)];
         });
         add_rows<SIZE>(dk, problem, sm, b, h, i0, FGQA_ARG_q, problem.d);
-        for (int32_t n = (int32_t)threadIdx.x; n < min(problem.sq - i0, CAREFUL_ROWS<SIZE>) * problem.d; n += 2 * SIZE) {
+        for (int32_t n = (int32_t)threadIdx.x; n < min(mask.sq - i0, CAREFUL_ROWS<SIZE>) * problem.d; n += 2 * SIZE) {
             const int32_t i = i0 + n / problem.d, column = n % problem.d;
+            if (!has(sm.reached.rows, i)) { continue; }
             float sum = 0.0f;
             for (int32_t j = 0; j < mask.sk; j++) {
                 if (i < sm.rows[j].begin || i >= sm.rows[j].end) { continue; }
@@ -138,8 +191,8 @@ template <int SIZE> static __device__ __noinline__ void attend_carefully(const s
             from_float((T *)fgqa_row_address(problem.view[FGQA_ARG_dq], sizeof(T), b, h, i) + column, sum * p.common.scale);
         }
     }
-    write_sums<SIZE>(dv, problem.view[FGQA_ARG_dv], b, h, problem.sk, problem.dv, 1.0f);
-    write_sums<SIZE>(dk, problem.view[FGQA_ARG_dk], b, h, problem.sk, problem.d, p.common.scale);
+    write_sums<SIZE>(dv, problem.view[FGQA_ARG_dv], sm, b, h, problem.sk, problem.dv, 1.0f);
+    write_sums<SIZE>(dk, problem.view[FGQA_ARG_dk], sm, b, h, problem.sk, problem.d, p.common.scale);
 }
 
 /* Rows of a tile from `first` on become 0: beyond a sequence memory may hold NaN. */
@@ -248,6 +301,7 @@ template <int SIZE> static __global__ void __launch_bounds__(2 * SIZE, BLOCKS<SI
         mbarrier_init(scores_full, 1);
         mbarrier_init(v_full, 1);
         fence_mbarrier_init();
+        sm.some_reached = false;
         mbarrier_arrive_expect_tx(dout_full, sizeof(sm.dout));
         for (int c = 0; c < CHUNKS; c++) { tma_load_4d(smem_address(sm.dout[c]), &p.dout_map, dout_full, once, c * CHUNK, h, 0, b); }
         mbarrier_arrive_expect_tx(scores_full, sizeof(sm.q) + sizeof(sm.k));
@@ -280,11 +334,7 @@ template <int SIZE> static __global__ void __launch_bounds__(2 * SIZE, BLOCKS<SI
     __syncthreads();
     if (p.hides) {
         const bool poisoned = is_poisoned<SIZE>(sm.q) || is_poisoned<SIZE>(sm.k) || (thread < SIZE && !isfinite(sm.delta[thread]));
-        if (__syncthreads_or(poisoned)) {
-            mbarrier_wait(smem_address(&sm.v_full), 0);
-            attend_carefully<SIZE>(p, sm, b, h);
-            return;
-        }
+        if (__syncthreads_or(poisoned)) { take_poison_out<SIZE>(sm); }
     }
 
     constexpr int TILES = SIZE / 64;                             /* of 64 rows */
@@ -371,6 +421,7 @@ template <int SIZE> static __global__ void __launch_bounds__(2 * SIZE, BLOCKS<SI
     write_rows(dk, p.common.scale, fgqa_row_address(dk_view, sizeof(T), b, h, own), dk_view.stride_s, problem.sk - own, problem.d, p.vector_dk, lane);
     wgmma_wait<0>();
     write_rows(dq, p.common.scale, fgqa_row_address(dq_view, sizeof(T), b, h, own), dq_view.stride_s, problem.sq - own, problem.d, p.vector_dq, lane);
+    if (p.hides && sm.some_reached) { attend_carefully<SIZE>(p, sm, b, h); }
 }
 
 /* ---- host ---- */
