@@ -303,6 +303,16 @@ def test_keys_are_shared_out(d, dv, mask):
         assert out[:, : hq // hk, -1, 5].isnan().all() != (mask == "top-left")
 
 
+@pytest.mark.parametrize("chunk", [448, 1000])
+@pytest.mark.parametrize("hk", [16, 4])
+@pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
+def test_chunks_that_end_between_warpgroups(d, hk, chunk):
+    """The first warpgroup of a tile skips as many blocks as it may, in tiles that a launch begins with, too; lengths on the device."""
+    q, k, v = inputs(1, 16, hk, 2048, 2048, d, dtype=torch.bfloat16)
+    compare(q, k, v, chunk=chunk)
+    compare(q, k, v, chunk=chunk, kv_lens=torch.tensor([2048], dtype=torch.int32, device="cuda"))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merged_in_place_to_the_bits_of_the_second_kernel(dtype):
     """Up to 16 parts: of few tiles by the blocks that have them, of more tiles than the device holds by a second kernel."""

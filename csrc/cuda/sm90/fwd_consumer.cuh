@@ -436,6 +436,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     };
     /* Turns at blocks that are skipped. One of a tile is left to others only when its first block is done and O of the tile before is stored:
      * so these come beside those of the warpgroups that skip nothing, not behind them. Left later than that, its first K would not be there.
+     * In a launch's first tile all are left before the next K is waited for: where a chunk of a mask ends between warpgroups, so many
+     * blocks may be skipped that it takes a place that others hand back in their turns.
      * Head dims other than 128, for which this has not been timed, leave each where the block is skipped. */
     constexpr bool EARLY_TURNS = TURNS && D == 128;
     auto leave_turns = [&](int n) {
@@ -483,6 +485,7 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         mask(s, block_end - 1, CAREFUL || block_end > full.end || block_end - 1 < full.begin, of_block);
         first_weights(s, rows.l);
         pack(s, kept);
+        leave_turns(skipped);
         wait_operands();
     };
     /* block j < block_end - 1; on entry K(j) and V(j + 1) are there and P holds block j + 1 */
@@ -526,7 +529,6 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
     if (!take_tile()) { return; }
     skip_blocks(true, true);
     first_block();
-    leave_turns(skipped);
     for (bool more = true; more;) {
         middle_blocks();
         const uint32_t slot = rt.stage, at = row_place, done = rq.stage;
@@ -589,7 +591,6 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             if (more) {
                 skip_blocks(true, true);
                 first_block();
-                leave_turns(skipped);
             }
         } else if (more) {
             leave_turns(min(skipped, 1));
