@@ -15,7 +15,7 @@ from pathlib import Path
 
 INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+?)[\s;](.*)")
 LABEL = re.compile(r"\s*(\.L_x_\d+):")
-PLAIN = re.compile(r"fgqa_fwd_sm90_\w+_(plain|tall|short|decode\w*)_kernel|.*(bwd|queries)_kernel.*score_kind0E.*")
+PLAIN = re.compile(r"fgqa_fwd_sm90_\w+_((plain|tall|short|decode\w*)_kernel|tall_even)|.*(bwd|queries)_kernel.*score_kind0E.*")
 LEAST_PRODUCTS, LEAST_EXPONENTIALS, LONGEST = 4, 8, 3000      # what jumps back further leads from tile to tile
 
 

@@ -49,6 +49,7 @@ CAPPED = {"causal": True, "softcap": 8.0}      # kernels of their own in rows of
 ALIBI_HEAD_DIMS = 64, 128                       # with ALiBi, plain ones with a bias and a mask; backward a bias by TMA
 ALL_HEAD_DIMS = 64, 128, 256                    # of plain rows that have a bias and a mask by TMA, and all together
 SCALED_HEAD_DIMS = {"plain": (64, 128, 256), "tall": (64,)}
+KNOWN_LENGTHS = {("tall", 128)}                # rows with a kernel for lengths that the host knows
 # query rows, of which a KV head has twice as many
 FEW_ROWS = {"decode": (3,), "decodef8": (3,), "decodewide": (7, 14, 20, 50), "decodewidef8": (7, 14, 20, 50)}
 
@@ -130,6 +131,8 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, put, where):
         results += flashgqa.attention(*arrays, return_lse=True, kernel=where.get("kernel"))
     if variant == "short":
         results.append(attention_beside_inf(q, k[:, :, :70], v[:, :, :70], where))
+    if (variant, d) in KNOWN_LENGTHS:           # the other one
+        results.append(attention_beside_inf(q, k, v, {"kv_lens": np.full(B, SK, np.int32), **where}))
     return [*results, attention_beside_inf(q, k, v, where)]
 
 

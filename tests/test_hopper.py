@@ -303,6 +303,23 @@ def test_keys_are_shared_out(d, dv, mask):
         assert out[:, : hq // hk, -1, 5].isnan().all() != (mask == "top-left")
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths_that_the_host_knows(dtype, mask):
+    """To the bits of lengths on the device, for which tall tiles have another kernel; sinks, NaN, inf, tiles that see nothing."""
+    options = {"kernel": row_for(dtype, 128, 128, variant="tall"), "return_lse": True, **MASKS[mask]}
+    for hq, hk, sq, sk in ((2, 2, 1024, 1024), (8, 2, 130, 700), (3, 3, 700, 300)):
+        q, k, v = inputs(70, hq, hk, sq, sk, 128, dtype=dtype)
+        assert flashgqa.explain(q, k, v, **options)["splits"] == 1
+        v[3, :, sk // 2, 5], v[5, 0, sk - 1, 3] = float("nan"), float("inf")
+        lens = [torch.full((70,), n, dtype=torch.int32, device="cuda") for n in (sq, sk)]
+        for sink in (None, torch.linspace(-2, 2, hq, device="cuda", dtype=dtype)):
+            known = flashgqa.attention(q, k, v, sink=sink, **options)
+            read = flashgqa.attention(q, k, v, sink=sink, q_lens=lens[0], kv_lens=lens[1], **options)
+            for a, b in zip(known, read, strict=True):
+                assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("chunk", [448, 1000])
 @pytest.mark.parametrize("hk", [16, 4])
 @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])

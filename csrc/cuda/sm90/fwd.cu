@@ -52,6 +52,7 @@
 #define FGQA_DROPOUT (FGQA_SUFFIX(FGQA_VARIANT_, FGQA_VARIANT) == FGQA_VARIANT_dropout)
 #define FGQA_MERGES (FGQA_HAS_MERGE(FGQA_D, FGQA_BLOCK_Q) && !FGQA_DROPOUT)
 #define FGQA_PAIRS (FGQA_HAS_PAIRS(FGQA_D) && !FGQA_DROPOUT)
+#define FGQA_EVEN FGQA_HAS_EVEN(FGQA_D, FGQA_BLOCK_Q)
 
 #ifndef FGQA_NO_CODE
 
@@ -95,8 +96,9 @@ static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
  * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). PAIRED: nor there; two blocks
- * bring keys for both (fwd_pair.cuh). */
-enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED, PAIRED };
+ * bring keys for both (fwd_pair.cuh). EVEN: nor there, nor what packed sequences, lengths on the device, caches and parts of
+ * keys take, so that a launch waits for fewer instructions. */
+enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED, PAIRED, EVEN };
 /* A bias and a mask tensor: TILED and TILED_ALL, which is ALL else, through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
 template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
 template <chain CHAIN> static constexpr bool BY_TMA = CHAIN == TILED || CHAIN == TILED_ALL;
@@ -178,15 +180,17 @@ static __device__ __forceinline__ int64_t row_of_part(const fwd_params &p, const
 }
 
 /* Tiles to be done again are a list: the place of each next one is kept where the O of a tile will be. */
-static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, const tile &t)
+template <chain CHAIN> static __device__ __forceinline__ tile_place *place_in_o(const fwd_params &p, const tile &t)
 {
     const int32_t i = t.row0 >> p.list.pack;
-    if (parts_of<BLOCK_Q>(p.list) > 1) { return (tile_place *)(p.split.o + row_of_part(p, t, t.head, i) * p.common.problem.dv); }
+    if (parts_of<BLOCK_Q, CHAIN == EVEN>(p.list) > 1) {
+        return (tile_place *)(p.split.o + row_of_part(p, t, t.head, i) * p.common.problem.dv);
+    }
     return (tile_place *)fgqa_row_address(p.common.problem.view[FGQA_ARG_out], sizeof(T), t.batch, t.head, t.q_row + i);
 }
 
 /* A tile whose rows see nothing of the keys, or of their part of them: nobody reads O of such a part. Whole warp. */
-static __device__ __forceinline__ void write_unseen(const fwd_params &p, const tile &t)
+template <chain CHAIN> static __device__ __forceinline__ void write_unseen(const fwd_params &p, const tile &t)
 {
     constexpr int32_t LANES = DV <= 64 ? 8 : DV <= 128 ? 16 : 32, ROWS = 32 / LANES;      /* lanes of a row, rows at once */
     const fgqa_problem &problem = p.common.problem;
@@ -195,7 +199,7 @@ static __device__ __forceinline__ void write_unseen(const fwd_params &p, const t
     for (int32_t head = t.head; head < t.head + (1 << p.list.pack); head++) {
         float lse = -INFINITY;
         uint32_t x = 0;
-        if (parts_of<BLOCK_Q>(p.list) > 1) {
+        if (parts_of<BLOCK_Q, CHAIN == EVEN>(p.list) > 1) {
             const int64_t row = row_of_part(p, t, head, i0);
 #pragma unroll 1
             for (int32_t i = lane; i < count; i += 32) { ((float2 *)p.split.lse)[row + i] = make_float2(-INFINITY, -INFINITY); }
@@ -241,6 +245,8 @@ static __device__ __forceinline__ void load_q(const fwd_params &p, T (&dst)[WG_C
 
 #include "fwd_pair.cuh"
 
+#include "fwd_producer.cuh"
+
 /* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
  * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to early_items: of a mask's
  * the last four of a block wait (2 to 4% where it has a dozen). */
@@ -250,14 +256,16 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
     const uint64_t once = createpolicy_evict_first();
     const fgqa_problem &problem = p.common.problem;
     uint32_t *const counter = p.slot >= 0 ? &work_counters[p.slot] : NULL;
-    tile_walk<BLOCK_Q> walk(first_item<CHAIN>());
+    tile_walk<BLOCK_Q, CHAIN == EVEN> walk(first_item<CHAIN>());
     tile_place place;
+    bool first = CHAIN == EVEN && !AGAIN;                        /* its first keys, too: the producer's instructions come later */
     bool begun = CHAIN == MERGED && !AGAIN && p.known.share > 0; /* by begin_tile() */
     const auto advance = [&] {
+        if constexpr (CHAIN == PAIRED) {
+            if (counter) { return advance_pair(walk, &sm.claim, counter); }
+        }
         if (CHAIN == MERGED) {
             walk.item = p.list.items;
-        } else if (CHAIN == PAIRED && counter) {
-            advance_pair(walk, &sm.claim, counter);
         } else {
             walk.advance(counter);
         }
@@ -270,7 +278,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
             more = AGAIN ? place.batch >= 0 : walk.current(problem, p.list, counter, CHAIN == PAIRED, BY_TMA<CHAIN> && p.term_boxes.batch_first, &place);
             if (leader) {
                 if (more) {
-                    describe_tile<BLOCK_Q, BLOCK_K>(problem, p.list, place, &t);
+                    describe_tile<BLOCK_Q, BLOCK_K, CHAIN == EVEN>(problem, p.list, place, &t);
                 } else {
                     t.block_end = 0;
                     if (CHAIN != MERGED || rt.stage > 0) { t.valid = 0; }        /* the block's only tile, which saw nothing, has a share of the merge */
@@ -279,7 +287,7 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
             __syncwarp();
             seen = AGAIN || !more || t.block_begin < t.block_end;
             if (!seen) {
-                write_unseen(p, t);
+                write_unseen<CHAIN>(p, t);
                 __syncwarp();
                 advance();
             }
@@ -287,19 +295,26 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
         tile_place following = place;
         if (leader) { mbarrier_arrive(smem_address(&sm.tile_full[rt.stage])); }
         __syncwarp();
-        if (AGAIN && more) { following = *place_in_o(p, t); }      /* O comes after Q */
+        if (AGAIN && more) { following = *place_in_o<CHAIN>(p, t); }      /* O comes after Q */
 #pragma unroll 1
         for (int part = 0; part < Q_PARTS; part++) {
             const uint32_t q_full = smem_address(&sm.q_full[rq.stage][part]);
             mbarrier_wait(smem_address(&sm.q_empty[rq.stage][part]), rq.parity ^ 1);
             if (leader && more && !begun) {
-                load_q(p, sm.q[rq.stage], q_full, once, place.head, t.q_row, place.row0, problem.varlen ? 0 : place.batch, part);
+                const int32_t batch = CHAIN != EVEN && problem.varlen ? 0 : place.batch;
+                load_q(p, sm.q[rq.stage], q_full, once, place.head, t.q_row, place.row0, batch, part);
             } else if (leader && !begun) {
                 mbarrier_arrive(q_full);
             }
         }
         begun = false;
         __syncwarp();
+        if (first && more) {
+            const kv_source from = find_rows<CHAIN>(p, t, t.block_end - 1, (int)(thread_index() % 32));
+            const uint64_t keep = createpolicy_evict_last();
+            load_kv<CHAIN, false>(p, &p.k_map, sm.k[0], &sm.k_full[0], &sm.k_empty[0], 0, keep, from, fgqa_kv_head(t.head, problem.g));
+        }
+        first = false;
         place = following;
         if (AGAIN || !more) { continue; }
         if (CHAIN != MERGED && Q_STAGES > 1 && walk.item >= p.early_items) { mbarrier_wait(smem_address(&sm.q_empty[rq.next().stage][0]), rq.next().parity ^ 1); }
@@ -307,11 +322,9 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedu
     }
 }
 
-#include "fwd_producer.cuh"
-
 /* ---- collector: a thread ---- */
 
-static __device__ __forceinline__ void collect(const fwd_params &p, shared &sm, ring<T_STAGES> &rt)
+template <chain CHAIN> static __device__ __forceinline__ void collect(const fwd_params &p, shared &sm, ring<T_STAGES> &rt)
 {
     for (bool more = true; more; rt.advance()) {
         mbarrier_wait(smem_address(&sm.o_full[rt.stage]), rt.parity);
@@ -319,7 +332,7 @@ static __device__ __forceinline__ void collect(const fwd_params &p, shared &sm, 
         more = t.block_end != 0;
         if (more && sm.poisoned[rt.stage]) {
             sm.poisoned[rt.stage] = 0;
-            *place_in_o(p, t) = sm.again;
+            *place_in_o<CHAIN>(p, t) = sm.again;
             sm.again = {t.batch, t.head, t.row0, t.part};
         }
         mbarrier_arrive(smem_address(&sm.tile_empty[rt.stage]));
@@ -395,13 +408,13 @@ template <chain CHAIN> static __device__ __forceinline__ void run_block(const fw
             ring<STAGES> rk;
             ring<V_RING<CHAIN>> rv;
             uint32_t chunks = 0;                                 /* of each warpgroup, so far */
-            produce<false, CHAIN>(p, sm, rt, rk, rv, chunks, known ? BEGUN : 0);
+            produce<false, CHAIN>(p, sm, rt, rk, rv, chunks, known ? BEGUN : CHAIN == EVEN);
             if (all_done<CHAIN>(sm)) { return; }
             produce<true, CHAIN>(p, sm, rt, rk, rv, chunks);
         } else if (warp == 2) {
-            if (lane == 0) { collect(p, sm, rt); }
+            if (lane == 0) { collect<CHAIN>(p, sm, rt); }
             if (all_done<CHAIN>(sm)) { return; }
-            if (lane == 0) { collect(p, sm, rt); }
+            if (lane == 0) { collect<CHAIN>(p, sm, rt); }
         } else {
             describe_rows<false, CHAIN>(p, sm, rq, rt);
             if (all_done<CHAIN>(sm)) { return; }
@@ -445,6 +458,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _
 #if FGQA_PAIRS
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _paired)(const __grid_constant__ fwd_params p) { run_block<PAIRED>(p); }
 #endif
+#if FGQA_EVEN
+extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _even)(const __grid_constant__ fwd_params p)
+{
+    run_block<EVEN>(p);
+}
+#endif
 #if FGQA_HAS_SOFTCAP(FGQA_BLOCK_Q)
 extern "C" __global__ void __launch_bounds__(THREADS, 1) FGQA_SUFFIX(FGQA_ROW, _capped)(const __grid_constant__ fwd_params p) { run_block<CAPPED>(p); }
 #endif
@@ -464,7 +483,7 @@ static int32_t common_divisor(int32_t a, int32_t b) { return b == 0 ? a : common
 
 extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void *workspace, const fgqa_exec *exec)
 {
-    static launch_state states[PAIRED + 1];
+    static launch_state states[EVEN + 1];
     const cudaStream_t stream = (cudaStream_t)exec->stream;
     const bool capped = problem->softcap > 0.0, alibi = problem->view[FGQA_ARG_alibi_slopes].data;
     const bool terms = problem->view[FGQA_ARG_bias].data || problem->view[FGQA_ARG_mask].data;
@@ -472,7 +491,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     const bool tiled = terms && (alone ? FGQA_HAS_TILED(FGQA_D, FGQA_BLOCK_K) : FGQA_HAS_TILED_ALL(FGQA_D, FGQA_BLOCK_K, FGQA_DROPOUT)) && term_tiles_fit(problem);
     const bool has_own = (alone && tiled) || (alone && (FGQA_HAS_ALIBI(FGQA_D, FGQA_BLOCK_Q) || !alibi) && (FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K) || !terms));
     const bool scaled = problem->cache.k_scale.data || problem->cache.v_scale.data;
-    const chain of_scores = !has_own ? (tiled ? TILED_ALL : ALL) : capped ? CAPPED : alibi ? ALIBI : terms ? (tiled ? TILED : TERMS) : scaled ? SCALED : PLAIN;
+    const bool even = FGQA_EVEN && plan->splits == 1 && fgqa_is_even(problem);
+    const chain no_terms = capped ? CAPPED : alibi ? ALIBI : scaled ? SCALED : even ? EVEN : PLAIN;
+    const chain of_scores = !has_own ? (tiled ? TILED_ALL : ALL) : terms ? (tiled ? TILED : TERMS) : no_terms;
     auto kernel = FGQA_SUFFIX(FGQA_ROW, _kernel);
 #if FGQA_HAS_TERMS(FGQA_D, FGQA_BLOCK_K)
     if (of_scores == TERMS) { kernel = FGQA_SUFFIX(FGQA_ROW, _terms); }
@@ -482,6 +503,9 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
 #endif
 #if FGQA_HAS_TILED_ALL(FGQA_D, FGQA_BLOCK_K, FGQA_DROPOUT)
     if (of_scores == TILED_ALL) { kernel = FGQA_SUFFIX(FGQA_ROW, _tiled_all); }
+#endif
+#if FGQA_EVEN
+    if (of_scores == EVEN) { kernel = FGQA_SUFFIX(FGQA_ROW, _even); }
 #endif
 #if FGQA_HAS_SOFTCAP(FGQA_BLOCK_Q)
     if (of_scores == CAPPED) { kernel = FGQA_SUFFIX(FGQA_ROW, _capped); }
@@ -517,6 +541,7 @@ extern "C" int FGQA_ROW(const fgqa_plan *plan, const fgqa_problem *problem, void
     p.terms = score_terms_of(problem);
     p.slot = fgqa_stream_slot(stream);
     fgqa_split_workspace(problem, (uint32_t)plan->splits, workspace, &p.split);
+    if (of_scores == EVEN) { p.list.every = fgqa_problem_sequence(problem, 0); }
     p.list.units = (uint32_t)(problem->hq >> p.list.pack);
     p.list.splits = (uint32_t)plan->splits;
     p.list.row_blocks = (uint32_t)((((int64_t)problem->sq << p.list.pack) + BLOCK_Q - 1) / BLOCK_Q);

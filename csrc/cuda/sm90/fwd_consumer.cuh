@@ -86,7 +86,7 @@ static __device__ __forceinline__ void finish_rows(const fwd_params &p, shared &
     const uint32_t thread = thread_index(), lane = thread % 32;
     const int32_t first = row_in_tile(thread);
     const tile &t = sm.tiles[slot];
-    const bool partial = CHAIN == MERGED || parts_of<BLOCK_Q>(p.list) > 1;
+    const bool partial = CHAIN == MERGED || parts_of<BLOCK_Q, CHAIN == EVEN>(p.list) > 1;
     constexpr bool LOWEST = CAREFUL && WITH_TERMS<CHAIN>;
     bool again = false;
 #pragma unroll

@@ -7,6 +7,15 @@
  * kernel, and those below: each chain of scores costs as much of a build. */
 #define FGQA_IS_SHORT(block_q) ((block_q) < 128)
 
+/* Padded sequences of lengths that the host knows, not in a cache. */
+static inline int fgqa_is_even(const fgqa_problem *p)
+{
+    return !p->varlen && !p->q_lens && !p->kv_lens && p->cache.page_size == 0;
+}
+
+/* Those that have a kernel for them, if their keys are not in parts. */
+#define FGQA_HAS_EVEN(d, block_q) ((d) == 128 && (block_q) > 128)
+
 /* Short rows hold all keys of a sequence at once where they are so few and the host knows all lengths (sm90/fwd_whole.cuh): a kernel for
  * each of these numbers. The answer is the same for every batch. */
 #define FGQA_WHOLE_KEYS 32, 64, 80, 96, 112, 128
@@ -15,7 +24,7 @@
 static inline int32_t fgqa_whole_keys(const fgqa_problem *p)
 {
     static const int32_t keys[] = {FGQA_WHOLE_KEYS};
-    const int serves = !p->varlen && !p->q_lens && !p->kv_lens && p->sk > 0 && p->hq <= UINT16_MAX;      /* as wide as a grid is along y */
+    const int serves = fgqa_is_even(p) && p->sk > 0 && p->hq <= UINT16_MAX;      /* as wide as a grid is along y */
     for (size_t n = 0; serves && n < sizeof keys / sizeof keys[0]; n++) {
         if (p->sk <= keys[n]) { return keys[n]; }
     }

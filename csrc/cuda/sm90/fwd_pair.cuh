@@ -34,7 +34,7 @@ template <bool CAREFUL, chain CHAIN> static __device__ __forceinline__ void hand
 }
 
 /* tile_walk's advance(). claim: 0, or the second block's next item that it has not taken yet, which is never 0. Whole warp. */
-static __device__ __forceinline__ void advance_pair(tile_walk<BLOCK_Q> &walk, uint32_t *claim, uint32_t *counter)
+static __device__ __forceinline__ void advance_pair(tile_walk<BLOCK_Q, false> &walk, uint32_t *claim, uint32_t *counter)
 {
     const uint32_t second = map_to_rank(smem_address(claim), 1);
     uint32_t item = 0;

@@ -2,15 +2,18 @@
  * bias and a mask, too. */
 #pragma once
 
+/* No pages: one copy brings a block's columns. */
+template <chain CHAIN> static constexpr bool ONE_COPY = SHORT || CHAIN == EVEN;
+
 /* Where a lane's rows are: row of a sequence or page. Rows that do not exist arrive as zeros. */
 struct kv_source { int32_t row, page; };
 
-static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const tile &t, int j, int lane)
+template <chain CHAIN> static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const tile &t, int j, int lane)
 {
     const fgqa_cache &cache = p.common.problem.cache;
-    const int32_t slot = t.k_row + j * BLOCK_K + (SHORT ? 0 : lane * p.box_rows);
-    kv_source at = {slot, p.common.problem.varlen ? 0 : t.batch};
-    if (!SHORT && cache.table && lane * p.box_rows < BLOCK_K) {
+    const int32_t slot = t.k_row + j * BLOCK_K + (ONE_COPY<CHAIN> ? 0 : lane * p.box_rows);
+    kv_source at = {slot, CHAIN != EVEN && p.common.problem.varlen ? 0 : t.batch};
+    if (!ONE_COPY<CHAIN> && cache.table && lane * p.box_rows < BLOCK_K) {
         const int32_t within = min(slot, cache.capacity - 1);
         const slot_place place = place_of_slot(cache, cache.table + t.batch * cache.table_stride, (uint32_t)within);
         at.page = (int32_t)place.page;
@@ -20,17 +23,18 @@ static __device__ __forceinline__ kv_source find_rows(const fwd_params &p, const
 }
 
 /* FOR_BOTH: half of it here, for two blocks that load the same (fwd_pair.cuh). */
-template <bool FOR_BOTH, int CHUNKS>
+template <chain CHAIN, bool FOR_BOTH, int CHUNKS>
 static __device__ __forceinline__ void load_kv(const fwd_params &p, const CUtensorMap *map, T (&dst)[CHUNKS][BLOCK_K * CHUNK], uint64_t *full, uint64_t *empty,
                                                uint32_t parity, uint64_t policy, const kv_source &from, int kv_head)
 {
     const uint32_t bar = smem_address(full);
-    auto box_rows = [&] { return SHORT ? BLOCK_K : p.box_rows; };
+    auto box_rows = [&] { return ONE_COPY<CHAIN> ? BLOCK_K : p.box_rows; };
     mbarrier_wait(smem_address(empty), parity ^ 1);
     if (elect_one()) { mbarrier_arrive_expect_tx(bar, sizeof(dst)); }
 #pragma unroll 4
     for (int n = 0; n * box_rows() < BLOCK_K; n++) {
-        const int32_t row = SHORT ? from.row : __shfl_sync(ALL_LANES, from.row, n), page = SHORT ? from.page : __shfl_sync(ALL_LANES, from.page, n);
+        const int32_t row = ONE_COPY<CHAIN> ? from.row : __shfl_sync(ALL_LANES, from.row, n);
+        const int32_t page = ONE_COPY<CHAIN> ? from.page : __shfl_sync(ALL_LANES, from.page, n);
         if (elect_one()) {
             for (int c = FOR_BOTH ? (int)cluster_rank() : 0; c < CHUNKS; c += FOR_BOTH ? 2 : 1) {
                 const uint32_t to = smem_address(dst[c] + n * box_rows() * CHUNK);
@@ -55,8 +59,8 @@ template <int N> static __device__ __forceinline__ void await_landed(const uint6
     mbarrier_wait(smem_address(&full[r.stage > 0 ? r.stage - 1 : N - 1]), r.stage > 0 ? r.parity : r.parity ^ 1);
 }
 
-/* begun: so many copies have been asked for (fwd_begin.cuh). MERGED: of K and of V one at a time is under way; for more the instructions
- * of everybody else would wait, and the memory is as busy. */
+/* begun: so many copies have been asked for, by fwd_begin.cuh or, with EVEN, by the scheduler. MERGED: of K and of V one at a
+ * time is under way; for more the instructions of everybody else would wait, and the memory is as busy. */
 template <bool AGAIN, chain CHAIN>
 static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, ring<T_STAGES> &rt, ring<STAGES> &rk, ring<V_RING<CHAIN>> &rv, uint32_t &chunks,
                                                int begun = 0)
@@ -72,28 +76,28 @@ static __device__ __forceinline__ void produce(const fwd_params &p, shared &sm, 
         if (!more) { continue; }
         const int kv_head = fgqa_kv_head(t.head, p.common.problem.g);
         auto load_k = [&](const kv_source &from) {
-            if (CHAIN != MERGED || begun-- <= 0) {
+            if ((CHAIN != MERGED && CHAIN != EVEN) || begun-- <= 0) {
                 if (CHAIN == MERGED) { await_landed(sm.k_full, rk); }
-                load_kv<CHAIN == PAIRED && !AGAIN>(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
+                load_kv<CHAIN, CHAIN == PAIRED && !AGAIN>(p, &p.k_map, sm.k[rk.stage], &sm.k_full[rk.stage], &sm.k_empty[rk.stage], rk.parity, keep, from, kv_head);
             }
             rk.advance();
         };
         auto load_v = [&](const kv_source &from) {
             if (CHAIN != MERGED || begun-- <= 0) {
                 if constexpr (CHAIN == MERGED) { await_landed(sm.v_full, rv); }
-                load_kv<CHAIN == PAIRED && !AGAIN>(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
+                load_kv<CHAIN, CHAIN == PAIRED && !AGAIN>(p, &p.v_map, sm.v[rv.stage], &sm.v_full[rv.stage], &sm.v_empty[rv.stage], rv.parity, keep, from, kv_head);
             }
             rv.advance();
         };
         auto load_terms = [&](int j, bool rest) {
             if constexpr (BY_TMA<CHAIN>) { load_block<BLOCK_K, WG_COUNT>(p.term_boxes, t, p.list.pack, find_chunks(sm, 0), chunks, j, rest); }
         };
-        kv_source of_v = find_rows(p, t, end - 1, lane), of_k = find_rows(p, t, max(end - 2, begin), lane);
+        kv_source of_v = find_rows<CHAIN>(p, t, end - 1, lane), of_k = find_rows<CHAIN>(p, t, max(end - 2, begin), lane);
         load_k(of_v);
         load_terms(end - 1, false);
 #pragma unroll 1
         for (int j = end - 2; j >= begin; j--) {                 /* the order in which consumers use them */
-            const kv_source next = find_rows(p, t, max(j - 1, begin), lane);      /* a page number takes long to come */
+            const kv_source next = find_rows<CHAIN>(p, t, max(j - 1, begin), lane);      /* a page number takes long to come */
             load_k(of_k);
             load_terms(j + 1, true);
             load_v(of_v);

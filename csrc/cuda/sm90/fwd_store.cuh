@@ -53,7 +53,7 @@ static __device__ __forceinline__ void add_seen_poison(const fwd_params &p, uint
     poison_rows rows;
     const fgqa_view &v = problem.view[FGQA_ARG_v];
     rows.cache = &problem.cache;
-    rows.table = !SHORT && problem.cache.table ? problem.cache.table + t.batch * problem.cache.table_stride : NULL;
+    rows.table = !SHORT && CHAIN != EVEN && problem.cache.table ? problem.cache.table + t.batch * problem.cache.table_stride : NULL;
     rows.v = fgqa_row_address(v, sizeof(T), rows.table ? 0 : t.batch, fgqa_kv_head(t.head, problem.g), 0);
     rows.v_bytes = v.stride_s * (int64_t)sizeof(T);
     rows.page_bytes = v.stride_b * (int64_t)sizeof(T);

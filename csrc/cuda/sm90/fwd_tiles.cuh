@@ -22,6 +22,7 @@ struct tile_list {
     uint32_t last;                                /* padded only: the last section, which holds all pairs that are left */
     uint32_t units, splits;                       /* units of a sequence; parts of a tile's keys */
     int32_t pack;
+    fgqa_sequence every;                          /* EVEN: what each sequence is */
 };
 
 /* In shared memory. block_end = 0: there are no more tiles; valid is 0 then, nothing else is written,
@@ -36,8 +37,11 @@ struct tile {
     int64_t out, lse;                   /* of its first row, in bytes from the tensors' beginning */
 };
 
-/* Parts of a tile's keys; 1 where the row of kernels.def never shares them out. */
-template <int BLOCK_Q> static __device__ __forceinline__ uint32_t parts_of(const tile_list &list) { return FGQA_IS_SHORT(BLOCK_Q) ? 1 : list.splits; }
+/* Parts of a tile's keys; 1 where the row of kernels.def, or its kernel, never shares them out. */
+template <int BLOCK_Q, bool EVEN> static __device__ __forceinline__ uint32_t parts_of(const tile_list &list)
+{
+    return FGQA_IS_SHORT(BLOCK_Q) || EVEN ? 1 : list.splits;
+}
 
 /* Where the host knows all of a block's only tile (fwd_begin.cuh): blocks of keys, which parts share as split_range() says; lengths. */
 struct known_keys {
@@ -121,11 +125,12 @@ static __device__ __forceinline__ void find_padded(const fgqa_problem &p, const 
     place->batch = (int32_t)(pair / list.units);
 }
 
-template <int BLOCK_Q, int BLOCK_K>
+/* EVEN: sequences are padded, of lengths that the host knows, their keys neither in parts nor in a cache. */
+template <int BLOCK_Q, int BLOCK_K, bool EVEN>
 static __device__ __forceinline__ void describe_tile(const fgqa_problem &p, const tile_list &list, const tile_place &place, tile *t)
 {
-    int32_t rows;
-    const fgqa_sequence sequence = fgqa_device_sequence(p, place.batch, &rows);
+    int32_t rows = p.sq;
+    const fgqa_sequence sequence = EVEN ? list.every : fgqa_device_sequence(p, place.batch, &rows);
     const fgqa_mask &mask = sequence.mask;
     fgqa_range keys = {0, 0};
     t->row0 = place.row0;
@@ -143,13 +148,13 @@ static __device__ __forceinline__ void describe_tile(const fgqa_problem &p, cons
     if (i0 < mask.sq) { keys = fgqa_kv_range(&mask, i0, i1); }
     fgqa_range blocks = {keys.begin / BLOCK_K, (keys.end + BLOCK_K - 1) / BLOCK_K};
     if (keys.begin == keys.end) { blocks.end = blocks.begin; }
-    if (parts_of<BLOCK_Q>(list) > 1) { blocks = split_range(blocks, (uint32_t)place.part, list.splits); }
+    if (parts_of<BLOCK_Q, EVEN>(list) > 1) { blocks = split_range(blocks, (uint32_t)place.part, list.splits); }
     t->block_begin = blocks.begin;
     t->block_end = blocks.end;
 }
 
 /* The tiles of one block, in turn. Whole warp. */
-template <int BLOCK_Q> struct tile_walk {
+template <int BLOCK_Q, bool EVEN> struct tile_walk {
     uint32_t item, round;
     packed_cursor at;
 
@@ -159,12 +164,12 @@ template <int BLOCK_Q> struct tile_walk {
     __device__ bool current(const fgqa_problem &p, const tile_list &list, uint32_t *counter, bool paired, bool batch_first, tile_place *place)
     {
         uint32_t items = list.items;
-        const uint32_t tile = item / parts_of<BLOCK_Q>(list);
+        const uint32_t tile = item / parts_of<BLOCK_Q, EVEN>(list);
         bool some;
-        place->part = (int32_t)(item - tile * parts_of<BLOCK_Q>(list));
-        if (p.varlen) {
+        place->part = (int32_t)(item - tile * parts_of<BLOCK_Q, EVEN>(list));
+        if (!EVEN && p.varlen) {
             some = find_packed<BLOCK_Q>(p, list, tile, &at, place, &items);
-            items *= parts_of<BLOCK_Q>(list);
+            items *= parts_of<BLOCK_Q, EVEN>(list);
         } else {
             some = item < items;
             if (some) { find_padded<BLOCK_Q>(p, list, tile, batch_first, place); }
