@@ -324,7 +324,7 @@ def test_lengths_that_the_host_knows(dtype, mask):
 @pytest.mark.parametrize("hk", [16, 4])
 @pytest.mark.parametrize("d", [64, 96, 128, 192, 256])
 def test_chunks_that_end_between_warpgroups(d, hk, chunk):
-    """The first warpgroup of a tile skips as many blocks as it may, in tiles that a launch begins with, too; lengths on the device."""
+    """The first warpgroup of a tile skips as many blocks as it may, where a launch begins, too; lengths on the device."""
     q, k, v = inputs(1, 16, hk, 2048, 2048, d, dtype=torch.bfloat16)
     compare(q, k, v, chunk=chunk)
     compare(q, k, v, chunk=chunk, kv_lens=torch.tensor([2048], dtype=torch.int32, device="cuda"))
