@@ -8,7 +8,7 @@
  * may lie in a KV cache, contiguous or in pages. Of a copy of a float8 cache, scales of heads go to the softmax's scale and to O / l.
  * Short rows have kernels without roles, too, for few keys (fwd_whole.cuh).
  *
- *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q; tiles that see nothing are done there
+ *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q (EVEN: first K, too); tiles that see nothing are done there
  *                warp 1   producer:  TMA loads of K, V; of pages, a lane knows where one lies
  *                warp 2   collector: lists the tiles that have to be done again, frees their places
  *                warp 3   masker:    which keys each row of a tile sees
@@ -23,7 +23,7 @@
  * q_empty[s][..]  each consumer warp                           scheduler, masker         all products with Q are done
  * o_full[t]       each consumer warp                           collector                 O is stored, or no tile
  * tile_empty[t]   collector (1)                                scheduler                 the place is free
- * k_full, v_full  producer + bytes (1)                         consumers                 block is there
+ * k_full, v_full  producer, or scheduler, + bytes (1)          consumers                 block is there
  * k_empty, ..     one thread of each consumer warpgroup        producer                  block was used by all
  * named TURN + n  warpgroup n - 1 arrives, n syncs (256)       consumers                 Q K^T of the one before is done
  * Q's buffer is free before O of its tile is there, so there are two places t more than Q buffers s: tile n is announced when O of
@@ -97,7 +97,7 @@ static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
  * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). PAIRED: nor there; two blocks
  * bring keys for both (fwd_pair.cuh). EVEN: nor there, nor what packed sequences, lengths on the device, caches and parts of
- * keys take, so that a launch waits for fewer instructions. */
+ * keys take, so that a launch waits for fewer instructions; its first K is asked for by the scheduler. */
 enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED, PAIRED, EVEN };
 /* A bias and a mask tensor: TILED and TILED_ALL, which is ALL else, through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
 template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
