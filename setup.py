@@ -5,7 +5,7 @@ this machine's architecture and per precision, sm<arch>/<pass>.cu once per kerne
     FLASHGQA_WERROR=1     warnings are errors, and so is what ptxas says of wgmmas that do not run as they are written
     FLASHGQA_SANITIZE=1   AddressSanitizer and UndefinedBehaviorSanitizer
     FLASHGQA_AMX_EMULATED=1   the row "amx" on any processor with AVX-512, for tests: tests/c/amx_emulated.h
-    FLASHGQA_CUDA         0: without the CUDA kernels, which take some minutes; 1: an error if they cannot be built
+    FLASHGQA_CUDA         0: without the CUDA kernels, which take most of the time; 1: an error if they cannot be built
     FLASHGQA_CUDA_ARCH    machine code to embed, "80,90,ptx" by default: cards from Ampere on; those without code of their own
                           compile the PTX once, into the driver's cache. The kernels of csrc/cuda/sm90 run on Hopper alone: they
                           are compiled for sm_90a if 90 is named, and otherwise refuse to be chosen
