@@ -5,7 +5,8 @@
  * the parts; sink and bias bring those of their gradients. A decode row has a kernel for each width of its tiles, another one for
  * so few keys that clusters join their parts, and one more for batch_invariant; rows that read a copy of some caches bring the
  * kernels that make it. Rows for Hopper have kernels of their own for some options, and for some that come together, short ones
- * for few keys, those of wide heads for two blocks that share keys. tests/test_warmup_cuda.py looks for kernels that are left.
+ * for few keys, tall ones for keys that are not in parts, those of wide heads for two blocks that share keys.
+ * tests/test_warmup_cuda.py looks for kernels that are left.
  */
 #include "../core/cache.h"
 #include "device.h"
@@ -230,7 +231,8 @@ static fgqa_status run_all(const warmup_memory *memory)
             const int32_t options = own_options(row);
             int64_t rows = row->most_rows ? row->most_rows / HEADS : row->cached == FGQA_CACHE_ONLY ? 1 : ROWS;
             FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, row->most_rows != 0, options}));
-            if (row->pass == FGQA_PASS_FWD && FGQA_HAS_MERGE(row->d, row->block_q) && !row->dropout) {
+            const int has_unsplit = FGQA_HAS_MERGE(row->d, row->block_q) || FGQA_HAS_EVEN(row->d, row->block_q);
+            if (row->pass == FGQA_PASS_FWD && has_unsplit && !row->dropout) {
                 /* keys that are not in parts */
                 FGQA_TRY(run_kernel(&kernels[n], row, memory, (warmup_call){rows, KEYS, 1, options}));
             }
