@@ -132,7 +132,9 @@ def run_hopper_forward(q, k, v, slopes, bias, variant, put, where):
     if variant == "short":
         results.append(attention_beside_inf(q, k[:, :, :70], v[:, :, :70], where))
     if (variant, d) in KNOWN_LENGTHS:           # the other one
-        results.append(attention_beside_inf(q, k, v, {"kv_lens": np.full(B, SK, np.int32), **where}))
+        lengths = np.full(B, SK, np.int32)
+        lengths = lengths if isinstance(q, np.ndarray) else put(lengths)
+        results.append(attention_beside_inf(q, k, v, {"kv_lens": lengths, **where}))
     return [*results, attention_beside_inf(q, k, v, where)]
 
 

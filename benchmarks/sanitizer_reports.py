@@ -40,7 +40,7 @@ KNOWN = (
           "o_full, the collector waits for it and arrives at tile_empty, for which the scheduler waits; lanes of the masker and "
           "of the producer meet at __syncwarp behind theirs, before lane 0 arrives at q_full and before the copies leave for "
           "which those consumers wait. The same limit of the tool."),
-    Known("racecheck", FORWARD, RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bcollect\("),
+    Known("racecheck", FORWARD, RACE, (r"Write .*\bfinish_rows<", r"(Read|Write) .*\bcollect[<(]"),
           "Lanes of a consumer warp set poisoned[s], all to 1, meet at __syncwarp, lane 0 arrives at o_full; the collector "
           "waits for it, reads, sets 0 and arrives at tile_empty, behind which the scheduler, q_full and the consumers follow."
           " The same limit."),
