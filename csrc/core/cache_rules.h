@@ -1,5 +1,5 @@
-/* cache_rules.h - what the index arrays of a KV cache may say of one sequence, as numbers. For the check on the CPU, which has the
- * sentences (problem_cache_contents.c), and for the one on a GPU (cuda/any/check_cache.cu).
+/* cache_rules.h - what the index arrays of a KV cache may say of one sequence, as numbers. For the check on the CPU, which has
+ * the sentences (problem_cache_contents.c), and for the one on a GPU (cuda/any/check_cache.cu).
  */
 #ifndef FGQA_CACHE_RULES_H
 #define FGQA_CACHE_RULES_H

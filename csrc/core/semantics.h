@@ -116,8 +116,8 @@ FGQA_FN int32_t fgqa_packed_row_head(int64_t r, int32_t kv_head, int32_t group) 
 #define FGQA_SOFTCAP_GRAD(y, inv_cap) (1 - ((y) * (inv_cap)) * ((y) * (inv_cap)))
 #define FGQA_ALIBI(slope, abs_distance) (-(slope) * (abs_distance))
 
-/* The exponent of a sink's weight, less that of the largest weight, in one unit: 0 where both are +inf, the limit. So a sink of +inf takes
- * all of the weight, while a score of +inf makes its row NaN. */
+/* The exponent of a sink's weight, less that of the largest weight, in one unit: 0 where both are +inf, the limit. So a sink
+ * of +inf takes all of the weight, while a score of +inf makes its row NaN. */
 #define FGQA_SINK_EXPONENT(sink, most) ((sink) == (most) ? 0 : (sink) - (most))
 
 /* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864): of a row, elements a and b of pair n turn by one angle. Pairs are

@@ -6,14 +6,15 @@ static int32_t stats_kind(const fgqa_cuda_row *row)
     return row->general ? FGQA_BWD_GENERAL : row->arch == 90 ? FGQA_BWD_TILED : FGQA_BWD_PLAIN;
 }
 
-/* Length of the chains of the folded order (bwd_key_tile_at()), or 0 where key tiles are taken one after the other. There, blocks
- * of a causal pass that take neighbours are two query tiles of all heads apart, and what one has read has left the L2 cache before
- * the next one wants it. Members of a chain share it, but wait for each other's turns at dQ, the more the longer the chain; without
- * a group that costs more than it brings, but for the shortest chains. Chains of all sections (parts of KV heads of sequences) must occupy the
- * multiprocessors. All pairs of a front and a back tile take equally long: the last round of blocks must not be nearly empty. Packed
- * sequences of all lengths follow each other and have no rounds; without dQ in memory there are no turns, and what is read stays in
- * the cache. Where runs (takes()) do as well without a chain's waits, there is none: few and very many key tiles, but of one or
- * two sections of large groups, whose blocks would be apart the most. All limits are measured: LOG.md. */
+/* Length of the chains of the folded order (bwd_key_tile_at()), or 0 where key tiles are taken one after the other. There,
+ * blocks of a causal pass that take neighbours are two query tiles of all heads apart, and what one has read has left the L2
+ * cache before the next one wants it. Members of a chain share it, but wait for each other's turns at dQ, the more the longer
+ * the chain; without a group that costs more than it brings, but for the shortest chains. Chains of all sections (parts of KV
+ * heads of sequences) must occupy the multiprocessors. All pairs of a front and a back tile take equally long: the last round
+ * of blocks must not be nearly empty. Packed sequences of all lengths follow each other and have no rounds; without dQ in
+ * memory there are no turns, and what is read stays in the cache. Where runs (takes()) do as well without a chain's waits,
+ * there is none: few and very many key tiles, but of one or two sections of large groups, whose blocks would be apart the
+ * most. All limits are measured: LOG.md. */
 static int32_t chain_of(const fgqa_problem *p, int32_t row_d, int32_t block_k, int32_t splits, int32_t multiprocessors, int any_order)
 {
     const int64_t tiles = ((int64_t)p->sk + block_k - 1) / block_k, half = (tiles + 1) / 2, sections = (int64_t)p->b * p->hk * splits;
@@ -32,8 +33,9 @@ static int32_t chain_of(const fgqa_problem *p, int32_t row_d, int32_t block_k, i
     return (int32_t)(half < chain ? half : chain);
 }
 
-/* Sections in work at once and how many key tiles of one follow each other (find_task() of sm90/bwd_tasks.cuh), for a chain. By whether
- * a walk is long or short in query tiles and heads: blocks on long ones drift apart, those on short ones wait for turns. */
+/* Sections in work at once and how many key tiles of one follow each other (find_task() of sm90/bwd_tasks.cuh), for a chain.
+ * By whether a walk is long or short in query tiles and heads: blocks on long ones drift apart, those on short ones wait for
+ * turns. */
 static fgqa_bwd_order takes(const fgqa_problem *p, int32_t row_d, int32_t block_k, int32_t splits, int32_t multiprocessors, int any_order)
 {
     const int64_t tiles = p->sk > block_k ? ((int64_t)p->sk + block_k - 1) / block_k : 1, fair = multiprocessors / tiles;
@@ -46,7 +48,8 @@ static fgqa_bwd_order takes(const fgqa_problem *p, int32_t row_d, int32_t block_
         }
     }
     if (p->d <= 64) {
-        /* Half the bytes: enough that turns do not wait, few enough that Q, dO and sums of dQ of a pass stay in the L2 cache or 8 share them. */
+        /* Half the bytes: enough that turns do not wait, few enough that Q, dO and sums of dQ of a pass stay in the L2 cache
+         * or 8 share them. */
         const int64_t cached = ((int64_t)32 << 20) * splits / ((int64_t)p->sq * p->g * 512 + 1), eighth = multiprocessors / 8 + 1, most = (4 * multiprocessors + tiles - 1) / tiles;
         band = cached > eighth ? cached : eighth;
         if (band > most) { band = most; }
@@ -63,8 +66,8 @@ static fgqa_bwd_order takes(const fgqa_problem *p, int32_t row_d, int32_t block_
     return order;
 }
 
-/* By measurements a pass whose blocks begin in order and alike gets longer by the share of the steps that the last one waits: worth what
- * it takes to avoid it from here on. Folded chains begin apart anyway; windows and lengths are faster in order. */
+/* By measurements a pass whose blocks begin in order and alike gets longer by the share of the steps that the last one waits:
+ * worth what it takes to avoid it from here on. Folded chains begin apart anyway; windows and lengths are faster in order. */
 static int begins_wait(const fgqa_problem *p, const fgqa_bwd_order *order, int32_t row_d, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
     const int hides = p->varlen || p->q_lens || p->kv_lens || p->chunk > 0 || p->left != FGQA_UNBOUNDED;
@@ -85,9 +88,10 @@ static int64_t steps_of(const fgqa_problem *p, int32_t block_q, int32_t block_k,
     return rows.begin < rows.end ? (((int64_t)rows.end + block_q - 1) / block_q - rows.begin / block_q) * p->g / splits : 0;
 }
 
-/* Two steps apart, so that blocks do not wait if an addition takes longer than one; or one, and as many as walks have steps and sums of what
- * they end with find room: half of all sums where there are no parts, or two tiles a multiprocessor. All key tiles of a section if possible; under a causal mask
- * those of its first round, no more, as the longest walk is taken last: later ones begin when walks of other lengths end. */
+/* Two steps apart, so that blocks do not wait if an addition takes longer than one; or one, and as many as walks have steps
+ * and sums of what they end with find room: half of all sums where there are no parts, or two tiles a multiprocessor. All key
+ * tiles of a section if possible; under a causal mask those of its first round, no more, as the longest walk is taken last:
+ * later ones begin when walks of other lengths end. */
 static fgqa_bwd_shift shift_of(const fgqa_problem *p, int64_t at_once, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
     const int64_t all = ((int64_t)p->sk + block_k - 1) / block_k, fair = multiprocessors / at_once;
@@ -109,8 +113,8 @@ static fgqa_bwd_shift shift_of(const fgqa_problem *p, int64_t at_once, int32_t b
     return shift.tiles > 1 ? shift : none;
 }
 
-/* Any order where the bits may change, walks that begin apart where they may not; with batch_invariant neither, as how many blocks there are
- * for a section depends on the batch, nor in runs, whose first round has not as many of each section. */
+/* Any order where the bits may change, walks that begin apart where they may not; with batch_invariant neither, as how many
+ * blocks there are for a section depends on the batch, nor in runs, whose first round has not as many of each section. */
 fgqa_bwd_order fgqa_bwd_order_of(const fgqa_problem *p, int32_t row_d, int32_t block_q, int32_t block_k, int32_t splits, int32_t multiprocessors)
 {
     fgqa_bwd_order order = takes(p, row_d, block_k, splits, multiprocessors, 0);
@@ -126,9 +130,9 @@ static int fills(int64_t tasks, int64_t multiprocessors) { return 20 * tasks >= 
 
 /* A task is a key tile of a KV head. Too few for the multiprocessors (MQA, short batches): the query rows of each are shared
  * out to up to four blocks, whose dK and dV are float32 parts added in order. Tasks of equal length need four rounds to come
- * out even, unless they just fill fewer, those of a masked problem, longest first, two; but so do the long ones of a causal one with
- * too many key tiles for a chain, the first of which would last as long as all of a multiprocessor's work (only of large groups, where
- * the parts are at most half of the sums of dQ). With batch_invariant nothing is split. */
+ * out even, unless they just fill fewer, those of a masked problem, longest first, two; but so do the long ones of a causal
+ * one with too many key tiles for a chain, the first of which would last as long as all of a multiprocessor's work (only of
+ * large groups, where the parts are at most half of the sums of dQ). With batch_invariant nothing is split. */
 void fgqa_bwd_tile(const fgqa_cuda_row *row, const fgqa_problem *p, fgqa_plan *plan, int32_t multiprocessors)
 {
     const int64_t tasks = (int64_t)p->b * p->hk * (((int64_t)p->sk + row->block_k - 1) / row->block_k);

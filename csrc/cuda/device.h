@@ -53,10 +53,11 @@ void fgqa_cuda_memory_drop(fgqa_cuda_memory *memory);      /* NULL: nothing */
 /* Between host and device, either way, in the order of the stream; pageable host memory may be reused on return. */
 fgqa_status fgqa_cuda_copy(void *to, const void *from, size_t bytes, void *stream);
 
-/* Arrays of the host to the current device and back (staging.c), for one call at a time: from _begin() to _end(), which waits for
- * all of it. Uploads are behind what the call's stream has been given before _begin(); what it is given after _uploaded() is behind
- * them. The download of a part is behind what the stream had been given at _computed(), and complete on return; the parts follow
- * each other, and one may be under way while the one before is downloaded. Tensors are strided, device memory is contiguous. */
+/* Arrays of the host to the current device and back (staging.c), for one call at a time: from _begin() to _end(), which waits
+ * for all of it. Uploads are behind what the call's stream has been given before _begin(); what it is given after _uploaded()
+ * is behind them. The download of a part is behind what the stream had been given at _computed(), and complete on return; the
+ * parts follow each other, and one may be under way while the one before is downloaded. Tensors are strided, device memory is
+ * contiguous. */
 typedef struct fgqa_cuda_staging fgqa_cuda_staging;
 fgqa_status fgqa_cuda_staging_begin(int32_t device, void *stream, fgqa_cuda_staging **staging);
 fgqa_status fgqa_cuda_staging_upload(fgqa_cuda_staging *staging, const fgqa_tensor *from, void *to);

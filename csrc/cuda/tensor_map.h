@@ -1,5 +1,5 @@
-/* tensor_map.h - TMA descriptors of the problem's tensors: dims (column, head, row, batch), 128-byte swizzle. Columns of a bias are keys;
- * it may repeat along the other three. */
+/* tensor_map.h - TMA descriptors of the problem's tensors: dims (column, head, row, batch), 128-byte swizzle. Columns of a
+ * bias are keys; it may repeat along the other three. */
 #ifndef FGQA_TENSOR_MAP_H
 #define FGQA_TENSOR_MAP_H
 #include "../core/problem.h"
@@ -15,8 +15,9 @@ typedef struct { int32_t columns, heads, rows; } fgqa_map_box;
  * found when first needed. */
 int fgqa_tensor_map(void *map, const fgqa_problem *problem, fgqa_arg arg, fgqa_map_box box);
 
-/* k or v, of a cache (pages as the outermost axis; its elements may be float8) or not, as dims (column, row, chunk of 128 bytes,
- * head, sequence or page): a box is a chunk's columns x `rows` x `chunks`. More than one chunk: only where they fill the head dim. */
+/* k or v, of a cache (pages as the outermost axis; its elements may be float8) or not, as dims (column, row, chunk of 128
+ * bytes, head, sequence or page): a box is a chunk's columns x `rows` x `chunks`. More than one chunk: only where they fill
+ * the head dim. */
 int fgqa_cache_map(void *map, const fgqa_problem *problem, fgqa_arg arg, int32_t rows, int32_t chunks);
 
 /* Why TMA cannot address one of them; NULL if it can. */

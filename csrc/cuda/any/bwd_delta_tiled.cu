@@ -7,7 +7,8 @@
 static constexpr int AHEAD = 4, MOST_ROWS = 128, MOST_SORTED = 1024;      /* 16-byte loads of a thread and tensor at a time; rows of a tile; sequences */
 static constexpr float LARGEST_LSE = 0x1p15f;      /* with ALiBi or a bias: beyond, LSE and what is added to scores, rounded in base 2, may be apart by more than 1/256 */
 
-/* rowsum(dO O) of a tile's rows, LANES lanes a row. Rows start on 16 bytes: rows of kernels.def with tiled statistics take no others. */
+/* rowsum(dO O) of a tile's rows, LANES lanes a row. Rows start on 16 bytes: rows of kernels.def with tiled statistics take no
+ * others. */
 template <typename T, int LANES>
 static __device__ __forceinline__ void sum_rows(float (&sums)[MOST_ROWS], const fgqa_problem &p, int32_t b, int32_t h, int64_t first, int32_t count)
 {
@@ -57,8 +58,8 @@ template <typename T> static __device__ __noinline__ void zero_rows(const fgqa_p
     }
 }
 
-/* With ALiBi, lse2 of rows whose LSE is large: of the exponents that the main kernel computes, so that what leaves no digits to q.k
- * cancels. Where all of them leave float32, weights are 0. */
+/* With ALiBi, lse2 of rows whose LSE is large: of the exponents that the main kernel computes, so that what leaves no digits
+ * to q.k cancels. Where all of them leave float32, weights are 0. */
 template <typename T> static __device__ __noinline__ void large_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
 {
     const fgqa_problem &p = params.problem;
@@ -82,8 +83,8 @@ template <typename T> static __device__ __noinline__ void large_rows(const fgqa_
     }
 }
 
-/* With a bias, of rows whose LSE is large the base, which is the most that the row's scores have added to them, and lse2 of scores from
- * which it has been taken: they hold what the LSE does not. */
+/* With a bias, of rows whose LSE is large the base, which is the most that the row's scores have added to them, and lse2 of
+ * scores from which it has been taken: they hold what the LSE does not. */
 template <typename T> static __device__ __noinline__ void base_rows(const fgqa_params &params, const fgqa_bwd_workspace &w, int32_t b, int32_t h, int32_t tile)
 {
     const fgqa_problem &p = params.problem;

@@ -6,14 +6,15 @@
 
 enum { FGQA_BWD_MAX_SPLITS = 4, FGQA_BWD_LONG = 64 };           /* FGQA_BWD_LONG: key tiles */
 
-/* Backward rows for Hopper that have kernels with a bias tensor that TMA can address, without or beside a mask tensor and dropout, and its
- * gradient: sm90/bwd_bias.cuh. Others take any bias beside anything, but make no gradient of it: sm90/bwd_any_bias.cuh. */
+/* Backward rows for Hopper that have kernels with a bias tensor that TMA can address, without or beside a mask tensor and
+ * dropout, and its gradient: sm90/bwd_bias.cuh. Others take any bias beside anything, but make no gradient of it:
+ * sm90/bwd_any_bias.cuh. */
 #define FGQA_BWD_HAS_BIAS(d) ((d) <= 128)
 
 static inline int fgqa_bwd_causal(const fgqa_problem *p) { return p->left == FGQA_UNBOUNDED && p->right != FGQA_UNBOUNDED && p->chunk == 0; }
 
-/* In which order blocks take key tiles (find_task() of sm90/bwd_tasks.cuh): length of a chain, or 0; sections in work at once and how many key
- * tiles of one follow each other; whether key tiles add to dQ as they come; walks that begin apart. */
+/* In which order blocks take key tiles (find_task() of sm90/bwd_tasks.cuh): length of a chain, or 0; sections in work at once
+ * and how many key tiles of one follow each other; whether key tiles add to dQ as they come; walks that begin apart. */
 typedef struct { int32_t chain, band, run, any_order; fgqa_bwd_shift shift; } fgqa_bwd_order;
 
 /* Whether blocks walk through all query tiles of a head before those of the next one: BY_HEAD of sm90/bwd_tasks.cuh. */

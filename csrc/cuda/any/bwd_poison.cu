@@ -1,11 +1,13 @@
 /* bwd_poison.cu - with a soft cap, after the kernels for Hopper: gradients where q or k are infinite.
  *
- * An infinite score becomes the cap, so that its weight is finite, and dS = P (1 - t^2) (dP - delta) is 0. That 0 meets what is infinite:
+ * An infinite score becomes the cap, so that its weight is finite, and dS = P (1 - t^2) (dP - delta) is 0. That 0 meets what is
+ * infinite:
  *     dQ of rows that see an infinite key, dK of keys that an infinite row sees: NaN in the columns that are not finite
  *     dV: the usual sums
- * The main kernel takes keys that are inf or NaN as unseen. An infinite q leaves NaN in its column of dK of all keys that its products
- * meet, seen or not. Both are noted, 16 keys at a time (bwd_poisoned_keys()), and here these keys' gradients are made from the
- * equations: by a block a key tile, a key at a time, whose rows its warps share out. Where nothing was noted it reads a few words.
+ * The main kernel takes keys that are inf or NaN as unseen. An infinite q leaves NaN in its column of dK of all keys that its
+ * products meet, seen or not. Both are noted, 16 keys at a time (bwd_poisoned_keys()), and here these keys' gradients are made
+ * from the equations: by a block a key tile, a key at a time, whose rows its warps share out. Where nothing was noted it reads a
+ * few words.
  */
 #include "../common/dropout.cuh"
 #include "../common/launch.cuh"
@@ -151,7 +153,8 @@ template <typename T> static __device__ __forceinline__ void redo_key(const fgqa
     load_eight<T>(k, fgqa_row_address(p.view[FGQA_ARG_k], sizeof(T), t.b, t.kv_head, sequence.k_row + j), column, p.d, params.vector_k);
     const bool finite_key = finite_row(k);
 
-    /* Rows whose weights, or dS, are NaN whatever the key: of a finite key dK is right then. dQ of rows without weights is NaN already. */
+    /* Rows whose weights, or dS, are NaN whatever the key: of a finite key dK is right then. dQ of rows without weights is NaN
+     * already. */
     bool lost = false, some_left = false;
     for (int32_t h = t.kv_head * p.g; h < (t.kv_head + 1) * p.g; h++) {
         for (int32_t i = seen.begin + thread; i < seen.end; i += THREADS) {

@@ -7,7 +7,8 @@
 
 static constexpr int THREADS = 256, COLUMNS = 4;                 /* of a thread, of a row */
 
-/* One row of four columns a thread; parts: [splits][k_rows][width], rows are ((b * hk) + kv_head) * sk + j, or kv_head * total_k + row. */
+/* One row of four columns a thread; parts: [splits][k_rows][width], rows are ((b * hk) + kv_head) * sk + j, or kv_head *
+ * total_k + row. */
 template <typename T> static __device__ __forceinline__ void reduce(const fgqa_problem &p, const fgqa_bwd_workspace &w, const float *parts, int width, int d, const fgqa_view &view, bool vector)
 {
     const int threads_a_row = width / COLUMNS, rows_at_once = THREADS / threads_a_row, column = (int)threadIdx.x % threads_a_row * COLUMNS;

@@ -110,6 +110,6 @@ static __device__ __forceinline__ row_sum sum_row(const fgqa_params &params, con
     return {most, log2f(sum)};
 }
 
-/* Whether the keys of an own sum are all that a given one was made of, but for so many epsilons: that of more keys (a part of a split)
- * says more than these can. */
+/* Whether the keys of an own sum are all that a given one was made of, but for so many epsilons: that of more keys (a part of
+ * a split) says more than these can. */
 static __device__ __forceinline__ bool all_of(float given, float own, float epsilons) { return fabsf(own - given) <= epsilons * FLT_EPSILON * fabsf(given); }

@@ -1,16 +1,17 @@
 /* bwd_shift.h - walks of a backward pass that begin apart. C11 and CUDA.
  *
- * Blocks that take neighbouring key tiles of a section (KV head of a sequence x part) at once and walk alike meet at every query tile, where
- * each waits for its first turn at dQ a step longer than the one before. Shifted walks end with the places that they left out at first.
- * What they come to then is summed by itself, `late`: with one sum, an order that keeps all busy has blocks wait for later tasks, which may
- * never begin while they do. In either sum key tiles add in the order in which they are taken, so that none waits but for earlier ones.
+ * Blocks that take neighbouring key tiles of a section (KV head of a sequence x part) at once and walk alike meet at every query
+ * tile, where each waits for its first turn at dQ a step longer than the one before. Shifted walks end with the places that they
+ * left out at first. What they come to then is summed by itself, `late`: with one sum, an order that keeps all busy has blocks
+ * wait for later tasks, which may never begin while they do. In either sum key tiles add in the order in which they are taken, so
+ * that none waits but for earlier ones.
  */
 #ifndef FGQA_BWD_SHIFT_H
 #define FGQA_BWD_SHIFT_H
 #include "bwd_workspace.h"
 
-/* Of the first `tiles` key tiles of a section each begins `apart` places behind the one before it. The last of them is taken first.
- * tiles 0: all walks begin at their first place. */
+/* Of the first `tiles` key tiles of a section each begins `apart` places behind the one before it. The last of them is taken
+ * first. tiles 0: all walks begin at their first place. */
 typedef struct { int32_t tiles, apart; } fgqa_bwd_shift;
 
 /* One late addition in the word of a query tile (`turn` of bwd_workspace.h), above those to dQ itself. */
@@ -34,7 +35,8 @@ FGQA_FN fgqa_bwd_at fgqa_bwd_at_step(int32_t begin, int32_t steps, int32_t step)
     return at;
 }
 
-/* Of the shifted key tiles before `end`, which are all that meet a query tile, how many come to it at first, those before: its place. */
+/* Of the shifted key tiles before `end`, which are all that meet a query tile, how many come to it at first, those before: its
+ * place. */
 FGQA_FN int32_t fgqa_bwd_early(const fgqa_bwd_shift *shift, int32_t place, int32_t end)
 {
     const int32_t begun = place / shift->apart + 1, most = end < shift->tiles ? end : shift->tiles;

@@ -26,8 +26,9 @@
 typedef struct { int64_t ticket, key_tiles, finished; } fgqa_bwd_control;
 
 /* What the main kernel needs of a query row. P = 2^(s scale log2(e) - lse2) or 2^((x - top) log2(e) - log_sum); delta =
- * rowsum(dO O) - dLSE. lse2 and top are +inf for a row that sees nothing, so that its P is 0. top is the LSE and log_sum 0, unless
- * the LSE is so large that it does not hold the sum of the row: then top is its largest score and log_sum log2 of the sum. */
+ * rowsum(dO O) - dLSE. lse2 and top are +inf for a row that sees nothing, so that its P is 0. top is the LSE and log_sum 0,
+ * unless the LSE is so large that it does not hold the sum of the row: then top is its largest score and log_sum log2 of the
+ * sum. */
 typedef struct { float lse2, delta; } plain_stats;
 typedef struct { float top, delta, log_sum, unused; } general_stats;
 
@@ -54,8 +55,8 @@ typedef struct {
     int32_t *based;
 } fgqa_bwd_workspace;
 
-/* Whether some row of some tile may not see some key of it; with a soft cap, ALiBi, a bias, a mask tensor or dropout there is no kernel for
- * tiles without. */
+/* Whether some row of some tile may not see some key of it; with a soft cap, ALiBi, a bias, a mask tensor or dropout there is
+ * no kernel for tiles without. */
 static inline int fgqa_bwd_hides(const fgqa_problem *p, int32_t block_k)
 {
     return p->varlen || p->q_lens || p->kv_lens || p->left != FGQA_UNBOUNDED || p->right != FGQA_UNBOUNDED || p->chunk > 0 || p->softcap > 0.0 || p->view[FGQA_ARG_alibi_slopes].data
@@ -84,8 +85,8 @@ static inline size_t fgqa_bwd_workspace_take(const fgqa_problem *p, int32_t bloc
     w->head_tiles = p->varlen ? p->total_q / block_q + p->b + 1 : ((int64_t)p->sq + block_q - 1) / block_q;
     w->kv_head_tiles = p->varlen ? p->total_k / block_k + p->b + 1 : ((int64_t)p->sk + block_k - 1) / block_k;
     w->q_tiles = p->varlen ? p->hq * w->head_tiles : (int64_t)p->b * p->hq * w->head_tiles;
-    /* First what comes in multiples of 128 bytes, so that it begins on a line of the caches, as the workspace does: where tiles of dQ began
-     * in the middle of one, adding to them made a pass up to 9% longer. */
+    /* First what comes in multiples of 128 bytes, so that it begins on a line of the caches, as the workspace does: where
+     * tiles of dQ began in the middle of one, adding to them made a pass up to 9% longer. */
     if (!fgqa_bwd_two_passes(stats_kind, d)) { w->dq = (float *)fgqa_arena_take(&arena, (size_t)w->q_tiles * (size_t)(block_q * d), sizeof(float)); }
     if (splits > 1) {
         w->dk = (float *)fgqa_arena_take(&arena, (size_t)splits * (size_t)w->k_rows * (size_t)d, sizeof(float));
@@ -130,7 +131,8 @@ static __device__ __forceinline__ int64_t bwd_q_tile(const fgqa_problem &p, cons
     return p.varlen ? h * w.head_tiles + q_row / w.block_q + b + tile : ((int64_t)b * p.hq + h) * w.head_tiles + tile;
 }
 
-/* The packed sequence that owns tile `tile` of a head (KEYS: of a KV head), where sequence b begins at tile floor(its first row / rows) + b. */
+/* The packed sequence that owns tile `tile` of a head (KEYS: of a KV head), where sequence b begins at tile floor(its first
+ * row / rows) + b. */
 template <bool KEYS = false> static __device__ __forceinline__ int32_t bwd_packed_sequence(const fgqa_problem &p, int32_t rows, int32_t tile)
 {
     int32_t b = 0, above = p.b;
@@ -184,11 +186,11 @@ static __device__ __forceinline__ fgqa_range bwd_key_tiles(const fgqa_mask &mask
     return r;
 }
 
-/* Order in which the N key tiles of a sequence are taken and add to dQ: 0, 1, .. or, with a chain of C, folded. Under a causal mask
- * key tile n meets fewer query tiles the larger n is. The folded order takes C from the front, C - 1 down to 0, which walk from the
- * last query tile down to their diagonal, then C from the back, N - C .. N - 1, which walk from their diagonal up; then the same with
- * what is left. Blocks that take tiles in this order are all at the same query tile at the same time and share what they read: front
- * tile m is followed by N - 1 - m, which begins where the others have just come by. */
+/* Order in which the N key tiles of a sequence are taken and add to dQ: 0, 1, .. or, with a chain of C, folded. Under a causal
+ * mask key tile n meets fewer query tiles the larger n is. The folded order takes C from the front, C - 1 down to 0, which
+ * walk from the last query tile down to their diagonal, then C from the back, N - C .. N - 1, which walk from their diagonal
+ * up; then the same with what is left. Blocks that take tiles in this order are all at the same query tile at the same time
+ * and share what they read: front tile m is followed by N - 1 - m, which begins where the others have just come by. */
 static __device__ __forceinline__ int32_t bwd_key_tiles_of(const fgqa_bwd_workspace &w, const fgqa_mask &mask) { return (mask.sk + w.block_k - 1) / w.block_k; }
 static __device__ __forceinline__ bool bwd_in_front(int32_t n, int32_t tiles) { return 2 * n < tiles; }
 

@@ -1,13 +1,14 @@
-/* cache_copy.h - the keys and values that a call sees of its KV cache, in contiguous memory and in q's dtype, for forward rows that
- * cannot read the cache as it is: float8 elements, pages of any size, left padding in front of pages. Scales of a cache are not in it.
+/* cache_copy.h - the keys and values that a call sees of its KV cache, in contiguous memory and in q's dtype, for forward rows
+ * that cannot read the cache as it is: float8 elements, pages of any size, left padding in front of pages. Scales of a cache are
+ * not in it.
  */
 #ifndef FGQA_CACHE_COPY_H
 #define FGQA_CACHE_COPY_H
 #include "../../core/problem.h"
 #include "../../core/workspace.h"
 
-/* Slots around those that are seen, of which nothing may be garbage: an inf or NaN there would have a tile done twice (sm90/careful.cuh).
- * Not less than a block of keys has. */
+/* Slots around those that are seen, of which nothing may be garbage: an inf or NaN there would have a tile done twice
+ * (sm90/careful.cuh). Not less than a block of keys has. */
 enum { FGQA_COPY_MARGIN = 128 };
 
 /* `copy`: the problem over the copy, whose memory is carved from `base` or, with base NULL, measured. Returns its size. */

@@ -2,8 +2,8 @@
  * does on the CPU, which has the sentences. Only whether there is fault comes back.
  *
  * Items are the parts of pages that sequences write or read, `items_each` of a sequence: first those its new keys may fall on,
- * `writes_each`, then one for each entry of its row of the table. Each is held against all that are written, of which a block has as
- * many in shared memory as it has threads. No part is written twice, or written and read.
+ * `writes_each`, then one for each entry of its row of the table. Each is held against all that are written, of which a block has
+ * as many in shared memory as it has threads. No part is written twice, or written and read.
  */
 #include "check_cache.h"
 

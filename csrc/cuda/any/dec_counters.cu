@@ -1,6 +1,6 @@
 /* dec_counters.cu - launches on one stream follow each other and may share counters. Launches of a graph run beside those of any
- * stream, but not beside themselves: those of one executable follow each other. Two executables of one graph that run at once would
- * share counters, as they share the results they write, and may wait for ever: such a graph must be recorded twice.
+ * stream, but not beside themselves: those of one executable follow each other. Two executables of one graph that run at once
+ * would share counters, as they share the results they write, and may wait for ever: such a graph must be recorded twice.
  */
 #include "dec_counters.h"
 #include "../stream_slot.h"

@@ -3,8 +3,8 @@
  *     M = max over parts of top,  w = 2^((top - M) log2(e) + log_sum),  out = sum w o / (sum w + e^(sink - M)),
  *     LSE = M + ln(that sum)
  *
- * One warp a row; parts are added in their order. A part that saw no key has top -inf and weight 0, and its o is not read. All wait for
- * this kernel: what it takes are the trips to L2, one for the ends of all parts and one for every AT_ONCE of their o.
+ * One warp a row; parts are added in their order. A part that saw no key has top -inf and weight 0, and its o is not read. All
+ * wait for this kernel: what it takes are the trips to L2, one for the ends of all parts and one for every AT_ONCE of their o.
  */
 #include "../common/launch.cuh"
 #include "../common/split.cuh"

@@ -33,8 +33,8 @@ static inline size_t fgqa_split_workspace(const fgqa_problem *p, uint32_t splits
     return arena.used;
 }
 
-/* Rows and keys of a sequence; of packed ones, whose lengths are on the device, the mean. What is planned with them does not depend
- * on max_q and max_kv, which may be too small, so that results do not either. */
+/* Rows and keys of a sequence; of packed ones, whose lengths are on the device, the mean. What is planned with them does not
+ * depend on max_q and max_kv, which may be too small, so that results do not either. */
 static inline int64_t fgqa_usual_rows(const fgqa_problem *p) { return p->varlen ? p->b > 0 ? (p->total_q + p->b - 1) / p->b : 0 : p->sq; }
 static inline int64_t fgqa_usual_keys(const fgqa_problem *p) { return p->varlen ? p->b > 0 ? (p->total_k + p->b - 1) / p->b : 0 : p->sk; }
 
@@ -49,9 +49,9 @@ static inline int64_t fgqa_fwd_tiles_of_block(const fgqa_problem *p, const fgqa_
     return (keys + plan->block_k - 1) / plan->block_k;
 }
 
-/* Shares the keys of plan->tasks row blocks, usually about `tasks`, out. block_q and block_k are set; `slots` is how many blocks
- * the device holds at once. With batch_invariant, the split comes from the shape of one sequence alone, and those of one row block
- * are split; packed sequences are not split then. */
+/* Shares the keys of plan->tasks row blocks, usually about `tasks`, out. block_q and block_k are set; `slots` is how many
+ * blocks the device holds at once. With batch_invariant, the split comes from the shape of one sequence alone, and those of
+ * one row block are split; packed sequences are not split then. */
 static inline void fgqa_fwd_share(const fgqa_problem *p, fgqa_plan *plan, int64_t tasks, int32_t slots, int one_row_block)
 {
     const int64_t most = fgqa_fwd_tiles_of_block(p, plan) / FGQA_MIN_TILES_PER_SPLIT;

@@ -2,8 +2,8 @@
  *
  *     lse = log sum_n exp(lse_n),   out = sum_n out_n * exp(lse_n - lse)
  *
- * One warp a row; lane n weighs part n, and parts are added in their order. A part that saw nothing (lse -inf) has weight 0 and is
- * not read.
+ * One warp a row; lane n weighs part n, and parts are added in their order. A part that saw nothing (lse -inf) has weight 0 and
+ * is not read.
  */
 #include "merge.h"
 

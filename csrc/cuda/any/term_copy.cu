@@ -1,7 +1,7 @@
 /* term_copy.cu - rows of a bias or a mask tensor copied to rows that start on 16 bytes.
  *
- * A thread makes 16 bytes of a row at a time, of the five aligned words that hold them: what is behind the last key is of the next row,
- * or garbage, and nobody reads it. Only where words would reach out of the tensor it goes byte by byte.
+ * A thread makes 16 bytes of a row at a time, of the five aligned words that hold them: what is behind the last key is of the
+ * next row, or garbage, and nobody reads it. Only where words would reach out of the tensor it goes byte by byte.
  */
 #include "term_copy.h"
 

@@ -1,5 +1,5 @@
-/* term_copy.h - a bias or a mask tensor whose rows do not start on 16 bytes, copied to rows that do, which rows for Hopper read by TMA or
- * in vectors. Only the parts that are there: what heads, rows or sequences share is copied once.
+/* term_copy.h - a bias or a mask tensor whose rows do not start on 16 bytes, copied to rows that do, which rows for Hopper read
+ * by TMA or in vectors. Only the parts that are there: what heads, rows or sequences share is copied once.
  */
 #ifndef FGQA_TERM_COPY_H
 #define FGQA_TERM_COPY_H

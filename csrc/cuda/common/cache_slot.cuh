@@ -1,5 +1,5 @@
-/* cache_slot.cuh - where a slot of a cached sequence lies. A page that does not exist holds nothing: what is appended to it is dropped,
- * what is read from it is zeros (the decode rows of sm90/ get these from TMA, which reads zeros outside of a tensor).
+/* cache_slot.cuh - where a slot of a cached sequence lies. A page that does not exist holds nothing: what is appended to it is
+ * dropped, what is read from it is zeros (the decode rows of sm90/ get these from TMA, which reads zeros outside of a tensor).
  */
 #pragma once
 #include "../../core/cache_rules.h"

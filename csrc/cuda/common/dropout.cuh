@@ -15,7 +15,8 @@ static __device__ __forceinline__ dropout_key dropout_key_make(const fgqa_proble
     return key;
 }
 
-/* fgqa_dropout_keeps() of both halves of a word, a threshold above 0: bits 0 and 16, all others are 0. Two instructions of Hopper's. */
+/* fgqa_dropout_keeps() of both halves of a word, a threshold above 0: bits 0 and 16, all others are 0. Two instructions of
+ * Hopper's. */
 static __device__ __forceinline__ uint32_t dropout_keeps_halves(uint32_t word, uint32_t threshold)
 {
     const uint32_t most_dropped = (threshold - 1) * 0x00010001u;

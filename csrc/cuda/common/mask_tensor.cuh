@@ -1,4 +1,5 @@
-/* mask_tensor.cuh - what a mask tensor says of one score. Where many are asked for, a lane keeps the address of its row (mask_tile.cuh). */
+/* mask_tensor.cuh - what a mask tensor says of one score. Where many are asked for, a lane keeps the address of its row
+ * (mask_tile.cuh). */
 #pragma once
 #include "params.cuh"
 

@@ -47,8 +47,8 @@ PTX_FN bool mbarrier_test(uint32_t bar, uint32_t parity)
 PTX_FN void bar_sync(uint32_t id, uint32_t threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 PTX_FN void bar_arrive(uint32_t id, uint32_t threads) { asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-/* True in one thread of a warp, all of which come here. ptxas knows that no other goes on: a copy of what the whole warp knows is one
- * instruction in its branch, and not a loop over threads. PTX ISA, "elect.sync". */
+/* True in one thread of a warp, all of which come here. ptxas knows that no other goes on: a copy of what the whole warp knows
+ * is one instruction in its branch, and not a loop over threads. PTX ISA, "elect.sync". */
 PTX_FN bool elect_one()
 {
     uint32_t one;

@@ -25,8 +25,8 @@ static __device__ __forceinline__ float tanh_far(float x)
 
 static __device__ __forceinline__ float tanh_score(float x) { return fabsf(x) < TANH_NEAR ? tanh_near(x) : tanh_far(x); }
 
-/* q.k, in any number of registers, -> tanh(ratio q.k) for ratio = scale / cap: scores in units of the cap. The same bits whether or not
- * the warp's scores are all near 0, as those of trained models mostly are: that takes half the time. */
+/* q.k, in any number of registers, -> tanh(ratio q.k) for ratio = scale / cap: scores in units of the cap. The same bits
+ * whether or not the warp's scores are all near 0, as those of trained models mostly are: that takes half the time. */
 template <int N> static __device__ __forceinline__ void cap_scores(float (&s)[N], float ratio)
 {
     float most = 0.0f;

@@ -30,8 +30,8 @@ static __device__ __forceinline__ void store_lse(const fgqa_problem &p, int32_t 
     if (p.view[FGQA_ARG_lse].data) { *(float *)fgqa_row_address(p.view[FGQA_ARG_lse], sizeof(float), b, h, row) = lse; }
 }
 
-/* A row of which parts are joined: top is the largest of its sink and of its parts' tops. A part's end is its top and log2 of its sum;
- * one that saw no key has top -inf and weight 0. */
+/* A row of which parts are joined: top is the largest of its sink and of its parts' tops. A part's end is its top and log2 of
+ * its sum; one that saw no key has top -inf and weight 0. */
 struct joined_row {
     float top;
     bool nan;                   /* the sink or an end is */

@@ -228,9 +228,9 @@ template <int ROW_BYTES> static __device__ __forceinline__ float tile_element(co
     return to_float(*(const T *)(tile + swizzle<ROW_BYTES>(row, column / PIECE) + column % PIECE * (int)sizeof(T)));
 }
 
-/* sum += factor x of the elements x of a tile of `count` rows that are inf or NaN, where the weight of query row and key is not 0. Of dV the
- * factor is the weight. Of dK and dQ (OF_ROWS: its rows are query rows, those of the tile keys) it is 0: dS of a score that is as
- * large as the soft cap, or of no importance, where the weight is NaN. */
+/* sum += factor x of the elements x of a tile of `count` rows that are inf or NaN, where the weight of query row and key is
+ * not 0. Of dV the factor is the weight. Of dK and dQ (OF_ROWS: its rows are query rows, those of the tile keys) it is 0: dS
+ * of a score that is as large as the soft cap, or of no importance, where the weight is NaN. */
 template <typename SHARE, int ROW_BYTES, bool OF_WEIGHTS, bool OF_ROWS>
 static __device__ __forceinline__ void add_poison(const char *tile, int count, const char *weights, int warp, int lane, float (&sum)[SHARE::MB][SHARE::NB][4])
 {
@@ -250,9 +250,9 @@ static __device__ __forceinline__ void add_poison(const char *tile, int count, c
     }
 }
 
-/* dV and dK of a dirty query tile, whose rows with inf or NaN must not reach keys that they do not see through 0 * NaN: they are
- * taken as 0 in Q, as dS is NaN where such a row is seen, or 0 under a soft cap. A function of its own, with its sums in memory: the usual way must not
- * share its registers with this one. */
+/* dV and dK of a dirty query tile, whose rows with inf or NaN must not reach keys that they do not see through 0 * NaN: they
+ * are taken as 0 in Q, as dS is NaN where such a row is seen, or 0 under a soft cap. A function of its own, with its sums in
+ * memory: the usual way must not share its registers with this one. */
 static __device__ __noinline__ void add_carefully(const shared &mem, int stage, int buffer, int warp, float (&dv)[of_dv::MB][of_dv::NB][4], float (&dk)[of_dk::MB][of_dk::NB][4])
 {
     const int lane = lane_here();

@@ -38,7 +38,8 @@ struct shared {
     walk_step steps[4];                       /* ring */
 };
 
-/* Scalars of a launch. Tasks come in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key tile. */
+/* Scalars of a launch. Tasks come in bands of `band` sections (KV head of a sequence x part): inside a band, key tile by key
+ * tile. */
 struct launch {
     int64_t sections, band;
     int32_t pair_dq, pair_dk, pair_dv;        /* two neighbouring elements may be stored as one word */

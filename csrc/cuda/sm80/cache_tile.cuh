@@ -1,7 +1,8 @@
 /* cache_tile.cuh - keys and values of a KV cache for the forward pass: their way into a tile.
  *
- * Where a sequence has one page, that page is looked up once. Float8 elements become T on the way, exactly; their scale goes to the scores and to the output, where it is exact, too.
- * Slots that hold no key of the sequence, or lie on a page that does not exist, are not read: they are zeros in the tile.
+ * Where a sequence has one page, that page is looked up once. Float8 elements become T on the way, exactly; their scale goes to
+ * the scores and to the output, where it is exact, too. Slots that hold no key of the sequence, or lie on a page that does not
+ * exist, are not read: they are zeros in the tile.
  */
 #pragma once
 #include "../common/cache_slot.cuh"
@@ -92,8 +93,8 @@ static __device__ __forceinline__ void gather_words(uint32_t (&word)[4], const c
     }
 }
 
-/* Four float8 elements, one a byte, as two pairs. Exponent and mantissa move to their place in the wider type, which makes a number
- * that is too small by a power of two. Its NaN is the one number that then is wrong. */
+/* Four float8 elements, one a byte, as two pairs. Exponent and mantissa move to their place in the wider type, which makes a
+ * number that is too small by a power of two. Its NaN is the one number that then is wrong. */
 static __device__ __forceinline__ void widen_pairs(uint32_t (&pair)[2], uint32_t x, f16)
 {
 #pragma unroll
@@ -150,8 +151,8 @@ template <typename T> static __device__ __forceinline__ void cp_async_narrow(uin
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(dst), "l"(src), "n"(16 / sizeof(T)) : "memory");
 }
 
-/* After load_slots() of the tile with the first `valid` keys, when the copies have arrived: each thread widens the pieces of float8
- * elements that it has copied itself, where they are. Then a barrier. */
+/* After load_slots() of the tile with the first `valid` keys, when the copies have arrived: each thread widens the pieces of
+ * float8 elements that it has copied itself, where they are. Then a barrier. */
 template <typename T, int ROWS, int D, int THREADS>
 static __device__ __forceinline__ void widen_slots(uint32_t tile, const fgqa_view &view, int valid, int d, bool vector)
 {

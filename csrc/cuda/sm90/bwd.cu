@@ -5,10 +5,10 @@
  *     dV = P^T dO   dK = scale dS^T Q   dQ = scale dS K              interval masks of semantics.h; with a soft cap bwd_softcap.cuh,
  *                                                                    with ALiBi bwd_alibi.cuh, with a bias bwd_bias.cuh
  *
- * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all heads
- * of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
- * (bwd_key_tile_at(), bwd_shift.h), so that the bits never change, or (fgqa_bwd_order.any_order) as they come; bwd_finish.cuh converts it while
- * later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
+ * A task is a key tile of a KV head (bwd_tasks.cuh): dK and dV stay in registers while the block walks the query tiles of all
+ * heads of the group, and are stored once. dQ of a query tile is summed in float32 in memory: in a fixed order of the key tiles
+ * (bwd_key_tile_at(), bwd_shift.h), so that the bits never change, or (fgqa_bwd_order.any_order) as they come; bwd_finish.cuh
+ * converts it while later tasks run. Head dim 256: a second kernel makes dQ (bwd_queries.cuh).
  *
  *   warpgroup 0, warp 0   producer:  TMA loads of Q, dO, K, V and the statistics of rows
  *                warp 1   scheduler: takes tasks; in between, converts query tiles of dQ to which all key tiles have been added
@@ -67,11 +67,11 @@ static_assert(D == DV && (D == 64 || D == 128 || D == 256) && BLOCK_Q == (D == 6
 static constexpr int CHUNKS = D / CHUNK;
 static constexpr int SM_BYTES = 227 * 1024, PRODUCER_REGS = 40, CONSUMER_REGS = 232;
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
-/* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask tensor, or
- * a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be missing;
- * CAPPED_AND_BITS beside a soft cap, WIDE_BIAS_AND_BITS beside a float32 bias and without slopes. BIAS_AND_ALL: a bias, of
- * head dim 256 any, of others of q's dtype, beside a soft cap, slopes, a mask tensor and dropout, of which each may be missing;
- * WIDE_BIAS_AND_ALL of float32. */
+/* What happens to scores besides the scale and the interval mask: a kernel of its own each. .. AND_MORE: a bias and a mask
+ * tensor, or a bias whose gradient is stored, or both. ALIBI_AND_BITS: slopes, a mask tensor and dropout, of which each may be
+ * missing; CAPPED_AND_BITS beside a soft cap, WIDE_BIAS_AND_BITS beside a float32 bias and without slopes. BIAS_AND_ALL: a
+ * bias, of head dim 256 any, of others of q's dtype, beside a soft cap, slopes, a mask tensor and dropout, of which each may
+ * be missing; WIDE_BIAS_AND_ALL of float32. */
 enum score_kind { PLAIN, CAPPED, ALIBI, CAPPED_ALIBI, MASK_TENSOR, DROPOUT, MASK_AND_DROPOUT, BIASED, BIAS_AND_MORE, BIAS_AND_DROPOUT, BIAS_AND_DROPOUT_AND_MORE,
                   ALIBI_AND_BITS, CAPPED_AND_BITS, WIDE_BIASED, WIDE_BIAS_AND_BITS, BIAS_AND_ALL, WIDE_BIAS_AND_ALL };
 template <score_kind KIND> static constexpr bool BIAS_IN_MIX = KIND == BIAS_AND_ALL || KIND == WIDE_BIAS_AND_ALL;
@@ -87,8 +87,8 @@ template <score_kind KIND> static constexpr bool WITH_ALIBI = KIND == ALIBI || K
 template <score_kind KIND> static constexpr bool HAS_BIAS = KIND == BIASED || KIND == BIAS_AND_DROPOUT || STORES_DBIAS<KIND> || WIDE_BIAS<KIND> || KIND == BIAS_AND_ALL;
 template <score_kind KIND> static constexpr bool BIAS_BY_TMA = HAS_BIAS<KIND> && D != 256;
 enum { BOTH = 1 };                                                   /* named barriers: 0 is __syncthreads */
-/* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias, values are
- * inf or NaN. With a bias: rows whose scores count from a base. */
+/* A tile has rows that hold anything; inf or NaN in rows that count; rows that do not see all keys. Keys or, with a bias,
+ * values are inf or NaN. With a bias: rows whose scores count from a base. */
 enum { CARE_PADDING = 2, CARE_POISON = 4, PARTIAL = 8, KEYS_POISONED = 16, VALUES_POISONED = 32, CARE_BASES = 64 };
 
 struct bwd_params {

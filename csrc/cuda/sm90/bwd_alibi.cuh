@@ -1,10 +1,10 @@
-/* bwd_alibi.cuh - part of bwd.cu: exponents of weights, with ALiBi or without. dS is the same: slopes have no gradient. With a bias,
- * scores are in natural units (bwd_bias.cuh).
+/* bwd_alibi.cuh - part of bwd.cu: exponents of weights, with ALiBi or without. dS is the same: slopes have no gradient. With a
+ * bias, scores are in natural units (bwd_bias.cuh).
  *
  *     P = 2^(scale log2(e) S - slope log2(e) |diag(i) - j| - lse2)      with a soft cap S is t of bwd_softcap.cuh, scale the cap
  *
- * In this order, so that numbers that leave no digits to S cancel: of a row whose LSE is that large, lse2 is made of the same products
- * (bwd_delta_tiled.cu). Any slopes: NaN, and an infinite one where it meets the diagonal, make weights NaN.
+ * In this order, so that numbers that leave no digits to S cancel: of a row whose LSE is that large, lse2 is made of the same
+ * products (bwd_delta_tiled.cu). Any slopes: NaN, and an infinite one where it meets the diagonal, make weights NaN.
  */
 #pragma once
 

@@ -2,9 +2,9 @@
  *
  *     x = scale S, or its soft cap, + bias - slope |diag(i) - j|    P = 2^(log2(e) (x - base) - lse2)
  *
- * bases: bwd_bias.cuh. Head dims 64 and 128: by TMA as there. Head dim 256, where tiles find no room beside those of Q, K, V
- * and dO: of q's dtype or float32, wherever its elements lie; lanes read those of their own scores from global memory, while products are
- * made. There a bias of -inf hides keys, where that is not arithmetic, as a mask tensor does.
+ * bases: bwd_bias.cuh. Head dims 64 and 128: by TMA as there. Head dim 256, where tiles find no room beside those of Q, K, V and
+ * dO: of q's dtype or float32, wherever its elements lie; lanes read those of their own scores from global memory, while products
+ * are made. There a bias of -inf hides keys, where that is not arithmetic, as a mask tensor does.
  */
 #pragma once
 
@@ -47,8 +47,8 @@ static __device__ __forceinline__ void biased_weights(uint32_t (&weights)[16], u
 
 #if FGQA_D == 256
 
-/* Of the transposed scores of keys from j on and of 64 rows from row0 on: word 4 n + 2 half + e is that of register 4 n + 2 half + e.
- * What does not exist has the element of the last row or key: nobody asks what comes of it. */
+/* Of the transposed scores of keys from j on and of 64 rows from row0 on: word 4 n + 2 half + e is that of register 4 n + 2
+ * half + e. What does not exist has the element of the last row or key: nobody asks what comes of it. */
 static __device__ __forceinline__ void load_bias_of_keys(uint32_t (&words)[32], const fgqa_problem &problem, int32_t b, int32_t head, int32_t row0,
                                                          int32_t j)
 {
@@ -99,7 +99,8 @@ static __device__ __forceinline__ void hide_by_words(lane_bits &shown, const uin
 /* What a lane's two rows in bwd_queries.cuh add to scores. first: diag(i) of the first one, counted from the lane's first column. */
 struct biased_rows { float lse2[2], base[2], slope, first; };
 
-/* S, or with a soft cap t, -> P, or P (1 - t^2). x: the first words of the bias. MORE: there is a soft cap or ALiBi. WORDS: of a pair of elements. */
+/* S, or with a soft cap t, -> P, or P (1 - t^2). x: the first words of the bias. MORE: there is a soft cap or ALiBi. WORDS: of
+ * a pair of elements. */
 template <bool MORE, int WORDS>
 static __device__ __forceinline__ void biased_weights_of_rows(float (&s)[32], block_terms &x, const term_rows &at, const score_terms &terms, const bwd_params &p,
                                                               const biased_rows &rows, int32_t j0)
@@ -128,7 +129,8 @@ static __device__ __forceinline__ void biased_weights_of_rows(float (&s)[32], bl
     }
 }
 
-/* Keys from j0 on that a bias of -inf hides from a lane's rows, i and the one 8 further, as block_terms.seen has those that are seen. */
+/* Keys from j0 on that a bias of -inf hides from a lane's rows, i and the one 8 further, as block_terms.seen has those that
+ * are seen. */
 static __device__ __noinline__ uint2 hidden_by_bias(const bwd_params &p, int32_t b, int32_t h, int32_t i, int32_t j0)
 {
     const fgqa_view &bias = p.common.problem.view[FGQA_ARG_bias];

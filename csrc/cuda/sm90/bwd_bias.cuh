@@ -2,14 +2,14 @@
  *
  *     x = scale S + bias    P = 2^(log2(e) (x - base) - lse2)
  *
- * The producer loads it in tiles of 64 rows x 64 keys (bias_tile()); ldmatrix transposes them, float32 ones are read word by word. Rows
- * whose LSE is so large that it holds no digits of their sum have a base other than 0, from which lse2 counts (bwd_delta_tiled.cu); x is
- * rounded as it was in the forward pass. Tiles without such rows do not ask.
- * The gradient of one of q's dtype, if it is asked for and not shared, takes the tile's place: dS as it is rounded for dK and dQ, transposed
- * once more, and stored by TMA. Tiles that nobody sees are cleared before. Of others, and beside a soft cap or slopes, bwd_dbias.cuh
- * makes it.
- * A bias of -inf hides a key whatever its score is. Of finite numbers that is arithmetic; where dO, Q, K or V hold others, weights and
- * dS of such keys are set to 0 once more.
+ * The producer loads it in tiles of 64 rows x 64 keys (bias_tile()); ldmatrix transposes them, float32 ones are read word by
+ * word. Rows whose LSE is so large that it holds no digits of their sum have a base other than 0, from which lse2 counts
+ * (bwd_delta_tiled.cu); x is rounded as it was in the forward pass. Tiles without such rows do not ask.
+ * The gradient of one of q's dtype, if it is asked for and not shared, takes the tile's place: dS as it is rounded for dK and dQ,
+ * transposed once more, and stored by TMA. Tiles that nobody sees are cleared before. Of others, and beside a soft cap or slopes,
+ * bwd_dbias.cuh makes it.
+ * A bias of -inf hides a key whatever its score is. Of finite numbers that is arithmetic; where dO, Q, K or V hold others,
+ * weights and dS of such keys are set to 0 once more.
  */
 #pragma once
 
@@ -50,7 +50,8 @@ static __device__ __forceinline__ void read_bias(uint32_t (&pairs)[16], uint32_t
     for (int n = 0; n < 4; n++) { ldmatrix_x4_trans((uint32_t (&)[4])pairs[4 * n], from + 2048 * n); }
 }
 
-/* float32: word 4 n + 2 half + e is that of register 4 n + 2 half + e of scores. Rows are 128 bytes, so that lanes meet different banks. */
+/* float32: word 4 n + 2 half + e is that of register 4 n + 2 half + e of scores. Rows are 128 bytes, so that lanes meet
+ * different banks. */
 PTX_FN uint32_t wide_bias_of_lane(uint32_t tile)
 {
     const uint32_t here = thread_index() & 127, warp = here / 32, key = here / 4 % 8, row = here % 4 * 2;
@@ -120,8 +121,8 @@ PTX_FN void stmatrix_x4_trans_if(bool yes, uint32_t address, uint32_t r0, uint32
                  ::"r"((int)yes), "r"(address), "r"(r0), "r"(r1), "r"(r2), "r"(r3) : "memory");
 }
 
-/* dS -> dbias in a consumer's tile, and from there to `at`: key, row, head, sequence. The tile is free then (`empty`), but for the thread
- * that still has to wait for its store. */
+/* dS -> dbias in a consumer's tile, and from there to `at`: key, row, head, sequence. The tile is free then (`empty`), but for
+ * the thread that still has to wait for its store. */
 template <score_kind KIND> static __device__ __forceinline__ void store_dbias(const bwd_params &p, uint32_t tile, uint64_t *empty, const int4 &at, const uint32_t (&gradients)[16], int consumer)
 {
     const uint32_t to = bias_of_lane(tile), here = thread_index() & 127;

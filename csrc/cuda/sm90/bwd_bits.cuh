@@ -5,8 +5,8 @@
  * dS is made without 1 / (1 - p), of (1 - p) delta; dV, dK and dQ get it at the end.
  *
  * The lanes of a warp that differ in lane / 4 have the same 16 rows of a half and different keys. A lane makes the bits of eight
- * neighbouring keys, in four of those rows: what a Philox block decides, and what eight bytes of a mask are. In three exchanges the
- * eight lanes get those of their own keys. No shared memory, no barrier.
+ * neighbouring keys, in four of those rows: what a Philox block decides, and what eight bytes of a mask are. In three exchanges
+ * the eight lanes get those of their own keys. No shared memory, no barrier.
  */
 #pragma once
 
@@ -53,14 +53,16 @@ struct bit_place { int32_t row, block; };
 /* Eight bytes of each of the four rows. */
 struct mask_bytes { uint32_t x[4][2]; };
 
-/* Behind the exchanges, bit 4 of the number of a bit is bit 4 of the number of the lane that made it, bits 1 and 0 are bits 3 and 2. */
+/* Behind the exchanges, bit 4 of the number of a bit is bit 4 of the number of the lane that made it, bits 1 and 0 are bits 3
+ * and 2. */
 static __device__ __forceinline__ bit_place place_of_mask()
 {
     const int32_t lane = (int32_t)(thread_index() % 32);
     return {32 * (lane >> 2 & 1) + lane % 4 * 2 + (lane >> 4), lane >> 3 & 1};
 }
 
-/* For the 64 rows from `row0` on of a query head. Rows that do not exist have the bytes of the last one: nobody asks what comes of it. */
+/* For the 64 rows from `row0` on of a query head. Rows that do not exist have the bytes of the last one: nobody asks what
+ * comes of it. */
 static __device__ __forceinline__ mask_bytes load_mask_bytes(const bwd_params &p, int32_t b, int32_t key_tile, int32_t head, int32_t row0,
                                                              int consumer, int thread)
 {
@@ -116,8 +118,8 @@ template <score_kind KIND> static __device__ __forceinline__ lane_bits first_bit
 /* Whether it hides something from the warp. */
 template <score_kind KIND> static __device__ __forceinline__ bool mask_hides(const lane_bits &shown) { return HAS_MASK<KIND> && __any_sync(ALL_LANES, ~shown.bits != 0); }
 
-/* Whether the tile from row `next` on, of another head perhaps, has the bits of that from `row0` on: heads of a group often share a mask.
- * No mask has no strides. */
+/* Whether the tile from row `next` on, of another head perhaps, has the bits of that from `row0` on: heads of a group often
+ * share a mask. No mask has no strides. */
 static __device__ __forceinline__ bool same_mask(const bwd_params &p, int32_t row0, int32_t next)
 {
     const fgqa_view &mask = p.common.problem.view[FGQA_ARG_mask];
@@ -133,8 +135,8 @@ static __device__ __forceinline__ bit_place place_of_blocks()
     return {32 * (lane >> 3 & 1) + lane % 4 * 2 + (lane >> 2 & 1), lane >> 4};
 }
 
-/* What decides about a lane's blocks in 64 rows of a query head. It comes from shared memory, whose loads would wait for products that have been
- * issued: before them. */
+/* What decides about a lane's blocks in 64 rows of a query head. It comes from shared memory, whose loads would wait for
+ * products that have been issued: before them. */
 struct drawing {
     dropout_key key;
     uint32_t block, row, batch_head;
@@ -211,8 +213,8 @@ template <score_kind KIND, bool NOT_DROPPED = false> static __device__ __forcein
     return mask_shows(problem, t.b, head, i, key);
 }
 
-/* Whether the mask tensor lets some of these rows see a key, in some head of the group. The four lanes that have the key share the rows
- * out. */
+/* Whether the mask tensor lets some of these rows see a key, in some head of the group. The four lanes that have the key share
+ * the rows out. */
 static __device__ __noinline__ bool mask_shows_some(const bwd_params &p, const task &t, fgqa_range rows, int32_t key)
 {
     const fgqa_view &mask = p.common.problem.view[FGQA_ARG_mask];

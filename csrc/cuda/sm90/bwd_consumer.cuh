@@ -22,10 +22,10 @@ static __device__ __forceinline__ bool clean_piece(uint32_t address)
     return bad != 0;
 }
 
-/* Weights and dS are 0 where a row does not see a key, but 0 * NaN is NaN: elements that are not finite become 0 before products
- * see them, by both consumers. Keys then count as unseen: rows that see one have a NaN LSE, and its own gradients are overwritten
- * in the end. Queries: the row's weights become NaN by its LSE; where dO is not finite delta is not. With a soft cap infinite scores
- * have finite weights: bwd_poison.cu. */
+/* Weights and dS are 0 where a row does not see a key, but 0 * NaN is NaN: elements that are not finite become 0 before
+ * products see them, by both consumers. Keys then count as unseen: rows that see one have a NaN LSE, and its own gradients are
+ * overwritten in the end. Queries: the row's weights become NaN by its LSE; where dO is not finite delta is not. With a soft
+ * cap infinite scores have finite weights: bwd_poison.cu. */
 static __device__ __noinline__ void clean_keys(shared &sm, int thread)
 {
     if (thread < BLOCK_K / 32) { sm.poisoned_keys[thread] = 0; }
@@ -128,8 +128,8 @@ template <score_kind KIND, typename... SUMS> static __device__ __forceinline__ v
     barrier_sync(BOTH, CONSUMERS);                         /* the bits are no longer read */
 }
 
-/* For dbias: dS of keys that are inf or NaN themselves is NaN in the rows that see them. dQ has it as 0 then, and dK of such a key is
- * overwritten in the end. */
+/* For dbias: dS of keys that are inf or NaN themselves is NaN in the rows that see them. dQ has it as 0 then, and dK of such a
+ * key is overwritten in the end. */
 template <score_kind KIND> static __device__ __forceinline__ void poison_dbias(const bwd_params &p, const shared &sm, const task &t, uint32_t stage, int32_t row0, int consumer, uint32_t (&gradients)[16])
 {
     const int thread = (int)thread_index() & 127;
@@ -172,8 +172,8 @@ template <score_kind KIND> static __device__ __forceinline__ void leave_bias(con
 #endif
 }
 
-/* With a soft cap, of the 16 keys of a warp: whether their gradients, or dQ of rows that see them, may not be what they have become.
- * An infinite q leaves NaN in a column of every key's dK. */
+/* With a soft cap, of the 16 keys of a warp: whether their gradients, or dQ of rows that see them, may not be what they have
+ * become. An infinite q leaves NaN in a column of every key's dK. */
 static __device__ __forceinline__ void note_poison(const bwd_params &p, const task &t, bool keys_poisoned, int warp, int lane, const float (&dk)[D / 2])
 {
     float sum = 0.0f;
@@ -216,8 +216,8 @@ template <score_kind KIND> static __device__ __forceinline__ bool clean_step(sha
     return true;
 }
 
-/* Waits for a query tile. Whether some row of it does not see all keys. load_lse2() comes before the wait for dO, and once more if rows
- * had to be cleaned. */
+/* Waits for a query tile. Whether some row of it does not see all keys. load_lse2() comes before the wait for dO, and once
+ * more if rows had to be cleaned. */
 template <bool MASKED, score_kind KIND, typename LOAD>
 static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, uint32_t &state, int thread, int32_t &row0, const LOAD &load_lse2)
 {
@@ -233,8 +233,8 @@ static __device__ __forceinline__ bool begin_step(shared &sm, const ring2 &r, ui
     return MASKED && (about.y | state) & (PARTIAL | KEYS_POISONED);
 }
 
-/* Waits for K and V, cleans K, and notes for this warp which rows see each of its lanes' keys: asked for while K is on its way. V is
- * awaited last, it comes behind K. */
+/* Waits for K and V, cleans K, and notes for this warp which rows see each of its lanes' keys: asked for while K is on its
+ * way. V is awaited last, it comes behind K. */
 template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void begin_keys(const bwd_params &p, shared &sm, const task &t, uint32_t &state, int thread, int key)
 {
     const int lane = thread % 32, mine = key + lane % 4 * 8;

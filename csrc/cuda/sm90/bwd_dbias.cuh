@@ -1,8 +1,8 @@
-/* bwd_dbias.cuh - part of bwd.cu: the gradient of a bias that sequences or heads share, and of one beside a soft cap, whose factor
- * is in dS of the main kernel, by a kernel of its own. Head dims 64 and 128: also that of any float32 bias, for which dS must not be
- * rounded as products take it, of one beside slopes and of one that TMA cannot store. KIND: BIASED, BIAS_AND_DROPOUT, or
- * BIAS_AND_ALL, which has a mask tensor, too, and stores elements one by one where rows of dbias are not on 16 bytes. Head dim 256:
- * bwd_dbias_wide.cuh.
+/* bwd_dbias.cuh - part of bwd.cu: the gradient of a bias that sequences or heads share, and of one beside a soft cap, whose
+ * factor is in dS of the main kernel, by a kernel of its own. Head dims 64 and 128: also that of any float32 bias, for which dS
+ * must not be rounded as products take it, of one beside slopes and of one that TMA cannot store. KIND: BIASED, BIAS_AND_DROPOUT,
+ * or BIAS_AND_ALL, which has a mask tensor, too, and stores elements one by one where rows of dbias are not on 16 bytes. Head dim
+ * 256: bwd_dbias_wide.cuh.
  *
  *     dbias = sum of P (dP - delta) over those that share it
  *
@@ -152,8 +152,8 @@ PTX_FN void store_if(bool yes, T *to, float x)
                  ::"r"((int)yes), "l"(to), "h"((uint16_t)pack2(x, 0.0f, T())) : "memory");
 }
 
-/* dbias element by element, by a consumer, to `at`: key, row, head, sequence. A warp's stores of float32 fill sectors of 32 bytes.
- * E: of dbias. */
+/* dbias element by element, by a consumer, to `at`: key, row, head, sequence. A warp's stores of float32 fill sectors of 32
+ * bytes. E: of dbias. */
 template <typename E>
 static __device__ __forceinline__ void store_elements(const bwd_params &p, const int4 &at, const float (&sums)[32], float factor)
 {

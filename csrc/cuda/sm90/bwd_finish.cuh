@@ -1,7 +1,7 @@
-/* bwd_finish.cuh - part of bwd.cu, head dims 64 and 128: dQ from float32 sums in the order of accumulators, without its scale, to its
- * rows, inside the main kernel. A query tile's word tells when all key tiles have been added. By the scheduler's warp while it has
- * nothing else to do, when the sums are mostly still in the L2 cache; what is left when there are no more tasks, by the consumers.
- * Packed sequences have no order in which their tiles become complete: by the consumers. */
+/* bwd_finish.cuh - part of bwd.cu, head dims 64 and 128: dQ from float32 sums in the order of accumulators, without its scale,
+ * to its rows, inside the main kernel. A query tile's word tells when all key tiles have been added. By the scheduler's warp
+ * while it has nothing else to do, when the sums are mostly still in the L2 cache; what is left when there are no more tasks,
+ * by the consumers. Packed sequences have no order in which their tiles become complete: by the consumers. */
 #pragma once
 
 static constexpr int UNITS = 16, OF_CONSUMER = BLOCK_Q * D / 8;      /* float4s of a tile that one consumer made */
@@ -78,8 +78,9 @@ template <int AT_ONCE> static __device__ __forceinline__ void finish_units(const
     }
 }
 
-/* The tile of a number, roughly in the order in which they become complete: band by band of KV heads; the tiles from `low` on upwards,
- * those before in spans, each from its end to its begin or, BY_HEAD, so for each head; but last those that shifted walks come to in the end. */
+/* The tile of a number, roughly in the order in which they become complete: band by band of KV heads; the tiles from `low` on
+ * upwards, those before in spans, each from its end to its begin or, BY_HEAD, so for each head; but last those that shifted
+ * walks come to in the end. */
 static __device__ __forceinline__ dq_tile numbered_tile(const bwd_params &p, uint32_t number)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -119,7 +120,8 @@ static __device__ __forceinline__ bool take_tile(const bwd_params &p, dq_tile *t
     return true;
 }
 
-/* A warp waits for a tile and does what is left of it. Only when there are no more tasks: those that add to it are in work elsewhere. */
+/* A warp waits for a tile and does what is left of it. Only when there are no more tasks: those that add to it are in work
+ * elsewhere. */
 template <int AT_ONCE> static __device__ __forceinline__ void finish_tile(const bwd_params &p, const dq_tile &t, int32_t unit)
 {
     while (!__all_sync(ALL_LANES, is_complete(t))) { __nanosleep(100); }
@@ -144,8 +146,8 @@ static __device__ __forceinline__ bool finish_some(const bwd_params &p, dq_tile 
     return true;
 }
 
-/* finish.tiles, .. of the main kernel's parameters. Under a causal mask a run of key tiles completes those query tiles which no later one
- * meets; a chain's second half completes the others on its way up. */
+/* finish.tiles, .. of the main kernel's parameters. Under a causal mask a run of key tiles completes those query tiles which
+ * no later one meets; a chain's second half completes the others on its way up. */
 static decltype(bwd_params::finish) finish_order(const bwd_params &p, const fgqa_problem *problem, const fgqa_bwd_order &order, int32_t multiprocessors)
 {
     const uint32_t tiles = (uint32_t)p.w.head_tiles, pairs = (uint32_t)(problem->b * problem->hk), in_work = (uint32_t)max(max(order.run, order.chain), multiprocessors / order.band);

@@ -128,8 +128,8 @@ template <int KEYS = BLOCK_K> static __device__ __forceinline__ void query_produ
     wgmma_commit();
 }
 
-/* Accumulators as pairs of T to a lane's two rows of d elements, the second 8 rows of `stride` behind the first, `count` rows from that on
- * exist. No shared memory: that of K and V can be loaded anew at once. */
+/* Accumulators as pairs of T to a lane's two rows of d elements, the second 8 rows of `stride` behind the first, `count` rows
+ * from that on exist. No shared memory: that of K and V can be loaded anew at once. */
 static __device__ __forceinline__ void write_rows(const float (&acc)[D / 2], float factor, char *to, int64_t stride, int32_t count, int32_t d, bool vector, int lane)
 {
 #pragma unroll

@@ -1,5 +1,5 @@
-/* bwd_pair.cuh - part of bwd.cu, head dims 64 and 128: two consumers with 64 keys each, and the writers that add what they make of
- * dQ to memory.
+/* bwd_pair.cuh - part of bwd.cu, head dims 64 and 128: two consumers with 64 keys each, and the writers that add what they make
+ * of dQ to memory.
  */
 #pragma once
 
@@ -30,8 +30,8 @@ template <score_kind KIND> static __device__ __forceinline__ void wait_for_dq_bu
 
 /* ---- writers: a thread for each of the two buffers ---- */
 
-/* The sums to which a step of a task adds its dQ; what the word of its query tile says, of the bits that count what was added to them, when it
- * is the task's turn; one more of them. */
+/* The sums to which a step of a task adds its dQ; what the word of its query tile says, of the bits that count what was added
+ * to them, when it is the task's turn; one more of them. */
 struct dq_place { float *sums; int32_t turn, bits, one; };
 
 template <bool MASKED> static __device__ __forceinline__ dq_place place_of_step(const bwd_params &p, const task &t, const walk<MASKED> &at, int32_t step, int64_t tile)

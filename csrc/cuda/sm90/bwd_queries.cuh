@@ -1,6 +1,6 @@
-/* bwd_queries.cuh - part of bwd.cu, head dim 256: dQ, by a second kernel that makes S and dP again. With dQ added up in memory a step
- * of 64 rows and 64 keys would read 64 KB and add as much, more than the L2 cache gives; this one reads 64 KB for 128 rows, keeps dQ in
- * registers, and needs neither float32 sums in memory nor turns. 7 products where there were 5.
+/* bwd_queries.cuh - part of bwd.cu, head dim 256: dQ, by a second kernel that makes S and dP again. With dQ added up in memory a
+ * step of 64 rows and 64 keys would read 64 KB and add as much, more than the L2 cache gives; this one reads 64 KB for 128 rows,
+ * keeps dQ in registers, and needs neither float32 sums in memory nor turns. 7 products where there were 5.
  *
  * A block is 128 rows of a head, 64 a consumer; its key tiles go through a ring of two K and a single V.
  *     S = Q K^T, dP = dO V^T issued
@@ -33,8 +33,8 @@ struct query_tile {
     fgqa_sequence sequence;
 };
 
-/* Blocks in bands of heads: inside a band, row tile by row tile from the last one, which under a causal mask takes longest, so that
- * blocks at work together share K and V. */
+/* Blocks in bands of heads: inside a band, row tile by row tile from the last one, which under a causal mask takes longest, so
+ * that blocks at work together share K and V. */
 static __device__ __forceinline__ bool find_tile(const bwd_params &p, uint32_t tiles, uint32_t band, query_tile *t)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -84,7 +84,8 @@ template <bool MASKED> static __device__ void produce_keys(const bwd_params &p, 
     }
 }
 
-/* By both consumers: elements of K that are not finite become 0, since dS of rows that do not see them is 0; they count as unseen. */
+/* By both consumers: elements of K that are not finite become 0, since dS of rows that do not see them is 0; they count as
+ * unseen. */
 static __device__ __noinline__ void clean_tile(queries_shared &sm, uint32_t stage, int thread)
 {
     bar_sync(BOTH, CONSUMERS);
@@ -98,8 +99,8 @@ static __device__ __noinline__ void clean_tile(queries_shared &sm, uint32_t stag
     bar_sync(BOTH, CONSUMERS);
 }
 
-/* Whether dropout keeps what a lane holds in register m of its scores: row m / 2 % 2, column 8 (m / 4) + 2 (lane % 4) + m % 2, in the bits of
- * draw_kept(). */
+/* Whether dropout keeps what a lane holds in register m of its scores: row m / 2 % 2, column 8 (m / 4) + 2 (lane % 4) + m % 2,
+ * in the bits of draw_kept(). */
 static __device__ __forceinline__ bool keeps_weight(const uint32_t (&kept)[2], int m)
 {
     const int block = m / 4, byte = (block % 4 < 2 ? 1 : 0) + 2 * (m % 2);

@@ -1,11 +1,12 @@
-/* bwd_short.cu - the backward of short sequences for Hopper: all rows and keys of a head in shared memory at once. Compiled once per short
- * bwd row of kernels.def.
+/* bwd_short.cu - the backward of short sequences for Hopper: all rows and keys of a head in shared memory at once. Compiled once
+ * per short bwd row of kernels.def.
  *
- * One launch and no scratch memory: a block has one head of one sequence, makes delta of its rows itself, and dQ, which waits for no
- * other key tiles, in the type of q. What a block overlaps with are the other blocks of its multiprocessor. A warpgroup has 64 keys,
- * whose scores it holds transposed (bwd_fragments.cuh), and 64 rows of dQ:
+ * One launch and no scratch memory: a block has one head of one sequence, makes delta of its rows itself, and dQ, which waits for
+ * no other key tiles, in the type of q. What a block overlaps with are the other blocks of its multiprocessor. A warpgroup has 64
+ * keys, whose scores it holds transposed (bwd_fragments.cuh), and 64 rows of dQ:
  *     delta; S, P of all rows; dV; dP, dS of all rows; when all have read V and dO, dS in their place; dK; dQ of all dS
- * P and dS of all rows before dV and dK of any, so that their sums are not in registers beside scores: 128 are all that there are.
+ * P and dS of all rows before dV and dK of any, so that their sums are not in registers beside scores: 128 are all that there
+ * are.
  */
 #include "../common/launch.cuh"
 #include "../common/mask_tensor.cuh"
@@ -91,9 +92,9 @@ template <int SIZE> static __device__ __forceinline__ void clean(T (&x)[CHUNKS][
 
 static __device__ __forceinline__ bool has(const uint32_t *bits, int n) { return bits[n / 32] >> n % 32 & 1; }
 
-/* Weights and dS are 0 where a row does not see a key, but 0 * NaN is NaN: products find no inf and NaN in Q, dO and K, so that what none
- * of it reaches has the bits that it would have with any finite values there. What is left in V, LSE and delta is in pairs that are seen.
- * reached: rows and keys of pairs that are seen and of which one is poisoned. */
+/* Weights and dS are 0 where a row does not see a key, but 0 * NaN is NaN: products find no inf and NaN in Q, dO and K, so
+ * that what none of it reaches has the bits that it would have with any finite values there. What is left in V, LSE and delta
+ * is in pairs that are seen. reached: rows and keys of pairs that are seen and of which one is poisoned. */
 template <int SIZE> static __device__ __noinline__ void take_poison_out(short_tile<SIZE> &sm)
 {
     const int thread = (int)threadIdx.x;
@@ -155,8 +156,8 @@ static __device__ void write_sums(const float (&sums)[D / 2], const fgqa_view &v
     }
 }
 
-/* Gradients of what is reached once more, over what products of tiles without inf and NaN have left there: by the equations, of visible
- * pairs alone. */
+/* Gradients of what is reached once more, over what products of tiles without inf and NaN have left there: by the equations,
+ * of visible pairs alone. */
 template <int SIZE> static __device__ __noinline__ void attend_carefully(const short_params &p, short_tile<SIZE> &sm, int32_t b, int32_t h)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -216,7 +217,8 @@ template <int SIZE> static __device__ __forceinline__ void score_products(float 
     wgmma_commit();
 }
 
-/* Tiles of 64 rows whose P, then dS, a lane keeps in registers. Those of others are in their places in ds[], of which V and dO have none. */
+/* Tiles of 64 rows whose P, then dS, a lane keeps in registers. Those of others are in their places in ds[], of which V and dO
+ * have none. */
 static constexpr int KEPT = 2;
 static_assert(BLOCK_K <= 64 * KEPT || 64 * KEPT >= 2 * D, "V and dO reach into no other place in ds[]");
 

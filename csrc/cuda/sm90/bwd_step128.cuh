@@ -1,8 +1,8 @@
 /* bwd_step128.cuh - part of bwd.cu: what a consumer does with a query tile of 64 rows, head dim 128. */
 #pragma once
 
-/* What a step leaves to the next one: S, made; of its tile the first row, whether some row does not see all keys, and the bits; dQ of
- * the step before, if it is not staged yet. */
+/* What a step leaves to the next one: S, made; of its tile the first row, whether some row does not see all keys, and the
+ * bits; dQ of the step before, if it is not staged yet. */
 struct left_over {
     float s[32], dq[32];
     int32_t row0;
@@ -28,10 +28,11 @@ static __device__ __forceinline__ void announce_ds(shared &sm, const ring2 &r, i
     if (lane == 0) { mbarrier_arrive(smem_address(&sm.ds_full[r.stage])); }
 }
 
-/* Step `count` of a task; goes_on: it is not the last. dQ is made a step late, of the dS of both consumers, so that neither waits for the
- * other. Of a task's first step nobody wants it, but with a branch around it ptxas would serialise every wgmma. S is made a step early,
- * so that the tensor cores have it to do while dQ is staged and the next step begins, also behind the last one, of what memory
- * holds: a last step without it would be code of its own, under a mask with more registers than there are, without one 2 to 11% slower.
+/* Step `count` of a task; goes_on: it is not the last. dQ is made a step late, of the dS of both consumers, so that neither waits
+ * for the other. Of a task's first step nobody wants it, but with a branch around it ptxas would serialise every wgmma. S is made
+ * a step early, so that the tensor cores have it to do while dQ is staged and the next step begins, also behind the last one, of
+ * what memory holds: a last step without it would be code of its own, under a mask with more registers than there are, without
+ * one 2 to 11% slower.
  *     lse2 to registers; dP issued
  *     P                                                        under dP
  *     dV issued; wait dP: dS, to shared memory                 under dV
@@ -40,9 +41,9 @@ static __device__ __forceinline__ void announce_ds(shared &sm, const ring2 &r, i
  *     wait dQ:  staged for the writer                          under S
  *     wait all: with accumulators or operands in flight over the back edge ptxas would serialise every wgmma
  * Under a mask staging dQ waits for the next step: up to 7% there, where without a mask it costs 1 to 2%.
- * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas of
- * their warp. That is why what is to be known about the next tile comes with this one. Registers: dK 64, dV 64, S 32, dP and later dQ 32,
- * P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
+ * Shared memory is read and written before wgmmas are issued or right after a wait: such instructions queue behind the wgmmas
+ * of their warp. That is why what is to be known about the next tile comes with this one. Registers: dK 64, dV 64, S 32, dP
+ * and later dQ 32, P and dS in 16 bits 16 + 16, lse2 and delta 16 each. */
 template <bool MASKED, score_kind KIND> static __device__ __forceinline__ void step(const bwd_params &p, shared &sm, const task &t, int consumer, int thread, const key_tile &keys, const ring2 &r, int32_t count, bool goes_on,
                                                                    uint32_t &state, left_over &left, float (&dk)[D / 2], float (&dv)[DV / 2])
 {

@@ -1,8 +1,8 @@
 /* bwd_step64.cuh - part of bwd.cu: what a consumer does with a query tile of 128 rows, head dim 64.
  *
  * The tile is worked on in halves A and B of 64 rows, so that the tensor cores have products of one half to make while weights of
- * the other are computed. Each consumer makes dQ of one half from the dS of both, a step late and behind the weights of half A: until then
- * it does not wait for the other one, so that the two drift apart until each computes while the other multiplies.
+ * the other are computed. Each consumer makes dQ of one half from the dS of both, a step late and behind the weights of half A:
+ * until then it does not wait for the other one, so that the two drift apart until each computes while the other multiplies.
  *     S(A), dP(A) issued
  *     wait S(A):  P(A)                                                  under dP(A)
  *     dV(A), dQ of the step before, S(B) issued; wait dP(A): dS(A)      under these
@@ -41,7 +41,8 @@ template <score_kind KIND> static constexpr bool DRAWS_AHEAD = DROPS<KIND> && HA
 /* Bits, the bias or the slopes beside a soft cap take the registers of the second half's lse2 until dS of the first is made. */
 template <score_kind KIND> static constexpr bool LATE_LSE = HAS_BITS<KIND> || HAS_BIAS<KIND> || KIND == CAPPED_ALIBI;
 
-/* With a soft cap alone dQ is made under the weights of half A, and products of A follow those of B: the other order was up to 9% slower. */
+/* With a soft cap alone dQ is made under the weights of half A, and products of A follow those of B: the other order was up to
+ * 9% slower. */
 template <score_kind KIND> static constexpr bool EARLY_DQ = KIND == CAPPED;
 
 /* follows: whether the step before was of the same task. */

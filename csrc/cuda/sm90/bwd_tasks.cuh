@@ -20,8 +20,8 @@ struct task {
     fgqa_mask mask;
 };
 
-/* With ALiBi: of a query tile of one head, the slope, times log2(e) but where BIAS_IN_MIX; diag(i) - j of its first row and the key tile's
- * first key. */
+/* With ALiBi: of a query tile of one head, the slope, times log2(e) but where BIAS_IN_MIX; diag(i) - j of its first row and
+ * the key tile's first key. */
 struct alibi_tile { float slope; int32_t first; };
 
 struct shared {
@@ -95,8 +95,8 @@ struct ring2 {
 };
 
 #if FGQA_BWD_HAS_BIAS(FGQA_D)
-/* Where other kernels have their second buffer for dQ there are two slots for tiles of a bias: of both consumers in a step, or, head dim 64,
- * in half of one. A float32 one leaves each consumer one slot. */
+/* Where other kernels have their second buffer for dQ there are two slots for tiles of a bias: of both consumers in a step,
+ * or, head dim 64, in half of one. A float32 one leaves each consumer one slot. */
 template <score_kind KIND> static __device__ __forceinline__ uint32_t bias_slot(uint32_t half, uint32_t stage, int consumer) { return WIDE_BIAS<KIND> ? (uint32_t)consumer : D == 64 ? half : stage; }
 
 /* Of the phase in which a slot is full, for those who wait. */
@@ -115,12 +115,12 @@ template <score_kind KIND> static __device__ __forceinline__ uint32_t bias_tile(
 
 /* ---- scheduler: a warp ---- */
 
-/* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, `run` key tiles of one section, of the next one,
- * .., then the `run` behind those of the first. Blocks of one section share what they read only while they are few query tiles
- * apart, and multiprocessors are not equally fast: short bands or runs bring blocks together which become free together. On the other
- * hand they wait for each other's turns at dQ before their first step, where different sections do not. In the folded order
- * a chain of each section is in work at once. The sections of a packed sequence are bands of their own. The place of the key tile
- * in the order is left in t->n. */
+/* Tickets in bands of `band` sections (KV head of a sequence x part): inside a band, `run` key tiles of one section, of the
+ * next one, .., then the `run` behind those of the first. Blocks of one section share what they read only while they are few
+ * query tiles apart, and multiprocessors are not equally fast: short bands or runs bring blocks together which become free
+ * together. On the other hand they wait for each other's turns at dQ before their first step, where different sections do not.
+ * In the folded order a chain of each section is in work at once. The sections of a packed sequence are bands of their own.
+ * The place of the key tile in the order is left in t->n. */
 static __device__ __forceinline__ bool find_task(const bwd_params &p, uint32_t ticket, uint32_t key_tiles, task *t)
 {
     const fgqa_problem &problem = p.common.problem;
@@ -294,8 +294,8 @@ template <score_kind KIND> static __device__ __forceinline__ void load_bias(cons
 }
 #endif
 
-/* The next task is asked for when this many tiles of the present one are still to be loaded: a ticket and a description take longer than
- * the two steps that the ring holds. */
+/* The next task is asked for when this many tiles of the present one are still to be loaded: a ticket and a description take
+ * longer than the two steps that the ring holds. */
 static constexpr int AHEAD = 3;
 
 template <bool MASKED, score_kind KIND> static __device__ void produce(const bwd_params &p, shared &sm)
@@ -369,8 +369,8 @@ static __device__ __forceinline__ int32_t end_of_keys(const task &t, int32_t til
     return (fgqa_kv_end(&t.mask, min(t.mask.sq, (tile + 1) * BLOCK_Q) - 1) + BLOCK_K - 1) / BLOCK_K;
 }
 
-/* What the word of a query tile says when it is the task's turn, where walks are not shifted. A task's description stays until its
- * writers have begun the next. */
+/* What the word of a query tile says when it is the task's turn, where walks are not shifted. A task's description stays until
+ * its writers have begun the next. */
 template <bool MASKED> static __device__ __forceinline__ int32_t turn_at(const bwd_params &p, const task &t, int32_t tile)
 {
     if (!MASKED || p.w.chain == 0) { return t.n; }

@@ -1,6 +1,6 @@
-/* bwd_wide.cuh - part of bwd.cu, head dim 256: dK and dV of 64 keys; dQ has a kernel of its own (bwd_queries.cuh). dK and dV would
- * fill the registers of both consumers, so one makes dV and the other dK. Weights go from one to the other through two buffers in
- * shared memory, so that the first may be a step ahead, and the products of one run under what the other waits for:
+/* bwd_wide.cuh - part of bwd.cu, head dim 256: dK and dV of 64 keys; dQ has a kernel of its own (bwd_queries.cuh). dK and dV
+ * would fill the registers of both consumers, so one makes dV and the other dK. Weights go from one to the other through two
+ * buffers in shared memory, so that the first may be a step ahead, and the products of one run under what the other waits for:
  *
  *     values                        keys
  *     S issued, wait: P             dP issued, wait; P taken: dS

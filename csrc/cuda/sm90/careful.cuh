@@ -46,7 +46,8 @@ struct poison_rows {
     }
 };
 
-/* Adds to the 16 rows of a warp the inf and NaN that they see. shows(r, j): whether row r sees key j of those of the interval mask. */
+/* Adds to the 16 rows of a warp the inf and NaN that they see. shows(r, j): whether row r sees key j of those of the interval
+ * mask. */
 template <typename T, int DV, typename Shows>
 static __device__ __forceinline__ void overlay_poison(float (&o)[DV / 2], const poison_rows &rows, int lane, Shows shows)
 {

@@ -1,4 +1,5 @@
-/* dec_block.cuh - how the work of a decode kernel's block is shared out among its warps; the same in decode.cu and decode_wide.cu.
+/* dec_block.cuh - how the work of a decode kernel's block is shared out among its warps; the same in decode.cu and
+ * decode_wide.cu.
  *
  *   consumers   CONSUMERS warps, READERS of them a stream; what they do is the kernel's
  *   producer    lane (stream, K or V) keeps that half of the stream's ring full
@@ -14,13 +15,14 @@
  *   named SHARES               helper and consumers                      the same: the shares are there (dec_combine.cuh)
  *   named REHEARSAL            helper                                    helper, where consumers wait for each other
  *
- * Every warp waits for the launches before this one before it looks at memory (programmatic launch: this one may begin ahead of their
- * end), and the launch behind this one may begin when all blocks have done so. Before that, some ask for what they will copy first to be
- * brought to L2.
+ * Every warp waits for the launches before this one before it looks at memory (programmatic launch: this one may begin ahead of
+ * their end), and the launch behind this one may begin when all blocks have done so. Before that, some ask for what they will
+ * copy first to be brought to L2.
  *
- * `Shared` is the block's shared memory: STREAMS, STAGES, READERS, PIECE_LANES, JOINS, HALVES and Q_KEPT; ring, full, empty, pages, schedule. JOINS:
- * blocks have a part of their cluster's pair each (dec_join.cuh), which needs no schedule: the helper ends at once. HALVES: or, where the
- * params say so, half of it (dec_wide_end.cuh). Q_KEPT: q comes through registers; with more rows it had better not wait behind keys.
+ * `Shared` is the block's shared memory: STREAMS, STAGES, READERS, PIECE_LANES, JOINS, HALVES and Q_KEPT; ring, full, empty,
+ * pages, schedule. JOINS: blocks have a part of their cluster's pair each (dec_join.cuh), which needs no schedule: the helper
+ * ends at once. HALVES: or, where the params say so, half of it (dec_wide_end.cuh). Q_KEPT: q comes through registers; with more
+ * rows it had better not wait behind keys.
  */
 #pragma once
 #include "dec_combine.cuh"
@@ -29,7 +31,8 @@
 
 static constexpr int START = 8, BARRIERS = 12;
 
-/* Bytes under way to an SM: about as many as keep the memory busy. Whatever else is loaded waits for all of them, instructions too. */
+/* Bytes under way to an SM: about as many as keep the memory busy. Whatever else is loaded waits for all of them, instructions
+ * too. */
 static constexpr int IN_FLIGHT = 64 << 10;
 static_assert(FGQA_WARPS == CONSUMERS + 2, "kernels.def: consumers, a producer and a helper");
 
@@ -44,9 +47,9 @@ template <class Shared> static __device__ __forceinline__ void init_barriers(Sha
     fence_mbarrier_init();
 }
 
-/* What a block reads. PLAIN: all sequences have one length, and there are no pages; that much less code lies before the first copy. LENGTHS:
- * no pages; only with JOINS, in the other kernels the code of consumers, too, gets slower by it (LOG.md). PIECES_APART: pages that do not
- * hold whole granules, where pieces of a tile have lanes of their own. */
+/* What a block reads. PLAIN: all sequences have one length, and there are no pages; that much less code lies before the first
+ * copy. LENGTHS: no pages; only with JOINS, in the other kernels the code of consumers, too, gets slower by it (LOG.md).
+ * PIECES_APART: pages that do not hold whole granules, where pieces of a tile have lanes of their own. */
 enum source_kind { PLAIN, LENGTHS, ANY_SOURCE, PIECES_APART };
 
 /* A lane of the producer, and the half of a ring that it keeps full, or one piece of each of its tiles. */
@@ -146,8 +149,9 @@ template <class Shared> static __device__ __forceinline__ bool await_start(const
     return (int32_t)blockIdx.x < (p.uniform ? p.split.blocks : mem.schedule.split.blocks);
 }
 
-/* Consumers and helper: calls `fetch` with the first segment, if there is one, as early as can be. Behind the stream of all SMs a load
- * takes 4 to 5 us. Lengths on the device: the segment is not known before the schedule is. Whether the block has work. */
+/* Consumers and helper: calls `fetch` with the first segment, if there is one, as early as can be. Behind the stream of all
+ * SMs a load takes 4 to 5 us. Lengths on the device: the segment is not known before the schedule is. Whether the block has
+ * work. */
 template <class Shared, class Fetch> static __device__ __forceinline__ bool begin_block(const dec_params &p, Shared &mem, const dec_actor &actor, dec_segment &segment,
                                                                                         const Fetch &fetch)
 {
@@ -196,8 +200,9 @@ template <class Shared, bool UNIFORM> static __device__ __forceinline__ dec_segm
     return part_of_pair(p, at, UNIFORM || p.uniform ? p.sequence : dec_sequence_at(p, at.b));
 }
 
-/* Lengths on the device, no pages: keys that are read whatever the lengths are, the first granules of pairs, one a block, while it is not
- * known yet whose they are. None beyond an eighth of the padded length, in case sequences are short. By a warp. */
+/* Lengths on the device, no pages: keys that are read whatever the lengths are, the first granules of pairs, one a block,
+ * while it is not known yet whose they are. None beyond an eighth of the padded length, in case sequences are short. By a
+ * warp. */
 template <class Shared> static __device__ __forceinline__ void ask_for_keys(const dec_params &p, int lane)
 {
     const dec_lengths &l = p.lengths;

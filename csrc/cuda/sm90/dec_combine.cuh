@@ -2,8 +2,8 @@
  *
  *     m = max_j m_j,  l = sum_j l_j 2^(c (m_j - m)),  o = sum_j o_j 2^(c (m_j - m)) / l
  *
- * An item is ITEM outputs of one row that a thread has side by side; eight of them, 128 bytes, are what a warp reads at a time. What comes
- * here comes once a launch and has all wait for it: its time is that of its instructions, one after the other.
+ * An item is ITEM outputs of one row that a thread has side by side; eight of them, 128 bytes, are what a warp reads at a time.
+ * What comes here comes once a launch and has all wait for it: its time is that of its instructions, one after the other.
  *
  * The order of a sum is that of the parts: same split, same bits. Who merges a pair of several blocks:
  *

@@ -1,10 +1,12 @@
 /* dec_float8.cuh - float8 e4m3 keys and values as operands of float16 products, for the decode kernels.
  *
- * Every e4m3 number is a float16 one, NaN included, so that the products see the cache's elements exactly; their scales, one a head
- * of the cache, go to the scores and to a segment's sums. q goes to float16 with a power of two of its row, which the scores get back.
+ * Every e4m3 number is a float16 one, NaN included, so that the products see the cache's elements exactly; their scales, one a
+ * head of the cache, go to the scores and to a segment's sums. q goes to float16 with a power of two of its row, which the scores
+ * get back.
  *
- * A row of a tile is 128 columns, one byte each, with the swizzle of TMA; ldmatrix takes two neighbours for one 16-bit element. An
- * mma sums over columns (or keys) in any order that its operands share, and its rows are any that the reader of the sums expects:
+ * A row of a tile is 128 columns, one byte each, with the swizzle of TMA; ldmatrix takes two neighbours for one 16-bit element.
+ * An mma sums over columns (or keys) in any order that its operands share, and its rows are any that the reader of the sums
+ * expects:
  *
  *   K   a lane has columns 16 k + 4 (lane % 4) + 0..3 of its keys, where the mma has 2 (lane % 4) + {0, 1} and 8 more
  *   V   row lane / 4 + 8 h of block k is column 16 k + 2 (lane / 4) + h
@@ -22,8 +24,8 @@ PTX_FN void widen_float8(uint32_t bytes, uint32_t &low, uint32_t &high)
         "cvt.rn.f16x2.e4m3x2 %0, a;\n\tcvt.rn.f16x2.e4m3x2 %1, b;\n\t}" : "=r"(low), "=r"(high) : "r"(bytes));
 }
 
-/* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
- * address of this lane's row for ldmatrix at k = 0, as for 16-bit elements. */
+/* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the
+ * shared address of this lane's row for ldmatrix at k = 0, as for 16-bit elements. */
 struct float8_fragments {
     uint32_t chunk, bytes[4];       /* there is one chunk */
 

@@ -1,15 +1,17 @@
-/* dec_join.cuh - the parts of a pair joined by the blocks of a cluster, through distributed shared memory: where caches are short, what
- * records take (dec_combine.cuh: written, counted, waited for, read) is as long as their keys do. Each block has one part, which may
- * be empty, sends the sums of every block's share of the items to it, and makes the results of its own.
+/* dec_join.cuh - the parts of a pair joined by the blocks of a cluster, through distributed shared memory: where caches are
+ * short, what records take (dec_combine.cuh: written, counted, waited for, read) is as long as their keys do. Each block has one
+ * part, which may be empty, sends the sums of every block's share of the items to it, and makes the results of its own.
  *
- * Of `parts` blocks that of rank r has items r, r + parts, ...: thread t of each the t-th of them, and then every 32 CONSUMERS-th.
+ * Of `parts` blocks that of rank r has items r, r + parts, ...: thread t of each the t-th of them, and then every 32
+ * CONSUMERS-th.
  */
 #pragma once
 #include "dec_combine.cuh"
 
 static constexpr int MOST_JOINED = 16, PORTABLE_JOINED = 8;     /* blocks of a cluster: where it has room, and wherever it runs */
 
-/* Where the ring was: of each part its sums of the block's share of ITEMS items, one part behind the other, and of all rows m and l. */
+/* Where the ring was: of each part its sums of the block's share of ITEMS items, one part behind the other, and of all rows m
+ * and l. */
 template <int ITEMS> struct join_inbox {
     float o[ITEMS + MOST_JOINED][ITEM];
     float2 ml[MOST_JOINED][BLOCK_Q];
@@ -23,8 +25,8 @@ template <int ITEMS> static __device__ __forceinline__ row_end joined_end(const 
     return row_end_of(p, b, rows, sq, item < ITEMS ? item_row(item) : BLOCK_Q, item < ITEMS && item_column(item, 0) == 0);
 }
 
-/* A consumer's own items are item(n) of n = 0, .. COUNT - 1, whose sums are o[n]; where has_row, ml is of row `row`; end: of its own_item().
- * Before: cluster_arrive() of all consumers, behind the last tile. */
+/* A consumer's own items are item(n) of n = 0, .. COUNT - 1, whose sums are o[n]; where has_row, ml is of row `row`; end: of
+ * its own_item(). Before: cluster_arrive() of all consumers, behind the last tile. */
 template <int ITEMS, int COUNT, class Item> static __device__ __forceinline__ void join_parts(const dec_params &p, void *room, int32_t b, const pair_rows &rows, int32_t sq,
                                                                                               const float (&o)[COUNT][ITEM], bool has_row, int row, float2 ml, row_end end,
                                                                                               const Item &item)

@@ -29,9 +29,9 @@ static int make_tile_map(CUtensorMap *map, int32_t *boxes, const fgqa_problem *p
 /* Whether kernels can count scores in it: as a power of two it is a float32 number, and so are LAZY of them. */
 static bool is_unit(double unit) { return unit * FGQA_LOG2E <= FLT_MAX && LAZY <= FLT_MAX * (unit * FGQA_LOG2E); }
 
-/* K and V are read once. Records have to stay in L2 until they are merged: where blocks leave some, K and V are evict_first. Where they
- * leave none, evict_normal is up to 1% faster on an H100 (3.35 TB/s); on an H200 (4.9 TB/s) calls with it took 3 to 4% more time than
- * like ones with evict_first. Why is not known (LOG.md). */
+/* K and V are read once. Records have to stay in L2 until they are merged: where blocks leave some, K and V are evict_first.
+ * Where they leave none, evict_normal is up to 1% faster on an H100 (3.35 TB/s); on an H200 (4.9 TB/s) calls with it took 3 to
+ * 4% more time than like ones with evict_first. Why is not known (LOG.md). */
 static bool has_slow_memory(int32_t device)
 {
     fgqa_cuda_properties properties;
@@ -122,7 +122,8 @@ struct dec_launch_config {
     cudaLaunchAttribute *add() { return &attributes[config.numAttrs++]; }
 };
 
-/* Where all blocks are resident, a launch begins ahead of the end of the one before it, and waits for that before it looks at memory. */
+/* Where all blocks are resident, a launch begins ahead of the end of the one before it, and waits for that before it looks at
+ * memory. */
 static cudaError_t launch_blocks(const void *kernel, const dec_params *p, int32_t shared_bytes, dec_blocks how, void *stream)
 {
     dec_launch_config launch((uint32_t)(how == CLUSTERS ? p->split.blocks : p->layout.blocks), how != CLUSTERS ? 1 : p->parts ? (uint32_t)p->parts : 2, shared_bytes);
@@ -158,9 +159,9 @@ static int32_t clusters_at_once(const void *kernel, int32_t blocks, int32_t shar
     return room->known[device][blocks] - 1;
 }
 
-/* Whether clusters are to have a pair each, of as many blocks as there is room for; then params say so. Measured on an H100 (LOG.md): a block
- * takes in 65 bytes a nanosecond, all together 3,200, 5% fewer if they leave multiprocessors idle, and records take 2 us, 3.5 with
- * lengths on the device, of which all but one may be 0. */
+/* Whether clusters are to have a pair each, of as many blocks as there is room for; then params say so. Measured on an H100
+ * (LOG.md): a block takes in 65 bytes a nanosecond, all together 3,200, 5% fewer if they leave multiprocessors idle, and
+ * records take 2 us, 3.5 with lengths on the device, of which all but one may be 0. */
 static bool join_pays(dec_params *p, const void *kernel, int32_t shared_bytes, cluster_room *room)
 {
     const fgqa_problem *problem = &p->common.problem;

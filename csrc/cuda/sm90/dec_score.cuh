@@ -1,6 +1,6 @@
-/* dec_score.cuh - softcap and ALiBi in the decode kernels. Scores of q.k keep their units without them (dec_params.unit); with softcap
- * they come in units of the cap; with ALiBi, more rows than there are registers for it, or a cap or scale near an end of float32, they
- * become what the formula says, in natural units, before any mask. The host decides (dec_launch.cuh).
+/* dec_score.cuh - softcap and ALiBi in the decode kernels. Scores of q.k keep their units without them (dec_params.unit); with
+ * softcap they come in units of the cap; with ALiBi, more rows than there are registers for it, or a cap or scale near an end of
+ * float32, they become what the formula says, in natural units, before any mask. The host decides (dec_launch.cuh).
  */
 #pragma once
 #include "../common/softcap.cuh"

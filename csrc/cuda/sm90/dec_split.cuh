@@ -97,8 +97,8 @@ struct dec_params {
     fgqa_params common;
 };
 
-/* What has 64-bit divisions, those of chunks, is out of line, and only what has some: a block waits for each instruction that comes
- * from L2, a microsecond for a place in the code that nothing led to. */
+/* What has 64-bit divisions, those of chunks, is out of line, and only what has some: a block waits for each instruction that
+ * comes from L2, a microsecond for a place in the code that nothing led to. */
 static __device__ __noinline__ fgqa_range keys_in_chunks(fgqa_mask mask, int32_t i0, int32_t i1) { return fgqa_kv_range(&mask, i0, i1); }
 static __device__ __forceinline__ fgqa_range keys_of_rows(fgqa_mask mask, int32_t i0, int32_t i1)
 {
@@ -161,9 +161,10 @@ static __host__ __device__ __forceinline__ bool leaves_no_records(const dec_para
     return (p.layout.chunk == 0 || units == 1 || (p.folds && units <= FEW_PARTS)) && split.longer == 0 && split.share % units == 0;
 }
 
-/* Where blocks have several whole pairs each, of equal spans, block k has the pairs k, k + blocks, ...: heads of a sequence are read at the
- * same time by neighbours, not head after head by one block, which finds more of small pages in open rows of memory and has blocks less
- * far apart in contiguous caches. The next pair is then of the same head, so many sequences further; 0: pairs follow each other. */
+/* Where blocks have several whole pairs each, of equal spans, block k has the pairs k, k + blocks, ...: heads of a sequence
+ * are read at the same time by neighbours, not head after head by one block, which finds more of small pages in open rows of
+ * memory and has blocks less far apart in contiguous caches. The next pair is then of the same head, so many sequences
+ * further; 0: pairs follow each other. */
 static __host__ __device__ __forceinline__ int32_t b_step_of(const dec_params &p, const work_split &split)
 {
     const int32_t step = p.by_heads(split.blocks);
@@ -433,7 +434,8 @@ static __device__ __forceinline__ dec_segment first_segment(const dec_params &p,
     return first_segment(p, schedule.head, schedule.begin, schedule.end, schedule.b_step);
 }
 
-/* The same without the schedule, so that the first copies need not wait for it. Whole warp. *evict_normal: whether this launch reads K and V so. */
+/* The same without the schedule, so that the first copies need not wait for it. Whole warp. *evict_normal: whether this launch
+ * reads K and V so. */
 template <bool UNIFORM> static __device__ __forceinline__ dec_segment first_segment_early(const dec_params &p, bool *evict_normal)
 {
     if (UNIFORM || p.uniform) {

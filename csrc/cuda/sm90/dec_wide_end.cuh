@@ -1,9 +1,9 @@
-/* dec_wide_end.cuh - the end of a segment in decode_wide.cu: from registers of the warpgroups to the result or to a record. Part of it:
- * the state, the shared memory and the fragments are its own. All wait for this once a launch: what counts is how many instructions a
- * warp goes through, one after the other.
+/* dec_wide_end.cuh - the end of a segment in decode_wide.cu: from registers of the warpgroups to the result or to a record. Part
+ * of it: the state, the shared memory and the fragments are its own. All wait for this once a launch: what counts is how many
+ * instructions a warp goes through, one after the other.
  *
- * Of STREAMS 2 both groups have the same rows: each makes the sums of one half of them and gives its own part of the other half away.
- * Item (group, j, thread): the thread's outputs of the row that is number j of its own.
+ * Of STREAMS 2 both groups have the same rows: each makes the sums of one half of them and gives its own part of the other half
+ * away. Item (group, j, thread): the thread's outputs of the row that is number j of its own.
  */
 #pragma once
 
@@ -45,9 +45,9 @@ template <class Shared> static __device__ __forceinline__ float2 sums_of_row(con
     return make_float2(m, l);
 }
 
-/* The end of two blocks that have half of a pair's keys each: rank r gets the sums of half r of either group's rows from the other
- * block, in the place of its Q and chain, and makes the result of them. o: the group's rows over the own keys; row, end: of the thread,
- * if it makes the sums of one. Records took 3 us. */
+/* The end of two blocks that have half of a pair's keys each: rank r gets the sums of half r of either group's rows from the
+ * other block, in the place of its Q and chain, and makes the result of them. o: the group's rows over the own keys; row, end:
+ * of the thread, if it makes the sums of one. Records took 3 us. */
 template <class Shared, int COUNT> static __device__ __forceinline__ void join_halves(const dec_params &p, Shared &mem, const dec_actor &actor, const row_end &end, int row,
                                                                                       bool has_row, const float (&o)[COUNT][ITEM], const pair_rows &rows, int group)
 {

@@ -1,5 +1,5 @@
-/* dec_wide_float8.cuh - the products of decode_wide.cu over float8 caches: K and V go to float16 on their way into registers, which
- * wgmma takes for A as well (dec_float8.cuh). Register 2 h + e % 2 of an operand and of its sums:
+/* dec_wide_float8.cuh - the products of decode_wide.cu over float8 caches: K and V go to float16 on their way into registers,
+ * which wgmma takes for A as well (dec_float8.cuh). Register 2 h + e % 2 of an operand and of its sums:
  *
  *   K   key 16 warp + lane / 4 + 8 (e / 2), as for 16-bit elements; columns in the order of float8_fragments, which Q's rows in shared
  *       memory have, too
@@ -84,9 +84,9 @@ template <int R> static __device__ __forceinline__ void float8_sums(float (&o)[2
     }
 }
 
-/* A 16-byte piece of row `local` of q, number `at` of 16, as float16 to its two places in that row of shared memory, whose chunks of 64
- * columns are q_chunk bytes apart. It may come from there. Returns what the row's scores are to be multiplied with. Sixteen
- * neighbouring lanes have a row. */
+/* A 16-byte piece of row `local` of q, number `at` of 16, as float16 to its two places in that row of shared memory, whose
+ * chunks of 64 columns are q_chunk bytes apart. It may come from there. Returns what the row's scores are to be multiplied
+ * with. Sixteen neighbouring lanes have a row. */
 static __device__ __forceinline__ float float8_place_q(char *row, int q_chunk, int local, int at, uint4 piece)
 {
     uint32_t pair[2][2] = {{piece.x, piece.y}, {piece.z, piece.w}};
@@ -103,8 +103,8 @@ static __device__ __forceinline__ float float8_place_q(char *row, int q_chunk, i
 /* Bytes of `x` that are NaN, as 0x80 each. */
 static __device__ __forceinline__ uint32_t float8_nan(uint32_t x) { return ((x & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u; }
 
-/* NaN of values that some rows see go to those alone, and out of the tile; keys [full.begin, full.end) all rows see. `rows`: slots
- * that each row of the warpgroup sees. Of TEAM_THREADS threads, with the named barrier `barrier`. */
+/* NaN of values that some rows see go to those alone, and out of the tile; keys [full.begin, full.end) all rows see. `rows`:
+ * slots that each row of the warpgroup sees. Of TEAM_THREADS threads, with the named barrier `barrier`. */
 template <int TEAM_THREADS, int R> static __device__ __forceinline__ void float8_take_nan(float (&o)[2][R], const fgqa_range *rows, uint32_t v_tile, int32_t first, fgqa_range full,
                                                                         uint32_t barrier)
 {

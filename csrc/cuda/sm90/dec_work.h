@@ -1,15 +1,16 @@
 /* dec_work.h - how a decode pass is cut, for the host that plans it and the kernels that run it.
  *
- * A pair is one KV head of one sequence with one block of its packed rows. Its keys are counted in granules: so many slots of
- * the cache (keys of a tensor) as one copy brings, aligned in the cache. All granules of all pairs, in the order (sequence,
- * head, row block, slot), are dealt out in equal runs to as many blocks of threads as there are SMs; what one block has of a
- * pair is a segment. With batch_invariant the unit is a chunk of granules instead, which is a segment of its own. Blocks that have
- * several whole pairs each may have them in another order (b_step_of, dec_split.cuh). Of short caches each pair is dealt out by itself, to
- * a cluster (dec_join.cuh).
+ * A pair is one KV head of one sequence with one block of its packed rows. Its keys are counted in granules: so many slots of the
+ * cache (keys of a tensor) as one copy brings, aligned in the cache. All granules of all pairs, in the order (sequence, head, row
+ * block, slot), are dealt out in equal runs to as many blocks of threads as there are SMs; what one block has of a pair is a
+ * segment. With batch_invariant the unit is a chunk of granules instead, which is a segment of its own. Blocks that have several
+ * whole pairs each may have them in another order (b_step_of, dec_split.cuh). Of short caches each pair is dealt out by itself,
+ * to a cluster (dec_join.cuh).
  *
- * A segment that is not a whole pair leaves a record, unless blocks of a cluster have all of one (dec_join.cuh, dec_wide_end.cuh): o of
- * all rows of a tile, not normalised and relative to m, in the order in which the kernel's threads have them (items, dec_combine.cuh),
- * then of each row m, the reference maximum in units of q.k, and l, the sum of 2^(c (s - m)) with c = scale log2(e).
+ * A segment that is not a whole pair leaves a record, unless blocks of a cluster have all of one (dec_join.cuh,
+ * dec_wide_end.cuh): o of all rows of a tile, not normalised and relative to m, in the order in which the kernel's threads have
+ * them (items, dec_combine.cuh), then of each row m, the reference maximum in units of q.k, and l, the sum of 2^(c (s - m)) with
+ * c = scale log2(e).
  */
 #ifndef FGQA_DEC_WORK_H
 #define FGQA_DEC_WORK_H

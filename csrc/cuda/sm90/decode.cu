@@ -1,17 +1,17 @@
 /* decode.cu - attention of up to 8 packed query rows of a KV head over many keys, for Hopper: a memory stream with arithmetic on
  * the side. Compiled once per `decode` row of kernels.def. More rows: decode_wide.cu; who works on what: dec_work.h.
  *
- * Granule n of a segment belongs to stream n % STREAMS, which has its own ring of tiles and READERS consumer warps, each for 16 of a
- * granule's keys and with its own m, l, o: no barrier inside a segment; at its end the warps' sums are added up. The other warps:
- * dec_block.cuh, with most barriers. Also:
+ * Granule n of a segment belongs to stream n % STREAMS, which has its own ring of tiles and READERS consumer warps, each for 16
+ * of a granule's keys and with its own m, l, o: no barrier inside a segment; at its end the warps' sums are added up. The other
+ * warps: dec_block.cuh, with most barriers. Also:
  *
  *   barrier                    arrivals                                  waited for by
  *   named MERGE                consumers                                 end of a segment
  *   named COMBINE, + 1         warps that merge records                  dec_combine.cuh
  *   cluster, twice             consumers of blocks that join parts       all are past their tiles; sums are where they belong
  *
- * A tile is GRANULE keys in chunks of 64 columns, 128 bytes a row, with the swizzle of TMA: piece c of row r at c ^ (r & 7). Where
- * pages are smaller, the chunks of each 16 keys follow each other instead.
+ * A tile is GRANULE keys in chunks of 64 columns, 128 bytes a row, with the swizzle of TMA: piece c of row r at c ^ (r & 7).
+ * Where pages are smaller, the chunks of each 16 keys follow each other instead.
  * The products are turned so that query rows are the short side of the mma:
  *
  *   S^T[16 keys x 8 rows] = K Q^T        O^T[16 columns x 8 rows] += V^T P^T
@@ -65,8 +65,8 @@ static_assert(sizeof(shared) <= 227 * 1024, "kernels.def: the stages fit into sh
 /* Of blocks that have a part of a pair each, which their cluster joins. */
 struct joining_shared : shared { static constexpr bool JOINS = true; };
 
-/* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the shared
- * address of this lane's row for ldmatrix at k = 0, chunks are `chunk` bytes apart. */
+/* A fragments of 16 keys x 16 columns, or of 16 columns x 16 keys, number k along a row of the tile, in order; `lane` is the
+ * shared address of this lane's row for ldmatrix at k = 0, chunks are `chunk` bytes apart. */
 struct fragments {
     uint32_t chunk;
     __device__ __forceinline__ uint32_t at(uint32_t lane, int k) { return (lane ^ (uint32_t)((k & 3) << 5)) + (k >> 2 ? chunk : 0); }
@@ -84,15 +84,16 @@ struct state {
 typedef std::conditional<FLOAT8, f16, T>::type product;
 typedef std::conditional<FLOAT8, float8_fragments, fragments>::type reader;
 
-/* Of step k, `half` of it: the first of two columns that register `half` of an operand's lane holds, and, of O^T, the only one that a
- * row has, in registers 2 half + {0, 1}. */
+/* Of step k, `half` of it: the first of two columns that register `half` of an operand's lane holds, and, of O^T, the only one
+ * that a row has, in registers 2 half + {0, 1}. */
 static __device__ __forceinline__ int pair_column(int k, int half, int lane)
 {
     return 16 * k + (FLOAT8 ? 4 * (lane % 4) + 2 * half : 8 * half + 2 * (lane % 4));
 }
 static __device__ __forceinline__ int out_column(int k, int half, int lane) { return 16 * k + (FLOAT8 ? 2 * (lane / 4) + half : 8 * half + lane / 4); }
 
-/* Q of a pair, of each thread 16 bytes, zero where there is none. Fetched a segment ahead: the stream of all SMs is before a load. */
+/* Q of a pair, of each thread 16 bytes, zero where there is none. Fetched a segment ahead: the stream of all SMs is before a
+ * load. */
 struct q_piece {
     static constexpr int OF_ROW = D / 8, PITCH = 2 * D + 16;        /* rows of a fragment fall on different banks */
     uint4 piece;

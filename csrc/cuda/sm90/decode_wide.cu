@@ -54,7 +54,8 @@ static_assert(GRANULE == 64 && BLOCK_Q == 128, "kernels.def: granules of 64 keys
 
 typedef std::conditional<FLOAT8, f16, T>::type product;
 
-/* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. JOINS: clusters have a pair each. */
+/* FOLDS: chunks may be added up in registers; a kernel of its own, for the registers that takes. JOINS: clusters have a pair
+ * each. */
 template <int N_, int STREAMS_, bool FOLDS_ = false, bool JOINS_ = false> struct wide_shared {
     static constexpr int N = N_, STREAMS = STREAMS_, GROUPS = 2 / STREAMS, ROWS = N * GROUPS;       /* warpgroups of a stream */
     static constexpr bool FOLDS = FOLDS_, JOINS = JOINS_, PIECE_LANES = false, HALVES = N >= 32 && !FLOAT8 && !FOLDS && !JOINS, Q_KEPT = ROWS <= 32;
@@ -93,8 +94,8 @@ static __device__ __forceinline__ int out_column(int chunk, int half, int warp, 
     return FLOAT8 ? 32 * warp + 16 * chunk + 2 * (lane / 4) + half : 64 * chunk + 16 * warp + lane / 4 + 8 * half;
 }
 
-/* Q of a pair in 16-byte pieces, zero where there is none, to shared memory. Behind the K/V stream of all SMs a load takes 4 to 5 us:
- * few rows are fetched a segment ahead, into registers; many, for which there are none, into L2. */
+/* Q of a pair in 16-byte pieces, zero where there is none, to shared memory. Behind the K/V stream of all SMs a load takes 4
+ * to 5 us: few rows are fetched a segment ahead, into registers; many, for which there are none, into L2. */
 template <int ROWS> struct q_pieces {
     static constexpr bool KEPT = ROWS <= 32;        /* Q_KEPT above */
     static constexpr int PIECES_OF_ROW = D / 8, COUNT = (ROWS * PIECES_OF_ROW + CONSUMER_THREADS - 1) / CONSUMER_THREADS;
@@ -163,8 +164,8 @@ template <int ROWS> struct q_pieces {
     }
 };
 
-/* Of N / 4 numbers of each lane those over lanes of equal lane % 4, added up or otherwise joined. Number lane / 4 + 8 n comes to be x[n],
- * of 4 numbers lane / 4 % 4. */
+/* Of N / 4 numbers of each lane those over lanes of equal lane % 4, added up or otherwise joined. Number lane / 4 + 8 n comes
+ * to be x[n], of 4 numbers lane / 4 % 4. */
 template <int COUNT, class Join> static __device__ __forceinline__ void join_by_rows(float (&x)[COUNT], int lane, const Join &join)
 {
     constexpr int BITS = COUNT >= 8 ? 3 : 2;
@@ -183,8 +184,8 @@ template <int COUNT, class Join> static __device__ __forceinline__ void join_by_
     for (int n = 1; n < COUNT / 8; n++) { x[n] = x[8 * n]; }
 }
 
-/* New reference maximum over the tile, and o and l relative to it. Rare after the first tiles; at the first one, for which all wait,
- * there is nothing yet to be relative. */
+/* New reference maximum over the tile, and o and l relative to it. Rare after the first tiles; at the first one, for which all
+ * wait, there is nothing yet to be relative. */
 template <class Shared, int N> static __device__ __forceinline__ void raise_max(const dec_params &p, Shared &mem, int group, bool first, const float (&s)[N / 2], state<N> &st)
 {
     constexpr int COUNT = N / 4, KEPT = COUNT >= 8 ? COUNT / 8 : 1;

@@ -4,8 +4,8 @@
  *     S = Q K^T,  P = softmax of scale S, or of its soft cap, under the interval mask of semantics.h,  O = P V,  LSE
  *
  * A block owns one tile at a time, BLOCK_Q query rows of one head, or of a few that share a KV head (fwd_tiles.cuh), and walks
- * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values
- * may lie in a KV cache, contiguous or in pages. Of a copy of a float8 cache, scales of heads go to the softmax's scale and to O / l.
+ * the keys that those rows see, or a part of them (any/fwd_split.h), in blocks of BLOCK_K, last block first. Keys and values may
+ * lie in a KV cache, contiguous or in pages. Of a copy of a float8 cache, scales of heads go to the softmax's scale and to O / l.
  * Short rows have kernels without roles, too, for few keys (fwd_whole.cuh).
  *
  *   warpgroup 0, warp 0   scheduler: takes tiles, TMA loads of Q (EVEN: first K, too); tiles that see nothing are done there
@@ -26,9 +26,9 @@
  * k_full, v_full  producer, or scheduler, + bytes (1)          consumers                 block is there
  * k_empty, ..     one thread of each consumer warpgroup        producer                  block was used by all
  * named TURN + n  warpgroup n - 1 arrives, n syncs (256)       consumers                 Q K^T of the one before is done
- * Q's buffer is free before O of its tile is there, so there are two places t more than Q buffers s: tile n is announced when O of
- * tile n - T_STAGES, in whose place it comes, is stored, but before the Q buffer it needs is free. So its keys, its masks and what a
- * claim costs are not waited for.
+ * Q's buffer is free before O of its tile is there, so there are two places t more than Q buffers s: tile n is announced when O
+ * of tile n - T_STAGES, in whose place it comes, is stored, but before the Q buffer it needs is free. So its keys, its masks and
+ * what a claim costs are not waited for.
  */
 #include "../common/cache_slot.cuh"
 #include "../common/launch.cuh"
@@ -86,7 +86,8 @@ static constexpr int T_STAGES = Q_STAGES + 2;                    /* of tiles[] *
 static constexpr int LEFT = SM_BYTES - LEAST - (Q_STAGES - 1) * Q_BYTES - (V_STAGES - STAGES) * V_BYTES;
 static constexpr int R_STAGES = (T_STAGES - 2) * BLOCK_Q * 8 <= LEFT ? T_STAGES : Q_STAGES;      /* of rows[] */
 static constexpr bool CROSS_TILE = Q_STAGES == 2;                /* first Q K^T of the next tile runs before the last P V of this one */
-/* Where there is one Q, each warpgroup's part comes as soon as the one before is handed back: who is ahead does not wait for others. */
+/* Where there is one Q, each warpgroup's part comes as soon as the one before is handed back: who is ahead does not wait for
+ * others. */
 static constexpr int Q_PARTS = Q_STAGES == 1 ? WG_COUNT : 1, PART_WGS = WG_COUNT / Q_PARTS;
 static constexpr bool TAKE_TURNS = WG_COUNT > 2;                 /* at products: three warpgroups get into each other's way, two do not */
 /* of a thread: the 64 K registers of an SM, shared out when it starts, move to the consumers */
@@ -95,11 +96,12 @@ static constexpr int CONSUMER_REGS = WG_COUNT == 2 ? 224 : WG_COUNT == 3 ? 160 :
 static constexpr uint32_t ALL_LANES = 0xFFFFFFFFu;
 static constexpr bool DROPOUT = FGQA_DROPOUT;
 /* What happens to scores besides the scale and the interval mask: a kernel of its own each. ALL: any of it, as the call says.
- * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). PAIRED: nor there; two blocks
- * bring keys for both (fwd_pair.cuh). EVEN: nor there, nor what packed sequences, lengths on the device, caches and parts of
- * keys take, so that a launch waits for fewer instructions; its first K is asked for by the scheduler. */
+ * MERGED: none of it; a block has one tile, the parts of whose keys blocks merge themselves (fwd_merge.cuh). PAIRED: nor
+ * there; two blocks bring keys for both (fwd_pair.cuh). EVEN: nor there, nor what packed sequences, lengths on the device,
+ * caches and parts of keys take, so that a launch waits for fewer instructions; its first K is asked for by the scheduler. */
 enum chain { PLAIN, CAPPED, ALIBI, TERMS, TILED, SCALED, ALL, TILED_ALL, MERGED, PAIRED, EVEN };
-/* A bias and a mask tensor: TILED and TILED_ALL, which is ALL else, through shared memory by TMA, the others, wherever elements lie, straight into the lanes. */
+/* A bias and a mask tensor: TILED and TILED_ALL, which is ALL else, through shared memory by TMA, the others, wherever
+ * elements lie, straight into the lanes. */
 template <chain CHAIN> static constexpr bool DIRECT_TERMS = CHAIN == TERMS || CHAIN == ALL;
 template <chain CHAIN> static constexpr bool BY_TMA = CHAIN == TILED || CHAIN == TILED_ALL;
 template <chain CHAIN> static constexpr bool WITH_TERMS = DIRECT_TERMS<CHAIN> || BY_TMA<CHAIN>;
@@ -130,8 +132,8 @@ struct fwd_params {
     whole_call whole;                                            /* of short rows */
 };
 
-/* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile; one past the
- * last that it walks, which is at least one. */
+/* Of a tile's blocks: those that all rows of a warpgroup see whole, having had a key before, or at the beginning of the tile;
+ * one past the last that it walks, which is at least one. */
 struct wg_blocks { fgqa_range full; int32_t end; };
 
 struct shared {
@@ -225,7 +227,8 @@ template <chain CHAIN> static __device__ __forceinline__ void write_unseen(const
     }
 }
 
-/* Number in the list of the block's first tile. MERGED: parts, units and sequences, or parts and tiles, are dimensions of the grid. */
+/* Number in the list of the block's first tile. MERGED: parts, units and sequences, or parts and tiles, are dimensions of the
+ * grid. */
 template <chain CHAIN> static __device__ __forceinline__ uint32_t first_item()
 {
     return CHAIN == MERGED ? (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x : blockIdx.x;
@@ -247,9 +250,9 @@ static __device__ __forceinline__ void load_q(const fwd_params &p, T (&dst)[WG_C
 
 #include "fwd_producer.cuh"
 
-/* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond the
- * one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to early_items: of a mask's
- * the last four of a block wait (2 to 4% where it has a dozen). */
+/* Loads Q a whole tile early. Long tiles are claimed only when a Q buffer is free, so that a block holds at most one beyond
+ * the one in work (two cost 3% in the last wave at 4k keys, causal); short ones at once, to hide the atomic, up to
+ * early_items: of a mask's the last four of a block wait (2 to 4% where it has a dozen). */
 template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void schedule(const fwd_params &p, shared &sm, ring<Q_STAGES> &rq, ring<T_STAGES> &rt)
 {
     const bool leader = thread_index() % 32 == 0;

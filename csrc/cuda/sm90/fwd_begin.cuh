@@ -1,6 +1,6 @@
-/* fwd_begin.cuh - how a block begins where the host knows its only tile (chain MERGED of fwd.cu, which includes this in its middle): the
- * producer asks for the first keys and for Q before anything else is set up. By way of the scheduler that took 2 us more, most of it
- * instructions that nobody had run yet.
+/* fwd_begin.cuh - how a block begins where the host knows its only tile (chain MERGED of fwd.cu, which includes this in its
+ * middle): the producer asks for the first keys and for Q before anything else is set up. By way of the scheduler that took 2 us
+ * more, most of it instructions that nobody had run yet.
  */
 #pragma once
 

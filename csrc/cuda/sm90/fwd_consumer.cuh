@@ -45,8 +45,8 @@ static __device__ __forceinline__ bool store_part(const fwd_params &p, const til
 
 #include "fwd_merge.cuh"
 
-/* softmax_finish() without a sink, and without a branch, so that in the step across tiles it fills gaps between exponentials. What is
- * computed again carefully has the same bits. */
+/* softmax_finish() without a sink, and without a branch, so that in the step across tiles it fills gaps between exponentials.
+ * What is computed again carefully has the same bits. */
 static __device__ __forceinline__ void end_rows(row_ends &e, const softmax_rows &rows)
 {
 #pragma unroll
@@ -125,18 +125,18 @@ template <bool CAREFUL> static __device__ __forceinline__ void take_slopes(const
     alibi.diagonal = (t.row0 + first_row >> p.list.pack) + t.diag - 2 * (int32_t)(thread_index() % 4);
 }
 
-/* With ALiBi the base follows scores whose weights would be 2^ALIBI_RISE or more. With 3 a lane's weights of a row in a block never add up
- * to more than MODERATE, and nobody asks for that; at head dim 64 a base that goes up more often costs more. */
+/* With ALiBi the base follows scores whose weights would be 2^ALIBI_RISE or more. With 3 a lane's weights of a row in a block
+ * never add up to more than MODERATE, and nobody asks for that; at head dim 64 a base that goes up more often costs more. */
 static constexpr int ALIBI_RISE = DV > 64 ? 3 : 8;
 
-/* With a bias or a mask tensor a block's scores tell nothing of the next one's: the base follows all, so that nobody is moderated. Scores
- * below LOWEST_BASE, such as a bias of the least number that there is, make no base, and weights of 0; rows without any other are done
- * again. */
+/* With a bias or a mask tensor a block's scores tell nothing of the next one's: the base follows all, so that nobody is
+ * moderated. Scores below LOWEST_BASE, such as a bias of the least number that there is, make no base, and weights of 0; rows
+ * without any other are done again. */
 static constexpr int TERMS_RISE = 3;
 static constexpr float LOWEST_BASE = -0x1p26f;
 
-/* A row whose base is above this has had scores like others': with BY_TMA, unless there is ALiBi, nobody looks for its maximum, and its
- * weights are moderated as without a bias. */
+/* A row whose base is above this has had scores like others': with BY_TMA, unless there is ALiBi, nobody looks for its
+ * maximum, and its weights are moderated as without a bias. */
 static constexpr float LOW_BASE = -64.0f;
 
 /* Largest exponent, relative to the base, of a weight that leaves it. */
@@ -272,8 +272,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             }
         }
     };
-    /* ptxas moves arithmetic in front of products, but no volatile read that it begins with; and behind the wait for them, among the
-     * exponentials, which is where it costs least. */
+    /* ptxas moves arithmetic in front of products, but no volatile read that it begins with; and behind the wait for them,
+     * among the exponentials, which is where it costs least. */
     auto draw = [&](uint32_t (&kept)[2], int j) {
         if constexpr (DROPOUT) {
             const volatile tile &t = sm.tiles[rt.stage];
@@ -348,9 +348,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wgmma_commit();
     };
 
-    /* Ends the P V in flight; waits for the next K of the tile, if any. The branch of the mbarrier wait is needed even
-     * without one (the Q in use returns at once): ptxas moves arithmetic across a wgmma_wait, but not across a branch. Not the
-     * V in use: another warp may have released it, and a warp that comes two phases late waits for ever. Nor a Q that this warp has
+    /* Ends the P V in flight; waits for the next K of the tile, if any. The branch of the mbarrier wait is needed even without
+     * one (the Q in use returns at once): ptxas moves arithmetic across a wgmma_wait, but not across a branch. Not the V in
+     * use: another warp may have released it, and a warp that comes two phases late waits for ever. Nor a Q that this warp has
      * released: the tile in use, whose place is free only when O is stored. */
     auto wait_pv = [&](bool next_k) {
         wgmma_wait<0>();
@@ -386,8 +386,8 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             }
         }
     };
-    /* The base follows scores whose weights would be NaN without care, and enormous ones; and all that grow with ALiBi, where each
-     * block of keys in front of the diagonal has larger ones than the block before it. alpha: what O is to be multiplied with. */
+    /* The base follows scores whose weights would be NaN without care, and enormous ones; and all that grow with ALiBi, where
+     * each block of keys in front of the diagonal has larger ones than the block before it. alpha: O's factor. */
     auto rising_base = [&](const float (&s)[BLOCK_K / 2], float (&alpha)[2]) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
@@ -402,9 +402,9 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
             }
         }
     };
-    /* S -> P. The chain from the end of Q K^T to the next one decides the speed, and in it the number of instructions: the tensor core's
-     * accumulators take half of what registers can deliver. So nothing is asked of a block's scores (softmax_rows) and exponentials
-     * begin at once, under P V; only their sums tell whether base has to go up. */
+    /* S -> P. The chain from the end of Q K^T to the next one decides the speed, and in it the number of instructions: the
+     * tensor core's accumulators take half of what registers can deliver. So nothing is asked of a block's scores
+     * (softmax_rows) and exponentials begin at once, under P V; only their sums tell whether base has to go up. */
     auto softmax_under_pv = [&](float (&s)[BLOCK_K / 2], const uint32_t (&kept)[2], auto masked, auto first, bool next_k) {
         constexpr bool MASKED = decltype(masked)::value, FIRST = decltype(first)::value, RISING = !FIRST && (CAREFUL || CHAIN == ALIBI || WITH_TERMS<CHAIN>);
         float sum[2], alpha[2];
@@ -434,10 +434,10 @@ static __device__ __forceinline__ void consume(const fwd_params &p, shared &sm, 
         wait_v();
         if (block_end - block_begin > 1) { wait_k(); }
     };
-    /* Turns at blocks that are skipped. One of a tile is left to others only when its first block is done and O of the tile before is stored:
-     * so these come beside those of the warpgroups that skip nothing, not behind them. Left later than that, its first K would not be there.
-     * In a launch's first tile all are left before the next K is waited for: where a chunk of a mask ends between warpgroups, so many
-     * blocks may be skipped that it takes a place that others hand back in their turns.
+    /* Turns at blocks that are skipped. One of a tile is left to others only when its first block is done and O of the tile
+     * before is stored: so these come beside those of the warpgroups that skip nothing, not behind them. Left later than that,
+     * its first K would not be there. In a launch's first tile all are left before the next K is waited for: where a chunk of a
+     * mask ends between warpgroups, so many blocks may be skipped that it takes a place that others hand back in their turns.
      * Head dims other than 128, for which this has not been timed, leave each where the block is skipped. */
     constexpr bool EARLY_TURNS = TURNS && D == 128;
     auto leave_turns = [&](int n) {

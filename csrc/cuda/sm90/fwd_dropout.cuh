@@ -1,7 +1,7 @@
 /* fwd_dropout.cuh - which weights of a block are dropped, for fwd.cu: known before its scores are, as bits.
  *
- * Philox decides eight keys of a row at once. A quad's lanes share out the blocks of eight keys of their two rows: lane q computes those
- * of columns 32 m + 8 q on. Then lanes exchange the bits of the columns that they hold, in two shuffles.
+ * Philox decides eight keys of a row at once. A quad's lanes share out the blocks of eight keys of their two rows: lane q
+ * computes those of columns 32 m + 8 q on. Then lanes exchange the bits of the columns that they hold, in two shuffles.
  */
 #pragma once
 #include "../common/dropout.cuh"
@@ -10,8 +10,9 @@
 /* Of a lane's two rows: the words of Philox's counter. */
 struct drop_rows { uint32_t i[2], batch_head[2]; };
 
-/* kept[c]: of the columns 32 m + 8 q + 2 t, + 1 that lane t of the quad holds, those with q = c in bytes 1 and 3, with q = c + 2 in bytes
- * 0 and 2; even columns in bytes 0 and 1. From bit 2 BLOCK_K / 32 - 1 of a byte down: first row, second row of m = 0, 1, ... */
+/* kept[c]: of the columns 32 m + 8 q + 2 t, + 1 that lane t of the quad holds, those with q = c in bytes 1 and 3, with q = c +
+ * 2 in bytes 0 and 2; even columns in bytes 0 and 1. From bit 2 BLOCK_K / 32 - 1 of a byte down: first row, second row of m =
+ * 0, 1, ... */
 template <int BLOCK_K> static __device__ __forceinline__ void draw_kept(uint32_t (&kept)[2], const dropout_key &key, const drop_rows &rows, int32_t j0)
 {
     static_assert(BLOCK_K % 32 == 0 && BLOCK_K <= 128, "a bit of a byte for each row of each block that a lane computes");

@@ -61,7 +61,8 @@ template <bool AGAIN, chain CHAIN> static __device__ __forceinline__ void descri
                     }
                     own.end = min(max(own.end, (sm.rows[at][seeing].end + BLOCK_K - 1) / BLOCK_K), t.block_end);
                 }
-                /* The last P V of the tile before comes behind the K that are skipped; meanwhile as many V as are skipped find room. */
+                /* The last P V of the tile before comes behind the K that are skipped; meanwhile as many V as are skipped find
+                 * room. */
                 if (CROSS_TILE) { own.end = max(own.end, t.block_end - (V_RING<CHAIN> - 1)); }
                 /* A block without a mask asks nothing of its scores: by then each row must have had a key. */
                 if (own.full.end < own.end && own.full.end * BLOCK_K == sm.rows[at][first].end) { own.full.end--; }

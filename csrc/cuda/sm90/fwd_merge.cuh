@@ -1,6 +1,7 @@
-/* fwd_merge.cuh - chain MERGED of fwd.cu, which includes this in its middle: a tile a block, all blocks of the launch resident; those that
- * have parts of one tile's keys wait for each other and merge them, each a share of the rows. Without it a launch of any/fwd_combine.cu
- * follows, whose start and trips to memory all would wait for. To its bits where a warp has all parts of a row.
+/* fwd_merge.cuh - chain MERGED of fwd.cu, which includes this in its middle: a tile a block, all blocks of the launch resident;
+ * those that have parts of one tile's keys wait for each other and merge them, each a share of the rows. Without it a launch of
+ * any/fwd_combine.cu follows, whose start and trips to memory all would wait for. To its bits where a warp has all parts of a
+ * row.
  */
 #pragma once
 #include "../common/ptx_cp_async.cuh"
@@ -15,8 +16,8 @@ static __device__ __forceinline__ void store_merged(const fgqa_problem &problem,
     if (4 * lane < problem.dv) { *(uint2 *)(row + 8 * lane) = make_uint2(pack2(o[0] * scale, o[1] * scale, T()), pack2(o[2] * scale, o[3] * scale, T())); }
 }
 
-/* How a block's share of a tile's rows is dealt out. A warp has up to ITEMS pairs of a row and a part at a time: rows with all of their
- * parts, or, of more parts, those of one row that a `team` of warps shares, which hand their sums to the first. */
+/* How a block's share of a tile's rows is dealt out. A warp has up to ITEMS pairs of a row and a part at a time: rows with all
+ * of their parts, or, of more parts, those of one row that a `team` of warps shares, which hand their sums to the first. */
 struct merge_cut {
     static constexpr int WARPS = 4 * WG_COUNT, ITEMS = 16;
     int rows, team, share, at_once;                              /* of the block; warps of a row; parts of a warp; rows of a team */
@@ -183,7 +184,8 @@ template <chain CHAIN> static __device__ __forceinline__ void merge_parts(const 
 
 /* ---- host ---- */
 
-/* All blocks fit on the device, and bits do not depend on the batch where they must not: more parts are added up in another order. */
+/* All blocks fit on the device, and bits do not depend on the batch where they must not: more parts are added up in another
+ * order. */
 static bool merges_in_place(const fgqa_problem *problem, const fgqa_plan *plan, int multiprocessors)
 {
     return plan->splits > 1 && !problem->varlen && plan->tasks <= multiprocessors && (!problem->batch_invariant || plan->splits <= 16);

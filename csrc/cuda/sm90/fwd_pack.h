@@ -3,8 +3,8 @@
 #define FGQA_FWD_PACK_H
 #include "../any/fwd_split.h"
 
-/* Forward rows for Hopper whose tiles are so few rows that a multiprocessor holds several blocks, for short sequences. They have the plain
- * kernel, and those below: each chain of scores costs as much of a build. */
+/* Forward rows for Hopper whose tiles are so few rows that a multiprocessor holds several blocks, for short sequences. They
+ * have the plain kernel, and those below: each chain of scores costs as much of a build. */
 #define FGQA_IS_SHORT(block_q) ((block_q) < 128)
 
 /* Padded sequences of lengths that the host knows, not in a cache. */
@@ -16,8 +16,8 @@ static inline int fgqa_is_even(const fgqa_problem *p)
 /* Those that have a kernel for them, if their keys are not in parts. */
 #define FGQA_HAS_EVEN(d, block_q) ((d) == 128 && (block_q) > 128)
 
-/* Short rows hold all keys of a sequence at once where they are so few and the host knows all lengths (sm90/fwd_whole.cuh): a kernel for
- * each of these numbers. The answer is the same for every batch. */
+/* Short rows hold all keys of a sequence at once where they are so few and the host knows all lengths (sm90/fwd_whole.cuh): a
+ * kernel for each of these numbers. The answer is the same for every batch. */
 #define FGQA_WHOLE_KEYS 32, 64, 80, 96, 112, 128
 
 /* The least of them that serves; 0: none. */

@@ -1,7 +1,7 @@
-/* fwd_pair.cuh - chain PAIRED of fwd.cu, which includes this in its middle: the two blocks of a cluster walk tiles that see the same keys,
- * those of two heads of a group, and each brings half the columns of every block of K and V into the shared memory of both. So bytes leave
- * L2 once for twice the rows, which at the limit of power is speed. Who hands a buffer back tells both producers. The first block claims
- * tiles for both. Tiles that have to be done again each block does alone, on the same barriers.
+/* fwd_pair.cuh - chain PAIRED of fwd.cu, which includes this in its middle: the two blocks of a cluster walk tiles that see the
+ * same keys, those of two heads of a group, and each brings half the columns of every block of K and V into the shared memory of
+ * both. So bytes leave L2 once for twice the rows, which at the limit of power is speed. Who hands a buffer back tells both
+ * producers. The first block claims tiles for both. Tiles that have to be done again each block does alone, on the same barriers.
  */
 #pragma once
 

@@ -1,5 +1,5 @@
-/* fwd_producer.cuh - the producer of fwd.cu, a warp: copies of K and V, each lane knows where box_rows rows of a block are; with BY_TMA of a
- * bias and a mask, too. */
+/* fwd_producer.cuh - the producer of fwd.cu, a warp: copies of K and V, each lane knows where box_rows rows of a block are;
+ * with BY_TMA of a bias and a mask, too. */
 #pragma once
 
 /* No pages: one copy brings a block's columns. */

@@ -1,12 +1,12 @@
 /* fwd_store.cuh - where rows of O go, and what inf and NaN in V add to them, for fwd_consumer.cuh. */
 #pragma once
 
-/* Of a row of O a lane stores 8 bytes every 32, after a swap of pairs with its neighbour: the first element of its own. A sector of
- * memory is written at once; 16 bytes take twice the shuffles and are as fast, 4 bytes half the speed of the stores. */
+/* Of a row of O a lane stores 8 bytes every 32, after a swap of pairs with its neighbour: the first element of its own. A
+ * sector of memory is written at once; 16 bytes take twice the shuffles and are as fast, 4 bytes half the speed of the stores. */
 static __device__ __forceinline__ int32_t first_column() { return (int32_t)(thread_index() % 2 * 8 + thread_index() % 4 / 2 * 4); }
 
-/* Where a tile whose first row begins the tensors would go: a lane's first columns of O in its two rows; the LSE of row lane % 4, NULL
- * without one. */
+/* Where a tile whose first row begins the tensors would go: a lane's first columns of O in its two rows; the LSE of row lane %
+ * 4, NULL without one. */
 struct row_places { char *o[2], *lse; };
 
 static __device__ __forceinline__ row_places place_rows(const fwd_params &p, uint32_t thread)

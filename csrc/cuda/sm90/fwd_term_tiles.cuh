@@ -1,7 +1,7 @@
 /* fwd_term_tiles.cuh - a bias and a mask tensor that TMA can address (fwd_terms.cuh): they come through shared memory.
  *
- * In chunks: 128 bytes of each row of a warpgroup, swizzled as K is. A warpgroup has a ring of its own, which the producer fills a block
- * ahead. Of a block's chunks the mask is the first, which becomes bits under Q K^T; those of the bias follow.
+ * In chunks: 128 bytes of each row of a warpgroup, swizzled as K is. A warpgroup has a ring of its own, which the producer fills
+ * a block ahead. Of a block's chunks the mask is the first, which becomes bits under Q K^T; those of the bias follow.
  */
 #pragma once
 #include "../common/ptx_ldmatrix.cuh"
@@ -14,8 +14,8 @@
 static constexpr int TERM_CHUNK = WG_ROWS * 128, TERM_SLOTS = FGQA_D == 64 ? 3 : 2;      /* of a warpgroup: what finds room */
 static constexpr int TERM_BARRIERS = 2 * TERM_SLOTS;
 
-/* A tensor of a number for each row and key, for all rows. What is shared by heads, rows or sequences is brought once: its extent is 1
- * and its coordinate 0. */
+/* A tensor of a number for each row and key, for all rows. What is shared by heads, rows or sequences is brought once: its
+ * extent is 1 and its coordinate 0. */
 struct term_source {
     CUtensorMap map;                    /* dims (key, head, row, batch) */
     int32_t some;                       /* there is one */
@@ -103,7 +103,8 @@ static __device__ __forceinline__ term_ring ring_of(uint32_t area, uint32_t barr
     return {area + wg * TERM_SLOTS * TERM_CHUNK, barriers + wg * TERM_BARRIERS * 8, chunks % TERM_SLOTS, chunks / TERM_SLOTS % 2};
 }
 
-/* The producer's: chunks [begin, end) of block j, which are the next of `ring`, to a warpgroup whose first packed row is `packed`. */
+/* The producer's: chunks [begin, end) of block j, which are the next of `ring`, to a warpgroup whose first packed row is
+ * `packed`. */
 template <int BLOCK_K>
 static __device__ __forceinline__ void load_chunks(const term_tiles &terms, const tile &t, int32_t pack, int32_t packed, term_ring ring, int32_t begin,
                                                    int32_t end, int32_t j)
@@ -123,8 +124,8 @@ static __device__ __forceinline__ void load_chunks(const term_tiles &terms, cons
     }
 }
 
-/* Of block j's chunks the first that there are slots for, or the rest, which find them when consumers are at the block: the next K is on
- * its way by then. Warpgroups are served as they come. chunks: that each has had so far. */
+/* Of block j's chunks the first that there are slots for, or the rest, which find them when consumers are at the block: the
+ * next K is on its way by then. Warpgroups are served as they come. chunks: that each has had so far. */
 template <int BLOCK_K, int WARPGROUPS>
 static __device__ __forceinline__ void load_block(const term_tiles &terms, const tile &t, int32_t pack, const term_ring &of_first, uint32_t &chunks, int32_t j,
                                                   bool rest)

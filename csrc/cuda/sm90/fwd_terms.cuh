@@ -3,8 +3,9 @@
  *
  *     s <- scale s + bias(i, j);  -inf where mask(i, j) is false
  *
- * Here elements come from global memory straight into the lane that holds their scores, and are asked for while Q K^T is computed:
- * wherever they lie, and beside whatever else. Those that TMA can address, alone, have a faster way: fwd_term_tiles.cuh.
+ * Here elements come from global memory straight into the lane that holds their scores, and are asked for while Q K^T is
+ * computed: wherever they lie, and beside whatever else. Those that TMA can address, alone, have a faster way:
+ * fwd_term_tiles.cuh.
  */
 #pragma once
 #include <float.h>
@@ -88,8 +89,8 @@ template <int COUNT> static __device__ __forceinline__ void share_vectors(block_
     }
 }
 
-/* COUNT pairs of a lane's columns in each row, from 8 n0 on, of a block from key j0 on. Keys from sk on are not read. WORDS of a pair: 2
- * of float32. */
+/* COUNT pairs of a lane's columns in each row, from 8 n0 on, of a block from key j0 on. Keys from sk on are not read. WORDS of
+ * a pair: 2 of float32. */
 template <int WORDS, int COUNT, int BLOCK_K>
 static __device__ __forceinline__ void load_bias(block_terms &x, const term_rows &rows, const score_terms &terms, int32_t j0, int n0, int32_t sk)
 {

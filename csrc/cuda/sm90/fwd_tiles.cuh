@@ -43,7 +43,8 @@ template <int BLOCK_Q, bool EVEN> static __device__ __forceinline__ uint32_t par
     return FGQA_IS_SHORT(BLOCK_Q) || EVEN ? 1 : list.splits;
 }
 
-/* Where the host knows all of a block's only tile (fwd_begin.cuh): blocks of keys, which parts share as split_range() says; lengths. */
+/* Where the host knows all of a block's only tile (fwd_begin.cuh): blocks of keys, which parts share as split_range() says;
+ * lengths. */
 struct known_keys {
     int32_t first, share, longer;       /* share 0: it does not */
     int32_t sk, diag;
@@ -61,8 +62,9 @@ struct whole_call { int32_t sk, diag, masked, units; };
 /* Which rows of which unit: what the list itself says of a tile. */
 struct tile_place { int32_t batch, head, row0, part; };
 
-/* How many rows the first tile of a unit has less than others: in tiles of three warpgroups those of warpgroups that find no rows, which
- * would walk all keys under a causal mask if the last tile lacked them. Whole warpgroups, so that diagonals stay where blocks end. */
+/* How many rows the first tile of a unit has less than others: in tiles of three warpgroups those of warpgroups that find no
+ * rows, which would walk all keys under a causal mask if the last tile lacked them. Whole warpgroups, so that diagonals stay
+ * where blocks end. */
 template <int BLOCK_Q> static __device__ __forceinline__ uint32_t less_at_first(uint32_t rows, uint32_t blocks)
 {
     return BLOCK_Q > 2 * WG_ROWS ? (blocks * BLOCK_Q - rows) / WG_ROWS * WG_ROWS : 0;

@@ -1,7 +1,7 @@
-/* fwd_whole.cuh - short rows of fwd.cu, which includes this, where all keys of a sequence are in shared memory at once: a block has one tile
- * and asks for all that it needs before anything else. Of a launch that short most was the time until the first product: roles that wait
- * for one another, their instructions on the way from memory. Here are no rings, lists and claims, and other blocks of the multiprocessor
- * are what a block overlaps with. Padded sequences whose lengths the host knows.
+/* fwd_whole.cuh - short rows of fwd.cu, which includes this, where all keys of a sequence are in shared memory at once: a block
+ * has one tile and asks for all that it needs before anything else. Of a launch that short most was the time until the first
+ * product: roles that wait for one another, their instructions on the way from memory. Here are no rings, lists and claims, and
+ * other blocks of the multiprocessor are what a block overlaps with. Padded sequences whose lengths the host knows.
  */
 #pragma once
 
@@ -55,8 +55,8 @@ static __device__ __forceinline__ fgqa_range keys_of_row(const fwd_params &p, in
     return p.whole.masked ? fgqa_kv_range(&mask, i, i + 1) : all;
 }
 
-/* careful: without inf and NaN in V (careful.cuh); one copy of the products, whose registers ptxas counts once. True: an element is not
- * finite, or a row is lost. */
+/* careful: without inf and NaN in V (careful.cuh); one copy of the products, whose registers ptxas counts once. True: an
+ * element is not finite, or a row is lost. */
 template <int KEYS> static __device__ __forceinline__ bool attend(const fwd_params &p, whole_tile<KEYS> &sm, bool careful)
 {
     const tile &t = sm.t;

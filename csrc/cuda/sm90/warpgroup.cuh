@@ -11,13 +11,13 @@
 
 static constexpr int WG_ROWS = 64, CHUNK = 64;
 
-/* A barrier that warps reach from different places in the code. bar_sync() would do on the card, whose barrier counts warps, and PTX
- * asks of its .aligned no more than that the threads of one warp are together; but compute-sanitizer wants them all at one instruction
- * then, and ends the kernel. PTX ISA, "barrier". */
+/* A barrier that warps reach from different places in the code. bar_sync() would do on the card, whose barrier counts warps,
+ * and PTX asks of its .aligned no more than that the threads of one warp are together; but compute-sanitizer wants them all at
+ * one instruction then, and ends the kernel. PTX ISA, "barrier". */
 PTX_FN void barrier_sync(uint32_t id, uint32_t threads) { asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-/* The low half of the descriptors of a block of K or V: what a ring's stage changes. Carried from step to step it is there when the
- * first product can begin. */
+/* The low half of the descriptors of a block of K or V: what a ring's stage changes. Carried from step to step it is there
+ * when the first product can begin. */
 PTX_FN uint32_t desc_low(uint32_t address, uint32_t lbo) { return (uint32_t)wgmma_desc_sw128(address, lbo, 1024); }
 PTX_FN uint64_t desc_of(uint32_t low) { return wgmma_desc_sw128(0, 0, 1024) | low; }
 
@@ -48,7 +48,8 @@ static __device__ __forceinline__ uint32_t columns_before(int32_t end)
     return bits;
 }
 
-/* Scores of other columns become -inf. Bits go to predicates several at a time: less than two instructions a score for both sides. */
+/* Scores of other columns become -inf. Bits go to predicates several at a time: less than two instructions a score for both
+ * sides. */
 template <int N> static __device__ __forceinline__ void hide_others(float (&s)[N], const uint32_t (&seen)[2])
 {
     static_assert(N <= 64, "a bit for each column that a lane has of a row");
@@ -58,10 +59,10 @@ template <int N> static __device__ __forceinline__ void hide_others(float (&s)[N
     }
 }
 
-/* Running state of a lane's two rows r = 0, 1, as the sums so far have it: weights are 2^(scale_log2 s - base). base is that of the
- * largest score of the row's first block and stays while weights are moderate: then there is no maximum to look for and nothing to
- * multiply O with. m: the score that base comes from, -inf as long as the row has no key, base being 0 then. l: row sum, this lane's
- * columns only. All but l are the same in the 4 lanes of a row. */
+/* Running state of a lane's two rows r = 0, 1, as the sums so far have it: weights are 2^(scale_log2 s - base). base is that
+ * of the largest score of the row's first block and stays while weights are moderate: then there is no maximum to look for and
+ * nothing to multiply O with. m: the score that base comes from, -inf as long as the row has no key, base being 0 then. l: row
+ * sum, this lane's columns only. All but l are the same in the 4 lanes of a row. */
 struct softmax_rows { float m[2], base[2], l[2]; };
 
 /* The largest of a row's scores. */
@@ -79,8 +80,8 @@ static __device__ __forceinline__ void set_base(softmax_rows &rows, int r, float
     rows.base[r] = finite_max(top) * scale_log2;
 }
 
-/* A score m of which one instruction would round the exponents uselessly: the careful pass computes them exactly, and there such rows
- * keep to their largest score so far. */
+/* A score m of which one instruction would round the exponents uselessly: the careful pass computes them exactly, and there
+ * such rows keep to their largest score so far. */
 static __device__ __forceinline__ bool is_enormous(float m, float scale_log2) { return !(fabsf(finite_max(m) * scale_log2) < 0x1p27f); }
 
 /* S <- 2^(scale_log2 S - base) in row r. Their sum over this lane's columns. */
@@ -110,8 +111,8 @@ template <int N> static __device__ __forceinline__ void scale_rows(float (&x)[N]
 static constexpr float MODERATE = 256.0f;
 static constexpr float ALMOST_OVERFLOW = 120.0f;                 /* of an exponent */
 
-/* Rows whose weights are not: the base becomes that of the largest score of this block. Each row for itself: the bits of others do not
- * change. Weights next to overflow become NaN, and with them O; the careful pass sees to it that there are none. */
+/* Rows whose weights are not: the base becomes that of the largest score of this block. Each row for itself: the bits of
+ * others do not change. Weights next to overflow become NaN, and with them O; the careful pass sees to it that there are none. */
 template <int N, int M>
 static __device__ __forceinline__ void moderate_weights(float (&s)[N], float (&o)[M], softmax_rows &rows, float (&sum)[2])
 {
