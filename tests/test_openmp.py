@@ -173,11 +173,11 @@ print("end")
 
 
 def test_exit_while_daemon_threads_compute():
+    """In calls that last: a daemon thread that comes back to PyTorch's own functions while the interpreter ends is the end of the
+    process, without this library, too."""
     code = """
-long = torch.randn(1, 8, 8000, 64)
-def forever():
-    while True: on_team(long)
-for _ in range(3): threading.Thread(target=forever, daemon=True).start()
+long = torch.randn(1, 8, 40000, 64)
+for _ in range(3): threading.Thread(target=on_team, args=(long,), daemon=True).start()
 time.sleep(0.5)
 print("end")
 """
