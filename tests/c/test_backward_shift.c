@@ -3,7 +3,7 @@
 #include "../../csrc/cuda/any/bwd_plan.h"
 #include "check.h"
 
-enum { MOST = 4096 };       /* steps of a walk */
+enum { MOST = 4096, H100 = 132 };       /* steps of a walk; multiprocessors */
 
 /* Takes the steps of one key tile after the other, as a single block would. words: of the query tiles by place; seen: key tiles that meet each. */
 static void check_turns(fgqa_bwd_shift shift, int32_t tiles, const int32_t *steps)
@@ -28,11 +28,11 @@ static void check_turns(fgqa_bwd_shift shift, int32_t tiles, const int32_t *step
     for (int32_t place = 0; place < steps[0]; place++) { CHECK(words[place] == fgqa_bwd_shifted_complete(&shift, place, seen[place])); }
 }
 
-static int check_problem(fgqa_problem *p, int32_t block_q, int32_t splits)
+static int check_problem(fgqa_problem *p, int32_t block_q, int32_t splits, int32_t multiprocessors)
 {
-    enum { BLOCK_K = 128, MULTIPROCESSORS = 132 };
+    enum { BLOCK_K = 128 };
     static int32_t steps[MOST];
-    const fgqa_bwd_shift shift = fgqa_bwd_order_of(p, p->d, block_q, BLOCK_K, splits, MULTIPROCESSORS).shift;
+    const fgqa_bwd_shift shift = fgqa_bwd_order_of(p, p->d, block_q, BLOCK_K, splits, multiprocessors).shift;
     const fgqa_mask mask = fgqa_problem_sequence(p, 0).mask;
     const int32_t tiles = (p->sk + BLOCK_K - 1) / BLOCK_K;
     for (int32_t n = 0; n < tiles; n++) {
@@ -48,8 +48,38 @@ static int check_problem(fgqa_problem *p, int32_t block_q, int32_t splits)
     const size_t before = fgqa_bwd_workspace_take(p, block_q, BLOCK_K, p->d, p->d, splits, FGQA_BWD_TILED, memory, &w);
     CHECK((uintptr_t)late % 128 == 0 && (char *)late >= memory + before && (char *)late < memory + size);
     const size_t tile = (size_t)block_q * (size_t)p->d * sizeof(float), half = (size_t)w.q_tiles * tile / 2, more = (size_t)(memory + size - (char *)late);
-    CHECK(more <= half || more <= 2 * MULTIPROCESSORS * tile);
+    CHECK(more <= half || more <= 2 * (size_t)multiprocessors * tile);
     return 1;
+}
+
+static uint32_t below(uint32_t end)
+{
+    static uint32_t state = 1;
+    state = state * 1664525u + 1013904223u;
+    return (state >> 8) % end;
+}
+
+/* Lengths, groups and parts that nobody chose, on devices of any size, their parts as they are planned. */
+static int check_any(void)
+{
+    const int32_t d = below(2) ? 64 : 128;
+    const fgqa_cuda_row row = {.arch = 90, .d = d, .dv = d, .block_q = d == 64 ? 128 : 64, .block_k = 128};
+    fgqa_problem p = {0};
+    p.sk = 1024 + (int32_t)below(7000);
+    p.sq = below(2) ? p.sk : 1 + (int32_t)below(8000);
+    p.d = p.dv = d;
+    p.left = FGQA_UNBOUNDED;
+    p.right = below(3) == 0 ? FGQA_UNBOUNDED : below(2) ? 0 : (int32_t)below(500);
+    p.align = below(3) ? FGQA_ALIGN_BOTTOM_RIGHT : FGQA_ALIGN_TOP_LEFT;
+    p.g = 1 + (int32_t)below(12);
+    p.hk = 1 + (int32_t)below(4);
+    p.hq = p.g * p.hk;
+    p.b = 1 + (int32_t)below(3);
+    p.deterministic = 1;
+    const int32_t multiprocessors = below(2) ? H100 : 1 + (int32_t)below(160);
+    fgqa_plan plan = {0};
+    fgqa_bwd_tile(&row, &p, &plan, multiprocessors);
+    return check_problem(&p, row.block_q, plan.splits, multiprocessors);
 }
 
 int main(void)
@@ -69,11 +99,13 @@ int main(void)
             p.hq = p.g * p.hk;
             p.b = form / 36 == 2 ? 7 : 1;
             p.deterministic = 1;
-            shifted += check_problem(&p, p.d == 64 ? 128 : 64, 1 << form / 36);
+            shifted += check_problem(&p, p.d == 64 ? 128 : 64, 1 << form / 36, H100);
             p.batch_invariant = 1;
-            CHECK(!check_problem(&p, 64, 1));
+            CHECK(!check_problem(&p, 64, 1, H100));
         }
     }
     CHECK(shifted > 100);
+    for (int32_t n = shifted = 0; n < 2000; n++) { shifted += check_any(); }
+    CHECK(shifted > 200);
     return checks_passed("backward_shift");
 }
