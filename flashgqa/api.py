@@ -134,7 +134,7 @@ def attention(
         The same bits run to run. False: the backward pass may add up dq in any order, which it does where that is faster
         (`explain`: any_order). The CPU is always deterministic, whatever the number of threads.
     batch_invariant : bool
-        The bits of a sequence do not depend on the rest of the batch.
+        The bits of a sequence do not depend on the rest of the batch; those of dq only where `deterministic` is true, too.
     precision : {"bf16x3"}, optional
         "bf16x3", for float32 on a CPU with AMX, forward and backward: numbers are sums of two bfloat16 numbers and products three
         of theirs, summed in float32, with errors of about 2^-16 of what is multiplied. NotImplementedError elsewhere.
