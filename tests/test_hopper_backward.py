@@ -57,8 +57,8 @@ def test_each_head_dim_has_its_row(dtype):
 @pytest.mark.parametrize("d", DIMS)
 def test_scratch_memory(d, causal):
     """At most one and a half times dQ in float32, beside a few words a row, with options, too. Only where the key tiles of a
-    short pass do not occupy the multiprocessors, parts of dK and dV come on top, and where they are fewer than these, dQ's sums
-    of walks that begin apart: at most 7 tiles of 128 keys a multiprocessor, for rows of any length."""
+    pass would leave multiprocessors idle parts of dK and dV come on top, with sums of dQ where walks begin apart: at most 7 tiles
+    of 128 keys a multiprocessor, for rows of any length."""
     multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
     parts = 7 * multiprocessors * 128 * 2 * d * 4
     shapes = [(1, 512), (1, 4096), (16, 1024), (4, 4096), (1, 16384)]
